@@ -1,0 +1,28 @@
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: help install sweep test lint ui
+
+help:  ## what can be made
+	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/'
+
+install: .venv/.installed  ## make .venv with pinned versions
+
+.venv/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev,clips]'
+	@touch $@
+
+sweep: install  ## train the quickstart sweep on real film and write its report
+	$(BIN)/zoo sweep quickstart
+
+test: install lint  ## ruff, mypy and all tests
+	$(BIN)/pytest --numprocesses 2
+
+lint: install
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+ui: install  ## open MLflow's page on the quickstart's store
+	$(BIN)/zoo ui

@@ -1,0 +1,209 @@
+"""Pieces of a stream: each token is in one piece or in none."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from functools import cached_property, lru_cache
+
+import torch
+from torch import Tensor
+
+from sparse_zoo.errors import ZooError
+from sparse_zoo.layout import Layout
+
+
+@dataclass(frozen=True, eq=False)
+class Partition:
+    """Ragged pieces of a stream of `length` tokens, possibly different for each batch item and head.
+
+    Piece p of batch item b and head h holds the tokens `order[b, h, offsets[b, h, p] : offsets[b, h, p + 1]]`, in
+    stream order. `order` is int32 (B|1, H|1, n), or None where that slice of the stream is meant itself; `offsets` is
+    int32 (B|1, H|1, P + 1). A piece may be empty.
+    """
+
+    order: Tensor | None
+    offsets: Tensor
+    length: int
+    layout: Layout | None = field(default=None, repr=False)
+
+    @staticmethod
+    def from_labels(labels: Tensor, count: int, layout: Layout | None = None) -> Partition:
+        """Pieces by label 0 … count - 1; -1 is in no piece. `labels`: int (B|1, H|1, L), or (L,) shared by all."""
+        labels = labels.expand(1, 1, -1) if labels.dim() == 1 else labels
+        rest = torch.where(labels < 0, count, labels).long()
+        sizes = torch.zeros(*labels.shape[:2], count + 1, dtype=torch.int64, device=labels.device)
+        sizes = sizes.scatter_add_(2, rest, torch.ones_like(rest))[..., :count]
+        offsets = torch.nn.functional.pad(sizes.cumsum(-1), (1, 0)).int()
+        order = rest.argsort(dim=-1, stable=True).int()
+        if order.shape[:2] == (1, 1) and bool((order[0, 0].diff() == 1).all()):
+            order = None  # the pieces lie in the stream one after the other
+        return Partition(order, offsets, labels.shape[-1], layout)
+
+    @staticmethod
+    def singles(length: int, device: torch.device | str = "cpu") -> Partition:
+        """Every token a piece of its own."""
+        return _singles(length, torch.device(device))
+
+    @property
+    def count(self) -> int:
+        """Number of pieces P, empty ones included."""
+        return self.offsets.shape[-1] - 1
+
+    def __len__(self) -> int:
+        return self.count
+
+    @property
+    def device(self) -> torch.device:
+        return self.offsets.device
+
+    @property
+    def shared(self) -> bool:
+        """Whether every batch item and head has the same pieces."""
+        return self.offsets.shape[:2] == (1, 1) and (self.order is None or self.order.shape[:2] == (1, 1))
+
+    @cached_property
+    def is_singles(self) -> bool:
+        """Whether piece p is token p, for every token."""
+        return self.order is None and self.count == self.length and bool((self.sizes == 1).all())
+
+    @cached_property
+    def sizes(self) -> Tensor:
+        """Tokens in each piece, int64 (B|1, H|1, P)."""
+        return self.offsets.long().diff(dim=-1)
+
+    @cached_property
+    def piece_of(self) -> Tensor:
+        """The piece of each token, -1 for none: int64 (B|1, H|1, L)."""
+        batch, heads = self.offsets.shape[:2]
+        held = self.length if self.order is None else self.order.shape[-1]
+        place = torch.arange(held, device=self.device).expand(batch, heads, held).contiguous()
+        # Empty pieces share their bound with the next one: the last piece that starts at or before a place holds it.
+        piece = torch.searchsorted(self.offsets.long().contiguous(), place, right=True) - 1
+        piece = piece.masked_fill((piece >= self.count) | (piece < 0), -1)
+        if self.order is None:
+            return piece
+        order = self.order.long()
+        shape = torch.broadcast_shapes(order.shape[:2], piece.shape[:2])
+        labels = torch.full((*shape, self.length), -1, device=self.device)
+        return labels.scatter_(2, order.expand(*shape, -1), piece.expand(*shape, -1))
+
+    def of(self, values: Tensor) -> Tensor:
+        """What the tokens of each piece have in common: int64 (P,), -1 where they differ or the piece is empty.
+
+        `values`: int or bool (L,). For pieces shared by batch items and heads.
+        """
+        self._require_shared("of")
+        piece, values = self.piece_of[0, 0], values.long()
+        held = piece >= 0
+        low, high = (
+            torch.full((self.count,), -1, device=self.device).scatter_reduce(
+                0, piece[held], values[held], reduce, include_self=False
+            )
+            for reduce in ("amin", "amax")
+        )
+        return torch.where(low == high, low, -1)
+
+    def mean(self, x: Tensor) -> Tensor:
+        """Mean of x over each piece: (B, H, L, D) -> (B, H, P, D) in x's dtype, 0 for an empty piece. Differentiable."""
+        batch, heads, _, dim = x.shape
+        piece = self.piece_of.expand(batch, heads, -1)
+        total = x.new_zeros(batch, heads, self.count + 1, dim)
+        target = torch.where(piece < 0, self.count, piece)[..., None].expand_as(x)
+        total = total.scatter_add(2, target, x)[:, :, :-1]
+        return total / self.sizes.clamp(min=1)[..., None].to(x.dtype)
+
+    def narrow(self, tokens: Tensor) -> Partition:
+        """The same pieces on some tokens of the stream only: token i of the result is `tokens[i]`, int64 (n,)."""
+        if self.is_singles:
+            return Partition.singles(len(tokens), self.device)
+        return Partition.from_labels(self.piece_of[:, :, tokens], self.count)
+
+    def labels(self, name: str) -> Tensor:
+        """A token field of the layout, per piece (P,), -1 where mixed."""
+        if self.layout is None:
+            raise ZooError(f"these pieces were not cut by a layout, so their {name!r} is not known")
+        return self.of(getattr(self.layout, name))
+
+    @cached_property
+    def sample(self) -> Tensor:
+        return self.labels("sample")
+
+    @cached_property
+    def shot(self) -> Tensor:
+        return self.labels("shot")
+
+    @cached_property
+    def frame(self) -> Tensor:
+        return self.labels("frame")
+
+    @cached_property
+    def is_text(self) -> Tensor:
+        """1 text, 0 video, -1 mixed: int64 (P,)."""
+        return self.labels("is_text")
+
+    def _require_shared(self, what: str) -> None:
+        if not self.shared:
+            raise ZooError(f"Partition.{what} needs pieces shared by all batch items and heads")
+
+
+@lru_cache(maxsize=32)
+def _singles(length: int, device: torch.device) -> Partition:
+    return Partition(None, torch.arange(length + 1, dtype=torch.int32, device=device)[None, None], length)
+
+
+@dataclass(frozen=True, eq=False)
+class Refinement:
+    """a's pieces cut at b's bounds, tokens in no piece of a staying in none.
+
+    `of_a` and `of_b`, int64 (B|1, H|1, P), tell which piece of a and of b each lies in (-1: none). `meets` is False
+    only if a and b are known to share no token.
+    """
+
+    pieces: Partition
+    of_a: Tensor
+    of_b: Tensor
+    meets: bool
+
+    @cached_property
+    def children(self) -> Tensor | None:
+        """The pieces that each piece of a was cut into: int64 (pieces of a, most), -1 where there are fewer.
+
+        None where what the pieces lie in differs by batch item or head.
+        """
+        if not self.of_a.shape[:2] == self.of_b.shape[:2] == (1, 1):
+            return None
+        parent = self.of_a[0, 0]
+        order = parent.argsort(stable=True)[int((parent < 0).sum()) :]
+        number = torch.bincount(parent[order])
+        place = torch.arange(len(order), device=order.device) - (number.cumsum(0) - number)[parent[order]]
+        table = torch.full((len(number), int(number.max()) if len(number) else 0), -1, device=order.device)
+        table[parent[order], place] = order
+        return table
+
+
+def refine(a: Partition, b: Partition) -> Refinement:
+    """Cut a's pieces at b's bounds. Remembered for pieces that all batch items and heads share."""
+    return _refine_shared(a, b) if a.shared and b.shared else _refine_each(a, b)
+
+
+@lru_cache(maxsize=256)
+def _refine_shared(a: Partition, b: Partition) -> Refinement:
+    joint = torch.where(a.piece_of < 0, -1, a.piece_of * (b.count + 1) + b.piece_of + 1)[0, 0]
+    found, labels = torch.unique(joint, return_inverse=True)
+    labels = labels - int((found < 0).any())
+    found = found[found >= 0]
+    of_a, of_b = torch.div(found, b.count + 1, rounding_mode="floor"), found % (b.count + 1) - 1
+    pieces = a if len(found) == a.count else Partition.from_labels(labels, len(found), a.layout)
+    return Refinement(pieces, of_a[None, None], of_b[None, None], bool((of_b >= 0).any()))
+
+
+def _refine_each(a: Partition, b: Partition) -> Refinement:
+    meets = bool(((a.piece_of >= 0) & (b.piece_of >= 0)).any())
+    count = a.count * (b.count + 1)
+    if a.is_singles or count >= a.length:
+        return Refinement(Partition.singles(a.length, a.device), a.piece_of, b.piece_of, meets)
+    # How many pieces there are depends on values: every combination gets a place, and most stay empty.
+    joint = torch.where(a.piece_of < 0, -1, a.piece_of * (b.count + 1) + b.piece_of + 1)
+    found = torch.arange(count, device=a.device)[None, None]
+    of_a, of_b = torch.div(found, b.count + 1, rounding_mode="floor"), found % (b.count + 1) - 1
+    return Refinement(Partition.from_labels(joint, count, a.layout), of_a, of_b, meets)

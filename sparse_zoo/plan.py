@@ -1,0 +1,280 @@
+"""A plan: who attends to whom, as a set of full rectangles (query tokens × key tokens), each pair at most once.
+
+A plan is kept as parts; a part is pieces of the queries × pieces of the keys × the edges between them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from sparse_zoo.cost import Cost
+from sparse_zoo.errors import refuse
+from sparse_zoo.layout import Layout
+from sparse_zoo.partition import Partition, refine
+
+
+@dataclass(frozen=True, eq=False)
+class Part:
+    """Pieces of queries, pieces of keys, and which attends to which.
+
+    `edges` is a bool table (B|1, H|1, Q, K) over pieces, or the indices (B|1, H|1, Q, k) of the key pieces that each
+    query piece attends to, -1 for none, without repeats.
+    """
+
+    queries: Partition
+    keys: Partition
+    edges: Tensor
+
+    def __post_init__(self) -> None:
+        want = (self.queries.count, self.keys.count)
+        given = tuple(self.edges.shape)
+        is_table = self.edges.dtype == torch.bool
+        refuse(
+            "Part",
+            [
+                f"edges must have 4 dimensions, got {given}" if self.edges.dim() != 4 else "",
+                f"edges are for {given[2]} query pieces, there are {want[0]}"
+                if len(given) == 4 and given[2] != want[0]
+                else "",
+                f"the table of edges is for {given[3]} key pieces, there are {want[1]}"
+                if len(given) == 4 and is_table and given[3] != want[1]
+                else "",
+                f"edges must be bool or int, got {self.edges.dtype}"
+                if self.edges.is_floating_point() or self.edges.is_complex()
+                else "",
+            ],
+        )
+
+    @property
+    def by_table(self) -> bool:
+        return self.edges.dtype == torch.bool
+
+    @cached_property
+    def batch_heads(self) -> tuple[int, int]:
+        """The (B|1, H|1) that this part tells apart."""
+        held = [self.edges, self.queries.offsets, self.keys.offsets]
+        held += [order for order in (self.queries.order, self.keys.order) if order is not None]
+        batch, heads = torch.broadcast_shapes(*(x.shape[:2] for x in held))
+        return batch, heads
+
+    @cached_property
+    def table(self) -> Tensor:
+        """The edges as a bool table (B|1, H|1, Q, K)."""
+        if self.by_table:
+            return self.edges
+        table = torch.zeros(*self.edges.shape[:3], self.keys.count + 1, dtype=torch.bool, device=self.edges.device)
+        return table.scatter_(-1, self.edges.long() + 1, True)[..., 1:]
+
+    def pairs(self) -> Tensor:
+        """Number of (query, key) pairs: int64 (B|1, H|1), without any L × L."""
+        queries, keys = self.queries.sizes, self.keys.sizes
+        if self.by_table:
+            # float64 counts exactly up to 2^53, which no film reaches.
+            reached = (self.edges.double() @ keys.double()[..., None])[..., 0]
+        else:
+            batch, heads = torch.broadcast_shapes(keys.shape[:2], self.edges.shape[:2])
+            padded = torch.nn.functional.pad(keys, (1, 0)).expand(batch, heads, -1)
+            edges = (self.edges.long() + 1).expand(batch, heads, -1, -1)
+            reached = padded.gather(-1, edges.flatten(2)).view(edges.shape).sum(-1).double()
+        return (queries.double() * reached).sum(-1).long()
+
+    def mask(self) -> Tensor:
+        """The dense mask, bool (B|1, H|1, Lq, Lk): for small streams."""
+        batch, heads = self.batch_heads
+        table = torch.nn.functional.pad(self.table, (1, 0, 1, 0)).expand(batch, heads, -1, -1)
+        rows = (self.queries.piece_of + 1).expand(batch, heads, -1)
+        cols = (self.keys.piece_of + 1).expand(batch, heads, -1)
+        table = table.gather(2, rows[..., None].expand(-1, -1, -1, table.shape[-1]))
+        return table.gather(3, cols[:, :, None].expand(-1, -1, table.shape[2], -1))
+
+    def at(self, queries: Tensor, keys: Tensor) -> Tensor:
+        """Whether there is an edge between pieces: ints (B|1, H|1, n, 1) and (B|1, H|1, n|1, m) -> bool (B, H, n, m).
+
+        -1 on either side has none.
+        """
+        batch, heads = torch.broadcast_shapes(queries.shape[:2], keys.shape[:2], self.edges.shape[:2])
+        flat = (queries.clamp(min=0) * self.keys.count + keys.clamp(min=0)).expand(batch, heads, -1, -1)
+        found = self.table.flatten(2).expand(batch, heads, -1).gather(2, flat.flatten(2)).view(flat.shape)
+        return found & (queries >= 0) & (keys >= 0)
+
+    def minus(self, other: Part) -> Part:
+        """The pairs of this part that `other` does not hold. Exact; pieces are cut at other's bounds where they meet."""
+        queries, keys = refine(self.queries, other.queries), refine(self.keys, other.keys)
+        if not (queries.meets and keys.meets):
+            return self
+        edges = _take(self.edges, queries.of_a, 2, -1)
+        rows, children = queries.of_b[..., None], keys.children
+        if self.by_table or children is None:
+            table = _take(_take(self.table, queries.of_a, 2, False), keys.of_a, 3, False)
+            return Part(queries.pieces, keys.pieces, table & ~other.at(rows, keys.of_b[:, :, None]))
+        children = torch.nn.functional.pad(children, (0, 0, 1, 0), value=-1)  # row 0: the children of "none"
+        cut = children[edges.long() + 1].flatten(3)
+        taken = other.at(rows, torch.nn.functional.pad(keys.of_b[0, 0], (1, 0), value=-1)[cut + 1])
+        return Part(queries.pieces, keys.pieces, cut.masked_fill(taken, -1))
+
+    def narrow(self, rows: Tensor) -> Part:
+        """The queries at `rows` only, int64 (n,), in that order."""
+        edges = self.edges[:, :, rows] if self.queries.is_singles else self.edges
+        return Part(self.queries.narrow(rows), self.keys, edges)
+
+    def keep(self, where: Tensor) -> Part:
+        """The queries where `where`, bool (Lq,), holds; the others have no edge."""
+        if self.queries.is_singles:
+            edges = self.edges & where[:, None] if self.by_table else self.edges.masked_fill(~where[:, None], -1)
+            return Part(self.queries, self.keys, edges)
+        labels = self.queries.piece_of.masked_fill(~where, -1)
+        return Part(Partition.from_labels(labels, self.queries.count, self.queries.layout), self.keys, self.edges)
+
+
+@dataclass(frozen=True, eq=False, init=False)
+class Plan:
+    """Parts that share no pair. Queries attend, in one softmax, to all keys that any part gives them."""
+
+    parts: tuple[Part, ...]
+
+    def __init__(self, *parts: Part) -> None:
+        refuse("Plan", _mismatches(parts))
+        object.__setattr__(self, "parts", parts)
+
+    # -- makers ------------------------------------------------------------------------------------------------------
+
+    @staticmethod
+    def dense(layout: Layout) -> Plan:
+        """Every token attends to every token of its sample."""
+        return Plan.within(layout.partition())
+
+    @staticmethod
+    def within(pieces: Partition) -> Plan:
+        """Every token attends to the tokens of its piece."""
+        return Plan(Part(pieces, pieces, torch.arange(pieces.count, device=pieces.device)[None, None, :, None]))
+
+    @staticmethod
+    def groups(q_labels: Tensor, k_labels: Tensor | None = None, count: int | None = None) -> Plan:
+        """Queries attend to the keys of the same label.
+
+        Labels: int (L,) or (B|1, H|1, L), 0 … count - 1, -1 for none; `count` is found when not given. Labels do not
+        tell samples apart by themselves: a label that two films share joins them.
+        """
+        k_labels = q_labels if k_labels is None else k_labels
+        if count is None:
+            count = max(int(labels.max()) + 1 if labels.numel() else 0 for labels in (q_labels, k_labels))
+        queries = Partition.from_labels(q_labels, count)
+        keys = queries if k_labels is q_labels else Partition.from_labels(k_labels, count)
+        return Plan(Part(queries, keys, torch.arange(count, device=queries.device)[None, None, :, None]))
+
+    @staticmethod
+    def routed(chunks: Partition, chosen: Tensor) -> Plan:
+        """Each query token attends to the chunks it chose.
+
+        `chosen`: int (B|1, H|1, Lq, k), -1 for none, without repeats; or bool (B|1, H|1, Lq, chunks).
+        """
+        return Plan(Part(Partition.singles(chosen.shape[2], chosen.device), chunks, chosen))
+
+    @staticmethod
+    def blocks(query_pieces: Partition, key_pieces: Partition, wanted: Tensor) -> Plan:
+        """Query pieces attend to key pieces where `wanted`: bool (Q, K) or (B|1, H|1, Q, K)."""
+        return Plan(Part(query_pieces, key_pieces, wanted[None, None] if wanted.dim() == 2 else wanted))
+
+    def __or__(self, other: Plan) -> Plan:
+        """Exact union: all of this plan, then what `other` adds."""
+        added = []
+        for part in other.parts:
+            for held in self.parts:
+                part = part.minus(held)
+            added.append(part)
+        return Plan(*self.parts, *added)
+
+    # -- what it says ------------------------------------------------------------------------------------------------
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(Lq, Lk)"""
+        return self.parts[0].queries.length, self.parts[0].keys.length
+
+    @cached_property
+    def batch_heads(self) -> tuple[int, int]:
+        """The (B|1, H|1) that this plan tells apart."""
+        batch, heads = torch.broadcast_shapes(*(part.batch_heads for part in self.parts))
+        return batch, heads
+
+    def dense_mask(self) -> Tensor:
+        """bool (B|1, H|1, Lq, Lk): for small streams, the oracle and pictures."""
+        batch, heads = self.batch_heads
+        mask = torch.zeros(batch, heads, *self.shape, dtype=torch.bool, device=self.parts[0].edges.device)
+        for part in self.parts:
+            mask |= part.mask()
+        return mask
+
+    @cached_property
+    def pairs(self) -> Tensor:
+        """Number of pairs, int64 (B|1, H|1)."""
+        batch, heads = self.batch_heads
+        return torch.stack([part.pairs().expand(batch, heads) for part in self.parts]).sum(0)
+
+    def cost(
+        self, head_dim: int, *, layout: Layout | None = None, batch: int | None = None, heads: int | None = None
+    ) -> Cost:
+        """Exact counts for `batch` items and `heads` heads, by default those that the plan tells apart.
+
+        Without a layout (given, or known to the pieces) dense attention is taken to be all queries × all keys.
+        """
+        known = [p.layout for part in self.parts for p in (part.queries, part.keys) if p.layout is not None]
+        layout = layout or (known[0] if known else None)
+        batch, heads = batch or self.batch_heads[0], heads or self.batch_heads[1]
+        dense = layout.dense_pairs if layout else self.shape[0] * self.shape[1]
+        return Cost.of(int(self.pairs.expand(batch, heads).sum()), batch * heads * dense, head_dim)
+
+    def executed(self, kernel: str, *, batch: int | None = None, heads: int | None = None) -> int:
+        """Pairs that a kernel's tiles multiply for this plan, padding included."""
+        from sparse_zoo.kernels import get
+
+        return get(kernel).executed(self, batch or self.batch_heads[0], heads or self.batch_heads[1])
+
+    def narrow(self, rows: Tensor) -> Plan:
+        """The plan of the queries at `rows`, int64 (n,), in that order."""
+        return Plan(*(part.narrow(rows) for part in self.parts))
+
+    def keep(self, where: Tensor) -> Plan:
+        """The plan of the queries where `where`, bool (Lq,), holds; the others attend to nothing."""
+        return Plan(*(part.keep(where) for part in self.parts))
+
+    def validate(self) -> Plan:
+        """Raise `ZooError` unless every index is in range and no pair is held twice. Makes no L × L."""
+        reasons = []
+        for i, part in enumerate(self.parts):
+            if not part.by_table:
+                ordered = part.edges.long().sort(dim=-1).values
+                low, high = (int(ordered.min()), int(ordered.max())) if ordered.numel() else (-1, -1)
+                if low < -1 or high >= part.keys.count:
+                    reasons.append(f"part {i} has edges {low} … {high}; allowed are -1 … {part.keys.count - 1}")
+                    continue
+                if bool(((ordered[..., 1:] == ordered[..., :-1]) & (ordered[..., 1:] >= 0)).any()):
+                    reasons.append(f"part {i} names a key piece twice for one query piece")
+                    continue
+            for j, held in enumerate(self.parts[:i]):
+                twice = int((part.pairs() - part.minus(held).pairs()).sum())
+                if twice:
+                    reasons.append(f"parts {j} and {i} hold {twice} pairs both; join them with `|`")
+        refuse("plan", reasons)
+        return self
+
+
+def _mismatches(parts: tuple[Part, ...]) -> list[str]:
+    if not parts:
+        return ["needs at least one part"]
+    shapes = {(part.queries.length, part.keys.length) for part in parts}
+    return [f"parts are for streams of different lengths (queries, keys): {sorted(shapes)}"] if len(shapes) > 1 else []
+
+
+def _take(edges: Tensor, pieces: Tensor, dim: int, none: int) -> Tensor:
+    """Edges (B|1, H|1, Q, K) at `pieces`, int64 (B|1, H|1, P), of dimension 2 or 3; `none` where a piece is -1."""
+    batch, heads = torch.broadcast_shapes(edges.shape[:2], pieces.shape[:2])
+    index = pieces.expand(batch, heads, -1).unsqueeze(5 - dim)
+    shape = list(edges.shape)
+    shape[:2], shape[dim] = [batch, heads], pieces.shape[-1]
+    taken = edges.expand(batch, heads, -1, -1).gather(dim, index.clamp(min=0).expand(shape))
+    return taken.masked_fill(index < 0, none)
