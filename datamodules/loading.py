@@ -1,0 +1,77 @@
+"""Batches whose order is a function of (seed, epoch), and a loader that resumes in the middle of an epoch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence, Sized
+from typing import Any, Protocol
+
+from lightning.pytorch import Trainer
+from torch.utils.data import DataLoader, Dataset, DistributedSampler
+
+Batch = dict[str, Any]
+
+
+class Films(Protocol):
+    """A split: `len` films to an epoch; film numbers go on counting from epoch to epoch."""
+
+    def __len__(self) -> int: ...
+    def __getitem__(self, number: int) -> Batch: ...
+    def __getitems__(self, numbers: Sequence[int]) -> Batch:
+        """The batch of these films."""
+        ...
+
+
+class Order(DistributedSampler[int]):
+    """Shuffled film numbers: epoch e draws from e·n to (e + 1)·n - 1, so a film's draws can be seeded by its number."""
+
+    def __init__(self, films: Sized, seed: int, replicas: int, rank: int) -> None:
+        super().__init__(films, num_replicas=replicas, rank=rank, shuffle=True, seed=seed)  # type: ignore[arg-type]
+        self.films = films
+        self.skip = 0
+
+    def __iter__(self) -> Iterator[int]:
+        order = list(super().__iter__())[self.skip :]
+        self.skip = 0
+        return iter([self.epoch * len(self.films) + film for film in order])
+
+
+class ResumableLoader(DataLoader[Batch]):
+    """Goes on, after a restart, with the batch after the last one it gave; Lightning saves and loads its state."""
+
+    served = 0
+    resume_at = 0
+
+    def __iter__(self) -> Iterator[Batch]:  # type: ignore[override]
+        self.served, self.resume_at = self.resume_at, 0
+        if isinstance(self.sampler, Order) and self.batch_size:
+            self.sampler.skip = self.served * self.batch_size
+        for batch in super().__iter__():
+            self.served += 1
+            yield batch
+
+    def state_dict(self) -> dict[str, int]:
+        return {"served": self.served}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        # A finished epoch is followed by a whole one.
+        self.resume_at = state["served"] % len(self)
+
+
+def train_loader(films: Films, batch: int, seed: int, workers: int, trainer: Trainer | None) -> ResumableLoader:
+    """Shuffled batches of `batch` films (the last of an epoch may be smaller), shared out among the trainer's ranks."""
+    replicas, rank = (trainer.world_size, trainer.global_rank) if trainer else (1, 0)
+    order = Order(films, seed, replicas, rank)
+    return ResumableLoader(_dataset(films), batch, sampler=order, num_workers=workers, collate_fn=_as_it_is)
+
+
+def val_loader(films: Films, batch: int, workers: int) -> DataLoader[Batch]:
+    """The same batches in the same order, always."""
+    return DataLoader(_dataset(films), batch, num_workers=workers, collate_fn=_as_it_is)
+
+
+def _dataset(films: Films) -> Dataset[Batch]:
+    return films  # type: ignore[return-value]  # DataLoader asks for `__len__` and `__getitems__`, not for the base class
+
+
+def _as_it_is(batch: Any) -> Any:
+    return batch
