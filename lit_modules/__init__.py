@@ -1,0 +1,24 @@
+"""A video diffusion transformer on registered attention, its training and its sampling, for Lightning."""
+
+from lit_modules.callbacks import EMA, AttentionCost, SampleFilms, StepTimer, film_strip
+from lit_modules.dit import DiTOutput, VideoDiT
+from lit_modules.flow import Euler, FlowLoss, RectifiedFlow
+from lit_modules.metrics import LossByTime
+from lit_modules.module import LitVideoDiT, NonFiniteLoss, Optim
+
+__all__ = [
+    "EMA",
+    "AttentionCost",
+    "DiTOutput",
+    "Euler",
+    "FlowLoss",
+    "LitVideoDiT",
+    "LossByTime",
+    "NonFiniteLoss",
+    "Optim",
+    "RectifiedFlow",
+    "SampleFilms",
+    "StepTimer",
+    "VideoDiT",
+    "film_strip",
+]

@@ -1,0 +1,259 @@
+"""Callbacks: averaged weights, what attention cost, how long a step took, films drawn at validation."""
+
+from __future__ import annotations
+
+import resource
+import statistics
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import Callback, WeightAveraging
+from matplotlib import image
+from torch import Tensor
+from typing_extensions import override
+
+import sparse_zoo as zoo
+from lit_modules.flow import Euler
+from sparse_zoo.errors import refuse
+
+if TYPE_CHECKING:
+    from lit_modules.module import LitVideoDiT
+
+
+class EMA(WeightAveraging):
+    """Exponential moving average of the weights: validation and the `state_dict` of checkpoints use it.
+
+    The decay of update n is min(decay, (1 + n) / (10 + n)), so that a short run is not judged by its first weights.
+    """
+
+    def __init__(self, decay: float) -> None:
+        def average(averages: list[Tensor], weights: list[Tensor], updates: Tensor | int) -> None:
+            n = int(updates)
+            torch._foreach_lerp_(averages, weights, 1 - min(decay, (1 + n) / (10 + n)))
+
+        super().__init__(use_buffers=False, multi_avg_fn=average)
+
+
+class AttentionCost(Callback):
+    """Counts what attention costs from the plans that ran, at the first training batch and every `every` batches.
+
+    Logs `attention/density`, `attention/flops` (forward, routing apart, of one batch over all layers) and
+    `attention/density/layer_<i>`. `results` are those of the last counted batch, for pictures.
+    """
+
+    def __init__(self, every: int = 50) -> None:
+        refuse("AttentionCost", [f"every must be at least 1, got {every}"] if every < 1 else [])
+        self.every = every
+        self.results: list[zoo.Result] = []
+        self._layers: list[zoo.Cost] = []
+        self._counted = 0
+
+    @override
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        if trainer.fit_loop.total_batch_idx % self.every and self._counted:
+            return
+        self.results = outputs["results"]
+        costs = [result.cost() for result in self.results]
+        self._layers = [a + b for a, b in zip(self._layers, costs, strict=True)] if self._layers else costs
+        self._counted += 1
+        total = _sum(costs)
+        logged = {"attention/density": total.density, "attention/flops": float(total.flops)}
+        logged |= {f"attention/density/layer_{i}": cost.density for i, cost in enumerate(costs)}
+        for logger in trainer.loggers:
+            logger.log_metrics(logged, step=trainer.global_step)
+
+    def summary(self) -> dict[str, Any]:
+        """Means over the counted batches, JSON-able: per batch over all layers, and `layers`, the density of each.
+
+        Empty before the first training batch.
+        """
+        if not self._counted:
+            return {}
+        total = _sum(self._layers)
+        return {
+            "kernel": ",".join(dict.fromkeys(result.kernel for result in self.results)),
+            "density": total.density,
+            "pairs": total.pairs / self._counted,
+            "flops": total.flops / self._counted,
+            "flops_backward": total.flops_backward / self._counted,
+            "routing_flops": total.routing_flops / self._counted,
+            "layers": [cost.density for cost in self._layers],
+            "batches_counted": self._counted,
+        }
+
+
+def _sum(costs: Sequence[zoo.Cost]) -> zoo.Cost:
+    total = costs[0]
+    for cost in costs[1:]:
+        total = total + cost
+    return total
+
+
+class StepTimer(Callback):
+    """Seconds of each training batch, from its start to its end, loading of data and validation not included.
+
+    The first `skip` batches, which compile and allocate, are left out.
+    """
+
+    def __init__(self, skip: int = 2) -> None:
+        self.skip = skip
+        self.seconds: list[float] = []
+        self._start = 0.0
+        self._memory = _PeakMemory(torch.device("cpu"))
+
+    @override
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.seconds = []
+        self._memory = _PeakMemory(pl_module.device)
+
+    @override
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        _synchronize(pl_module.device)
+        self._start = time.perf_counter()
+
+    @override
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        _synchronize(pl_module.device)
+        self.seconds.append(time.perf_counter() - self._start)
+
+    def summary(self) -> dict[str, Any]:
+        """Median seconds (None with no more than `skip` batches), how many were timed, peak memory and its meaning."""
+        timed = self.seconds[self.skip :]
+        return {
+            "seconds_per_step": statistics.median(timed) if timed else None,
+            "steps_timed": len(timed),
+            "peak_memory_bytes": self._memory.read(),
+            "peak_memory_of": self._memory.meaning,
+        }
+
+
+def _synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+class _PeakMemory:
+    """Peak memory since this was made, or, where the system cannot reset its peak, since the process began."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(device)
+            self.meaning = "CUDA tensors, this run"
+            return
+        try:
+            Path("/proc/self/clear_refs").write_text("5")  # Linux: sets the peak resident size back to the present one
+            self.meaning = "resident memory of the process, this run"
+        except OSError:
+            self.meaning = "resident memory of the process since it began"
+
+    def read(self) -> int:
+        if self.device.type == "cuda":
+            return torch.cuda.max_memory_allocated(self.device)
+        if self.meaning.endswith("this run"):
+            lines = Path("/proc/self/status").read_text().splitlines()
+            return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("VmHWM"))
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return peak if sys.platform == "darwin" else 1024 * peak
+
+
+class SampleFilms(Callback):
+    """Draws the films of the first validation batch, every `every` validations, as PNG strips in `folder`.
+
+    A strip shows a film's shots from left to right with gaps at the cuts, at most four frames of a shot: the real
+    film above, the generated one (from its captions alone, with EMA weights) below. `on_image` is called with each
+    path, to hand it to a logger.
+    """
+
+    FRAMES = 4
+
+    def __init__(
+        self,
+        folder: str | Path,
+        *,
+        steps: int = 12,
+        guidance: float = 1.0,
+        every: int = 1,
+        seed: int = 0,
+        on_image: Callable[[Path], object] | None = None,
+    ) -> None:
+        refuse("SampleFilms", [f"every must be at least 1, got {every}"] if every < 1 else [])
+        self.folder, self.euler = Path(folder), Euler(steps, guidance)
+        self.every, self.seed, self.on_image = every, seed, on_image
+        self.paths: list[Path] = []
+        self._validations = 0
+
+    @override
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        channels = cast("LitVideoDiT", pl_module).model.channels
+        refuse(
+            "SampleFilms", [f"films of 1 or 3 channels can be drawn, got {channels}"] if channels not in (1, 3) else []
+        )
+
+    # Within the validation epoch, not at its end: by then the averaged weights are put back.
+    @override
+    def on_validation_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        if batch_idx or dataloader_idx or trainer.sanity_checking or not trainer.is_global_zero:
+            return
+        trained = cast("LitVideoDiT", pl_module)
+        self._validations += 1
+        if self._validations % self.every:
+            return
+        with trainer.precision_plugin.forward_context():
+            drawn = self.euler.sample(trained.model, trained.flow, batch, seed=self.seed)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        shot = 0
+        for number, film in enumerate(batch["layout"].films):
+            shots = slice(shot, shot + len(film.shots))
+            shot = shots.stop
+            rows = [film_strip([clip[0] for clip in clips[shots]], self.FRAMES) for clips in (batch["clips"], drawn)]
+            path = self.folder / f"step_{trainer.global_step:06d}_film_{number}.png"
+            image.imsave(path, _stack(rows).numpy())
+            self.paths.append(path)
+            if self.on_image is not None:
+                self.on_image(path)
+
+
+def film_strip(clips: Sequence[Tensor], frames: int) -> Tensor:
+    """Clips (F, C, H, W) in [-1, 1], one per shot -> one row of frames, uint8 (H, W, 3), with a wide gap at each cut.
+
+    At most `frames` frames of a shot, evenly spaced, its first and last among them.
+    """
+    height = max(clip.shape[2] for clip in clips)
+    row: list[Tensor] = []
+    for i, clip in enumerate(clips):
+        chosen = torch.linspace(0, len(clip) - 1, min(frames, len(clip))).round().long()
+        for j, frame in enumerate(clip.detach().float().cpu()[chosen]):
+            if i or j:
+                row.append(_gap(height, 1 if j else max(3, height // 16)))
+            pixels = ((frame.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).expand(3, -1, -1).permute(1, 2, 0)
+            row.append(torch.cat([pixels, _gap(height - len(pixels), pixels.shape[1])]))
+    return torch.cat(row, dim=1)
+
+
+def _stack(rows: Sequence[Tensor]) -> Tensor:
+    gap = _gap(2, rows[0].shape[1])
+    stacked = torch.cat([part for row in rows for part in (row, gap)][:-1])
+    zoom = max(1, 64 // len(rows[0]))  # films of a few pixels would be drawn too small to see
+    return stacked.repeat_interleave(zoom, dim=0).repeat_interleave(zoom, dim=1)
+
+
+def _gap(height: int, width: int) -> Tensor:
+    return torch.full((height, width, 3), 255, dtype=torch.uint8)

@@ -1,0 +1,405 @@
+"""A video diffusion transformer whose attention is any registered method, layer by layer."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+import sparse_zoo as zoo
+from lit_modules.stream import Stream, stream, video_only
+from sparse_zoo.errors import refuse, unknown
+
+TEXT = ("joint", "cross")
+POOLED_TEXT = ("none", "adaln", "tokens")
+ROPE_BASE = (1000.0, 50.0, 50.0)  # of time, rows, columns: films are long, frames of tokens are small
+
+
+@dataclass(frozen=True)
+class DiTOutput:
+    """velocity (B, Nv, P); losses by name, summed over layers, already weighted; one result per layer.
+
+    The results hold what is needed to say what ran, not the graph: `out` is on the meta device (a shape without
+    data), losses are detached.
+    """
+
+    velocity: Tensor
+    losses: dict[str, Tensor]
+    results: list[zoo.Result]
+
+
+@dataclass(frozen=True, eq=False)
+class Captions:
+    """What cross-attention reads."""
+
+    words: Tensor  # (B, Nt, dim)
+    rotation: tuple[Tensor, Tensor]  # cos, sin: (Nt, head_dim / 2)
+    plan: zoo.Plan  # Nv queries × Nt keys
+
+
+@dataclass(frozen=True, eq=False)
+class Context:
+    """What every block of one forward pass reads."""
+
+    layout: zoo.Layout  # of the stream that the blocks see
+    row_of: Tensor  # (L,)
+    condition: Tensor  # (B, S + F, dim)
+    rotation: tuple[Tensor, Tensor]  # cos, sin: (L, head_dim / 2)
+    captions: Captions | None  # with cross-attention only
+    noise: Tensor  # (B, S)
+    step: int | None
+    seed: int
+    memory: dict[Any, Any] | None
+
+
+class VideoDiT(nn.Module):
+    """Predicts the velocity of video patches from noisy patches, captions and one noise time per shot.
+
+    attention: {"name": method, **settings}, for all blocks, or a list of them, one per layer.
+    text: "joint" puts captions into the stream, in layout order; "cross" keeps the stream to video, and each video
+        token reads its own shot's caption and its film's global caption by cross-attention (its cost is not in
+        `results`, which are of the registered attention alone).
+    pooled_text: "adaln" adds to each shot's condition the sum of the embeddings of its own and its film's global
+        caption; "tokens" adds a projection of the same sum to the shot's video tokens too; "none" does neither.
+    checkpoint: recompute each block in the backward pass instead of keeping its activations.
+
+    Each token is conditioned (adaLN-zero) by the time and pooled captions of its shot; a global caption by the mean
+    over its film's shots. Positions are rotary, see `stream`; of head_dim / 2 rotated pairs a third each (rounded
+    down) tells rows and columns, the rest tells time. Token id `vocabulary` is the learned null token that stands
+    for a dropped caption. At the start the velocity is 0 everywhere.
+
+    Raises ZooError for sizes that do not fit together, and whatever `sparse_zoo.build` refuses.
+    """
+
+    def __init__(
+        self,
+        *,
+        dim: int,
+        depth: int,
+        heads: int,
+        channels: int,
+        patch: Sequence[int],
+        vocabulary: int,
+        attention: Mapping[str, Any] | Sequence[Mapping[str, Any]],
+        text: Literal["joint", "cross"] = "joint",
+        pooled_text: Literal["none", "adaln", "tokens"] = "adaln",
+        mlp_ratio: float = 4.0,
+        checkpoint: bool = False,
+    ) -> None:
+        super().__init__()
+        per_layer = [attention] * depth if isinstance(attention, Mapping) else list(attention)
+        refuse("VideoDiT", _misfits(dim, depth, heads, channels, patch, vocabulary, per_layer, text, pooled_text))
+        self.dim, self.heads, self.head_dim = dim, heads, dim // heads
+        self.channels, self.patch, self.vocabulary = channels, (patch[0], patch[1], patch[2]), vocabulary
+        self.text, self.pooled_text, self.checkpoint = text, pooled_text, checkpoint
+        self.patch_size = channels * math.prod(self.patch)
+
+        self.patches = nn.Linear(self.patch_size, dim)
+        self.words = nn.Embedding(vocabulary + 1, dim)
+        self.time = nn.Sequential(nn.Linear(dim, dim), nn.SiLU(), nn.Linear(dim, dim))
+        self.pooled = nn.Linear(dim, dim) if pooled_text == "tokens" else None
+        self.blocks = nn.ModuleList(
+            Block(
+                dim=dim,
+                heads=heads,
+                hidden=int(mlp_ratio * dim),
+                attention=zoo.build(
+                    settings["name"],
+                    heads=heads,
+                    head_dim=self.head_dim,
+                    dim=dim,
+                    **{key: value for key, value in settings.items() if key != "name"},
+                ),
+                cross=text == "cross",
+            )
+            for settings in per_layer
+        )
+        self.modulation = nn.Linear(dim, 2 * dim)
+        self.velocity = nn.Linear(dim, self.patch_size)
+
+        nn.init.normal_(self.words.weight, std=0.5)
+        for layer in (self.modulation, self.velocity):
+            nn.init.zeros_(layer.weight)
+            nn.init.zeros_(layer.bias)
+
+    @property
+    def null_id(self) -> int:
+        """The token id of a dropped caption."""
+        return self.vocabulary
+
+    def patchify(self, clips: Sequence[Tensor]) -> Tensor:
+        """Clips (B, F, C, H, W), one per shot in stream order -> patches (B, Nv, P). Raises ZooError if they misfit."""
+        f, h, w = self.patch
+        refuse("patchify", self._bad_clips(clips))
+        tokens = []
+        for clip in clips:
+            frames, _, height, width = clip.shape[1:]
+            x = clip.unflatten(1, (frames // f, f)).unflatten(4, (height // h, h)).unflatten(6, (width // w, w))
+            tokens.append(x.permute(0, 1, 4, 6, 3, 2, 5, 7).flatten(4).flatten(1, 3))  # (B, frames·rows·cols, C·f·h·w)
+        return torch.cat(tokens, dim=1)
+
+    def unpatchify(self, x: Tensor, layout: zoo.Layout) -> list[Tensor]:
+        """Patches (B, Nv, P) -> clips (B, F, C, H, W), one per shot in stream order."""
+        shots = [shot for film in layout.films for shot in film.shots]
+        sizes = [shot.frames * shot.rows * shot.cols for shot in shots]
+        refuse("unpatchify", [_mismatch("video tokens", x.shape[1], sum(sizes))])
+        clips = []
+        for shot, tokens in zip(shots, x.split(sizes, dim=1), strict=True):
+            grid = tokens.unflatten(1, (shot.frames, shot.rows, shot.cols)).unflatten(4, (self.channels, *self.patch))
+            clips.append(grid.permute(0, 1, 5, 4, 2, 6, 3, 7).flatten(6, 7).flatten(4, 5).flatten(1, 2).contiguous())
+        return clips
+
+    def forward(
+        self,
+        video: Tensor,
+        text: Tensor,
+        time: Tensor,
+        layout: zoo.Layout,
+        *,
+        step: int | None = None,
+        seed: int = 0,
+        memory: dict[Any, Any] | None = None,
+    ) -> DiTOutput:
+        """video (B, Nv, P), text int64 (B, Nt), time in [0, 1] (B, S), one per shot of the stream, or (B,).
+
+        `layout` is the joint one, captions included. `step`, `seed` and `memory` go to the attention. Raises ZooError
+        where a tensor does not match the layout.
+        """
+        layout = layout.to(video.device)
+        table = stream(layout)
+        shots = len(table.film_of_shot)
+        time = time[:, None].expand(-1, shots) if time.dim() == 1 else time
+        refuse("VideoDiT", self._mismatches(video, text, time, table))
+
+        words = self.words(text)  # (B, Nt, dim)
+        pooled = _pool(words, table)  # (B, S, dim)
+        shot_condition = self.time(_sinusoid(time, self.dim))  # (B, S, dim)
+        if self.pooled_text != "none":
+            shot_condition = shot_condition + pooled
+        x = self.patches(video)  # (B, Nv, dim)
+        if self.pooled is not None:
+            x = x + self.pooled(pooled)[:, table.shot_of_video]
+
+        joint = self.text == "joint"
+        inner = layout if joint else video_only(layout)
+        seen = table if joint else stream(inner)
+        if joint:
+            x = torch.cat([words, x], dim=1)[:, table.merge]  # (B, L, dim)
+        captions = None
+        if not joint and len(table.text):
+            rotation = _rotation(table.positions[table.text], self.head_dim)
+            captions = Captions(words, rotation, _own_captions(layout, inner, table))
+        context = Context(
+            layout=inner,
+            row_of=seen.row_of,
+            condition=F.silu(_with_film_means(shot_condition, table)),
+            rotation=_rotation(seen.positions, self.head_dim),
+            captions=captions,
+            noise=time,
+            step=step,
+            seed=seed,
+            memory=memory,
+        )
+        losses: dict[str, Tensor] = {}
+        results = []
+        for i, block in enumerate(self.blocks):
+            if self.checkpoint and torch.is_grad_enabled():
+                x, result = checkpoint(block, x, context, i, len(self.blocks), use_reentrant=False)
+            else:
+                x, result = block(x, context, i, len(self.blocks))
+            for name, loss in result.losses.items():
+                losses[name] = losses[name] + loss if name in losses else loss
+            results.append(replace(result, losses={name: loss.detach() for name, loss in result.losses.items()}))
+
+        x = x[:, seen.video]  # (B, Nv, dim)
+        scale, shift = self.modulation(context.condition)[:, seen.shot_of_video].chunk(2, dim=-1)
+        return DiTOutput(self.velocity(_modulate(x, scale, shift)), losses, results)
+
+    def _bad_clips(self, clips: Sequence[Tensor]) -> list[str]:
+        f, h, w = self.patch
+        reasons = ["needs at least one clip"] if not clips else []
+        for i, clip in enumerate(clips):
+            shape = tuple(clip.shape)
+            if len(shape) != 5:
+                reasons.append(f"clip {i} must be (B, F, C, H, W), got {shape}")
+            elif shape[2] != self.channels or shape[1] % f or shape[3] % h or shape[4] % w:
+                want = f"(B, a multiple of {f}, {self.channels}, a multiple of {h}, a multiple of {w})"
+                reasons.append(f"clip {i} must be {want}, got {shape}")
+        return reasons
+
+    def _mismatches(self, video: Tensor, text: Tensor, time: Tensor, table: Stream) -> list[str]:
+        batches = {"video": video.shape[0], "text": text.shape[0], "time": time.shape[0]}
+        return [
+            _mismatch("video tokens", video.shape[1], len(table.video)),
+            _mismatch("text tokens", text.shape[1], len(table.text)),
+            _mismatch("shot times", time.shape[1], len(table.film_of_shot)),
+            f"patches have {video.shape[2]} numbers, the model's have {self.patch_size}"
+            if video.shape[2] != self.patch_size
+            else "",
+            f"batch sizes differ: {batches}" if len(set(batches.values())) > 1 else "",
+        ]
+
+
+class Block(nn.Module):
+    """adaLN-zero block: registered self-attention, cross-attention to captions where asked for, MLP."""
+
+    def __init__(self, *, dim: int, heads: int, hidden: int, attention: zoo.Attention, cross: bool) -> None:
+        super().__init__()
+        self.heads = heads
+        self.attention = attention
+        self.qkv = nn.Linear(dim, 3 * dim)
+        self.q_norm, self.k_norm = nn.RMSNorm(dim // heads), nn.RMSNorm(dim // heads)
+        self.out = nn.Linear(dim, dim)
+        self.captions = CaptionAttention(dim, heads) if cross else None
+        self.mlp = nn.Sequential(nn.Linear(dim, hidden), nn.GELU(approximate="tanh"), nn.Linear(hidden, dim))
+        self.modulation = nn.Linear(dim, 6 * dim)
+        nn.init.zeros_(self.modulation.weight)
+        nn.init.zeros_(self.modulation.bias)
+
+    def forward(self, x: Tensor, context: Context, layer: int, layers: int) -> tuple[Tensor, zoo.Result]:
+        modulation = self.modulation(context.condition)[:, context.row_of]  # (B, L, 6·dim)
+        scale_a, shift_a, gate_a, scale_m, shift_m, gate_m = modulation.chunk(6, dim=-1)
+
+        hidden = _modulate(x, scale_a, shift_a)  # (B, L, dim)
+        q, k, v = self.qkv(hidden).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)  # (B, H, L, D) each
+        q = _rotate(self.q_norm(q), context.rotation).to(v.dtype)
+        k = _rotate(self.k_norm(k), context.rotation).to(v.dtype)
+        result = self.attention(
+            q,
+            k,
+            v,
+            context.layout,
+            hidden=hidden,
+            layer=layer,
+            layers=layers,
+            noise=context.noise,
+            step=context.step,
+            seed=context.seed,
+            memory=context.memory,
+        )
+        x = x + gate_a * self.out(_join_heads(result.out))
+        if self.captions is not None and context.captions is not None:
+            x = x + self.captions(x, context.rotation, context.captions)
+        x = x + gate_m * self.mlp(_modulate(x, scale_m, shift_m))
+        return x, replace(result, out=result.out.detach().to("meta"))
+
+
+class CaptionAttention(nn.Module):
+    """Video tokens (B, Nv, dim) read the words that the captions' plan gives them; where there are none they gain 0."""
+
+    def __init__(self, dim: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.q = nn.Linear(dim, dim)
+        self.kv = nn.Linear(dim, 2 * dim)
+        self.q_norm, self.k_norm = nn.RMSNorm(dim // heads), nn.RMSNorm(dim // heads)
+        self.out = nn.Linear(dim, dim, bias=False)  # a bias would move tokens that read nothing
+        nn.init.zeros_(self.out.weight)
+
+    def forward(self, x: Tensor, rotation: tuple[Tensor, Tensor], captions: Captions) -> Tensor:
+        q = self.q(F.layer_norm(x, x.shape[-1:])).unflatten(-1, (self.heads, -1)).transpose(1, 2)  # (B, H, Nv, D)
+        k, v = self.kv(captions.words).unflatten(-1, (2, self.heads, -1)).permute(2, 0, 3, 1, 4)  # (B, H, Nt, D) each
+        q = _rotate(self.q_norm(q), rotation).to(v.dtype)
+        k = _rotate(self.k_norm(k), captions.rotation).to(v.dtype)
+        read: Tensor = self.out(_join_heads(zoo.attend(q, k, v, captions.plan).out))
+        return read
+
+
+def _misfits(
+    dim: int,
+    depth: int,
+    heads: int,
+    channels: int,
+    patch: Sequence[int],
+    vocabulary: int,
+    attention: Sequence[Mapping[str, Any]],
+    text: str,
+    pooled_text: str,
+) -> list[str]:
+    sizes = {"dim": dim, "depth": depth, "heads": heads, "channels": channels}
+    reasons = [f"{name} must be at least 1, got {value}" for name, value in sizes.items() if value < 1]
+    if vocabulary < 0:
+        reasons.append(f"vocabulary must be at least 0, got {vocabulary}")
+    if len(patch) != 3 or min(patch) < 1:
+        reasons.append(f"patch must be (frames, rows, cols), each at least 1, got {list(patch)}")
+    if heads >= 1 and dim % heads:
+        reasons.append(f"heads must divide dim, got dim {dim} and {heads} heads")
+    elif heads >= 1 and (dim // heads % 2 or dim // heads < 6):
+        reasons.append(f"head_dim = dim / heads must be even and at least 6 for 3D RoPE, got {dim // heads}")
+    if len(attention) != depth:
+        reasons.append(f"attention must be one mapping or a list of depth = {depth} mappings, got {len(attention)}")
+    reasons += [
+        f"attention of layer {i} must be a mapping with a 'name', got {dict(settings)}"
+        for i, settings in enumerate(attention)
+        if "name" not in settings
+    ]
+    reasons += [unknown("text", text, TEXT)] if text not in TEXT else []
+    reasons += [unknown("pooled_text", pooled_text, POOLED_TEXT)] if pooled_text not in POOLED_TEXT else []
+    return reasons
+
+
+def _mismatch(what: str, given: int, want: int) -> str:
+    return f"got {given} {what}, the layout has {want}" if given != want else ""
+
+
+def _modulate(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
+    return F.layer_norm(x, x.shape[-1:]) * (1 + scale) + shift
+
+
+def _join_heads(x: Tensor) -> Tensor:
+    return x.transpose(1, 2).flatten(2)  # (B, H, L, D) -> (B, L, H·D)
+
+
+def _sinusoid(time: Tensor, dim: int) -> Tensor:
+    """Times in [0, 1], (B, S) -> (B, S, dim), periods from about 1/100 to 10."""
+    frequency = torch.exp(-math.log(1000.0) * torch.arange((dim + 1) // 2, device=time.device) / ((dim + 1) // 2))
+    angle = 600.0 * time.float()[..., None] * frequency
+    return torch.cat([angle.cos(), angle.sin()], dim=-1)[..., :dim]
+
+
+def _rotation(positions: Tensor, head_dim: int) -> tuple[Tensor, Tensor]:
+    """cos and sin, float32 (L, head_dim / 2), of positions (L, 3)."""
+    pairs = head_dim // 2
+    angles = []
+    for axis, (base, count) in enumerate(
+        zip(ROPE_BASE, (pairs - 2 * (pairs // 3), pairs // 3, pairs // 3), strict=True)
+    ):
+        frequency = base ** (-torch.arange(count, device=positions.device) / count)
+        angles.append(positions[:, axis, None] * frequency)
+    angle = torch.cat(angles, dim=-1)
+    return angle.cos(), angle.sin()
+
+
+def _rotate(x: Tensor, rotation: tuple[Tensor, Tensor]) -> Tensor:
+    cos, sin = rotation
+    a, b = x.chunk(2, dim=-1)
+    return torch.cat([a * cos - b * sin, a * sin + b * cos], dim=-1)
+
+
+def _pool(words: Tensor, table: Stream) -> Tensor:
+    """(B, Nt, dim) -> (B, S, dim): for each shot the sum of its caption's and its film's global caption's words."""
+    shots, films = len(table.film_of_shot), len(table.shots_of_film)
+    total = words.new_zeros(words.shape[0], shots + films, words.shape[2])
+    total = total.index_add(1, table.row_of[table.text], words)
+    return total[:, :shots] + total[:, shots:][:, table.film_of_shot]
+
+
+def _with_film_means(shots: Tensor, table: Stream) -> Tensor:
+    """(B, S, dim) -> (B, S + F, dim): the mean over each film's shots follows (0 for a film without shots)."""
+    total = shots.new_zeros(shots.shape[0], len(table.shots_of_film), shots.shape[2])
+    total = total.index_add(1, table.film_of_shot, shots)
+    return torch.cat([shots, total / table.shots_of_film.clamp(min=1)[:, None]], dim=1)
+
+
+def _own_captions(layout: zoo.Layout, video: zoo.Layout, table: Stream) -> zoo.Plan:
+    """Video tokens × text tokens: each shot reads its own caption and its film's global caption."""
+    shots = video.partition("shot")
+    captions = layout.partition("shot", where=layout.is_text)
+    own = (shots.shot[:, None] == captions.shot) | (captions.shot == -1)
+    return zoo.Plan.blocks(shots, captions.narrow(table.text), own & (shots.sample[:, None] == captions.sample))

@@ -1,0 +1,165 @@
+"""Rectified flow: what the model learns, and how films are drawn from it.
+
+x_t = (1 - t)·x + t·noise, velocity = noise - x; t = 0 is the clean film, t = 1 is noise.
+Every draw comes from a generator seeded by what it is for, so that a resumed run repeats it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import sparse_zoo as zoo
+from lit_modules.dit import DiTOutput, VideoDiT
+from lit_modules.stream import stream
+from sparse_zoo.errors import refuse
+
+
+def generator(*purpose: object) -> torch.Generator:
+    """A generator on the CPU, whatever the device, that is a function of `purpose` (printed, then hashed) alone."""
+    digest = hashlib.blake2b(repr(purpose).encode(), digest_size=4).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest, "little"))
+
+
+@dataclass(frozen=True)
+class FlowLoss:
+    """Squared error of the velocity: its mean, a scalar, and per token (B, Nv), detached; and the model's output."""
+
+    loss: Tensor
+    per_token: Tensor
+    output: DiTOutput
+
+
+@dataclass(frozen=True)
+class RectifiedFlow:
+    """Training times are logistic(mean + std·z), z normal, then t -> shift·t / (1 + (shift - 1)·t).
+
+    per_shot: a time for each shot, where otherwise all shots of a film share one.
+    drop_text: how often a film's captions are all replaced by the null token, for guidance.
+    """
+
+    mean: float = 0.0
+    std: float = 1.0
+    shift: float = 1.0
+    per_shot: bool = False
+    drop_text: float = 0.1
+
+    def __post_init__(self) -> None:
+        refuse(
+            "flow",
+            [
+                f"std must be at least 0, got {self.std}" if self.std < 0 else "",
+                f"shift must be above 0, got {self.shift}" if self.shift <= 0 else "",
+                f"drop_text must be in [0, 1], got {self.drop_text}" if not 0 <= self.drop_text <= 1 else "",
+            ],
+        )
+
+    def warp(self, time: Tensor) -> Tensor:
+        """Times in [0, 1], moved towards noise by `shift`."""
+        return self.shift * time / (1 + (self.shift - 1) * time)
+
+    def times(self, batch: int, layout: zoo.Layout, draws: torch.Generator) -> Tensor:
+        """Training times (B, S), one per shot of the stream."""
+        table = stream(layout)
+        count = len(table.film_of_shot) if self.per_shot else len(table.shots_of_film)
+        normal = torch.randn(batch, count, generator=draws)
+        time = self.warp(torch.sigmoid(self.mean + self.std * normal)).to(layout.device)
+        return time if self.per_shot else time[:, table.film_of_shot]
+
+    def training_loss(
+        self, model: VideoDiT, batch: Mapping[str, Any], draws: torch.Generator, *, step: int | None, seed: int
+    ) -> FlowLoss:
+        """The loss of a batch at drawn times, noise and dropped captions."""
+        text: Tensor = batch["text"]
+        layout = batch["layout"].to(text.device)
+        time = self.times(text.shape[0], layout, draws)
+        films = len(layout.films)
+        dropped = torch.rand(text.shape[0], films, generator=draws).to(text.device) < self.drop_text
+        text = text.masked_fill(dropped[:, stream(layout).film_of_text], model.null_id)
+        return self.loss(model, batch["clips"], text, time, layout, draws, step=step, seed=seed)
+
+    def loss(
+        self,
+        model: VideoDiT,
+        clips: list[Tensor],
+        text: Tensor,
+        time: Tensor,
+        layout: zoo.Layout,
+        draws: torch.Generator,
+        *,
+        step: int | None = None,
+        seed: int = 0,
+    ) -> FlowLoss:
+        """The loss of clips at given times (B, S), every token weighing the same."""
+        clean = model.patchify(clips)
+        noise = torch.randn(clean.shape, generator=draws).to(clean)
+        t = time[:, stream(layout).shot_of_video, None].to(clean)  # (B, Nv, 1)
+        output = model((1 - t) * clean + t * noise, text, time, layout, step=step, seed=seed)
+        per_token = (output.velocity.float() - (noise - clean).float()).square().mean(-1)
+        return FlowLoss(per_token.mean(), per_token.detach(), output)
+
+
+@dataclass(frozen=True)
+class Euler:
+    """Sampler: `steps` Euler steps from noise to film, evenly spaced before the flow's shift.
+
+    guidance: 1 follows the captions as they are; g > 1 goes g times as far from the velocity without captions, at
+    the price of a second forward pass.
+    """
+
+    steps: int = 12
+    guidance: float = 1.0
+
+    def __post_init__(self) -> None:
+        refuse("sampling", [f"steps must be at least 1, got {self.steps}"] if self.steps < 1 else [])
+
+    @torch.no_grad()
+    def sample(
+        self,
+        model: VideoDiT,
+        flow: RectifiedFlow,
+        batch: Mapping[str, Any],
+        *,
+        seed: int = 0,
+        known: Tensor | None = None,
+    ) -> list[Tensor]:
+        """Clips (B, F, C, H, W), one per shot in stream order, for the batch's layout and captions.
+
+        `known`: bool (S,), shots that are given: they keep the batch's clips, clean and at time 0, throughout.
+        """
+        text: Tensor = batch["text"]
+        layout = batch["layout"].to(text.device)
+        table = stream(layout)
+        shape = (text.shape[0], len(table.video), model.patch_size)
+        x = torch.randn(shape, generator=generator("sample", seed)).to(layout.device)
+        given = torch.zeros_like(table.film_of_shot, dtype=torch.bool) if known is None else known.to(layout.device)
+        refuse(
+            "sample",
+            [f"known is for {len(given)} shots, the layout has {len(table.film_of_shot)}"]
+            if given.shape != table.film_of_shot.shape
+            else [],
+        )
+        held = given[table.shot_of_video][:, None]  # (Nv, 1)
+        if known is not None:
+            x = torch.where(held, model.patchify(batch["clips"]).to(x), x)
+
+        grid = flow.warp(torch.linspace(1, 0, self.steps + 1)).tolist()
+        memories: tuple[dict[Any, Any], dict[Any, Any]] = ({}, {})  # with and without captions
+        was_training = model.training
+        model.eval()
+        for i, (now, then) in enumerate(pairwise(grid)):
+            time = torch.where(given, 0.0, now).expand(text.shape[0], -1)
+            velocity = model(x, text, time, layout, step=i, seed=seed, memory=memories[0]).velocity.float()
+            if self.guidance != 1 and text.shape[1]:
+                unguided = torch.full_like(text, model.null_id)
+                plain = model(x, unguided, time, layout, step=i, seed=seed, memory=memories[1]).velocity.float()
+                velocity = plain + self.guidance * (velocity - plain)
+            x = torch.where(held, x, x + (then - now) * velocity)
+        model.train(was_training)
+        return model.unpatchify(x, layout)

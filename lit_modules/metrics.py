@@ -1,0 +1,34 @@
+"""Metrics of the model's own loss."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torchmetrics import Metric
+
+
+class LossByTime(Metric):
+    """Mean flow loss per token at each of a few fixed noise times.
+
+    `compute()` gives (T,) in the order of `times`, NaN where a time was never updated.
+    """
+
+    full_state_update = False
+    error: Tensor
+    tokens: Tensor
+
+    def __init__(self, times: Sequence[float]) -> None:
+        super().__init__()
+        self.times = tuple(times)
+        for state in ("error", "tokens"):
+            self.add_state(state, torch.zeros(len(self.times), dtype=torch.float64), dist_reduce_fx="sum")
+
+    def update(self, per_token: Tensor, which: int) -> None:
+        """`per_token`: losses of any shape, all at `times[which]`."""
+        self.error[which] += per_token.double().sum()
+        self.tokens[which] += per_token.numel()
+
+    def compute(self) -> Tensor:
+        return self.error / self.tokens

@@ -1,0 +1,198 @@
+"""The LightningModule: a VideoDiT trained by rectified flow."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningModule
+from lightning.pytorch.callbacks import Callback
+from omegaconf import OmegaConf
+from torch import nn
+from torchmetrics import Metric, MetricCollection
+from typing_extensions import override
+
+from lit_modules.callbacks import EMA
+from lit_modules.dit import VideoDiT
+from lit_modules.flow import Euler, RectifiedFlow, generator
+from lit_modules.metrics import LossByTime
+from lit_modules.stream import stream
+from sparse_zoo.errors import refuse, unknown
+
+VALIDATION_TIMES = (0.125, 0.375, 0.625, 0.875)  # the middles of four equal strata
+
+
+class NonFiniteLoss(RuntimeError):
+    """At `step`, before its update, `what` (losses or gradients by name) was NaN or infinite."""
+
+    def __init__(self, step: int, what: Mapping[str, float]) -> None:
+        super().__init__(f"step {step}: " + ", ".join(f"{name} is {value}" for name, value in what.items()))
+        self.step, self.what = step, dict(what)
+
+
+@dataclass(frozen=True)
+class Optim:
+    """AdamW, linear warm-up over `warmup_steps`, then a cosine down to `floor`·lr at the last step; EMA of weights.
+
+    Weight decay is for the matrices of linear layers alone. `ema_decay` is approached from below over the first
+    steps; 0 turns the average off.
+    """
+
+    lr: float = 1e-3
+    weight_decay: float = 0.01
+    beta1: float = 0.9
+    beta2: float = 0.99
+    warmup_steps: int = 100
+    floor: float = 0.1
+    ema_decay: float = 0.999
+
+    def __post_init__(self) -> None:
+        unit = {"beta1": self.beta1, "beta2": self.beta2, "ema_decay": self.ema_decay}
+        refuse(
+            "optim",
+            [f"{name} must be in [0, 1), got {value}" for name, value in unit.items() if not 0 <= value < 1]
+            + [
+                f"lr must be above 0, got {self.lr}" if self.lr <= 0 else "",
+                f"weight_decay must be at least 0, got {self.weight_decay}" if self.weight_decay < 0 else "",
+                f"warmup_steps must be at least 0, got {self.warmup_steps}" if self.warmup_steps < 0 else "",
+                f"floor must be in [0, 1], got {self.floor}" if not 0 <= self.floor <= 1 else "",
+            ],
+        )
+
+    def rate(self, step: int, total: float) -> float:
+        """The factor on lr at optimizer step `step`, 0-based, of `total` (infinite: no decay)."""
+        if step < self.warmup_steps:
+            return (step + 1) / (self.warmup_steps + 1)
+        progress = min(1.0, (step - self.warmup_steps) / max(1.0, total - self.warmup_steps))
+        return self.floor + (1 - self.floor) * 0.5 * (1 + math.cos(math.pi * progress))
+
+
+class LitVideoDiT(LightningModule):
+    """Trains a `VideoDiT` on batches of clips, captions and a layout; see README for the batch.
+
+    Args:
+        model: Arguments of `VideoDiT`.
+        flow: Fields of `RectifiedFlow`.
+        optim: Fields of `Optim`.
+        sampling: Fields of `Euler`, for `sample_metrics`.
+        seed: Of noise, times and the attention's draws; with the number of the batch it fixes them all.
+        sample_metrics: Metrics by name, whose `update(clips, batch)` judges films that are generated at validation:
+            the last shot of each film, the earlier ones given. Not kept in checkpoints.
+
+    Logs `train/loss` = `train/flow` + every `train/aux/<name>`, `train/grad_norm`, and in validation, with EMA
+    weights, `val/loss`: the flow loss at `VALIDATION_TIMES` with noise that depends on the number of the validation
+    batch alone, so that it compares between steps, methods and seeds; `val/loss_t<time>` are its parts. Raises
+    `NonFiniteLoss` before a bad loss or gradient reaches the weights.
+    """
+
+    def __init__(
+        self,
+        model: Mapping[str, Any],
+        flow: Mapping[str, Any] | None = None,
+        optim: Mapping[str, Any] | None = None,
+        seed: int = 0,
+        sample_metrics: Mapping[str, Metric] | None = None,
+        sampling: Mapping[str, Any] | None = None,
+    ) -> None:
+        super().__init__()
+        # Plain containers, so that a checkpoint loads without whatever made the configuration.
+        model, flow, optim, sampling = (_plain(part) for part in (model, flow, optim, sampling))
+        self.save_hyperparameters(ignore=["sample_metrics"])
+        parts = {"flow": (RectifiedFlow, flow), "optim": (Optim, optim), "sampling": (Euler, sampling)}
+        refuse(
+            "LitVideoDiT",
+            [
+                unknown(f"{name} setting", key, known)
+                for name, (kind, given) in parts.items()
+                if (known := [f.name for f in fields(kind)])
+                for key in given
+                if key not in known
+            ],
+        )
+        self.seed = seed
+        self.model = VideoDiT(**model)
+        self.flow = RectifiedFlow(**flow)
+        self.optim = Optim(**optim)
+        self.sampling = Euler(**sampling)
+        self.val_loss = LossByTime(VALIDATION_TIMES)
+        self.sample_metrics = MetricCollection(dict(sample_metrics or {}), prefix="val/", compute_groups=False)
+
+    @override
+    def configure_callbacks(self) -> list[Callback]:
+        return [EMA(self.optim.ema_decay)] if self.optim.ema_decay else []
+
+    @override
+    def configure_optimizers(self) -> Any:
+        matrices = [m.weight for m in self.model.modules() if isinstance(m, nn.Linear)]
+        decayed = {id(p) for p in matrices}
+        others = [p for p in self.model.parameters() if id(p) not in decayed]
+        groups = [
+            {"params": matrices, "weight_decay": self.optim.weight_decay},
+            {"params": others, "weight_decay": 0.0},
+        ]
+        optimizer = torch.optim.AdamW(groups, lr=self.optim.lr, betas=(self.optim.beta1, self.optim.beta2))
+        total = float(self.trainer.estimated_stepping_batches)
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: self.optim.rate(step, total))
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    @override
+    def training_step(self, batch: dict[str, Any], batch_idx: int) -> dict[str, Any]:
+        # Batches seen, not optimizer steps: accumulated batches must not share their noise. Resuming restores it.
+        step = self.trainer.fit_loop.total_batch_idx
+        draws = generator("train", self.seed, self.global_rank, step)
+        found = self.flow.training_loss(self.model, batch, draws, step=step, seed=self.seed)
+        losses = {"flow": found.loss} | {f"aux/{name}": loss for name, loss in found.output.losses.items()}
+        loss = torch.stack(list(losses.values())).sum()
+        if not torch.isfinite(loss):
+            raise NonFiniteLoss(
+                self.global_step, {name: float(part) for name, part in losses.items() if not part.isfinite()}
+            )
+        size = len(batch["layout"].films) * len(batch["text"])
+        self.log("train/loss", loss, prog_bar=True, batch_size=size)
+        self.log_dict({f"train/{name}": part for name, part in losses.items()}, batch_size=size)
+        return {"loss": loss, "results": found.output.results}
+
+    @override
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        named = {name: p.grad for name, p in self.model.named_parameters() if p.grad is not None}
+        norm = nn.utils.get_total_norm(list(named.values()))
+        # With float16 an overflow is expected: the gradient scaler skips the step and lowers its scale.
+        if not torch.isfinite(norm) and self.trainer.precision != "16-mixed":
+            bad = {name: float(g.norm()) for name, g in named.items() if not g.isfinite().all()}
+            raise NonFiniteLoss(self.global_step, {f"gradient of {name}": value for name, value in bad.items()})
+        self.log("train/grad_norm", norm)
+
+    @override
+    def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
+        text, layout = batch["text"], batch["layout"]
+        shots = len(stream(layout).film_of_shot)
+        for which, at in enumerate(VALIDATION_TIMES):
+            time = torch.full((text.shape[0], shots), at, device=text.device)
+            draws = generator("validation", self.global_rank, batch_idx, which)
+            found = self.flow.loss(self.model, batch["clips"], text, time, layout, draws)
+            self.val_loss.update(found.per_token, which)
+        if len(self.sample_metrics) and not self.trainer.sanity_checking:
+            known = ~stream(layout).last_shots
+            clips = self.sampling.sample(self.model, self.flow, batch, seed=batch_idx, known=known)
+            self.sample_metrics.update(clips, batch)
+
+    @override
+    def on_validation_epoch_end(self) -> None:
+        by_time = self.val_loss.compute()
+        self.val_loss.reset()
+        loss = by_time.mean().float()
+        if not torch.isfinite(loss):
+            raise NonFiniteLoss(self.global_step, {"val/loss": float(loss)})
+        self.log("val/loss", loss, prog_bar=True)
+        self.log_dict({f"val/loss_t{at}": part.float() for at, part in zip(VALIDATION_TIMES, by_time, strict=True)})
+        if len(self.sample_metrics) and not self.trainer.sanity_checking:
+            self.log_dict(self.sample_metrics.compute())
+            self.sample_metrics.reset()
+
+
+def _plain(part: Mapping[str, Any] | None) -> dict[str, Any]:
+    plain: Any = OmegaConf.to_container(OmegaConf.create(dict(part or {})), resolve=True)
+    return dict(plain)
