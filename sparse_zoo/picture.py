@@ -1,0 +1,107 @@
+"""A plan as an image: who attends to whom, averaged over bins of tokens."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from sparse_zoo.errors import refuse
+from sparse_zoo.layout import Layout
+from sparse_zoo.partition import Partition
+from sparse_zoo.plan import Part, Plan
+
+PAPER, INK = (250, 250, 247), (28, 62, 112)
+TEXT, VIDEO = (222, 146, 48), ((186, 194, 204), (214, 219, 226))
+SHOT_LINE, FILM_LINE = (205, 100, 60), (150, 20, 40)
+RULER = 8
+
+
+def coverage(plan: Plan, bins: int, *, batch: int = 0, head: int = 0) -> Tensor:
+    """The share of pairs that are attended, per bin of queries × bin of keys: float32 (bins, bins) in [0, 1].
+
+    Bin of token i of L: i · bins // L. From the plan's pieces and edges alone, without any L × L mask.
+    """
+    lq, lk = plan.shape
+    refuse("coverage", [f"bins must be 1 … {min(lq, lk)} for this plan, got {bins}"] * (not 1 <= bins <= min(lq, lk)))
+    pairs = sum((_pairs(part, bins, batch, head) for part in plan.parts), torch.zeros(bins, bins, dtype=torch.float64))
+    rows, cols = (torch.bincount(_bin_of(length, bins), minlength=bins) for length in (lq, lk))
+    return (pairs / (rows[:, None] * cols)).float()
+
+
+def picture(plan: Plan, layout: Layout, *, batch: int = 0, head: int = 0, pixels: int = 256) -> Tensor:
+    """uint8 (pixels + 8, pixels + 8, 3) RGB on the CPU: queries from top to bottom, keys from left to right.
+
+    The darker, the larger the share of attended pairs. Lines mark where shots (orange) and films (red) begin; the
+    rulers above and on the left are orange over text and grey over video, changing shade from shot to shot. `batch`
+    and `head` choose one where the plan tells them apart.
+    """
+    length = len(layout)
+    refuse(
+        "picture",
+        [
+            f"the plan is for {plan.shape} tokens, the layout has {length}" if plan.shape != (length, length) else "",
+            f"pixels must be at least 1, got {pixels}" if pixels < 1 else "",
+        ],
+    )
+    bins = min(pixels, length)
+    token = torch.arange(pixels) * length // pixels  # the first token that a pixel shows
+    share = coverage(plan, bins, batch=batch, head=head)[token * bins // length][:, token * bins // length, None]
+    paper, ink = (torch.tensor(colour).float() for colour in (PAPER, INK))
+    # The root keeps thin structure visible: a bin that attends to 1% shows as 10% ink.
+    image = torch.lerp(paper, ink, share.sqrt())
+    ruler = torch.tensor((TEXT, *VIDEO)).float()[
+        torch.where(layout.is_text.cpu(), 0, 1 + layout.shot.cpu() % len(VIDEO))[token]
+    ]
+    for labels, colour in ((layout.shot, SHOT_LINE), (layout.sample, FILM_LINE)):
+        lines = (_first_pixels(labels.cpu(), pixels)).nonzero()[:, 0]
+        line = torch.tensor(colour).float()
+        image[lines] = torch.lerp(image[lines], line, 0.6)
+        image[:, lines] = torch.lerp(image[:, lines], line, 0.6)
+    whole = paper.expand(pixels + RULER, pixels + RULER, 3).clone()
+    whole[RULER:, RULER:] = image
+    whole[RULER:, : RULER - 2] = ruler[:, None]
+    whole[: RULER - 2, RULER:] = ruler[None]
+    return whole.round().to(torch.uint8)
+
+
+def _bin_of(length: int, bins: int) -> Tensor:
+    return torch.arange(length) * bins // length
+
+
+def _first_pixels(labels: Tensor, pixels: int) -> Tensor:
+    """bool (pixels,): whether a new label begins at this pixel, the very first apart."""
+    token = torch.arange(pixels + 1) * len(labels) // pixels
+    changes = torch.cat([torch.zeros(1), (labels.diff() != 0).float()]).cumsum(0)  # how many changes up to each token
+    last = changes[torch.maximum(token[:-1], token[1:] - 1)]
+    return last.diff(prepend=torch.zeros(1)) > 0
+
+
+def _pairs(part: Part, bins: int, batch: int, head: int) -> Tensor:
+    """Attended pairs per (bin of queries, bin of keys): float64 (bins, bins)."""
+    edges = _one(part.edges, batch, head)
+    queries, keys = (_counts(pieces, bins, batch, head) for pieces in (part.queries, part.keys))
+    if part.by_table:
+        return (queries.to_dense() @ edges.double()) @ keys.to_dense().T
+    entry, count = queries.indices(), queries.values()  # (bin, piece) pairs that meet: at most one per token
+    chosen = edges[entry[1]].long() + 1  # 0 stands for none
+    met = torch.zeros(bins * (part.keys.count + 1), dtype=torch.float64)
+    met.index_add_(
+        0,
+        (entry[0][:, None] * (part.keys.count + 1) + chosen).flatten(),
+        count[:, None].expand_as(chosen).flatten(),
+    )
+    return met.view(bins, -1)[:, 1:] @ keys.to_dense().T
+
+
+def _counts(pieces: Partition, bins: int, batch: int, head: int) -> Tensor:
+    """How many tokens of each piece lie in each bin: sparse float64 (bins, pieces), coalesced."""
+    piece = _one(pieces.piece_of, batch, head)
+    held = piece >= 0
+    index = torch.stack([_bin_of(pieces.length, bins)[held], piece[held]])
+    ones = torch.ones(index.shape[1], dtype=torch.float64)
+    return torch.sparse_coo_tensor(index, ones, (bins, pieces.count), check_invariants=True).coalesce()
+
+
+def _one(x: Tensor, batch: int, head: int) -> Tensor:
+    """What belongs to one batch item and head of a tensor (B|1, H|1, ...), on the CPU."""
+    return x[batch if x.shape[0] > 1 else 0, head if x.shape[1] > 1 else 0].cpu()
