@@ -1,0 +1,41 @@
+"""Sparse attention for long-video diffusion transformers: methods say who attends to whom, kernels compute it."""
+
+from sparse_zoo import methods as _methods
+from sparse_zoo.attention import Attention, Branch, Call, Knob, Limit, Result, Term
+from sparse_zoo.cost import Cost
+from sparse_zoo.errors import ZooError
+from sparse_zoo.kernels import Attended, attend, kernels, merge
+from sparse_zoo.layout import Film, Layout, Shot
+from sparse_zoo.partition import Partition
+from sparse_zoo.plan import Part, Plan
+from sparse_zoo.registry import Setting, build, get, load_plugin, names, register, settings, summary
+
+__all__ = [
+    "Attended",
+    "Attention",
+    "Branch",
+    "Call",
+    "Cost",
+    "Film",
+    "Knob",
+    "Layout",
+    "Limit",
+    "Part",
+    "Partition",
+    "Plan",
+    "Result",
+    "Setting",
+    "Shot",
+    "Term",
+    "ZooError",
+    "attend",
+    "build",
+    "get",
+    "kernels",
+    "load_plugin",
+    "merge",
+    "names",
+    "register",
+    "settings",
+    "summary",
+]

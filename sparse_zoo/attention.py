@@ -1,0 +1,256 @@
+"""The contract of a method: it says who attends to whom; kernels compute it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, MutableMapping
+from dataclasses import dataclass, field, replace
+from functools import lru_cache
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor, nn
+
+from sparse_zoo.kernels import attend
+from sparse_zoo.kernels import names as kernel_names
+from sparse_zoo.cost import Cost
+from sparse_zoo.errors import ZooError, refuse, unknown
+from sparse_zoo.layout import Layout
+from sparse_zoo.plan import Plan
+
+
+@dataclass(frozen=True)
+class Call:
+    """Everything a method may look at.
+
+    q (B, H, Lq, D); k, v (B, Hk, Lk, D) with H % Hk == 0, as in torch's SDPA. `layout` describes the Lk tokens of the
+    stream; `q_rows`, int64 (Lq,), says which of them q holds (all, when None). `hidden` (B, Lk, dim) is what q, k, v
+    were projected from, `features` what the method made of it. `noise` is the time of the noise, 0 clean … 1; `memory`
+    is the sampler's, for methods that keep something between noise steps. Random draws are functions of seed, step,
+    layer, `head_offset` + head, and token.
+    """
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    layout: Layout
+    q_rows: Tensor | None = None
+    hidden: Tensor | None = None
+    features: Mapping[str, Tensor] | None = None
+    layer: int = 0
+    layers: int = 1
+    noise: Tensor | float | None = None
+    step: int | None = None
+    seed: int = 0
+    head_offset: int = 0
+    memory: MutableMapping[Any, Any] | None = None
+
+    def __post_init__(self) -> None:
+        refuse("attention", self._mismatches())
+
+    def _mismatches(self) -> list[str]:
+        q, k, v = self.q.shape, self.k.shape, self.v.shape
+        if not len(q) == len(k) == len(v) == 4:
+            return [f"q, k, v must be (B, H, L, D), got {tuple(q)}, {tuple(k)}, {tuple(v)}"]
+        rows = len(self.layout) if self.q_rows is None else len(self.q_rows)
+        named = "the layout" if self.q_rows is None else "q_rows"
+        return [
+            f"q has {q[2]} tokens, {named} has {rows}" if q[2] != rows else "",
+            f"k has {k[2]} tokens, the layout has {len(self.layout)}" if k[2] != len(self.layout) else "",
+            f"k is {tuple(k)} and v is {tuple(v)}; batch, heads and tokens must agree" if k[:3] != v[:3] else "",
+            f"q has {q[0]} batch items, k has {k[0]}" if q[0] != k[0] else "",
+            f"q has head dim {q[3]}, k has {k[3]}" if q[3] != k[3] else "",
+            f"{q[1]} query heads are no multiple of {k[1]} key heads" if q[1] % k[1] else "",
+            f"hidden is {tuple(self.hidden.shape)}, must be ({q[0]}, {len(self.layout)}, dim)"
+            if self.hidden is not None and self.hidden.shape[:2] != (q[0], len(self.layout))
+            else "",
+        ]
+
+
+@dataclass(frozen=True)
+class Branch:
+    """A softmax over a plan, times a weight that broadcasts to the output (B, H, Lq, D). Outputs of branches are summed.
+
+    Coarse branches bring their own q, k, v (None: the call's) and `rows`, int64 (Lq,): which of their queries each
+    token of the output reads.
+    """
+
+    plan: Plan
+    weight: Tensor | float = 1.0
+    q: Tensor | None = None
+    k: Tensor | None = None
+    v: Tensor | None = None
+    rows: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Term:
+    """An output (B, H, Lq, D) outside any softmax, and what it took."""
+
+    value: Tensor
+    flops: int
+
+
+@dataclass(frozen=True)
+class Result:
+    """out (B, H, Lq, D); the plans that ran, one a branch; auxiliary losses by name, weighted; the kernel that ran."""
+
+    out: Tensor
+    plans: list[Plan]
+    losses: dict[str, Tensor]
+    kernel: str
+    layout: Layout
+    q_rows: Tensor | None = field(default=None, repr=False)
+    routing_flops: int = 0
+
+    def cost(self) -> Cost:
+        """Counted from the plans that ran, for this batch and these heads. Reads numbers back from the device."""
+        batch, heads, _, dim = self.out.shape
+        dense = self.layout.dense_pairs
+        if self.q_rows is not None:
+            lengths = torch.tensor([len(film) for film in self.layout.films], device=self.q_rows.device)
+            dense = int(lengths[self.layout.sample[self.q_rows]].sum())
+        pairs = sum(int(plan.pairs.expand(batch, heads).sum()) for plan in self.plans)
+        return Cost.of(pairs, batch * heads * dense, dim, self.routing_flops)
+
+
+@dataclass(frozen=True)
+class Limit:
+    """Settings at which a method equals dense attention; with `text=False`, on streams without text only."""
+
+    settings: Mapping[str, Any]
+    text: bool = True
+
+
+@dataclass(frozen=True)
+class Knob:
+    """The setting that buys density, from `low` to `high`; density never falls as it goes there."""
+
+    setting: str
+    low: Any
+    high: Any
+
+
+class Attention(nn.Module):
+    """Base class of methods: override `plan`, or `branches` for what one plan cannot say.
+
+    Args:
+        heads: Query heads.
+        head_dim: Channels of a head.
+        dim: Width of `hidden`; needed by methods with parameters of their own.
+        kernel: Kernel by name, or "auto".
+        text_reads: "method": as the method says; "text": text queries attend to the text of their sample alone, so
+            that captions cannot relay what they saw from shot to shot.
+    """
+
+    limits: ClassVar[Limit | str] = "none declared"
+    causality: Literal["routing", "strict"] | None = None
+    may_be_empty: bool = False
+    knob: ClassVar[Knob | None] = None
+
+    def __init__(
+        self,
+        *,
+        heads: int,
+        head_dim: int,
+        dim: int | None = None,
+        kernel: str = "auto",
+        text_reads: Literal["method", "text"] = "method",
+    ) -> None:
+        super().__init__()
+        refuse(
+            type(self).__name__,
+            [
+                f"heads must be at least 1, got {heads!r}" if not is_count(heads) else "",
+                f"head_dim must be at least 1, got {head_dim!r}" if not is_count(head_dim) else "",
+                f"dim must be at least 1, got {dim!r}" if dim is not None and not is_count(dim) else "",
+                unknown("kernel", kernel, kernel_names()) if kernel not in kernel_names() else "",
+                unknown("text_reads", text_reads, ("method", "text")) if text_reads not in ("method", "text") else "",
+            ],
+        )
+        self.heads, self.head_dim, self.dim = heads, head_dim, dim
+        self.kernel, self.text_reads = kernel, text_reads
+
+    # -- what a method says -------------------------------------------------------------------------------------------
+
+    def plan(self, q: Tensor, k: Tensor, layout: Layout) -> Plan:
+        """Who attends to whom. q (B, H, L, D), k (B, Hk, L, D); made without gradient.
+
+        By default the plan of the only branch.
+        """
+        if type(self).branches is Attention.branches:
+            raise NotImplementedError(f"{type(self).__name__} must define plan(q, k, layout) or branches(call)")
+        branches = self.branches(Call(q, k, k, layout))
+        if len(branches) != 1 or not isinstance(branches[0], Branch):
+            raise ZooError(f"{type(self).__name__} has {len(branches)} branches; ask for branches(call)")
+        return branches[0].plan
+
+    def branches(self, call: Call) -> list[Branch | Term]:
+        """The softmaxes to sum; by default one over `plan`."""
+        with torch.no_grad():
+            plan = self.plan(call.q, call.k, call.layout)
+        if call.q_rows is not None and plan.shape[0] == len(call.layout):
+            plan = plan.narrow(call.q_rows)
+        return [Branch(plan)]
+
+    def features(self, hidden: Tensor) -> dict[str, Tensor]:  # noqa: ARG002
+        """Small per-token tensors (B, L, …) that routing needs, from hidden (B, L, dim)."""
+        return {}
+
+    def losses(self, call: Call) -> dict[str, Tensor]:  # noqa: ARG002
+        """Auxiliary losses by name, weighted: scalars to add to the loss."""
+        return {}
+
+    def routing_flops(self, call: Call) -> int:  # noqa: ARG002
+        """What deciding takes, for the ledger."""
+        return 0
+
+    # -- how it runs --------------------------------------------------------------------------------------------------
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, layout: Layout, **context: Any) -> Result:
+        """Attend: q (B, H, Lq, D), k, v (B, Hk, Lk, D); `context` holds further fields of `Call`."""
+        return self.run(Call(q, k, v, layout.to(q.device), **context))
+
+    def run(self, call: Call) -> Result:
+        """Attend, with everything given as one `Call`."""
+        if call.features is None and call.hidden is not None:
+            call = replace(call, features=self.features(call.hidden))
+        out: Tensor | None = None
+        plans, used = [], []
+        for branch in self.branches(call):
+            if isinstance(branch, Term):
+                value = branch.value
+            else:
+                plan = self._text_reads_text(branch, call) if self.text_reads == "text" else branch.plan
+                q, k, v = (b if b is not None else c for b, c in zip((branch.q, branch.k, branch.v), (call.q, call.k, call.v), strict=True))
+                attended = attend(q, k, v, plan, kernel=self.kernel)
+                value = attended.out if branch.rows is None else attended.out[:, :, branch.rows]
+                if not (isinstance(branch.weight, float | int) and branch.weight == 1):
+                    value = branch.weight * value
+                plans.append(plan)
+                used.append(attended.kernel)
+            out = value if out is None else out + value
+        if out is None:
+            raise ZooError(f"{type(self).__name__}.branches gave nothing to attend with")
+        kernel = ",".join(dict.fromkeys(used))
+        return Result(
+            out.to(call.q.dtype), plans, self.losses(call), kernel, call.layout, call.q_rows, self.routing_flops(call)
+        )
+
+    def _text_reads_text(self, branch: Branch, call: Call) -> Plan:
+        if branch.rows is not None:
+            raise ZooError(f"{type(self).__name__}: text_reads='text' has no meaning for a branch with pooled queries")
+        is_text, among = call.layout.is_text, _text_among_itself(call.layout)
+        if call.q_rows is not None:
+            is_text, among = is_text[call.q_rows], among.narrow(call.q_rows)
+        # Their queries are apart, so the parts cannot share a pair.
+        return Plan(*branch.plan.keep(~is_text).parts, *among.parts)
+
+
+@lru_cache(maxsize=32)
+def _text_among_itself(layout: Layout) -> Plan:
+    return Plan.within(layout.partition(where=layout.is_text))
+
+
+def is_count(value: object, least: int = 1) -> bool:
+    """Whether a setting is a whole number of at least `least`."""
+    return isinstance(value, int) and not isinstance(value, bool) and value >= least

@@ -1,0 +1,100 @@
+"""Kernels compute a plan: (q, k, v, plan) -> (out, lse). They know no method."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from sparse_zoo.errors import refuse, unknown
+from sparse_zoo.kernels.base import Kernel
+from sparse_zoo.kernels.grouped import Cpu
+from sparse_zoo.kernels.reference import Reference
+from sparse_zoo.kernels.varlen import TorchVarlen
+from sparse_zoo.plan import Plan
+
+_kernels: dict[str, Kernel] = {kernel.name: kernel for kernel in (TorchVarlen(), Cpu(), Reference())}
+AUTO = ("torch", "cpu")
+"""What "auto" tries, in this order. The oracle is never among them: it has to be asked for."""
+
+
+class Attended(NamedTuple):
+    """out (B, H, Lq, D), lse (B, H, Lq) natural log, float32 or wider, no gradient; the kernel that ran."""
+
+    out: Tensor
+    lse: Tensor
+    kernel: str
+
+
+def kernels() -> dict[str, list[str]]:
+    """Every kernel, with the reasons why it cannot run here: none if it can."""
+    return {name: kernel.why_not() for name, kernel in _kernels.items()}
+
+
+def names() -> list[str]:
+    """What `kernel=` takes."""
+    return ["auto", *_kernels]
+
+
+def get(name: str) -> Kernel:
+    """A kernel by name; raises `ZooError` with the nearest name and the list."""
+    refuse("sparse_zoo", [unknown("kernel", name, _kernels)] if name not in _kernels else [])
+    return _kernels[name]
+
+
+@torch.compiler.disable
+def attend(
+    q: Tensor, k: Tensor, v: Tensor, plan: Plan, *, kernel: str = "auto", scale: float | None = None, check: bool = False
+) -> Attended:
+    """Softmax attention over a plan: q (B, H, Lq, D), k, v (B, Hk, Lk, D), one dtype and device, H % Hk == 0.
+
+    `scale` is D^-0.5 by default. "auto" takes the first of `AUTO` that can run these tensors; a kernel asked by name
+    runs or raises `ZooError` with every reason. `check` also checks that the plan holds no pair twice.
+    """
+    refuse("attend", _mismatches(q, k, v, plan))
+    if check:
+        plan.validate()
+    if kernel == "auto":
+        reasons = {name: _kernels[name].why_not(q, v) for name in AUTO}
+        chosen = next((name for name in AUTO if not reasons[name]), "")
+        if not chosen:
+            refuse("no kernel can run this", [f"{name}: {'; '.join(why)}" for name, why in reasons.items()])
+    else:
+        chosen = kernel
+        refuse(f"kernel {kernel!r}", get(kernel).why_not(q, v))
+    out, lse = _kernels[chosen].run(q, k, v, plan, q.shape[-1] ** -0.5 if scale is None else scale)
+    return Attended(out, lse, chosen)
+
+
+def merge(outs: Sequence[Tensor], lses: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    """Exact merge of attentions over disjoint key sets: outs (…, L, D), lses (…, L) -> (out, lse)."""
+    table = torch.stack(list(lses))
+    lse = table.logsumexp(0)
+    # Where no set had a key there is nothing to weigh: -inf - -inf is no weight.
+    weights = (table - lse.masked_fill(lse == -torch.inf, 0)).exp()
+    out = sum(weight[..., None].to(out.dtype) * out for weight, out in zip(weights, outs, strict=True))
+    assert isinstance(out, Tensor)
+    return out, lse
+
+
+def _mismatches(q: Tensor, k: Tensor, v: Tensor, plan: Plan) -> list[str]:
+    given = f"q is {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}"
+    if not q.dim() == k.dim() == v.dim() == 4:
+        return [f"q, k, v must have four dimensions; {given}"]
+    batch, heads = plan.batch_heads
+    return [
+        f"the plan is for {plan.shape[0]} queries and {plan.shape[1]} keys; {given}"
+        if plan.shape != (q.shape[2], k.shape[2])
+        else "",
+        f"the plan tells {batch} batch items and {heads} heads apart; {given}"
+        if batch not in (1, q.shape[0]) or heads not in (1, q.shape[1])
+        else "",
+        f"k and v must agree, q and k in batch and head dim, heads of q be a multiple of those of k; {given}"
+        if k.shape[:3] != v.shape[:3] or q.shape[0] != k.shape[0] or q.shape[3] != k.shape[3] or q.shape[1] % k.shape[1]
+        else "",
+        f"q, k, v must share dtype and device, got {[(x.dtype, str(x.device)) for x in (q, k, v)]}"
+        if len({(x.dtype, x.device) for x in (q, k, v)}) > 1
+        else "",
+    ]

@@ -1,0 +1,231 @@
+"""Gather rectangles, run a dense engine on each, merge by log-sum-exp. One file; engines differ only in the dense step.
+
+The backward needs no partial results: for a softmax over a disjoint union of key sets, the gradients through one set
+are those of dense attention on it with the union's output and log-sum-exp in place of its own.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.nn.functional import embedding
+
+from sparse_zoo.kernels.base import Kernel
+from sparse_zoo.kernels.rectangles import Rectangles, rectangles, slabs
+from sparse_zoo.plan import Plan
+
+SLAB_BYTES = 64 << 20
+BATCH_BYTES = 16 << 20
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Where the tokens of one (batch item, head) lie in tensors flattened to (rows, D)."""
+
+    heads: int
+    kv_heads: int
+    queries: int
+    keys: int
+
+    def of_queries(self, group: Tensor, token: Tensor) -> Tensor:
+        return group * self.queries + token
+
+    def of_keys(self, group: Tensor, token: Tensor) -> Tensor:
+        item, head = torch.div(group, self.heads, rounding_mode="floor"), group % self.heads
+        return (item * self.kv_heads + torch.div(head * self.kv_heads, self.heads, rounding_mode="floor")) * self.keys + token
+
+
+class Grouped(Kernel, ABC):
+    """A kernel made of a dense engine on gathered rectangles."""
+
+    def run(self, q: Tensor, k: Tensor, v: Tensor, plan: Plan, scale: float) -> tuple[Tensor, Tensor]:
+        out, lse = _Union.apply(q, k, v, plan, self, scale)
+        return out, lse
+
+    @abstractmethod
+    def forward(
+        self, rects: Rectangles, at: Rows, q: Tensor, k: Tensor, v: Tensor, scale: float
+    ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """Yield (rows of queries (n,), partial outputs (n, D), their lse (n,)); rows that mean nothing have lse -inf."""
+
+    @abstractmethod
+    def backward(
+        self, rects: Rectangles, at: Rows, saved: tuple[Tensor, ...], grad: Tensor, scale: float
+    ) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor, Tensor]]:
+        """From saved = (q, k, v, final out, final lse), yield (rows of queries, dq, rows of keys, dk, dv) to be added."""
+
+
+class _Union(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, plan: Plan, engine: Grouped, scale: float
+    ) -> tuple[Tensor, Tensor]:
+        batch, heads, length, dim = q.shape
+        at = Rows(heads, k.shape[1], length, k.shape[2])
+        flat = [x.detach().reshape(-1, dim) for x in (q, k, v)]
+        lists = rectangles(plan, batch, heads)
+        out = torch.empty_like(flat[0])
+        lse = q.new_empty(len(out), dtype=torch.promote_types(q.dtype, torch.float32))
+        for low, high in slabs(lists, batch * heads, SLAB_BYTES // (dim * q.element_size())):
+            parts = [
+                partial
+                for rects in lists
+                if len(some := rects.of_groups(low, high))
+                for partial in engine.forward(some, at, *flat, scale)
+            ]
+            rows = slice(low * length, high * length)
+            _merge_into(out[rows], lse[rows], parts, low * length)
+        ctx.save_for_backward(*flat, out, lse)
+        ctx.plan, ctx.engine, ctx.scale, ctx.shapes, ctx.at = plan, engine, scale, (q.shape, k.shape), at
+        lse = lse.view(q.shape[:3])
+        ctx.mark_non_differentiable(lse)
+        return out.view(q.shape), lse
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+        q_shape, k_shape = ctx.shapes
+        saved = ctx.saved_tensors
+        grad = grad.reshape(-1, q_shape[-1])
+        # Half precision would lose the small terms of long sums.
+        wide = torch.promote_types(grad.dtype, torch.float32)
+        dq, dk, dv = (torch.zeros_like(x, dtype=wide) for x in saved[:3])
+        for rects in rectangles(ctx.plan, q_shape[0], q_shape[1]):
+            for q_rows, q_part, k_rows, k_part, v_part in ctx.engine.backward(rects, ctx.at, saved, grad, ctx.scale):
+                dq.index_add_(0, q_rows, q_part.to(wide))
+                dk.index_add_(0, k_rows, k_part.to(wide))
+                dv.index_add_(0, k_rows, v_part.to(wide))
+        dtype = saved[0].dtype
+        return dq.to(dtype).view(q_shape), dk.to(dtype).view(k_shape), dv.to(dtype).view(k_shape), None, None, None
+
+
+def _merge_into(out: Tensor, lse: Tensor, parts: list[tuple[Tensor, Tensor, Tensor]], first: int) -> None:
+    """Fill out (n, D) and lse (n,) from partials of rows first … first + n - 1; rows of no partial become 0 and -inf."""
+    if not parts:
+        out.zero_()
+        lse.fill_(-torch.inf)
+        return
+    rows, partial, part_lse = (torch.cat(list(x)) if len(parts) > 1 else x[0] for x in zip(*parts, strict=True))
+    rows = rows.long() - first
+    part_lse = part_lse.to(lse.dtype)
+    top = torch.full_like(lse, -torch.inf).scatter_reduce_(0, rows, part_lse, "amax")
+    base = top.masked_fill(top == -torch.inf, 0)
+    weight = (part_lse - base[rows]).exp()
+    total = torch.zeros_like(lse).scatter_add_(0, rows, weight)
+    torch.add(base, total.log(), out=lse)
+    weight = weight / total[rows]
+    order = rows.argsort(stable=True)
+    offsets = torch.nn.functional.pad(torch.bincount(rows, minlength=len(out)).cumsum(0), (1, 0))
+    # A bag sums the weighted partials of one row: gather, scale and add in one pass.
+    out.copy_(
+        torch.embedding_bag(
+            partial.to(lse.dtype), order, offsets, mode=0, per_sample_weights=weight[order], include_last_offset=True
+        )[0]
+    )
+
+
+class Cpu(Grouped):
+    """ATen's CPU flash attention on batches of rectangles of about one size, padded to it."""
+
+    name = "cpu"
+
+    def why_not(self, q: Tensor | None = None, v: Tensor | None = None) -> list[str]:
+        if q is None or v is None:
+            return []
+        return [
+            reason
+            for reason in (
+                f"tensors are on {q.device}, it runs on the CPU" if q.device.type != "cpu" else "",
+                f"head dim of v ({v.shape[-1]}) differs from that of q ({q.shape[-1]})" if v.shape[-1] != q.shape[-1] else "",
+                f"dtype {q.dtype} is not float64, float32, bfloat16 or float16" if q.dtype not in CPU_DTYPES else "",
+            )
+            if reason
+        ]
+
+    def executed(self, plan: Plan, batch: int, heads: int) -> int:
+        return sum(
+            len(group) * int(group.q_size.max()) * int(group.k_size.max())
+            for rects in rectangles(plan, batch, heads)
+            for group in _alike(rects, 1, 1)
+        )
+
+    def forward(
+        self, rects: Rectangles, at: Rows, q: Tensor, k: Tensor, v: Tensor, scale: float
+    ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        for batch in _alike(rects, q.shape[-1], q.element_size()):
+            q_rows, q_pad, k_rows, k_mask = _padded(batch, at, q.dtype)
+            out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+                *(embedding(rows, x)[:, None] for rows, x in ((q_rows, q), (k_rows, k), (k_rows, v))),
+                attn_mask=None if k_mask is None else k_mask.expand(-1, 1, q_rows.shape[1], -1),
+                scale=scale,
+            )
+            lse = lse[:, 0] if q_pad is None else lse[:, 0].masked_fill(q_pad, -torch.inf)
+            yield q_rows.flatten(), out.reshape(-1, q.shape[-1]), lse.flatten()
+
+    def backward(
+        self, rects: Rectangles, at: Rows, saved: tuple[Tensor, ...], grad: Tensor, scale: float
+    ) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor, Tensor]]:
+        q, k, v, out, lse = saved
+        for batch in _alike(rects, q.shape[-1], q.element_size()):
+            q_rows, q_pad, k_rows, k_mask = _padded(batch, at, q.dtype)
+            some_grad = embedding(q_rows, grad)
+            if q_pad is not None:  # a row that is there for padding passes nothing on
+                some_grad = some_grad.masked_fill(q_pad[..., None], 0)
+            parts = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
+                some_grad[:, None],
+                *(embedding(rows, x)[:, None] for rows, x in ((q_rows, q), (k_rows, k), (k_rows, v), (q_rows, out))),
+                lse[q_rows][:, None],
+                0.0,
+                False,
+                attn_mask=None if k_mask is None else k_mask.expand(-1, 1, q_rows.shape[1], -1),
+                scale=scale,
+            )
+            dq, dk, dv = (x.reshape(-1, q.shape[-1]) for x in parts)
+            yield q_rows.flatten(), dq, k_rows.flatten(), dk, dv
+
+
+CPU_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+
+def _alike(rects: Rectangles, dim: int, item: int) -> Iterator[Rectangles]:
+    """Batches of rectangles whose sides differ by at most an eighth, of bounded memory."""
+    if not len(rects):
+        return
+    kinds, kind = torch.unique(_size_class(rects.q_size) * (1 << 32) + _size_class(rects.k_size), return_inverse=True)
+    order = kind.argsort(stable=True)
+    for which in order.split(torch.bincount(kind, minlength=len(kinds)).tolist()):
+        rows = int(rects.q_size[which].max()) * 4 + int(rects.k_size[which].max()) * 4
+        for some in which.split(max(2, BATCH_BYTES // (rows * dim * item))):
+            yield rects.select(some)
+
+
+def _size_class(size: Tensor) -> Tensor:
+    """Sizes rounded up to eight steps an octave."""
+    step = (2 ** (size.double().log2().floor() - 3)).clamp(min=1).long()
+    return -(-size // step) * step
+
+
+def _padded(rects: Rectangles, at: Rows, dtype: torch.dtype) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None]:
+    """Rows of queries (R, n), which of them are padding, rows of keys (R, m), and a mask (R, 1, 1, m) of padded keys."""
+    group = rects.group[:, None]
+    q_place, q_pad = _table(rects.q_start, rects.q_size)
+    k_place, k_pad = _table(rects.k_start, rects.k_size)
+    mask = None
+    if k_pad is not None:
+        mask = torch.zeros(k_pad.shape, dtype=dtype).masked_fill_(k_pad, -torch.inf)[:, None, None]
+    q_rows = at.of_queries(group, rects.q_list[q_place])
+    return q_rows, q_pad, at.of_keys(group, rects.k_list[k_place]), mask
+
+
+def _table(start: Tensor, size: Tensor) -> tuple[Tensor, Tensor | None]:
+    most = int(size.max())
+    step = torch.arange(most, device=size.device)
+    pad = step >= size[:, None]
+    # Padding repeats the last entry, which is always there.
+    return start[:, None] + torch.minimum(step, size[:, None] - 1), pad if bool(pad.any()) else None

@@ -1,0 +1,168 @@
+"""The registry of methods: names to classes, their settings, and plug-ins."""
+
+from __future__ import annotations
+
+import importlib.util
+import inspect
+import re
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib.metadata import entry_points
+from pathlib import Path
+from typing import Any, TypeVar
+
+from sparse_zoo.attention import Attention
+from sparse_zoo.errors import ZooError, refuse, unknown
+
+ENTRY_POINTS = "sparse_zoo.methods"
+SHAPE = ("heads", "head_dim", "dim")
+
+_methods: dict[str, type[Attention]] = {}
+_loaded_entry_points: set[str] = set()
+
+Method = TypeVar("Method", bound=type[Attention])
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One setting of a method: its default (None and `required` if there is none), type and line of documentation."""
+
+    name: str
+    default: Any
+    type: str
+    doc: str
+    required: bool = False
+
+
+def register(name: str) -> Callable[[Method], Method]:
+    """Class decorator: make a method known by `name`.
+
+    Raises `ZooError` if the name is taken by another class or the class is not an `Attention`.
+    """
+
+    def add(cls: Method) -> Method:
+        refuse(
+            f"register({name!r})",
+            [
+                f"a name is lower-case letters, digits and underscores, got {name!r}"
+                if not re.fullmatch(r"[a-z][a-z0-9_]*", name)
+                else "",
+                f"{cls!r} is not a subclass of sparse_zoo.Attention"
+                if not (isinstance(cls, type) and issubclass(cls, Attention))
+                else "",
+                f"the name is taken by {_methods[name].__module__}.{_methods[name].__qualname__}"
+                if name in _methods
+                else "",
+            ],
+        )
+        _methods[name] = cls
+        return cls
+
+    return add
+
+
+def names() -> list[str]:
+    """All registered methods, plug-ins too."""
+    _load_entry_points()
+    return sorted(_methods)
+
+
+def get(name: str) -> type[Attention]:
+    """The class of a method; raises `ZooError` with the nearest name and the list."""
+    _load_entry_points()
+    refuse("sparse_zoo", [unknown("method", name, _methods)] if name not in _methods else [])
+    return _methods[name]
+
+
+def summary(name: str) -> str:
+    """The first line of a method's docstring."""
+    return (inspect.getdoc(get(name)) or "").partition("\n")[0]
+
+
+def settings(name: str) -> dict[str, Setting]:
+    """A method's settings, its own first; the model's shape (heads, head_dim, dim) is left out."""
+    found: dict[str, Setting] = {}
+    for cls in get(name).__mro__:
+        if not issubclass(cls, Attention):
+            break
+        if "__init__" not in vars(cls):
+            continue
+        docs = _argument_docs(cls)
+        parameters = inspect.signature(cls.__init__).parameters.values()
+        for parameter in parameters:
+            if parameter.name in ("self", *SHAPE) or parameter.kind is parameter.VAR_KEYWORD:
+                continue
+            required = parameter.default is parameter.empty
+            default = None if required else parameter.default
+            kind = "" if parameter.annotation is parameter.empty else str(parameter.annotation)
+            own = Setting(parameter.name, default, kind, docs.get(parameter.name, ""), required)
+            if parameter.name not in found:
+                found[parameter.name] = own
+        if not any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):
+            break  # it takes nothing from its bases
+    return found
+
+
+def build(name: str, *, heads: int, head_dim: int, dim: int | None = None, **given: Any) -> Attention:
+    """Make a method. Raises `ZooError` for an unknown name or setting and for values out of range."""
+    cls, allowed = get(name), settings(name)
+    refuse(
+        name,
+        [unknown("setting", key, allowed) for key in given if key not in allowed]
+        + [f"setting {key!r} is needed" for key, s in allowed.items() if s.required and key not in given],
+    )
+    return cls(heads=heads, head_dim=head_dim, dim=dim, **given)
+
+
+def load_plugin(path: str | Path) -> list[str]:
+    """Import a Python file and return the names of the methods it registered.
+
+    Raises `ZooError` if there is no such file, it does not import, or it registers nothing.
+    """
+    path = Path(path).resolve()
+    refuse(f"plug-in {path}", ["no such file"] if not path.is_file() else [])
+    name = f"sparse_zoo_plugin_{path.stem}"
+    if name in sys.modules and getattr(sys.modules[name], "__file__", None) == str(path):
+        return sorted(key for key, cls in _methods.items() if cls.__module__ == name)
+    before = dict(_methods)
+    spec = importlib.util.spec_from_file_location(name, path)
+    if spec is None or spec.loader is None:
+        raise ZooError(f"plug-in {path}: not a Python file")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:  # whatever an author's file may raise becomes one line that names the file
+        del sys.modules[name]
+        _methods.clear()
+        _methods.update(before)
+        raise ZooError(f"plug-in {path} does not import: {type(error).__name__}: {error}") from error
+    added = sorted(set(_methods) - set(before))
+    refuse(f"plug-in {path}", [] if added else ["it registers no method; use @sparse_zoo.register(name) on a class"])
+    return added
+
+
+def _load_entry_points() -> None:
+    for entry in entry_points(group=ENTRY_POINTS):
+        if entry.value not in _loaded_entry_points:
+            _loaded_entry_points.add(entry.value)
+            entry.load()
+
+
+def _argument_docs(cls: type) -> dict[str, str]:
+    """The lines of the docstring's Args section, by argument."""
+    lines = (inspect.getdoc(cls) or "").splitlines()
+    docs: dict[str, str] = {}
+    start = lines.index("Args:") + 1 if "Args:" in lines else len(lines)
+    current = ""
+    for line in lines[start:]:
+        if line and not line.startswith(" "):
+            break
+        named = re.match(r"    (\w+): (.*)", line)
+        if named:
+            current = named[1]
+            docs[current] = named[2]
+        elif current and line.strip():
+            docs[current] += " " + line.strip()
+    return docs
