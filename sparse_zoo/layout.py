@@ -20,7 +20,7 @@ from sparse_zoo.errors import refuse, unknown
 if TYPE_CHECKING:
     from sparse_zoo.partition import Partition
 
-FIELDS = ("sample", "shot", "frame", "row", "col", "is_text", "shot_frame")
+FIELDS = ("sample", "shot", "frame", "row", "col", "is_text", "shot_frame", "frames", "rows", "cols")
 
 
 @dataclass(frozen=True)
@@ -58,9 +58,10 @@ class Film:
 class Layout:
     """The tokens of one stream of one or more films, which never attend to each other.
 
-    `sample`, `shot`, `frame`, `row`, `col`, `shot_frame` are int64 and `is_text` is bool, all of shape (L,), on
-    `device`. The global caption has shot -1; text has frame, row, col and shot_frame -1. `frame` counts through the
-    film, `shot_frame` from the start of its shot.
+    `sample`, `shot`, `frame`, `row`, `col`, `shot_frame`, `frames`, `rows`, `cols` are int64 and `is_text` is bool,
+    all of shape (L,), on `device`. `frame` counts through the film, `shot_frame` from the start of its shot; `frames`,
+    `rows` and `cols` are the size of the token's shot. The global caption has shot -1; text has -1 for all that is
+    not its own.
     """
 
     films: tuple[Film, ...]
@@ -114,6 +115,18 @@ class Layout:
     @property
     def shot_frame(self) -> Tensor:
         return _tokens(self.films, self.device)["shot_frame"]
+
+    @property
+    def frames(self) -> Tensor:
+        return _tokens(self.films, self.device)["frames"]
+
+    @property
+    def rows(self) -> Tensor:
+        return _tokens(self.films, self.device)["rows"]
+
+    @property
+    def cols(self) -> Tensor:
+        return _tokens(self.films, self.device)["cols"]
 
     @property
     def is_text(self) -> Tensor:
@@ -194,8 +207,8 @@ def _tokens(films: tuple[Film, ...], device: torch.device) -> dict[str, Tensor]:
             blocks.append(_text(shot.text, sample, number))
             axes = [torch.arange(size) for size in (shot.frames, shot.rows, shot.cols)]
             frame, row, col = (axis.flatten() for axis in torch.meshgrid(*axes, indexing="ij"))
-            same = torch.ones_like(frame)
-            blocks.append(torch.stack([sample * same, number * same, start + frame, row, col, 0 * same, frame]))
+            size = [torch.full_like(frame, x) for x in (sample, number, 0, shot.frames, shot.rows, shot.cols)]
+            blocks.append(torch.stack([*size[:2], start + frame, row, col, size[2], frame, *size[3:]]))
             start += shot.frames
     table = torch.cat(blocks, dim=1).to(device)
     fields: dict[str, Tensor] = dict(zip(FIELDS, table, strict=True))
@@ -204,7 +217,7 @@ def _tokens(films: tuple[Film, ...], device: torch.device) -> dict[str, Tensor]:
 
 
 def _text(count: int, sample: int, shot: int) -> Tensor:
-    return torch.tensor([sample, shot, -1, -1, -1, 1, -1])[:, None].expand(-1, count)
+    return torch.tensor([sample, shot, -1, -1, -1, 1, -1, -1, -1, -1])[:, None].expand(-1, count)
 
 
 @lru_cache(maxsize=64)

@@ -106,10 +106,11 @@ class Partition:
     def mean(self, x: Tensor) -> Tensor:
         """Mean of x over each piece: (B, H, L, D) -> (B, H, P, D) in x's dtype, 0 for an empty piece. Differentiable."""
         batch, heads, _, dim = x.shape
-        piece = self.piece_of.expand(batch, heads, -1)
-        total = x.new_zeros(batch, heads, self.count + 1, dim)
-        target = torch.where(piece < 0, self.count, piece)[..., None].expand_as(x)
-        total = total.scatter_add(2, target, x)[:, :, :-1]
+        piece = self.piece_of.expand(batch, heads, -1).flatten(0, 1)
+        first = torch.arange(batch * heads, device=x.device)[:, None] * (self.count + 1)
+        place = first + torch.where(piece < 0, self.count, piece)
+        total = x.new_zeros(batch * heads * (self.count + 1), dim)
+        total = total.index_add(0, place.flatten(), x.reshape(-1, dim)).view(batch, heads, self.count + 1, dim)[:, :, :-1]
         return total / self.sizes.clamp(min=1)[..., None].to(x.dtype)
 
     def narrow(self, tokens: Tensor) -> Partition:

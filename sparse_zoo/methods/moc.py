@@ -1,0 +1,217 @@
+"""Mixture of Contexts: each query attends to a few chunks of its film, chosen by the mean of their keys, and to anchors.
+
+Paper: Mixture of Contexts for Long Video Generation, arXiv 2508.21058.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from sparse_zoo.attention import Attention, Branch, Call, Knob, Limit, Term, is_count
+from sparse_zoo.errors import refuse, unknown
+from sparse_zoo.layout import Layout
+from sparse_zoo.partition import Partition, refine
+from sparse_zoo.plan import Plan
+from sparse_zoo.registry import register
+from sparse_zoo.routing import top_chunks
+
+Chunk = Literal["shot", "frame", "fixed"]
+Causal = Literal["routing", "strict"]
+CHUNKS = ("shot", "frame", "fixed")
+CAUSAL = (None, "routing", "strict")
+ANCHORS = ("text", "shot", "chunk")
+
+
+@register("moc")
+class MoC(Attention):
+    """Mixture of Contexts: anchors, and the top_k chunks by q · mean(keys), per query token, head and layer.
+
+    The paper's: scores by mean-pooled keys without parameters, top-k per query and head, chunks that end at frame, shot
+    and caption bounds, text and own shot attended always and never routed to, and chunk-level causality that breaks
+    loops between shots (its section on causal routing). Ours, where the paper is silent: a chunk that the anchors hold
+    whole is no candidate, one held in part is scored over all its keys, costs one of k and adds the rest; with fewer
+    candidates than k all are taken; ties go to the earlier chunk; text queries follow the same rule, the global caption
+    having no shot. With fixed chunks and causality, what lies of the own chunk in another shot cannot be reached.
+
+    Args:
+        top_k: Chunks each query chooses; anchors are not counted.
+        chunk: How the stream is cut: by "shot", by "frame" (frames_per_chunk), or "fixed" (chunk_tokens).
+        frames_per_chunk: Frames in a chunk cut by frame; restarts at each shot.
+        chunk_tokens: Tokens in a fixed chunk, blind to shots, frames and text.
+        anchors: Attended always: any of "text" (of the film), "shot" (the own one, caption too), "chunk" (the own one).
+        causal: "routing": only chunks before the own one are candidates, anchors stay bidirectional; "strict": text
+            of later shots is unseen too, so that a prefix of shots is attended as alone; null: every chunk of the film.
+    """
+
+    limits = Limit({"top_k": 1 << 30, "causal": None})
+    knob = Knob("top_k", 1, 64)
+
+    def __init__(
+        self,
+        *,
+        top_k: int = 5,
+        chunk: Chunk = "frame",
+        frames_per_chunk: int = 1,
+        chunk_tokens: int = 1280,
+        anchors: Sequence[str] = ("text", "shot"),
+        causal: Causal | None = "routing",
+        **base: Any,
+    ) -> None:
+        super().__init__(**base)
+        anchors = (anchors,) if isinstance(anchors, str) else tuple(anchors)
+        counts = {"top_k": top_k, "frames_per_chunk": frames_per_chunk, "chunk_tokens": chunk_tokens}
+        refuse(
+            type(self).__name__,
+            [f"{name} must be a whole number of at least 1, got {x!r}" for name, x in counts.items() if not is_count(x)]
+            + ([unknown("chunk", chunk, CHUNKS)] if chunk not in CHUNKS else [])
+            + [unknown("anchor", anchor, ANCHORS) for anchor in anchors if anchor not in ANCHORS]
+            + ([f"causal must be null, 'routing' or 'strict', got {causal!r}"] if causal not in CAUSAL else []),
+        )
+        self.top_k = top_k
+        self.cut = _Cut(chunk, frames_per_chunk, chunk_tokens, tuple(a for a in ANCHORS if a in anchors), causal)
+        self.causality = causal
+        # The first chunk has no chunk before it; the global caption has no shot.
+        self.may_be_empty = causal is not None and "chunk" not in anchors and not {"text", "shot"} <= set(anchors)
+
+    def branches(self, call: Call) -> list[Branch | Term]:
+        static = _static(call.layout, self.cut)
+        kind, anchors = static.kind, static.anchors
+        if call.q_rows is not None:
+            kind, anchors = kind[call.q_rows], anchors and anchors.narrow(call.q_rows)
+        chosen = top_chunks(call.q, call.k, static.chunks, static.legal, kind, self.top_k)
+        routed = Plan.routed(static.chunks, chosen)
+        if anchors is None:
+            return [Branch(routed)]
+        # Where no chunk is anchored in part, no chosen chunk meets an anchor: nothing is to be cut.
+        return [Branch(anchors | routed if static.straddles else Plan(*anchors.parts, *routed.parts))]
+
+    def routing_flops(self, call: Call) -> int:
+        """Pooling, and one product per query, head and chunk."""
+        batch, heads, length, dim = call.q.shape
+        count = _static(call.layout, self.cut).chunks.count
+        return batch * dim * (2 * heads * length * count + call.k.shape[1] * call.k.shape[2])
+
+
+@register("moc_fixed")
+class MoCFixed(MoC):
+    """Mixture of Contexts with fixed chunks: `moc` with chunk="fixed", blind to shots, frames and text.
+
+    Args:
+        top_k: Chunks each query chooses; anchors are not counted.
+        chunk_tokens: Tokens in a chunk; the count restarts at each film.
+        anchors: Attended always: any of "text" (of the film), "shot" (the own one, caption too), "chunk" (the own one).
+        causal: "routing": only chunks before the own one are candidates; "strict": text of later shots is unseen too;
+            null: every chunk of the film.
+        kernel: Kernel by name, or "auto".
+        text_reads: "method": as the method says; "text": text queries attend to the text of their film alone.
+    """
+
+    knob: ClassVar[Knob] = Knob("top_k", 1, 64)
+
+    def __init__(
+        self,
+        *,
+        heads: int,
+        head_dim: int,
+        dim: int | None = None,
+        top_k: int = 5,
+        chunk_tokens: int = 1280,
+        anchors: Sequence[str] = ("text", "shot"),
+        causal: Causal | None = "routing",
+        kernel: str = "auto",
+        text_reads: Literal["method", "text"] = "method",
+    ) -> None:
+        super().__init__(
+            heads=heads,
+            head_dim=head_dim,
+            dim=dim,
+            top_k=top_k,
+            chunk="fixed",
+            chunk_tokens=chunk_tokens,
+            anchors=anchors,
+            causal=causal,
+            kernel=kernel,
+            text_reads=text_reads,
+        )
+
+
+@dataclass(frozen=True)
+class _Cut:
+    """The settings that decide all that does not depend on q and k."""
+
+    chunk: Chunk
+    frames: int
+    tokens: int
+    anchors: tuple[str, ...]
+    causal: Causal | None
+
+
+@dataclass(frozen=True, eq=False)
+class _Static:
+    """What follows from the layout: chunks; the plan of the anchors; the kind of each token, by which `legal`, bool
+    (kinds, C), tells what it may choose; whether a legal chunk can be anchored in part."""
+
+    chunks: Partition
+    anchors: Plan | None
+    kind: Tensor
+    legal: Tensor
+    straddles: bool
+
+
+@lru_cache(maxsize=32)
+def _static(layout: Layout, cut: _Cut) -> _Static:
+    chunks = layout.chunks(cut.chunk, frames=cut.frames, tokens=cut.tokens)
+    own = chunks.piece_of[0, 0]
+    kinds = layout.partition(own, "shot", "is_text")
+    order = torch.arange(chunks.count, device=layout.device)
+    legal = kinds.sample[:, None] == chunks.sample
+    if cut.causal is not None:
+        legal &= order < kinds.of(own)[:, None]
+    anchors = _anchors(layout, chunks, cut)
+    held = _held(anchors, kinds, chunks) if anchors else torch.zeros_like(legal, dtype=torch.int64)
+    size = chunks.sizes[0, 0]
+    legal &= held < size
+    return _Static(chunks, anchors, kinds.piece_of[0, 0], legal, bool((legal & (held > 0)).any()))
+
+
+def _anchors(layout: Layout, chunks: Partition, cut: _Cut) -> Plan | None:
+    plans = []
+    strict = cut.causal == "strict"
+    if "text" in cut.anchors and bool(layout.is_text.any()):
+        keys = ("shot",) if strict else ()
+        readers, text = layout.partition(*keys), layout.partition(*keys, where=layout.is_text)
+        wanted = readers.sample[:, None] == text.sample
+        plans.append(Plan.blocks(readers, text, wanted & (text.shot <= readers.shot[:, None]) if strict else wanted))
+    if "shot" in cut.anchors and bool((layout.shot >= 0).any()):
+        plans.append(Plan.within(layout.partition("shot", where=layout.shot >= 0)))
+    if "chunk" in cut.anchors:
+        if strict:
+            pieces = layout.partition(chunks.piece_of[0, 0], "shot")
+            chunk = pieces.of(chunks.piece_of[0, 0])
+            past = pieces.shot <= pieces.shot[:, None]
+            plans.append(Plan.blocks(pieces, pieces, (chunk[:, None] == chunk) & past))
+        else:
+            plans.append(Plan.within(chunks))
+    joined = None
+    for plan in plans:
+        joined = plan if joined is None else joined | plan
+    return joined
+
+
+def _held(anchors: Plan, kinds: Partition, chunks: Partition) -> Tensor:
+    """How many tokens of each chunk the anchors give to each kind of query: int64 (kinds, C)."""
+    total = torch.zeros(kinds.count, chunks.count, dtype=torch.int64, device=kinds.device)
+    for part in anchors.parts:
+        atoms = refine(part.keys, chunks)
+        sizes, parent, chunk = atoms.pieces.sizes[0, 0], atoms.of_a[0, 0], atoms.of_b[0, 0]
+        given = torch.zeros(part.queries.count, chunks.count, dtype=torch.int64, device=kinds.device)
+        given.index_add_(1, chunk, part.table[0, 0][:, parent] * sizes)
+        piece = kinds.of(part.queries.piece_of[0, 0])
+        total += given[piece.clamp(min=0)] * (piece >= 0)[:, None]
+    return total

@@ -1,0 +1,183 @@
+"""Mixture-of-Groups Attention: a learned router sorts tokens into groups that attend within themselves.
+
+Paper: Mixture-of-Groups Attention for End-to-End Long Video Generation, arXiv 2510.18692.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import lru_cache
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from sparse_zoo.attention import Attention, Branch, Call, Knob, Limit, Term, is_count
+from sparse_zoo.errors import ZooError, refuse, unknown
+from sparse_zoo.layout import Layout
+from sparse_zoo.partition import Partition
+from sparse_zoo.plan import Plan
+from sparse_zoo.registry import register
+
+MIX = ("group", "stga", "frame")
+BORROWED = 2
+"""Latent frames whose keys a temporal group borrows from each adjacent shot: the paper's number."""
+
+
+@register("moga")
+class MoGA(Attention):
+    """Mixture-of-Groups Attention: mean of routed groups, local spatio-temporal groups and single frames.
+
+    The paper's: g(x) = argmax of softmax(W x), one assignment per token and layer for all heads, output p(g(x)|x) ·
+    attention within the group; STGA, windows × temporal groups that stop at shots and borrow keys, not queries, of two
+    latent frames from each adjacent shot; attention within each frame; the mean of the three; a balance loss. Ours,
+    where the paper has no joint stream: text is never routed, its keys join every branch, and text queries attend to
+    all text and their own shot in each branch with weight 1 (the global caption: all text). A window's bound on an axis
+    of n windows and r rows is row · n // r; every temporal group of a shot borrows, shorter shots lend all they have.
+
+    Args:
+        groups: Number of groups M of the router.
+        windows: Spatial windows of STGA along (rows, cols).
+        frames_per_group: Frames in a temporal group of STGA; null: the whole shot.
+        mix: Branches whose mean is taken, any of "group", "stga", "frame".
+        balance: Reading of the balance loss's P: "printed" (p summed over the tokens assigned to the group, as the
+            paper prints it) or "switch" (mean of p over all tokens).
+        alpha: Weight of the balance loss α · M · Σ F_i P_i; 0 leaves it out.
+    """
+
+    limits = Limit({"groups": 1, "mix": ("group",)}, text=False)
+    knob = Knob("groups", 64, 1)
+
+    def __init__(
+        self,
+        *,
+        groups: int = 5,
+        windows: Sequence[int] = (2, 2),
+        frames_per_group: int | None = None,
+        mix: Sequence[str] = MIX,
+        balance: Literal["printed", "switch"] = "printed",
+        alpha: float = 0.1,
+        **base: Any,
+    ) -> None:
+        super().__init__(**base)
+        windows, mix = tuple(windows), (mix,) if isinstance(mix, str) else tuple(mix)
+        refuse(
+            type(self).__name__,
+            [
+                f"groups must be a whole number of at least 1, got {groups!r}" if not is_count(groups) else "",
+                f"windows must be two whole numbers of at least 1, got {windows!r}"
+                if len(windows) != 2 or not all(map(is_count, windows))
+                else "",
+                f"frames_per_group must be null or at least 1, got {frames_per_group!r}"
+                if frames_per_group is not None and not is_count(frames_per_group)
+                else "",
+                *(unknown("branch", name, MIX) for name in mix if name not in MIX),
+                f"mix needs at least one of {MIX}, each once, got {mix!r}" if len(set(mix)) != len(mix) or not mix else "",
+                unknown("balance", balance, ("printed", "switch")) if balance not in ("printed", "switch") else "",
+                f"alpha must be at least 0, got {alpha!r}" if not alpha >= 0 else "",
+                "dim, the width of hidden, is needed for the router" if self.dim is None else "",
+            ],
+        )
+        self.groups, self.windows, self.frames_per_group = groups, windows, frames_per_group
+        self.mix, self.balance, self.alpha = mix, balance, float(alpha)
+        self.router = nn.Linear(self.dim or 0, groups)
+
+    def features(self, hidden: Tensor) -> dict[str, Tensor]:
+        """`p`, float32 (B, L, M), and `group`, int64 (B, L): the router's softmax and its argmax."""
+        p = self.router(hidden).float().softmax(-1)
+        return {"p": p, "group": p.argmax(-1)}
+
+    def branches(self, call: Call) -> list[Branch | Term]:
+        return [Branch(self._plan(name, call), self._weight(name, call) / len(self.mix)) for name in self.mix]
+
+    def _plan(self, name: str, call: Call) -> Plan:
+        if name == "group":
+            layout, group = call.layout, self._routing(call)["group"]
+            labels = torch.where(layout.is_text, -1, group + self.groups * layout.sample)[:, None]
+            queries = labels if call.q_rows is None else labels[:, :, call.q_rows]
+            plan = Plan.groups(queries, labels, count=self.groups * len(layout.films))
+        else:
+            plan = _frames(call.layout) if name == "frame" else _stga(call.layout, self.windows, self.frames_per_group)
+            plan = plan if call.q_rows is None else plan.narrow(call.q_rows)
+        text = _text(call.layout)
+        if text is None:
+            return plan
+        text = text if call.q_rows is None else text.narrow(call.q_rows)
+        # Branches join video to video; these parts have text on one side.
+        return Plan(*text.parts, *plan.parts)
+
+    def _weight(self, name: str, call: Call) -> Tensor | float:
+        if name != "group":
+            return 1.0
+        routing = self._routing(call)
+        p = routing["p"].gather(-1, routing["group"][..., None])
+        p = torch.where(call.layout.is_text[:, None], 1.0, p)
+        return (p if call.q_rows is None else p[:, call.q_rows])[:, None].to(call.q.dtype)
+
+    def _routing(self, call: Call) -> dict[str, Tensor]:
+        if call.features is not None:
+            return dict(call.features)
+        if call.hidden is None:
+            raise ZooError("moga routes by what q, k, v were projected from: give hidden=(B, L, dim)")
+        return self.features(call.hidden)
+
+    def losses(self, call: Call) -> dict[str, Tensor]:
+        """`balance`: α · M · Σ F_i P_i over the video tokens of each film, mean over films; F carries no gradient."""
+        video = ~call.layout.is_text
+        if self.alpha == 0 or "group" not in self.mix or not bool(video.any()):
+            return {}
+        routing = self._routing(call)
+        p, group = routing["p"][:, video], routing["group"][:, video]
+        taken = torch.nn.functional.one_hot(group, self.groups).to(p.dtype)
+        films, sample = torch.unique(call.layout.sample[video], return_inverse=True)
+        number = torch.bincount(sample).to(p.dtype)[:, None]
+
+        def per_film(x: Tensor) -> Tensor:
+            return x.new_zeros(len(x), len(films), self.groups).index_add(1, sample, x) / number
+
+        share, mass = per_film(taken), per_film(p * taken if self.balance == "printed" else p)
+        return {"balance": self.alpha * self.groups * (share * mass).sum(-1).mean()}
+
+    def routing_flops(self, call: Call) -> int:
+        """The router's product, if there is one to route."""
+        return 2 * call.k.shape[0] * call.k.shape[2] * (self.dim or 0) * self.groups if "group" in self.mix else 0
+
+
+@lru_cache(maxsize=32)
+def _frames(layout: Layout) -> Plan:
+    return Plan.within(layout.partition("shot", "frame", where=~layout.is_text))
+
+
+@lru_cache(maxsize=32)
+def _stga(layout: Layout, windows: tuple[int, int], frames_per_group: int | None) -> Plan:
+    """Windows × temporal groups as queries; their keys, and in the same window the nearest frames of the shots beside."""
+    time = layout.shot_frame // frames_per_group if frames_per_group else torch.zeros_like(layout.shot_frame)
+    place = [layout.row * windows[0] // layout.rows, layout.col * windows[1] // layout.cols]
+    first = layout.shot_frame < BORROWED
+    last = layout.frames - layout.shot_frame <= BORROWED
+    video = ~layout.is_text
+    queries = layout.partition("shot", time, *place, where=video)
+    keys = layout.partition("shot", time, first, last, *place, where=video)
+
+    def both(pieces: Partition, values: Tensor) -> Tensor:
+        return queries.of(values)[:, None] == pieces.of(values)
+
+    same_window = both(keys, layout.sample) & both(keys, place[0]) & both(keys, place[1])
+    gap = keys.shot - queries.shot[:, None]
+    own = (gap == 0) & both(keys, time)
+    lent = ((gap == -1) & (keys.of(last) == 1)) | ((gap == 1) & (keys.of(first) == 1))
+    return Plan.blocks(queries, keys, same_window & (own | lent))
+
+
+@lru_cache(maxsize=32)
+def _text(layout: Layout) -> Plan | None:
+    """All tokens read the text of their film; captions also read the video of their shot."""
+    if not bool(layout.is_text.any()):
+        return None
+    everyone, text = layout.partition(), layout.partition(where=layout.is_text)
+    read = Plan.blocks(everyone, text, everyone.sample[:, None] == text.sample)
+    captions = layout.partition("shot", where=layout.is_text & (layout.shot >= 0))
+    shots = layout.partition("shot", where=~layout.is_text)
+    same = (captions.sample[:, None] == shots.sample) & (captions.shot[:, None] == shots.shot)
+    # Text keys above, video keys here.
+    return Plan(*read.parts, *Plan.blocks(captions, shots, same).parts)

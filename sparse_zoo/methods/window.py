@@ -1,0 +1,107 @@
+"""Tile-aligned 3D window attention.
+
+Paper: Fast Video Generation with Sliding Tile Attention, arXiv 2502.04507, whose windows move by whole tiles.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import lru_cache
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from sparse_zoo.attention import Attention, Knob, Limit, is_count
+from sparse_zoo.errors import refuse, unknown
+from sparse_zoo.layout import Layout
+from sparse_zoo.plan import Plan
+from sparse_zoo.registry import register
+
+EVERY_TILE = (1 << 30) + 1
+
+
+@register("window")
+class Window(Attention):
+    """3D window of tiles around each tile of video; text is read by all and reads all.
+
+    A tile attends to the tiles whose place differs from its own by at most (window - 1) / 2 on each axis. Places in
+    time count tiles through the film, so a window reaches across cuts; rows and columns are compared by number where
+    shots differ in size. Ragged tiles at the edges are exact.
+
+    Args:
+        tile: Tokens of a tile along (frames, rows, cols).
+        window: Tiles of a window along (frames, rows, cols), odd.
+        edge: At the edges the window is pushed inside ("shift", as sliding tile attention does) or cut off ("cut").
+        stop_at_shots: Tiles restart at each shot, so that none holds frames of two.
+    """
+
+    limits = Limit({"window": (EVERY_TILE, EVERY_TILE, EVERY_TILE)})
+    knob = Knob("window", (1, 1, 1), (15, 15, 15))
+
+    def __init__(
+        self,
+        *,
+        tile: Sequence[int] = (4, 4, 4),
+        window: Sequence[int] = (3, 3, 3),
+        edge: Literal["shift", "cut"] = "shift",
+        stop_at_shots: bool = True,
+        **base: Any,
+    ) -> None:
+        super().__init__(**base)
+        tile, window = tuple(tile), tuple(window)
+        refuse(
+            type(self).__name__,
+            [
+                f"tile must be three whole numbers of at least 1, got {tile!r}" if not _three(tile) else "",
+                f"window must be three odd whole numbers of at least 1, got {window!r}"
+                if not _three(window) or not all(size % 2 for size in window)
+                else "",
+                unknown("edge", edge, ("shift", "cut")) if edge not in ("shift", "cut") else "",
+            ],
+        )
+        self.tile, self.window, self.edge, self.stop_at_shots = tile, window, edge, bool(stop_at_shots)
+
+    def plan(self, q: Tensor, k: Tensor, layout: Layout) -> Plan:  # noqa: ARG002
+        return _window(layout, self.tile, self.window, self.edge, self.stop_at_shots)
+
+
+def _three(sizes: tuple[int, ...]) -> bool:
+    return len(sizes) == 3 and all(map(is_count, sizes))
+
+
+@lru_cache(maxsize=32)
+def _window(
+    layout: Layout, tile: tuple[int, int, int], window: tuple[int, ...], edge: str, stop_at_shots: bool
+) -> Plan:
+    """Tiles × tiles, all × text, text × video."""
+    everyone, video = layout.partition(), layout.partition(where=~layout.is_text)
+    text = layout.partition(where=layout.is_text)
+    parts = []
+    if video.count:
+        tiles = layout.tiles(tile, stop_at_shots=stop_at_shots)
+        near = tiles.sample[:, None] == tiles.sample
+        for (place, count), size in zip(_places(layout, tile, stop_at_shots), window, strict=True):
+            reach = size // 2
+            at, last = tiles.of(place), tiles.of(count) - 1
+            middle = at.clamp(min=reach).minimum((last - reach).clamp(min=reach)) if edge == "shift" else at
+            near &= (at - middle[:, None]).abs() <= reach
+        parts += Plan.blocks(tiles, tiles, near).parts
+    if text.count:
+        parts += Plan.blocks(everyone, text, everyone.sample[:, None] == text.sample).parts
+    if text.count and video.count:
+        parts += Plan.blocks(text, video, text.sample[:, None] == video.sample).parts
+    return Plan(*parts)
+
+
+def _places(layout: Layout, tile: tuple[int, int, int], stop_at_shots: bool) -> list[tuple[Tensor, Tensor]]:
+    """For each axis, the place of each token's tile (L,) and how many places there are for it (L,)."""
+    video = ~layout.is_text
+    within = layout.shot_frame if stop_at_shots else layout.frame
+    keys = ("shot", within // tile[0]) if stop_at_shots else (within // tile[0],)
+    steps = layout.partition(*keys, where=video)
+    films = len(layout.films)
+    number = torch.bincount(steps.sample, minlength=films)
+    time = steps.piece_of[0, 0] - (number.cumsum(0) - number)[layout.sample]
+    rows, cols = (-(-size // step) for size, step in ((layout.rows, tile[1]), (layout.cols, tile[2])))
+    return [(time, number[layout.sample]), (layout.row // tile[1], rows), (layout.col // tile[2], cols)]
