@@ -179,7 +179,7 @@ class VideoDiT(nn.Module):
 
         words = self.words(text)  # (B, Nt, dim)
         pooled = _pool(words, table)  # (B, S, dim)
-        shot_condition = self.time(_sinusoid(time, self.dim))  # (B, S, dim)
+        shot_condition = self.time(_sinusoid(time, self.dim).to(words.dtype))  # (B, S, dim)
         if self.pooled_text != "none":
             shot_condition = shot_condition + pooled
         x = self.patches(video)  # (B, Nv, dim)
