@@ -10,10 +10,10 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from sparse_zoo.kernels import attend
-from sparse_zoo.kernels import names as kernel_names
 from sparse_zoo.cost import Cost
 from sparse_zoo.errors import ZooError, refuse, unknown
+from sparse_zoo.kernels import attend
+from sparse_zoo.kernels import names as kernel_names
 from sparse_zoo.layout import Layout
 from sparse_zoo.plan import Plan
 
@@ -68,7 +68,7 @@ class Call:
 
 @dataclass(frozen=True)
 class Branch:
-    """A softmax over a plan, times a weight that broadcasts to the output (B, H, Lq, D). Outputs of branches are summed.
+    """A softmax over a plan, times a weight that broadcasts to the output (B, H, Lq, D); branches are summed.
 
     Coarse branches bring their own q, k, v (None: the call's) and `rows`, int64 (Lq,): which of their queries each
     token of the output reads.
@@ -206,6 +206,7 @@ class Attention(nn.Module):
 
     # -- how it runs --------------------------------------------------------------------------------------------------
 
+    @torch.compiler.disable  # planning is index work on remembered tables: one opaque step, not a graph
     def forward(self, q: Tensor, k: Tensor, v: Tensor, layout: Layout, **context: Any) -> Result:
         """Attend: q (B, H, Lq, D), k, v (B, Hk, Lk, D); `context` holds further fields of `Call`."""
         return self.run(Call(q, k, v, layout.to(q.device), **context))
@@ -221,7 +222,7 @@ class Attention(nn.Module):
                 value = branch.value
             else:
                 plan = self._text_reads_text(branch, call) if self.text_reads == "text" else branch.plan
-                q, k, v = (b if b is not None else c for b, c in zip((branch.q, branch.k, branch.v), (call.q, call.k, call.v), strict=True))
+                q, k, v = (getattr(branch, x) if getattr(branch, x) is not None else getattr(call, x) for x in "qkv")
                 attended = attend(q, k, v, plan, kernel=self.kernel)
                 value = attended.out if branch.rows is None else attended.out[:, :, branch.rows]
                 if not (isinstance(branch.weight, float | int) and branch.weight == 1):

@@ -22,6 +22,9 @@ if TYPE_CHECKING:
 
 FIELDS = ("sample", "shot", "frame", "row", "col", "is_text", "shot_frame", "frames", "rows", "cols")
 
+CHUNKS = ("shot", "frame", "fixed")
+CPU = torch.device("cpu")
+
 
 @dataclass(frozen=True)
 class Shot:
@@ -65,7 +68,7 @@ class Layout:
     """
 
     films: tuple[Film, ...]
-    device: torch.device = torch.device("cpu")
+    device: torch.device = CPU
 
     @staticmethod
     def film(shots: Iterable[Shot], caption: int = 0) -> Layout:
@@ -144,7 +147,9 @@ class Layout:
         """
         from sparse_zoo.partition import Partition
 
-        refuse("Layout.partition", [unknown("field", k, FIELDS) for k in keys if isinstance(k, str) and k not in FIELDS])
+        refuse(
+            "Layout.partition", [unknown("field", k, FIELDS) for k in keys if isinstance(k, str) and k not in FIELDS]
+        )
         columns = [self.sample] + [getattr(self, key) if isinstance(key, str) else key.to(self.device) for key in keys]
         kept = torch.arange(len(self), device=self.device) if where is None else where.to(self.device).nonzero()[:, 0]
         labels = torch.full((len(self),), -1, device=self.device)
@@ -175,7 +180,9 @@ class Layout:
         refuse(
             "Layout.chunks",
             [
-                unknown("kind of chunk", by, ("shot", "frame", "fixed")) if by not in ("shot", "frame", "fixed") else "",
+                unknown("kind of chunk", by, ("shot", "frame", "fixed"))
+                if by not in ("shot", "frame", "fixed")
+                else "",
                 unknown("captions", captions, ("apart", "inside")) if captions not in ("apart", "inside") else "",
                 "captions='inside' is for chunks by shot" if captions == "inside" and by != "shot" else "",
                 f"frames must be at least 1, got {frames}" if frames < 1 else "",

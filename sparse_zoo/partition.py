@@ -34,8 +34,8 @@ class Partition:
         sizes = torch.zeros(*labels.shape[:2], count + 1, dtype=torch.int64, device=labels.device)
         sizes = sizes.scatter_add_(2, rest, torch.ones_like(rest))[..., :count]
         offsets = torch.nn.functional.pad(sizes.cumsum(-1), (1, 0)).int()
-        order = rest.argsort(dim=-1, stable=True).int()
-        if order.shape[:2] == (1, 1) and bool((order[0, 0].diff() == 1).all()):
+        order: Tensor | None = rest.argsort(dim=-1, stable=True).int()
+        if labels.shape[:2] == (1, 1) and bool((rest[0, 0].diff() >= 0).all()):
             order = None  # the pieces lie in the stream one after the other
         return Partition(order, offsets, labels.shape[-1], layout)
 
@@ -104,13 +104,15 @@ class Partition:
         return torch.where(low == high, low, -1)
 
     def mean(self, x: Tensor) -> Tensor:
-        """Mean of x over each piece: (B, H, L, D) -> (B, H, P, D) in x's dtype, 0 for an empty piece. Differentiable."""
+        """Mean of x over each piece: (B, H, L, D) -> (B, H, P, D), 0 for an empty piece. Differentiable."""
         batch, heads, _, dim = x.shape
         piece = self.piece_of.expand(batch, heads, -1).flatten(0, 1)
         first = torch.arange(batch * heads, device=x.device)[:, None] * (self.count + 1)
         place = first + torch.where(piece < 0, self.count, piece)
         total = x.new_zeros(batch * heads * (self.count + 1), dim)
-        total = total.index_add(0, place.flatten(), x.reshape(-1, dim)).view(batch, heads, self.count + 1, dim)[:, :, :-1]
+        total = total.index_add(0, place.flatten(), x.reshape(-1, dim)).view(batch, heads, self.count + 1, dim)[
+            :, :, :-1
+        ]
         return total / self.sizes.clamp(min=1)[..., None].to(x.dtype)
 
     def narrow(self, tokens: Tensor) -> Partition:

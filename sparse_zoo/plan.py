@@ -102,7 +102,7 @@ class Part:
         return found & (queries >= 0) & (keys >= 0)
 
     def minus(self, other: Part) -> Part:
-        """The pairs of this part that `other` does not hold. Exact; pieces are cut at other's bounds where they meet."""
+        """The pairs of this part that `other` does not hold, exactly: pieces are cut at other's bounds if they meet."""
         queries, keys = refine(self.queries, other.queries), refine(self.keys, other.keys)
         if not (queries.meets and keys.meets):
             return self

@@ -46,7 +46,14 @@ def get(name: str) -> Kernel:
 
 @torch.compiler.disable
 def attend(
-    q: Tensor, k: Tensor, v: Tensor, plan: Plan, *, kernel: str = "auto", scale: float | None = None, check: bool = False
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    plan: Plan,
+    *,
+    kernel: str = "auto",
+    scale: float | None = None,
+    check: bool = False,
 ) -> Attended:
     """Softmax attention over a plan: q (B, H, Lq, D), k, v (B, Hk, Lk, D), one dtype and device, H % Hk == 0.
 

@@ -38,7 +38,9 @@ class Rows:
 
     def of_keys(self, group: Tensor, token: Tensor) -> Tensor:
         item, head = torch.div(group, self.heads, rounding_mode="floor"), group % self.heads
-        return (item * self.kv_heads + torch.div(head * self.kv_heads, self.heads, rounding_mode="floor")) * self.keys + token
+        return (
+            item * self.kv_heads + torch.div(head * self.kv_heads, self.heads, rounding_mode="floor")
+        ) * self.keys + token
 
 
 class Grouped(Kernel, ABC):
@@ -52,13 +54,13 @@ class Grouped(Kernel, ABC):
     def forward(
         self, rects: Rectangles, at: Rows, q: Tensor, k: Tensor, v: Tensor, scale: float
     ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        """Yield (rows of queries (n,), partial outputs (n, D), their lse (n,)); rows that mean nothing have lse -inf."""
+        """Yield (rows of queries (n,), partial outputs (n, D), lse (n,)); rows that mean nothing have lse -inf."""
 
     @abstractmethod
     def backward(
         self, rects: Rectangles, at: Rows, saved: tuple[Tensor, ...], grad: Tensor, scale: float
     ) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor, Tensor]]:
-        """From saved = (q, k, v, final out, final lse), yield (rows of queries, dq, rows of keys, dk, dv) to be added."""
+        """From saved = (q, k, v, final out, final lse), yield (rows of queries, dq, rows of keys, dk, dv) to add."""
 
 
 class _Union(torch.autograd.Function):
@@ -77,7 +79,7 @@ class _Union(torch.autograd.Function):
                 partial
                 for rects in lists
                 if len(some := rects.of_groups(low, high))
-                for partial in engine.forward(some, at, *flat, scale)
+                for partial in engine.forward(some, at, flat[0], flat[1], flat[2], scale)
             ]
             rows = slice(low * length, high * length)
             _merge_into(out[rows], lse[rows], parts, low * length)
@@ -106,7 +108,7 @@ class _Union(torch.autograd.Function):
 
 
 def _merge_into(out: Tensor, lse: Tensor, parts: list[tuple[Tensor, Tensor, Tensor]], first: int) -> None:
-    """Fill out (n, D) and lse (n,) from partials of rows first … first + n - 1; rows of no partial become 0 and -inf."""
+    """Fill out (n, D) and lse (n,) from partials of rows first … first + n - 1; without any, 0 and -inf."""
     if not parts:
         out.zero_()
         lse.fill_(-torch.inf)
@@ -142,7 +144,9 @@ class Cpu(Grouped):
             reason
             for reason in (
                 f"tensors are on {q.device}, it runs on the CPU" if q.device.type != "cpu" else "",
-                f"head dim of v ({v.shape[-1]}) differs from that of q ({q.shape[-1]})" if v.shape[-1] != q.shape[-1] else "",
+                f"head dim of v ({v.shape[-1]}) differs from that of q ({q.shape[-1]})"
+                if v.shape[-1] != q.shape[-1]
+                else "",
                 f"dtype {q.dtype} is not float64, float32, bfloat16 or float16" if q.dtype not in CPU_DTYPES else "",
             )
             if reason
@@ -212,7 +216,7 @@ def _size_class(size: Tensor) -> Tensor:
 
 
 def _padded(rects: Rectangles, at: Rows, dtype: torch.dtype) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None]:
-    """Rows of queries (R, n), which of them are padding, rows of keys (R, m), and a mask (R, 1, 1, m) of padded keys."""
+    """Rows of queries (R, n), which are padding, rows of keys (R, m), and a mask (R, 1, 1, m) of padded keys."""
     group = rects.group[:, None]
     q_place, q_pad = _table(rects.q_start, rects.q_size)
     k_place, k_pad = _table(rects.k_start, rects.k_size)

@@ -77,7 +77,7 @@ def _shared(part: Part, groups: int) -> Rectangles:
 
 
 def _each(part: Part, batch: int, heads: int) -> Rectangles:
-    """One rectangle for each query piece and all its keys, or each key piece and all its queries: the fewer, the larger.
+    """One rectangle for each query piece and all its keys, or each key piece and all its queries: whichever are fewer.
 
     Keys gathered per query piece need no merge afterwards, so a tie goes to them.
     """

@@ -16,6 +16,9 @@ SEGMENTS = 32_768
 """Segments a call: flash attention numbers them in a grid dimension that stops at 65,535."""
 TILE = 128
 
+flash_forward = torch.ops.aten._flash_attention_forward
+flash_backward = torch.ops.aten._flash_attention_backward
+
 
 class TorchVarlen(Grouped):
     """Rectangles are gathered and go through `aten._flash_attention_forward` and `_backward` as segments."""
@@ -27,7 +30,9 @@ class TorchVarlen(Grouped):
         if not torch.cuda.is_available():
             reasons.append("needs a CUDA device, torch sees none")
         elif torch.cuda.get_device_capability() < (8, 0):
-            reasons.append(f"needs compute capability 8.0 or newer, this device has {torch.cuda.get_device_capability()}")
+            reasons.append(
+                f"needs compute capability 8.0 or newer, this device has {torch.cuda.get_device_capability()}"
+            )
         if q is None or v is None:
             return reasons
         dim = q.shape[-1]
@@ -53,8 +58,13 @@ class TorchVarlen(Grouped):
     ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         for some in _segments(rects):
             q_rows, k_rows, ends = _flat(some, at)
-            out, lse, *_ = torch.ops.aten._flash_attention_forward(
-                *(x[rows][:, None] for rows, x in ((q_rows, q), (k_rows, k), (k_rows, v))), *ends, 0.0, False, False, scale=scale
+            out, lse, *_ = flash_forward(
+                *(x[rows][:, None] for rows, x in ((q_rows, q), (k_rows, k), (k_rows, v))),
+                *ends,
+                0.0,
+                False,
+                False,
+                scale=scale,
             )
             yield q_rows, out[:, 0], lse[0]
 
@@ -65,8 +75,11 @@ class TorchVarlen(Grouped):
         for some in _segments(rects):
             q_rows, k_rows, ends = _flat(some, at)
             unused = torch.empty(0, dtype=torch.int64, device=q.device)  # the state of a dropout that is off
-            dq, dk, dv = torch.ops.aten._flash_attention_backward(
-                *(x[rows][:, None] for rows, x in ((q_rows, grad), (q_rows, q), (k_rows, k), (k_rows, v), (q_rows, out))),
+            dq, dk, dv = flash_backward(
+                *(
+                    x[rows][:, None]
+                    for rows, x in ((q_rows, grad), (q_rows, q), (k_rows, k), (k_rows, v), (q_rows, out))
+                ),
                 lse[q_rows][None],
                 *ends,
                 0.0,

@@ -1,4 +1,4 @@
-"""Mixture of Contexts: each query attends to a few chunks of its film, chosen by the mean of their keys, and to anchors.
+"""Mixture of Contexts: each query attends to a few chunks, chosen by the mean of their keys, and to anchors.
 
 Paper: Mixture of Contexts for Long Video Generation, arXiv 2508.21058.
 """
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from sparse_zoo.attention import Attention, Branch, Call, Knob, Limit, Term, is_count
 from sparse_zoo.errors import refuse, unknown
-from sparse_zoo.layout import Layout
+from sparse_zoo.layout import CHUNKS, Layout
 from sparse_zoo.partition import Partition, refine
 from sparse_zoo.plan import Plan
 from sparse_zoo.registry import register
@@ -23,7 +23,6 @@ from sparse_zoo.routing import top_chunks
 
 Chunk = Literal["shot", "frame", "fixed"]
 Causal = Literal["routing", "strict"]
-CHUNKS = ("shot", "frame", "fixed")
 CAUSAL = (None, "routing", "strict")
 ANCHORS = ("text", "shot", "chunk")
 

@@ -72,7 +72,9 @@ class MoGA(Attention):
                 if frames_per_group is not None and not is_count(frames_per_group)
                 else "",
                 *(unknown("branch", name, MIX) for name in mix if name not in MIX),
-                f"mix needs at least one of {MIX}, each once, got {mix!r}" if len(set(mix)) != len(mix) or not mix else "",
+                f"mix needs at least one of {MIX}, each once, got {mix!r}"
+                if len(set(mix)) != len(mix) or not mix
+                else "",
                 unknown("balance", balance, ("printed", "switch")) if balance not in ("printed", "switch") else "",
                 f"alpha must be at least 0, got {alpha!r}" if not alpha >= 0 else "",
                 "dim, the width of hidden, is needed for the router" if self.dim is None else "",
@@ -150,7 +152,7 @@ def _frames(layout: Layout) -> Plan:
 
 @lru_cache(maxsize=32)
 def _stga(layout: Layout, windows: tuple[int, int], frames_per_group: int | None) -> Plan:
-    """Windows × temporal groups as queries; their keys, and in the same window the nearest frames of the shots beside."""
+    """Windows × temporal groups; to their keys come the nearest frames of the shots beside, in the same window."""
     time = layout.shot_frame // frames_per_group if frames_per_group else torch.zeros_like(layout.shot_frame)
     place = [layout.row * windows[0] // layout.rows, layout.col * windows[1] // layout.cols]
     first = layout.shot_frame < BORROWED

@@ -15,7 +15,7 @@ from torch import Tensor
 from sparse_zoo.attention import Attention, Knob, Limit, is_count
 from sparse_zoo.errors import refuse, unknown
 from sparse_zoo.layout import Layout
-from sparse_zoo.plan import Plan
+from sparse_zoo.plan import Part, Plan
 from sparse_zoo.registry import register
 
 EVERY_TILE = (1 << 30) + 1
@@ -77,7 +77,7 @@ def _window(
     """Tiles × tiles, all × text, text × video."""
     everyone, video = layout.partition(), layout.partition(where=~layout.is_text)
     text = layout.partition(where=layout.is_text)
-    parts = []
+    parts: list[Part] = []
     if video.count:
         tiles = layout.tiles(tile, stop_at_shots=stop_at_shots)
         near = tiles.sample[:, None] == tiles.sample

@@ -1,0 +1,28 @@
+"""Shared by all tests: one thread each, since pytest-xdist runs several, and films of awkward sizes."""
+
+import pytest
+import torch
+
+from sparse_zoo import Layout, Shot
+
+torch.set_num_threads(1)
+
+FILMS = {
+    "captioned": Layout.film([Shot(3, 4, 4, 3), Shot(1, 5, 3), Shot(4, 4, 4, 2)], caption=2),
+    "packed": Layout.pack(
+        [Layout.film([Shot(3, 3, 4, 2), Shot(2, 2, 5, 1)], caption=1), Layout.film([Shot(1, 3, 3), Shot(2, 4, 4, 1)])]
+    ),
+    "plain": Layout.film([Shot(3, 4, 4)]),
+    "one_frame_shots": Layout.film([Shot(1, 3, 3, 1) for _ in range(4)]),
+    "one_token": Layout.film([Shot(1, 1, 1)]),
+}
+
+
+@pytest.fixture(params=FILMS, ids=FILMS)
+def film(request: pytest.FixtureRequest) -> Layout:
+    return FILMS[request.param]
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    torch.manual_seed(0)

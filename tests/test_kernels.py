@@ -1,0 +1,252 @@
+"""Kernels against an oracle written here: masked softmax in float64, with gradients."""
+
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from test_plan import plans
+from torch import Tensor
+
+import sparse_zoo as zoo
+from sparse_zoo.kernels import grouped, varlen
+
+
+def oracle(q: Tensor, k: Tensor, v: Tensor, plan: zoo.Plan) -> tuple[Tensor, Tensor]:
+    share = q.shape[1] // k.shape[1]
+    q, k, v = q.double(), k.double().repeat_interleave(share, 1), v.double().repeat_interleave(share, 1)
+    mask = plan.dense_mask().expand(q.shape[0], q.shape[1], -1, -1)
+    scores = torch.einsum("bhid,bhjd->bhij", q, k) / q.shape[-1] ** 0.5
+    top = scores.detach().masked_fill(~mask, -torch.inf).amax(-1, keepdim=True)
+    top = top.masked_fill(top == -torch.inf, 0)
+    weights = torch.where(mask, (scores.masked_fill(~mask, 0) - top).exp(), 0.0)
+    total = weights.sum(-1, keepdim=True)
+    lse = total[..., 0].log() + top[..., 0]
+    return torch.einsum("bhij,bhjd->bhid", weights / torch.where(total > 0, total, 1.0), v), lse
+
+
+def inputs(q_length: int, k_length: int, kv_heads: int = 2, dtype: torch.dtype = torch.float64) -> list[Tensor]:
+    shapes = [(2, 2, q_length, 8), (2, kv_heads, k_length, 8), (2, kv_heads, k_length, 8)]
+    return [torch.randn(shape, dtype=dtype, requires_grad=True) for shape in shapes]
+
+
+def check(kernel: str, plan: zoo.Plan, tensors: list[Tensor], atol: float) -> None:
+    got = zoo.attend(*tensors, plan, kernel=kernel)
+    want, want_lse = oracle(*tensors, plan)
+    assert got.kernel == kernel
+    weight = torch.randn_like(want)
+    grads = torch.autograd.grad(got.out, tensors, weight.to(got.out.dtype))
+    want_grads = torch.autograd.grad(want, tensors, weight)
+    torch.testing.assert_close(got.out.double(), want, rtol=0, atol=atol)
+    torch.testing.assert_close(got.lse.double(), want_lse.double(), rtol=0, atol=atol)
+    for grad, expected in zip(grads, want_grads, strict=True):
+        torch.testing.assert_close(grad.double(), expected.double(), rtol=0, atol=atol)
+
+
+@pytest.mark.parametrize("kernel", ["reference", "cpu"])
+@given(data=st.data())
+@settings(max_examples=40, deadline=None)
+def test_any_plan_forward_and_backward(kernel: str, data: st.DataObject) -> None:
+    plan = data.draw(plans()) | data.draw(plans())
+    torch.manual_seed(1)
+    check(kernel, plan, inputs(23, 23, kv_heads=data.draw(st.sampled_from([1, 2]))), atol=1e-12)
+
+
+@given(plan=plans(q_length=5, k_length=17))
+@settings(max_examples=20, deadline=None)
+def test_fewer_queries_than_keys(plan: zoo.Plan) -> None:
+    torch.manual_seed(1)
+    check("cpu", plan, inputs(5, 17), atol=1e-12)
+
+
+def test_float32_stays_close_to_float64() -> None:
+    film = zoo.Layout.film([zoo.Shot(4, 8, 8), zoo.Shot(3, 7, 5)])
+    plan = zoo.Plan.within(film.chunks("frame")) | zoo.Plan.routed(
+        film.chunks("fixed", tokens=37), torch.randint(0, 9, (2, 2, len(film), 1))
+    )
+    check("cpu", plan, inputs(len(film), len(film), dtype=torch.float32), atol=5e-6)
+
+
+def test_half_precision_errs_no_more_than_eager_does() -> None:
+    film = zoo.Layout.film([zoo.Shot(4, 8, 8), zoo.Shot(3, 7, 5)])
+    plan = zoo.Plan.within(film.chunks("frame")) | zoo.Plan.within(film.chunks("fixed", tokens=41))
+    exact = inputs(len(film), len(film))
+    want, _ = oracle(*exact, plan)
+    halves = [x.detach().bfloat16() for x in exact]
+    ours = zoo.attend(*halves, plan, kernel="cpu").out
+    scores = (halves[0] @ halves[1].transpose(-1, -2) * 8**-0.5).masked_fill(~plan.dense_mask(), -torch.inf)
+    eager = scores.softmax(-1) @ halves[2]
+    assert (ours.double() - want).abs().max() <= 1.5 * (eager.double() - want).abs().max()
+
+
+def test_very_negative_and_very_large_scores() -> None:
+    film = zoo.Layout.film([zoo.Shot(2, 3, 3), zoo.Shot(1, 3, 3)])
+    plan = zoo.Plan.within(film.chunks("frame")) | zoo.Plan.within(film.chunks("shot"))
+    for scale in (-40.0, 40.0):
+        q, k, v = inputs(len(film), len(film))
+        q = (q.detach().abs() * scale).requires_grad_()
+        k = (k.detach().abs() * 40).requires_grad_()
+        check("cpu", plan, [q, k, v], atol=1e-9)
+
+
+def test_queries_without_keys() -> None:
+    labels = torch.tensor([0, 0, -1, 1, -1])
+    tensors = inputs(5, 5)
+    for kernel in ("reference", "cpu"):
+        out, lse, _ = zoo.attend(*tensors, zoo.Plan.groups(labels), kernel=kernel)
+        assert torch.equal(out[:, :, [2, 4]], torch.zeros(2, 2, 2, 8, dtype=torch.float64))
+        assert bool((lse[:, :, [2, 4]] == -torch.inf).all())
+        (dq,) = torch.autograd.grad(out.sum(), tensors[0])
+        assert bool((dq[:, :, [2, 4]] == 0).all())
+
+
+def test_nobody_attends_to_anything() -> None:
+    out, lse, _ = zoo.attend(*inputs(5, 5), zoo.Plan.groups(torch.full((5,), -1), count=1), kernel="cpu")
+    assert bool((out == 0).all())
+    assert bool((lse == -torch.inf).all())
+
+
+def test_more_rectangles_than_a_grid_dimension_holds() -> None:
+    length = 70_000
+    q, k, v = (torch.randn(1, 1, length, 8, dtype=torch.float64) for _ in range(3))
+    out, _, _ = zoo.attend(q, k, v, zoo.Plan.groups(torch.arange(length)), kernel="cpu")
+    torch.testing.assert_close(out, v, rtol=0, atol=1e-12)
+
+
+def test_strided_inputs_are_read_right_and_left_alone() -> None:
+    film = zoo.Layout.film([zoo.Shot(2, 3, 3)])
+    packed = torch.randn(1, len(film), 3, 2, 8, dtype=torch.float64)
+    before = packed.clone()
+    q, k, v = packed.permute(2, 0, 3, 1, 4)
+    out = zoo.attend(q, k, v, zoo.Plan.dense(film)).out
+    torch.testing.assert_close(out, oracle(q, k, v, zoo.Plan.dense(film))[0], rtol=0, atol=1e-12)
+    assert torch.equal(packed, before)
+
+
+def test_slabs_and_batches_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    film = zoo.Layout.film([zoo.Shot(4, 4, 4), zoo.Shot(3, 3, 5)])
+    plan = zoo.Plan.within(film.chunks("shot")) | zoo.Plan.within(film.chunks("fixed", tokens=11))
+    tensors = inputs(len(film), len(film))
+    monkeypatch.setattr(grouped, "SLAB_BYTES", 1)
+    monkeypatch.setattr(grouped, "BATCH_BYTES", 1)
+    check("cpu", plan, tensors, atol=1e-12)
+
+
+def test_merge_is_exact() -> None:
+    q, k, v = (torch.randn(1, 2, 9, 8, dtype=torch.float64) for _ in range(3))
+    labels = [torch.tensor([0] * 4 + [-1] * 5), torch.tensor([-1] * 4 + [0] * 3 + [-1] * 2)]
+    readers = torch.zeros(9, dtype=torch.int64).index_fill(0, torch.tensor([8]), -1)
+    plans = [zoo.Plan.groups(readers, keys) for keys in labels]
+    parts = [zoo.attend(q, k, v, plan) for plan in plans]
+    out, lse = zoo.merge([part.out for part in parts], [part.lse for part in parts])
+    want, want_lse = oracle(q, k, v, plans[0] | plans[1])
+    torch.testing.assert_close(out, want, rtol=0, atol=1e-12)
+    torch.testing.assert_close(lse, want_lse, rtol=0, atol=1e-12)
+
+
+def test_executed_pairs_are_never_fewer(film: zoo.Layout) -> None:
+    plan = zoo.Plan.dense(film) | zoo.Plan.within(film.chunks("frame"))
+    for kernel in zoo.kernels():
+        assert plan.executed(kernel, batch=2, heads=3) >= plan.cost(8, batch=2, heads=3).pairs
+
+
+def segments(x: Tensor, ends: Tensor) -> list[Tensor]:
+    return [x[a:b] for a, b in zip(ends[:-1].tolist(), ends[1:].tolist(), strict=True)]
+
+
+def flash_forward(
+    q: Tensor, k: Tensor, v: Tensor, q_ends: Tensor, k_ends: Tensor, q_most: int, k_most: int, *_: Any, scale: float
+) -> tuple[Tensor, Tensor]:
+    """What the CUDA operator promises, segment by segment; checks what it demands."""
+    assert q.shape[1] == 1
+    assert q_most == int(q_ends.diff().max())
+    assert k_most == int(k_ends.diff().max())
+    outs, lses = [], []
+    for a, b, c in zip(segments(q, q_ends), segments(k, k_ends), segments(v, k_ends), strict=True):
+        scores = a[:, 0] @ b[:, 0].T * scale
+        outs.append(scores.softmax(-1) @ c[:, 0])
+        lses.append(scores.logsumexp(-1))
+    return torch.cat(outs)[:, None], torch.cat(lses)[None]
+
+
+def flash_backward(
+    grad: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    q_ends: Tensor,
+    k_ends: Tensor,
+    *_: Any,
+    scale: float,
+) -> tuple[Tensor, ...]:
+    parts = []
+    sides = [segments(x[:, 0], q_ends) for x in (grad, q, out)] + [segments(x[:, 0], k_ends) for x in (k, v)]
+    for g, a, o, b, c, total in zip(*sides, segments(lse[0], q_ends), strict=True):
+        p = (a @ b.T * scale - total[:, None]).exp()
+        ds = p * (g @ c.T - (g * o).sum(-1, keepdim=True)) * scale
+        parts.append((ds @ b, ds.T @ a, p.T @ g))
+    return tuple(torch.cat(x)[:, None] for x in zip(*parts, strict=True))
+
+
+@given(data=st.data())
+@settings(max_examples=25, deadline=None)
+def test_torch_engine_packs_its_segments_right(data: st.DataObject) -> None:
+    """Without a GPU: the engine's own work, with its two CUDA operators played by plain tensor code."""
+    plan = data.draw(plans()) | data.draw(plans())
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(varlen, "flash_forward", flash_forward)
+        patch.setattr(varlen, "flash_backward", flash_backward)
+        patch.setattr(varlen, "SEGMENTS", data.draw(st.sampled_from([1, 3, 1000])))
+        patch.setattr(varlen.TorchVarlen, "why_not", lambda *_: [])
+        torch.manual_seed(1)
+        check("torch", plan, inputs(23, 23, kv_heads=data.draw(st.sampled_from([1, 2]))), atol=1e-12)
+
+
+def test_a_kernel_that_cannot_run_tells_every_reason() -> None:
+    film = zoo.Layout.film([zoo.Shot(1, 2, 2)])
+    q, k, v = (torch.randn(1, 1, 4, 12) for _ in range(3))
+    if not torch.cuda.is_available():
+        with pytest.raises(zoo.ZooError) as error:
+            zoo.attend(q, k, v, zoo.Plan.dense(film), kernel="torch")
+        for words in (
+            "needs a CUDA device",
+            "float32 is not float16 or bfloat16",
+            "head dim 12 is not a multiple of 8",
+        ):
+            assert words in str(error.value)
+    with pytest.raises(zoo.ZooError, match="unknown kernel 'cpuu'; did you mean 'cpu'"):
+        zoo.attend(q, k, v, zoo.Plan.dense(film), kernel="cpuu")
+    with pytest.raises(zoo.ZooError, match="the plan is for 4 queries and 4 keys; q is"):
+        zoo.attend(q[:, :, :3], k, v, zoo.Plan.dense(film))
+    whole = [x.to(torch.int32) for x in (q, k, v)]
+    with pytest.raises(zoo.ZooError, match="no kernel can run this") as error:
+        zoo.attend(*whole, zoo.Plan.dense(film))
+    assert "cpu: dtype torch.int32" in str(error.value)
+
+
+def test_check_refuses_overlap() -> None:
+    film = zoo.Layout.film([zoo.Shot(1, 2, 2)])
+    tensors = [torch.randn(1, 1, 4, 8) for _ in range(3)]
+    dense = zoo.Plan.dense(film)
+    with pytest.raises(zoo.ZooError, match="hold 16 pairs both"):
+        zoo.attend(*tensors, zoo.Plan(*dense.parts, *dense.parts), check=True)
+
+
+def test_backward_through_compile_and_autocast() -> None:
+    film = zoo.Layout.film([zoo.Shot(2, 3, 3)])
+    attention = zoo.build("moc", heads=2, head_dim=8, top_k=1, anchors=("chunk",))
+    q, k, v = (torch.randn(1, 2, len(film), 8, requires_grad=True) for _ in range(3))
+    eager = attention(q, k, v, film).out
+    compiled = torch.compile(lambda *x: attention(*x, film).out * 2, backend="eager")(q, k, v)
+    torch.testing.assert_close(compiled, eager * 2, rtol=0, atol=1e-6)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        half = attention(*(x.bfloat16() for x in (q, k, v)), film).out
+    assert half.dtype == torch.bfloat16
+
+
+def test_engine_is_named_by_what_it_is() -> None:
+    assert grouped.Cpu().why_not() == []
+    assert set(zoo.kernels()) == {"torch", "cpu", "reference"}
