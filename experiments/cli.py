@@ -1,0 +1,262 @@
+"""The `zoo` command. Heavy imports wait until a command needs them, so that `zoo list` answers at once."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+from typer.core import TyperGroup
+
+if TYPE_CHECKING:
+    from experiments.store import Result
+
+console = Console()
+errors = Console(stderr=True)
+
+
+class Group(TyperGroup):
+    """Commands whose refusals are one clear message and exit code 2, not a traceback."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except ValueError as error:
+            from sparse_zoo.errors import ZooError
+
+            if not isinstance(error, ZooError):
+                raise
+            errors.print(f"[bold red]Error:[/bold red] {_escape(str(error))}", soft_wrap=True)
+            raise typer.Exit(2) from error
+
+
+app = typer.Typer(
+    cls=Group,
+    no_args_is_help=True,
+    rich_markup_mode="rich",
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="Train video diffusion transformers with interchangeable sparse attention; compare what each costs and gives.",
+)
+
+Plugin = Annotated[
+    list[Path], typer.Option("--plugin", help="Python file with methods of your own, usable at once; may be repeated.")
+]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON and nothing else.")]
+
+
+@app.command(epilog="Example: [bold]zoo train attention=moc attention.top_k=2 trainer.max_steps=50[/bold]")
+def train(
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(
+            help="key=value, over configs/base.yaml: attention=NAME takes a method, data=shot_world other films."
+        ),
+    ] = None,
+    config: Annotated[
+        Path | None, typer.Option(help="YAML file laid over the base config, below the overrides.")
+    ] = None,
+    plugin: Plugin = [],  # noqa: B006
+    as_json: AsJson = False,
+) -> None:
+    """Train one model and say what came out."""
+    _load_plugins(plugin)
+    from experiments.config import load, read_yaml
+    from experiments.progress import Bar
+    from experiments.report import settings
+    from experiments.run import run
+    from experiments.store import Cell
+    from experiments.tracking import Tracker
+
+    resolved = load([*([read_yaml(config)] if config else []), *(overrides or [])])
+    methods = resolved["attention"] if isinstance(resolved["attention"], list) else [resolved["attention"]]
+    cell = Cell("-".join(dict.fromkeys(str(method["name"]) for method in methods)), resolved)
+    try:
+        with Bar(errors, 1) as bar:
+            result = run(cell, "train", Tracker("train"), bar)
+    except KeyboardInterrupt:
+        errors.print(f"Stopped. What there is lies in {cell.folder('train')}", soft_wrap=True)
+        raise typer.Exit(130) from None
+    if as_json:
+        print(json.dumps(result.to_json()))
+    else:
+        console.print(_one_run(result, settings(resolved["attention"])))
+        console.print(f"The run lies in {result.folder}", soft_wrap=True)
+    if result.status == "failed":
+        errors.print(f"[bold red]Failed:[/bold red] {_escape(result.reason or '')}", soft_wrap=True)
+        raise typer.Exit(1)
+
+
+@app.command(epilog="Example: [bold]zoo sweep quickstart[/bold], and the same again to run only what is missing")
+def sweep(
+    file: Annotated[str, typer.Argument(help="A sweep file, or the name of one in experiments/sweeps.")],
+    max_steps: Annotated[int | None, typer.Option(min=1, help="Train every cell for this many steps at most.")] = None,
+    fresh: Annotated[bool, typer.Option("--fresh", help="Run finished cells again too.")] = False,
+    plugin: Plugin = [],  # noqa: B006
+) -> None:
+    """Run every cell of a sweep that has not finished, then write its report.
+
+    Every cell is checked and its method built before the first one runs. A cell that fails is recorded with its
+    reason and the others go on; the exit code is then 1.
+    """
+    _load_plugins(plugin)
+    from experiments.progress import Bar
+    from experiments.report import Report
+    from experiments.sweep import execute, find, read
+
+    loaded = read(find(file), [] if max_steps is None else [{"trainer.max_steps": max_steps}])
+    interrupted = False
+    try:
+        with Bar(errors, len(loaded.cells)) as bar:
+            execute(loaded, bar, fresh=fresh)
+    except KeyboardInterrupt:
+        interrupted = True
+    report = Report.of(loaded.name)
+    page = report.write()
+    console.print(report.table())
+    for result in report.unfinished:
+        console.print(f"[red]{result.name}[/red], {result.status}: {_escape(result.reason or '')}", soft_wrap=True)
+    console.print(f"Report: {page}", soft_wrap=True)
+    if interrupted:
+        console.print(f"Stopped. Finished cells are kept; go on with: {_escape(_again())}", soft_wrap=True)
+        raise typer.Exit(130)
+    if report.unfinished:
+        raise typer.Exit(1)
+
+
+@app.command(epilog="Example: [bold]zoo report quickstart[/bold]")
+def report(name: Annotated[str, typer.Argument(help="A sweep that has run.")], as_json: AsJson = False) -> None:
+    """Write the report of a sweep (report.html, report.json) and show its leaderboard."""
+    from experiments.report import Report
+
+    found = Report.of(name)
+    page = found.write()
+    if as_json:
+        print(json.dumps(found.to_json()))
+        return
+    console.print(found.table())
+    console.print(f"Report: {page}", soft_wrap=True)
+
+
+@app.command(epilog="Example: [bold]zoo ui --port 5001[/bold]")
+def ui(port: Annotated[int, typer.Option(help="Port on this machine.")] = 5000) -> None:
+    """Open MLflow's own page on the runs; Ctrl-C ends it."""
+    from experiments.tracking import serve
+
+    console.print(f"MLflow starts on http://127.0.0.1:{port} (it takes about 15 seconds; Ctrl-C ends it)")
+    raise typer.Exit(serve(port))
+
+
+@app.command("list", epilog="Example: [bold]zoo list --plugin my_method.py[/bold]")
+def list_(plugin: Plugin = [], as_json: AsJson = False) -> None:  # noqa: B006
+    """Show methods with their settings, and kernels with the reasons where one cannot run here."""
+    _load_plugins(plugin)
+    import sparse_zoo as zoo
+
+    kernels = zoo.kernels()
+    if as_json:
+        methods = [
+            {
+                "name": name,
+                "summary": zoo.summary(name),
+                "settings": {
+                    key: {"default": _plain(setting.default), "type": setting.type, "doc": setting.doc}
+                    for key, setting in zoo.settings(name).items()
+                },
+            }
+            for name in zoo.names()
+        ]
+        listed = [{"name": name, "usable": not reasons, "reasons": reasons} for name, reasons in kernels.items()]
+        print(json.dumps({"methods": methods, "kernels": listed}))
+        return
+    for name in zoo.names():
+        console.print(f"\n[bold]{name}[/bold]  {_escape(zoo.summary(name))}")
+        table = Table.grid(padding=(0, 2))
+        for key, setting in zoo.settings(name).items():
+            default = "needed" if setting.required else f"= {_plain(setting.default)}"
+            table.add_row(f"  [cyan]{key}[/cyan]", _escape(default), f"[dim]{_escape(setting.doc)}[/dim]")
+        console.print(table)
+    table = Table.grid(padding=(0, 2))
+    for name, reasons in kernels.items():
+        table.add_row(
+            f"  [cyan]{name}[/cyan]", "[green]runs here[/green]" if not reasons else _escape("; ".join(reasons))
+        )
+    console.print("\n[bold]kernels[/bold]")
+    console.print(table)
+
+
+@app.command("map", epilog="Example: [bold]zoo map moc top_k=2 chunk=frame --out moc.png[/bold]")
+def map_(
+    method: Annotated[str, typer.Argument(help="A method, see zoo list.")],
+    settings: Annotated[list[str] | None, typer.Argument(help="Its settings, key=value.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Where to write the PNG; map-METHOD.png if not given.")] = None,
+    plugin: Plugin = [],  # noqa: B006
+) -> None:
+    """Draw who attends to whom in a small film of four captioned shots, with random queries and keys."""
+    _load_plugins(plugin)
+    from experiments.config import parse
+    from experiments.pictures import sample_map, save
+
+    drawn = sample_map(method, dict(parse(text) for text in settings or []))
+    path = save(drawn.image, out or Path(f"map-{method}.png"))
+    table = Table(title=f"{method} on a film of {drawn.tokens} tokens", title_justify="left")
+    for title in ("branch", "density"):
+        table.add_column(title, justify="right")
+    for i, density in enumerate(drawn.densities):
+        table.add_row(str(i + 1), f"{100 * density:.1f} %")
+    table.add_row("all", f"{100 * drawn.density:.1f} %")
+    console.print(table)
+    console.print(f"Map: {path.absolute()}", soft_wrap=True)
+
+
+def main() -> None:
+    """The console script."""
+    app()
+
+
+def _load_plugins(paths: Sequence[Path]) -> None:
+    if paths:
+        import sparse_zoo as zoo
+
+        for path in paths:
+            zoo.load_plugin(path)
+
+
+def _one_run(result: Result, title: str) -> Table:
+    from experiments.report import giga, number, percent
+
+    table = Table(title=title, title_justify="left", show_header=False)
+    for key, value in (
+        ("status", result.status),
+        ("steps", str(result.steps)),
+        ("first loss", number(result.first_loss)),
+        ("last loss", number(result.last_loss)),
+        ("val loss", number(result.val_loss)),
+        *((key, number(value)) for key, value in result.metrics.items()),
+        ("density", percent(result.density)),
+        ("attention GFLOPs", giga(result.flops)),
+        ("kernel", result.kernel or "–"),
+        ("s/step", number(result.seconds_per_step)),
+    ):
+        table.add_row(key, value)
+    return table
+
+
+def _plain(value: Any) -> Any:
+    return list(value) if isinstance(value, tuple) else value
+
+
+def _escape(text: str) -> str:
+    from rich.markup import escape
+
+    return escape(text)
+
+
+def _again() -> str:
+    """The command line as the user typed it."""
+    return " ".join([Path(sys.argv[0]).name, *sys.argv[1:]])

@@ -1,0 +1,273 @@
+"""From YAML and `key=value` overrides to one config: resolved, checked whole, refused with every reason at once."""
+
+from __future__ import annotations
+
+import inspect
+import types
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from copy import deepcopy
+from pathlib import Path
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+
+import yaml  # type: ignore[import-untyped]
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+import sparse_zoo as zoo
+from sparse_zoo.errors import ZooError, refuse, unknown
+
+CONFIGS = Path(__file__).parent / "configs"
+Config = dict[str, Any]
+Override = str | Mapping[str, Any]
+
+# What the run itself hands to these constructors; a config may not.
+GIVEN = {
+    "model": {"channels", "patch", "vocabulary", "attention"},
+    "trainer": {
+        "logger",
+        "callbacks",
+        "default_root_dir",
+        "enable_progress_bar",
+        "enable_checkpointing",
+        "enable_model_summary",
+        "barebones",
+    },
+    "sampling": {"folder", "on_image", "seed"},
+}
+
+
+def load(overrides: Sequence[Override] = ()) -> Config:
+    """`configs/base.yaml` under the overrides, in order; interpolations resolved, everything checked.
+
+    An override is "dotted.key=value" (the value is YAML) or a mapping, whose keys may be dotted too. `attention=moc`
+    replaces the node by {"name": "moc"}, and a list of names gives each layer its own; `data=shot_world` replaces the
+    node by that preset of `configs/data.yaml`. Mappings are merged, but `attention` is always replaced as a whole.
+    Raises `ZooError`.
+    """
+    config = merge(overrides)
+    refuse("config", check(config))
+    return config
+
+
+def merge(overrides: Sequence[Override]) -> Config:
+    """As `load`, unchecked."""
+    config: Config = read_yaml(CONFIGS / "base.yaml")
+    for key in ("attention", "data"):
+        _assign(config, [key], config.pop(key))
+    assignments = [pair for override in overrides for pair in _pairs(override)]
+    # A name replaces its node, so it goes before the settings inside, wherever it was typed.
+    texts = [pair for override in overrides if isinstance(override, str) for pair in _pairs(override)]
+    if len(texts) == len(assignments):
+        assignments.sort(key=lambda pair: len(pair[0]))
+    reasons = [_assign(config, path, value) for path, value in assignments]
+    refuse("config", reasons)
+    try:
+        resolved = OmegaConf.to_container(OmegaConf.create(config), resolve=True)
+    except OmegaConfBaseException as error:
+        raise ZooError(f"config: {error}".replace("\n", " ")) from error
+    assert isinstance(resolved, dict)
+    return {str(key): value for key, value in resolved.items()}
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """A YAML file that holds a mapping; raises `ZooError` with the path otherwise."""
+    refuse(str(path), ["no such file"] if not path.is_file() else [])
+    try:
+        loaded = OmegaConf.to_container(OmegaConf.load(path))
+    except (yaml.YAMLError, OmegaConfBaseException) as error:
+        raise ZooError(f"{path} is no YAML: {error}") from error
+    refuse(str(path), ["must hold a mapping"] if not isinstance(loaded, dict) else [])
+    assert isinstance(loaded, dict)
+    return {str(key): value for key, value in loaded.items()}
+
+
+def check(config: Config) -> list[str]:
+    """Every reason why this config cannot run; none when it can."""
+    from lightning.pytorch import Trainer
+
+    from datamodules import ShotWorld, VideoFilms
+    from lit_modules.callbacks import SampleFilms
+    from lit_modules.dit import VideoDiT
+    from lit_modules.flow import RectifiedFlow
+    from lit_modules.module import Optim
+
+    datamodules: dict[str, Callable[..., Any]] = {"shot_world": ShotWorld, "video_films": VideoFilms}
+    reasons: list[str] = []
+    if not fits(config["seed"], int) or config["seed"] < 0:
+        reasons.append(f"seed must be a whole number of at least 0, got {config['seed']!r}")
+    data = dict(config["data"])
+    name = data.pop("name", None)
+    if name in datamodules:
+        reasons += _misfits("data", data, datamodules[name])
+    else:
+        reasons.append(unknown("data", name, datamodules))
+    sections: dict[str, Callable[..., Any]] = {
+        "model": VideoDiT,
+        "flow": RectifiedFlow,
+        "optim": Optim,
+        "trainer": Trainer,
+        "sampling": SampleFilms,
+    }
+    for section, build in sections.items():
+        reasons += _misfits(section, config[section], build, GIVEN.get(section, ()))
+    return reasons + ([] if reasons else check_attention(config))
+
+
+def check_attention(config: Config) -> list[str]:
+    """Build every layer's method and let it attend in a small film."""
+    model, given = config["model"], config["attention"]
+    layers = given if isinstance(given, list) else [given]
+    if len(layers) not in (1, model["depth"]) or (isinstance(given, list) and len(layers) != model["depth"]):
+        return [f"attention is a list of {len(layers)}, model.depth is {model['depth']}: one entry per layer"]
+    if model["dim"] % model["heads"]:
+        return [f"model.heads {model['heads']} must divide model.dim {model['dim']}"]
+    return [reason for layer in _distinct(layers) for reason in _attends(layer, model["dim"], model["heads"])]
+
+
+def _attends(settings: Mapping[str, Any], dim: int, heads: int) -> list[str]:
+    import torch
+
+    name = settings.get("name")
+    if name not in zoo.names():
+        return [unknown("method", name, zoo.names())]
+    own = {key: value for key, value in settings.items() if key != "name"}
+    hints: dict[str, Any] = {}
+    for cls in reversed(zoo.get(name).__mro__[:-1]):
+        hints |= get_type_hints(inspect.getattr_static(cls, "__init__"))
+    misfits = [_misfit(f"attention.{key}", value, hints[key]) for key, value in own.items() if key in hints]
+    if any(misfits):
+        return [reason for reason in misfits if reason]
+    layout = zoo.Layout.film([zoo.Shot(2, 2, 2, 1), zoo.Shot(1, 2, 2)], caption=1)
+    x = torch.zeros(1, heads, len(layout), dim // heads)
+    try:
+        attention = zoo.build(name, heads=heads, head_dim=dim // heads, dim=dim, **own)
+        with torch.no_grad():
+            attention(x, x, x, layout, hidden=torch.zeros(1, len(layout), dim), step=0)
+    except ZooError as error:
+        return [f"attention: {error}"]
+    return []
+
+
+def parse(override: str) -> tuple[str, Any]:
+    """ "key=value", whose value is YAML, as (key, value); raises `ZooError`."""
+    key, equals, text = override.partition("=")
+    refuse("config", [f"an override is key=value, got {override!r}"] if not equals or not key.strip() else [])
+    try:
+        parsed = OmegaConf.to_container(OmegaConf.from_dotlist([f"value={text}"]))
+    except (yaml.YAMLError, OmegaConfBaseException) as error:
+        raise ZooError(f"config: the value in {override!r} is no YAML: {error}") from error
+    assert isinstance(parsed, dict)
+    return key.strip(), parsed["value"]
+
+
+def _pairs(override: Override) -> list[tuple[list[str], Any]]:
+    if isinstance(override, Mapping):
+        return [(str(key).split("."), deepcopy(value)) for key, value in override.items()]
+    key, value = parse(override)
+    return [(key.split("."), value)]
+
+
+def _assign(config: Config, path: list[str], value: Any) -> str:
+    """Set one value; the reason why it cannot be set, or nothing."""
+    if path == ["attention"]:
+        return _assign_attention(config, value)
+    if path == ["data"] and (isinstance(value, str) or (isinstance(value, dict) and "name" in value)):
+        return _assign_data(config, {"name": value} if isinstance(value, str) else value)
+    if path[0] not in config:
+        return unknown("config key", ".".join(path), config)
+    node = config
+    for depth, key in enumerate(path[:-1]):
+        inner = node.setdefault(key, {})
+        if not isinstance(inner, dict):
+            what = "a list, one mapping per layer" if isinstance(inner, list) else repr(inner)
+            return f"{'.'.join(path)} cannot be set: {'.'.join(path[: depth + 1])} is {what}"
+        node = inner
+    last = path[-1]
+    if isinstance(node.get(last), dict):
+        if not isinstance(value, dict):
+            return f"{'.'.join(path)} must be a mapping, got {value!r}"
+        for key, inner in value.items():
+            _assign(node, [last, str(key)], inner)
+        return ""
+    node[last] = value
+    return ""
+
+
+def _assign_attention(config: Config, value: Any) -> str:
+    layers = [
+        {"name": layer} if isinstance(layer, str) else layer
+        for layer in (value if isinstance(value, list) else [value])
+    ]
+    for layer in layers:
+        if not isinstance(layer, dict) or "name" not in layer:
+            return f"attention must be a method's name, a mapping with a name, or a list of these, got {layer!r}"
+    config["attention"] = layers if isinstance(value, list) else layers[0]
+    return ""
+
+
+def _assign_data(config: Config, value: dict[str, Any]) -> str:
+    presets = read_yaml(CONFIGS / "data.yaml")
+    if value["name"] not in presets:
+        return unknown("data", value["name"], presets)
+    config["data"] = {**presets[value["name"]], **value}
+    return ""
+
+
+def _misfits(section: str, given: Mapping[str, Any], build: Callable[..., Any], taken: Iterable[str] = ()) -> list[str]:
+    """Why the class `build` cannot be made from `given`."""
+    hints = get_type_hints(inspect.getattr_static(build, "__init__"))
+    parameters = {
+        name: parameter
+        for name, parameter in inspect.signature(build).parameters.items()
+        if name not in taken and parameter.kind not in (parameter.VAR_KEYWORD, parameter.VAR_POSITIONAL)
+    }
+    needed = [name for name, parameter in parameters.items() if parameter.default is parameter.empty]
+    return [
+        reason
+        for reason in [
+            *(unknown(f"key of {section}", key, parameters) for key in given if key not in parameters),
+            *(f"{section}.{name} is needed" for name in needed if name not in given),
+            *(_misfit(f"{section}.{key}", given[key], hints.get(key, Any)) for key in given if key in parameters),
+        ]
+        if reason
+    ]
+
+
+def _misfit(key: str, value: Any, hint: Any) -> str:
+    if fits(value, hint):
+        return ""
+    wanted = (
+        hint.__name__ if inspect.isclass(hint) else str(hint).replace("typing.", "").replace("collections.abc.", "")
+    )
+    return f"{key} must be {wanted}, got {value!r}"
+
+
+def fits(value: Any, hint: Any) -> bool:
+    """Whether a plain YAML value can stand for a parameter of this type: an int for a float, a list for a tuple."""
+    origin, args = get_origin(hint), get_args(hint)
+    if hint is Any:
+        return True
+    if hint is None or hint is types.NoneType:
+        return value is None
+    if origin in (Union, types.UnionType):
+        return any(fits(value, arg) for arg in args)
+    if origin is Literal:
+        return any(value == arg and type(value) is type(arg) for arg in args)
+    if hint in (int, float):
+        return isinstance(value, int if hint is int else (int, float)) and not isinstance(value, bool)
+    if hint is Path:
+        return isinstance(value, str)
+    if origin is tuple and args and args[-1] is not Ellipsis:
+        return isinstance(value, list | tuple) and len(value) == len(args) and all(map(fits, value, args))
+    kind = origin or hint
+    if not inspect.isclass(kind):
+        return True  # a type variable or a forward name: nothing to hold a value against
+    if issubclass(kind, Mapping):
+        return isinstance(value, Mapping)
+    if kind in (list, tuple) or (issubclass(kind, Iterable) and not issubclass(kind, str)):
+        return isinstance(value, list | tuple) and all(fits(inner, args[0]) for inner in value if args)
+    return isinstance(value, kind)
+
+
+def _distinct(layers: Sequence[Any]) -> list[Any]:
+    return [layer for i, layer in enumerate(layers) if layer not in layers[:i]]

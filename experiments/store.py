@@ -1,0 +1,171 @@
+"""Where runs lie on disk, and the one truth about each of them: its `result.json`.
+
+`<home>/<sweep>/sweep.json` names the cells that were last asked for; `<home>/<sweep>/<cell>-<id>/result.json` says what
+became of one. The id is a hash of the resolved config, so a changed cell gets a new folder and no result is lost.
+MLflow holds a copy for its own pages; whether a cell is finished is never asked there, so that a sweep resumes with no
+server in reach.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import platform
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any, Literal
+
+from sparse_zoo.errors import ZooError
+
+Status = Literal["finished", "failed", "running", "missing"]
+
+
+def home() -> Path:
+    """The folder that holds every run: $ZOO_HOME, or `runs` in the current directory."""
+    return Path(os.environ.get("ZOO_HOME") or "runs").absolute()
+
+
+def config_id(config: Mapping[str, Any]) -> str:
+    """12 hex digits that name a resolved config by its content."""
+    return hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()[:12]
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One run of a sweep: a readable name, unique in the sweep, and its resolved config."""
+
+    name: str
+    config: dict[str, Any]
+
+    @property
+    def id(self) -> str:
+        return config_id(self.config)
+
+    def folder(self, sweep: str) -> Path:
+        return home() / sweep / f"{self.name}-{self.id}"
+
+
+@dataclass
+class Result:
+    """What became of one cell; every figure is measured, None where the run did not come that far.
+
+    `first_loss` and `last_loss` are means of the training flow loss, auxiliary losses left out, over the first 3 and the
+    last 20 steps; `val_loss` is the last validation's. `density` and `flops` (attention, one forward, all layers) are those of the plans that ran;
+    `costs` is the whole ledger. `peak_memory` is in bytes; what it is the peak of stands in `costs`. `curves` maps a
+    loss to (step, value) pairs. `pictures`, {"file", "label"} each, and `strips` name files in the cell's folder.
+    """
+
+    name: str
+    attention: dict[str, Any] | list[dict[str, Any]]
+    status: Status
+    seed: int
+    first_loss: float | None = None
+    val_loss: float | None = None
+    density: float | None = None
+    flops: float | None = None
+    kernel: str | None = None
+    seconds_per_step: float | None = None
+    last_loss: float | None = None
+    reason: str | None = None
+    id: str = ""
+    steps: int = 0
+    seconds: float | None = None
+    peak_memory: int | None = None
+    costs: dict[str, Any] = field(default_factory=dict)
+    metrics: dict[str, float] = field(default_factory=dict)
+    curves: dict[str, list[tuple[int, float]]] = field(default_factory=dict)
+    pictures: list[dict[str, str]] = field(default_factory=list)
+    strips: list[str] = field(default_factory=list)
+    checkpoint: str | None = None
+    folder: str = ""
+    mlflow_run: str | None = None
+    provenance: dict[str, Any] = field(default_factory=dict)
+    data: dict[str, Any] = field(default_factory=dict)
+    config: dict[str, Any] = field(default_factory=dict)
+    traceback: str | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        """This as JSON knows it: non-finite numbers become null."""
+        plain: dict[str, Any] = _finite(asdict(self))
+        return plain
+
+    def write(self, folder: Path) -> None:
+        write_json(folder / "result.json", self.to_json())
+
+
+def read(cell: Cell, sweep: str) -> Result:
+    """The cell's result; status "missing", with the reason, where there is none that can be used."""
+    folder = cell.folder(sweep)
+    path = folder / "result.json"
+    blank = Result(cell.name, cell.config["attention"], "missing", cell.config["seed"], id=cell.id, folder=str(folder))
+    if not path.exists():
+        blank.reason = "has not run yet"
+        return blank
+    known = {f.name for f in fields(Result)}
+    try:
+        result = Result(**{key: value for key, value in json.loads(path.read_text()).items() if key in known})
+    except (json.JSONDecodeError, TypeError, AttributeError) as error:
+        blank.reason = f"{path} cannot be read: {error}"
+        return blank
+    if result.status == "running" and not _alive(result.provenance):
+        blank.reason = "was interrupted before its end"
+        return blank
+    return result
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A sweep as it was last asked for: one line about it, its cells, and the MLflow run above them."""
+
+    about: str
+    cells: tuple[Cell, ...]
+    mlflow_run: str | None = None
+
+
+def write_sweep(name: str, asked: Asked) -> None:
+    """Remember what was asked for, so that a report can name the cells that are missing."""
+    write_json(home() / name / "sweep.json", {"name": name, **asdict(asked)})
+
+
+def read_sweep(name: str) -> Asked:
+    """What was last asked for under this name; ZooError where there is no such sweep."""
+    path = home() / name / "sweep.json"
+    if not path.exists():
+        known = sorted(found.parent.name for found in home().glob("*/sweep.json"))
+        raise ZooError(f"no sweep {name!r} in {home()}; there: {', '.join(known) or 'none'}")
+    plain = json.loads(path.read_text())
+    return Asked(plain["about"], tuple(Cell(**cell) for cell in plain["cells"]), plain["mlflow_run"])
+
+
+def write_json(path: Path, plain: Any) -> None:
+    """Whole or not at all: a reader never sees half a file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_suffix(f".{os.getpid()}.part")
+    part.write_text(json.dumps(plain, indent=1, allow_nan=False))
+    os.replace(part, path)
+
+
+def _finite(plain: Any) -> Any:
+    if isinstance(plain, dict):
+        return {str(key): _finite(value) for key, value in plain.items()}
+    if isinstance(plain, list | tuple):
+        return [_finite(value) for value in plain]
+    if isinstance(plain, float) and not math.isfinite(plain):
+        return None
+    return plain
+
+
+def _alive(provenance: Mapping[str, Any]) -> bool:
+    """Whether the process that wrote this still runs; one on another machine is believed."""
+    if provenance.get("host") != platform.node():
+        return True
+    try:
+        os.kill(int(provenance["pid"]), 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True

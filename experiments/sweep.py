@@ -1,0 +1,142 @@
+"""A sweep: a YAML file becomes cells; cells that have not finished are run; all of them are remembered."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+from experiments.config import Override, load, read_yaml
+from experiments.progress import Bar
+from experiments.run import run
+from experiments.store import Asked, Cell, Result, home, read_sweep, write_sweep
+from experiments.store import read as read_result
+from experiments.tracking import Tracker
+from sparse_zoo.errors import ZooError, refuse, unknown
+
+SWEEPS = Path(__file__).parent / "sweeps"
+KEYS = ("name", "about", "base", "axes", "cells")
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """A name, one line about it, and its cells."""
+
+    name: str
+    about: str
+    cells: tuple[Cell, ...]
+
+
+def find(name: str) -> Path:
+    """A sweep file by its path, or by its name among those that come along; raises `ZooError`."""
+    for path in (Path(name), SWEEPS / f"{name}.yaml"):
+        if path.is_file():
+            return path
+    raise ZooError(f"sweep: {unknown('file or sweep', name, (path.stem for path in SWEEPS.glob('*.yaml')))}")
+
+
+def read(path: Path, overrides: Sequence[Override] = ()) -> Sweep:
+    """The sweep in a file, every cell resolved, checked and its method built; raises `ZooError` with all reasons.
+
+    The file's keys: `name`; `about`, one line; `base`, overrides of every cell; `axes`, a mapping of dotted key ->
+    values, whose product makes cells; `cells`, a mapping of cell name -> overrides, for single cells besides. The
+    values of an axis are a list, or a mapping of label -> value where the values themselves are too long for a name.
+    `overrides` go on top of all.
+    """
+    plain = read_yaml(path)
+    name, base, axes = plain.get("name", path.stem), plain.get("base", {}), plain.get("axes", {})
+    singles = plain.get("cells", {})
+    refuse(
+        str(path),
+        [unknown("key", key, KEYS) for key in plain if key not in KEYS]
+        + [
+            f"{key} must be a mapping, got {value!r}"
+            for key, value in (("base", base), ("axes", axes), ("cells", singles))
+            if not isinstance(value, dict)
+        ],
+    )
+    refuse(
+        str(path),
+        [
+            f"axis {key!r} must be a list or a mapping of values, and not empty, got {values!r}"
+            for key, values in axes.items()
+            if not isinstance(values, list | dict) or not values
+        ]
+        + [
+            f"cell {key!r} must be a mapping of overrides, got {value!r}"
+            for key, value in singles.items()
+            if not isinstance(value, dict)
+        ],
+    )
+    wanted = [*_grid(axes), *((str(label), value) for label, value in singles.items())] or [(str(name), {})]
+    reasons, cells = [], []
+    for label, own in wanted:
+        try:
+            cells.append(Cell(label, load([base, own, *overrides])))
+        except ZooError as error:
+            reasons.append(f"cell {label}: {error}")
+    labels = [label for label, _ in wanted]
+    reasons += [f"two cells are named {label!r}" for label in dict.fromkeys(labels) if labels.count(label) > 1]
+    by_id: dict[str, str] = {}
+    for cell in cells:
+        if by_id.setdefault(cell.id, cell.name) != cell.name:
+            reasons.append(f"cells {by_id[cell.id]!r} and {cell.name!r} are the same config")
+    refuse(f"sweep {name}", reasons)
+    return Sweep(str(name), str(plain.get("about", "")), tuple(cells))
+
+
+def _grid(axes: Mapping[str, list[Any] | dict[str, Any]]) -> list[tuple[str, dict[str, Any]]]:
+    """The product of the axes: (name, overrides) each."""
+    if not axes:
+        return []
+    labelled = [
+        [(str(label), {key: value}) for label, value in values.items()]
+        if isinstance(values, dict)
+        else [(_label(key, value), {key: value}) for value in values]
+        for key, values in axes.items()
+    ]
+    return [
+        ("-".join(label for label, _ in choice), {key: value for _, own in choice for key, value in own.items()})
+        for choice in product(*labelled)
+    ]
+
+
+def _label(key: str, value: Any) -> str:
+    """Short and fit for a file name: moc, moc_top_k2, seed1."""
+    if isinstance(value, dict):
+        parts = [str(value.get("name", key.rsplit(".", 1)[-1])), *(f"{k}{v}" for k, v in value.items() if k != "name")]
+        text = "_".join(parts)
+    else:
+        text = str(value) if isinstance(value, str) else f"{key.rsplit('.', 1)[-1]}{value}"
+    return "".join(letter if letter.isalnum() or letter in "._+" else "_" for letter in text)
+
+
+def execute(sweep: Sweep, bar: Bar, *, fresh: bool = False) -> list[Result]:
+    """Run, one after the other, the cells that have no finished result on disk, or with `fresh` all of them.
+
+    A cell that fails is recorded and the next one runs; a failed cell is tried again the next time. Ctrl-C passes on as
+    KeyboardInterrupt, with every finished cell kept.
+    """
+    found = {cell.name: read_result(cell, sweep.name) for cell in sweep.cells}
+    todo = [cell for cell in sweep.cells if fresh or found[cell.name].status != "finished"]
+    bar.kept(len(sweep.cells) - len(todo))
+    if not todo:
+        return list(found.values())
+    tracker = Tracker(sweep.name)
+    asked = Asked(sweep.about, sweep.cells, _parent_before(sweep.name))
+    parent = tracker.parent(sweep.name, asked.mlflow_run)
+    write_sweep(sweep.name, replace(asked, mlflow_run=parent))
+    ended = "KILLED"
+    try:
+        for cell in todo:
+            found[cell.name] = run(cell, sweep.name, tracker, bar, parent=parent)
+        ended = "FINISHED" if all(result.status == "finished" for result in found.values()) else "FAILED"
+    finally:
+        tracker.end(parent, ended)
+    return list(found.values())
+
+
+def _parent_before(name: str) -> str | None:
+    return read_sweep(name).mlflow_run if (home() / name / "sweep.json").exists() else None
