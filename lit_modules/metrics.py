@@ -27,8 +27,10 @@ class LossByTime(Metric):
 
     def update(self, per_token: Tensor, which: int) -> None:
         """`per_token`: losses of any shape, all at `times[which]`."""
-        self.error[which] += per_token.double().sum()
-        self.tokens[which] += per_token.numel()
+        # Not in place: states that a run in inference mode left could not be updated by one outside of it.
+        here = torch.nn.functional.one_hot(torch.tensor(which, device=self.error.device), len(self.times))
+        self.error = self.error + here * per_token.double().sum()
+        self.tokens = self.tokens + here * per_token.numel()
 
     def compute(self) -> Tensor:
         return self.error / self.tokens

@@ -43,6 +43,7 @@ class Stream:
 
 
 @lru_cache(maxsize=32)
+@torch.inference_mode(False)  # tables first made in validation must serve training too
 def stream(layout: Layout) -> Stream:
     """The tables of a layout, made once.
 

@@ -1,0 +1,394 @@
+"""Training with Lightning: every method learns, resuming and accumulating change nothing, what is logged is true."""
+
+import math
+import warnings
+
+import pytest
+import torch
+from lightning.pytorch import Callback, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
+from matplotlib import image
+from omegaconf import OmegaConf
+from torch.utils.data import DataLoader
+from torchmetrics import Metric
+from toy_films import METHODS, PACKED, SILENT, arguments, attention, batch
+from typing_extensions import override
+
+import sparse_zoo as zoo
+from datamodules import ShotWorld
+from lit_modules import AttentionCost, LitVideoDiT, NonFiniteLoss, Optim, SampleFilms, StepTimer, film_strip
+from lit_modules.flow import generator
+from lit_modules.stream import stream
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+
+class Record(Callback):
+    """Training losses by step, gradients at each update."""
+
+    def __init__(self):
+        self.losses, self.gradients, self.rates = [], [], []
+
+    @override
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        self.losses.append(float(outputs["loss"]))
+
+    @override
+    def on_before_optimizer_step(self, trainer, pl_module, optimizer):
+        self.gradients.append([p.grad.clone() for p in pl_module.model.parameters() if p.grad is not None])
+        self.rates.append(optimizer.param_groups[0]["lr"])
+
+
+def lit(seed=0, sample_metrics=None, sampling=None, flow=None, optim=None, **model):
+    torch.manual_seed(0)
+    optim = {"lr": 5e-3, "warmup_steps": 2} | (optim or {})
+    return LitVideoDiT(arguments(**model), flow, optim, seed, sample_metrics, sampling)
+
+
+def trainer(steps, *callbacks, **settings):
+    settings = {
+        "max_steps": steps,
+        "accelerator": "cpu",
+        "logger": False,
+        "enable_checkpointing": any(isinstance(callback, ModelCheckpoint) for callback in callbacks),
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+        "num_sanity_val_steps": 0,
+    } | settings
+    return Trainer(callbacks=list(callbacks), **settings)
+
+
+def loader(*batches, times=1):
+    return DataLoader(list(batches) * times, batch_size=None)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_learns(method):
+    module, films = lit(attention=attention(method), optim={"lr": 2e-2}), batch(PACKED)
+    # One value per film: what is left to learn once noise is told apart is small.
+    films["clips"] = [torch.full_like(clip, 0.8 * (-1) ** i) for i, clip in enumerate(films["clips"])]
+    run = trainer(80)
+    before = run.validate(module, loader(films), verbose=False)[0]["val/loss"]
+    run.fit(module, loader(films, times=80), loader(films))
+    after = float(run.callback_metrics["val/loss"])
+    assert before == pytest.approx(1 + 0.64, abs=0.1)  # a new model says 0: the loss is E (noise - clean)²
+    assert after < 0.5 * before
+    logged = {name for name in run.callback_metrics if name.startswith("train/aux")}
+    assert logged == ({"train/aux/balance"} if method == "moga" else set())
+
+
+def test_auxiliary_losses_are_part_of_the_loss_and_logged_by_name():
+    run = trainer(1)
+    run.fit(lit(attention=attention("moga")), loader(batch(PACKED)))
+    logged = run.callback_metrics
+    assert logged["train/aux/balance"] > 0
+    assert logged["train/loss"] == logged["train/flow"] + logged["train/aux/balance"]
+
+
+def world(**changes):
+    settings = {"batch_size": 2, "films_per_epoch": 8, "val_films": 2, "subjects": 2, "grid": (3, 3)}
+    return ShotWorld(**(settings | changes))
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+@pytest.mark.parametrize("at", [3, 4], ids=["mid-epoch", "after an epoch"])
+def test_a_resumed_run_repeats_the_uninterrupted_one(tmp_path, at, accumulate):
+    model = {"attention": attention("moc"), "channels": 3, "patch": (1, 4, 4), "vocabulary": world().vocabulary}
+    whole, rest = Record(), Record()
+    keep = ModelCheckpoint(tmp_path, filename="{step}", every_n_train_steps=at // accumulate, save_top_k=-1)
+    first = lit(flow={"drop_text": 0.5, "per_shot": True}, **model)
+    trainer(6 // accumulate, whole, keep, accumulate_grad_batches=accumulate).fit(first, world())
+    path = tmp_path / f"step={at // accumulate}.ckpt"
+    seen = at // accumulate * accumulate
+
+    torch.manual_seed(99)
+    second = lit(seed=0, flow={"drop_text": 0.5, "per_shot": True}, **model)
+    trainer(6 // accumulate, rest, accumulate_grad_batches=accumulate).fit(second, world(), ckpt_path=path)
+    assert len(whole.losses) == 6
+    assert rest.losses == whole.losses[seen:]
+    assert len(set(whole.losses)) == 6
+    assert rest.rates == whole.rates[at // accumulate :]
+    for a, b in zip(first.parameters(), second.parameters(), strict=True):  # the averaged weights
+        assert torch.equal(a, b)
+
+
+def test_accumulated_gradients_are_those_of_all_batches():
+    record, films = Record(), [batch(PACKED, seed=0), batch(SILENT, seed=1)]
+    module = lit(flow={"drop_text": 0.0})
+    trainer(1, record, accumulate_grad_batches=2, limit_train_batches=2).fit(module, loader(*films))
+    fresh = lit(flow={"drop_text": 0.0})
+    losses = [
+        fresh.flow.training_loss(fresh.model, part, generator("train", 0, 0, i), step=i, seed=0).loss
+        for i, part in enumerate(films)
+    ]
+    torch.stack(losses).mean().backward()
+    assert record.losses == pytest.approx([float(loss) / 2 for loss in losses])  # Lightning reports the share
+    expected = [p.grad for p in fresh.model.parameters() if p.grad is not None]
+    assert any(gradient.any() for gradient in expected)
+    for got, want in zip(record.gradients[0], expected, strict=True):
+        torch.testing.assert_close(got, want)
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("text", ["joint", "cross"])
+def test_bfloat16_autocast_trains(method, text):
+    losses = []
+    for precision in ("32-true", "bf16-mixed"):
+        record = Record()
+        module = lit(attention=attention(method), text=text, checkpoint=True)
+        trainer(3, record, precision=precision, gradient_clip_val=1.0).fit(module, loader(batch(PACKED), times=3))
+        losses.append(record.losses)
+    assert all(map(math.isfinite, losses[1]))
+    assert losses[1] == pytest.approx(losses[0], rel=0.02)
+    assert losses[1] != losses[0]
+
+
+def test_gradients_are_clipped_and_their_norm_logged_before():
+    record = Record()
+    run = trainer(1, record, gradient_clip_val=1e-3)
+    run.fit(lit(), loader(batch(PACKED)))
+    # The hook runs before clipping; the logged norm is of the same gradients.
+    norm = torch.nn.utils.get_total_norm(record.gradients[0])
+    assert run.callback_metrics["train/grad_norm"] == pytest.approx(float(norm))
+    assert norm > 1e-3
+
+
+def test_validation_and_checkpoints_use_the_averaged_weights(tmp_path):
+    keep = ModelCheckpoint(tmp_path, filename="last", save_last=True)
+    run = trainer(5, keep)
+    run.fit(lit(optim={"ema_decay": 0.9, "lr": 0.05}), loader(batch(PACKED), times=5), loader(batch(SILENT)))
+    logged = float(run.callback_metrics["val/loss"])
+    saved = torch.load(tmp_path / "last.ckpt", weights_only=False)
+    raw, average = saved["current_model_state"], saved["state_dict"]
+    name = "model.velocity.weight"
+    assert not torch.equal(raw[name], average[name])
+
+    averaged = LitVideoDiT.load_from_checkpoint(tmp_path / "last.ckpt")
+    again = trainer(1).validate(averaged, loader(batch(SILENT)), verbose=False)[0]["val/loss"]
+    assert again == pytest.approx(logged, rel=1e-6)
+    averaged.load_state_dict(raw)
+    other = trainer(1).validate(averaged, loader(batch(SILENT)), verbose=False)[0]["val/loss"]
+    assert other != pytest.approx(logged, rel=1e-3)
+
+
+def test_the_average_follows_the_weights_from_the_start():
+    module = lit(optim={"ema_decay": 0.999})
+    weights = []
+
+    class Keep(Callback):
+        @override
+        def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+            weights.append(pl_module.model.velocity.weight.detach().clone())
+
+    trainer(4, Keep()).fit(module, loader(batch(PACKED), times=4))
+    average = weights[0]
+    for n, weight in enumerate(weights[1:], start=1):
+        decay = (1 + n) / (10 + n)
+        average = decay * average + (1 - decay) * weight
+    torch.testing.assert_close(module.model.velocity.weight.detach(), average)
+
+
+def test_a_configuration_survives_its_checkpoint(tmp_path):
+    keep = ModelCheckpoint(tmp_path, filename="last")
+    config = OmegaConf.create({"model": arguments(patch=[2, 2, 2]), "flow": {"shift": 2.0}, "optim": {"lr": 0.1}})
+    module = LitVideoDiT(config.model, config.flow, config.optim, seed=3)
+    trainer(1, keep).fit(module, loader(batch(PACKED)))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        loaded = torch.load(tmp_path / "last.ckpt", weights_only=True)  # plain values only
+    assert loaded["hyper_parameters"]["flow"] == {"shift": 2.0}
+    again = LitVideoDiT.load_from_checkpoint(tmp_path / "last.ckpt")
+    assert (again.flow.shift, again.optim.lr, again.seed) == (2.0, 0.1, 3)
+    for a, b in zip(module.parameters(), again.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_validation_loss_compares_between_seeds_and_runs():
+    found = []
+    for seed in (1, 2):
+        torch.manual_seed(seed)
+        module = lit(seed=seed)
+        found.append(trainer(1).validate(module, loader(batch(PACKED), batch(SILENT)), verbose=False)[0])
+    assert found[0] == found[1]
+    parts = [value for name, value in found[0].items() if name.startswith("val/loss_t")]
+    assert len(set(parts)) == 4
+    assert found[0]["val/loss"] == pytest.approx(sum(parts) / 4)
+
+
+class Poison(Callback):
+    """Makes the third batch's loss, or only its gradient, NaN."""
+
+    def __init__(self, loss):
+        self.loss = loss
+
+    @override
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        weight = pl_module.model.patches.weight
+        if batch_idx == 2 and self.loss:
+            weight.data[0, 0] = math.nan
+        elif batch_idx == 2:
+            weight.register_hook(lambda gradient: gradient * math.inf)
+
+
+@pytest.mark.parametrize(("loss", "named"), [(True, "flow is nan"), (False, "gradient of patches.weight is")])
+def test_a_loss_that_is_not_finite_stops_the_run_before_it_is_saved(tmp_path, loss, named):
+    keep = ModelCheckpoint(tmp_path, filename="good", every_n_train_steps=1)
+    with pytest.raises(NonFiniteLoss, match=f"step 2: {named}") as error:
+        trainer(5, Poison(loss), keep).fit(lit(), loader(batch(PACKED), times=5))
+    assert error.value.step == 2
+    saved = torch.load(tmp_path / "good.ckpt", weights_only=True)
+    assert saved["global_step"] == 2
+    assert all(
+        value.isfinite().all() for part in ("state_dict", "current_model_state") for value in saved[part].values()
+    )
+
+
+def test_the_learning_rate_warms_up_and_falls():
+    optim = Optim(warmup_steps=4, floor=0.1)
+    assert [optim.rate(step, 24) for step in range(5)] == [0.2, 0.4, 0.6, 0.8, 1.0]
+    assert optim.rate(14, 24) == pytest.approx(0.55)
+    assert optim.rate(24, 24) == optim.rate(99, 24) == pytest.approx(0.1)
+    assert optim.rate(10**6, math.inf) == 1.0
+    record = Record()
+    trainer(8, record).fit(lit(optim={"lr": 0.01, "warmup_steps": 4}), loader(batch(SILENT), times=8))
+    expected = Optim(warmup_steps=4)
+    assert record.rates == pytest.approx([0.01 * expected.rate(step, 8) for step in range(8)])
+
+
+def test_only_matrices_of_linear_layers_decay():
+    module = lit(attention=attention("moga"))
+    trainer(1).fit(module, loader(batch(PACKED)))
+    decayed, others = module.optimizers().param_groups
+    assert decayed["weight_decay"] == 0.01
+    assert others["weight_decay"] == 0
+    assert all(p.dim() == 2 for p in decayed["params"])
+    plain = {id(p) for p in others["params"]}
+    assert id(module.model.words.weight) in plain
+    assert {id(p) for p in module.model.parameters()} == plain | {id(p) for p in decayed["params"]}
+
+
+def test_attention_cost_is_counted_from_what_ran():
+    layers = [attention("dense"), attention("moc")]
+    counter, films = AttentionCost(every=2), batch(PACKED, size=2)
+    trainer(5, counter).fit(lit(attention=layers), loader(films, times=5))
+    summary = counter.summary()
+    assert summary["batches_counted"] == 3
+    mask = counter.results[1].plans[0].dense_mask()
+    pairs = int(mask.expand(2, 2, -1, -1).sum())
+    dense = 2 * 2 * PACKED.dense_pairs
+    assert counter.results[1].cost().pairs == pairs
+    assert summary["layers"][0] == 1
+    assert 0 < summary["layers"][1] < 1
+    assert summary["density"] == pytest.approx(sum(summary["layers"]) / 2)
+    assert summary["flops"] == pytest.approx(4 * 16 * summary["density"] * 2 * dense)
+    assert summary["kernel"] == "cpu"
+    assert AttentionCost().summary() == {}
+    with pytest.raises(zoo.ZooError, match="every must be at least 1, got 0"):
+        AttentionCost(every=0)
+
+
+def test_steps_are_timed_and_memory_measured():
+    timer = StepTimer()
+    trainer(6, timer).fit(lit(), loader(batch(PACKED), times=6))
+    summary = timer.summary()
+    assert summary["steps_timed"] == 4
+    assert sorted(timer.seconds[2:])[1] <= summary["seconds_per_step"] <= sorted(timer.seconds[2:])[2]
+    assert 2**26 < summary["peak_memory_bytes"] < 2**36
+    assert StepTimer().summary()["seconds_per_step"] is None
+
+
+def test_peak_memory_is_of_its_own_run():
+    timer = StepTimer()
+    big = torch.ones(2**26)  # 256 MiB that an earlier run held
+    held = torch.ones(2**26)
+    del big, held
+    trainer(1, timer).fit(lit(), loader(batch(SILENT)))
+    first = timer.summary()
+    if first["peak_memory_of"].endswith("began"):
+        pytest.skip("this system cannot reset the peak")
+
+    class Grow(Callback):
+        @override
+        def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+            torch.ones(2**26)
+
+    again = StepTimer()
+    trainer(1, again, Grow()).fit(lit(), loader(batch(SILENT)))
+    assert again.summary()["peak_memory_bytes"] > first["peak_memory_bytes"] + 2**27
+
+
+def test_films_are_drawn_beside_the_real_ones(tmp_path):
+    seen = []
+    films = SampleFilms(tmp_path / "films", steps=2, guidance=2.0, every=2, on_image=seen.append)
+    run = trainer(4, films, val_check_interval=1)
+    run.fit(lit(), loader(batch(PACKED), times=4), loader(batch(PACKED), batch(SILENT)))
+    names = [f"step_{step:06d}_film_{film}.png" for step in (2, 4) for film in range(3)]
+    assert [path.name for path in films.paths] == names
+    assert seen == films.paths
+    assert sorted(path.name for path in (tmp_path / "films").iterdir()) == names
+    clips = batch(PACKED)["clips"]
+    strip = film_strip([clip[0] for clip in clips[:2]], 4)
+    drawn = torch.from_numpy(image.imread(films.paths[0])[..., :3] * 255).round().to(torch.uint8)
+    zoom = 64 // strip.shape[0]
+    assert torch.equal(drawn[: zoom * strip.shape[0] : zoom, ::zoom], strip)  # the real film, above
+    below = drawn[-zoom * strip.shape[0] :: zoom, ::zoom]
+    assert below.shape == strip.shape
+    assert not torch.equal(below, strip)
+    with pytest.raises(zoo.ZooError, match="1 or 3 channels can be drawn, got 4"):
+        trainer(1, SampleFilms(tmp_path)).validate(lit(channels=4), loader(batch(SILENT)))
+
+
+def test_strips_show_cuts_and_at_most_so_many_frames():
+    clips = [torch.linspace(-1, 1, 9).view(9, 1, 1, 1).expand(9, 1, 4, 6), torch.zeros(2, 1, 2, 4)]
+    strip = film_strip(clips, 3)
+    # Three frames of 6 with gaps of 1, a cut of 3, two frames of 4 with a gap of 1.
+    assert strip.shape == (4, 3 * 6 + 2 + 3 + 2 * 4 + 1, 3)
+    assert strip[0, [0, 7, 14]].tolist() == [[0] * 3, [128] * 3, [255] * 3]
+    assert (strip[:, [6, 13, 20, 21, 22, 27]] == 255).all()
+    assert (strip[2:, 20:] == 255).all()
+
+
+class Seen(Metric):
+    """Keeps the clips it is given; reports how many shots differ from the batch's."""
+
+    def __init__(self):
+        super().__init__()
+        self.add_state("changed", torch.zeros(7), dist_reduce_fx="sum")
+
+    def update(self, clips, batch):
+        pairs = zip(clips, batch["clips"], strict=True)
+        self.changed += torch.tensor([float(not torch.equal(a, b)) for a, b in pairs])
+
+    def compute(self):
+        return {f"shot_{i}": changed for i, changed in enumerate(self.changed)}
+
+
+def test_sample_metrics_judge_the_last_shots_only(tmp_path):
+    keep = ModelCheckpoint(tmp_path, filename="last")
+    module = lit(sample_metrics={"seen": Seen()}, sampling={"steps": 2})
+    run = trainer(2, keep, val_check_interval=1, num_sanity_val_steps=1)
+    run.fit(module, loader(batch(PACKED), times=2), loader(batch(PACKED)))
+    found = [float(run.callback_metrics[f"val/shot_{i}"]) for i in range(7)]
+    assert found == stream(PACKED).last_shots.float().tolist()
+    LitVideoDiT.load_from_checkpoint(tmp_path / "last.ckpt")  # without the metrics
+
+
+def test_sample_metrics_of_shot_world_are_logged():
+    data = world()
+    module = lit(
+        patch=(1, 4, 4), vocabulary=data.vocabulary, sample_metrics=data.sample_metrics(), sampling={"steps": 2}
+    )
+    run = trainer(1, limit_train_batches=1)
+    run.fit(module, data)
+    assert 0 <= run.callback_metrics["val/identity_recall"] <= 1
+
+
+def test_unknown_settings_are_all_named():
+    with pytest.raises(zoo.ZooError) as error:
+        LitVideoDiT(arguments(), {"shfit": 1}, {"learning_rate": 1}, sampling={"step": 3})
+    for part in ("unknown flow setting 'shfit'", "'shift'", "'learning_rate'", "'steps'"):
+        assert part in str(error.value)
+    with pytest.raises(zoo.ZooError) as error:
+        Optim(lr=0, weight_decay=-1, beta1=1.0, warmup_steps=-1, floor=2)
+    for part in ("lr must be above 0", "weight_decay", "beta1 must be in [0, 1), got 1.0", "warmup_steps", "floor"):
+        assert part in str(error.value)
