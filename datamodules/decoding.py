@@ -83,12 +83,15 @@ def decode(path: Path, decoding: Decoding) -> Video:
     No frame is kept twice: a file slower than `fps` keeps its own rate. Raises `ZooError` with the path and the reason.
     """
     try:
-        with av.open(str(path)) as container:
+        # Titles and the like are not read, so their encoding is no reason to refuse a video.
+        with av.open(str(path), metadata_errors="replace") as container:
             if not container.streams.video:
                 raise ZooError(f"{path}: it has no video stream")
+            if container.streams.video[0].codec_context is None:
+                raise ZooError(f"{path}: its codec is unknown")
             return _decode(container, decoding, path)
     except av.FFmpegError as error:
-        raise ZooError(f"{path}: it cannot be decoded: {error}") from error
+        raise ZooError(f"{path}: it cannot be decoded: {error.strerror}") from error
 
 
 def _decode(container: Any, decoding: Decoding, path: Path) -> Video:
@@ -97,9 +100,13 @@ def _decode(container: Any, decoding: Decoding, path: Path) -> Video:
     rate = stream.average_rate or stream.guessed_rate or 25
     chosen = {} if decoding.threshold is None else {_THRESHOLD[decoding.detector]: decoding.threshold}
     detector = DETECTORS[decoding.detector](**chosen)
-    frames, source, cuts, number, due = [], [], [], -1, 0
+    frames, source, cuts, due = [], [], [], 0
+    # Of the stream, not of each frame: a file may change its size on the way, and the detector compares frames.
+    shrink = max(1.0, stream.width / _DETECTOR_WIDTH)
+    small = {"width": round(stream.width / shrink), "height": max(1, round(stream.height / shrink))}
     for number, frame in enumerate(container.decode(stream)):
-        cuts += detector.process_frame(FrameTimecode(number, rate), _small(frame))
+        view = frame.reformat(**small, format="bgr24", interpolation=Interpolation.AREA).to_ndarray()
+        cuts += detector.process_frame(FrameTimecode(number, rate), view)
         seconds = float(number / rate) if frame.time is None else frame.time
         if number == 0:
             first = seconds
@@ -111,16 +118,8 @@ def _decode(container: Any, decoding: Decoding, path: Path) -> Video:
             due = tick + 1
     if not frames:
         raise ZooError(f"{path}: it has no frame")
-    cuts += detector.post_process(FrameTimecode(number, rate))
     starts = sorted({0, *(cut.frame_num for cut in cuts)})
     return Video(np.stack(frames), tuple(source), tuple(starts), float(rate))
-
-
-def _small(frame: Any) -> Frames:
-    shrink = max(1.0, frame.width / _DETECTOR_WIDTH)
-    size = {"width": round(frame.width / shrink), "height": max(1, round(frame.height / shrink))}
-    small: Frames = frame.reformat(**size, format="bgr24", interpolation=Interpolation.AREA).to_ndarray()
-    return small
 
 
 def _cover(frame: Any, size: tuple[int, int]) -> Frames:
@@ -143,7 +142,7 @@ def _stat(path: Path) -> os.stat_result:
 def _read(entry: Path) -> Video | None:
     """None where there is no whole entry: nothing yet, cut short, or damaged."""
     try:
-        facts = json.loads(entry.with_suffix(".json").read_text())
+        facts = json.loads(entry.with_suffix(".json").read_text(encoding="utf-8"))
         frames: Frames = np.load(entry.with_suffix(".npy"), mmap_mode="r")
         if crc32(frames.data) != facts["crc32"]:
             return None

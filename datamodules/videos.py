@@ -371,7 +371,7 @@ def _below(least: int, **values: int) -> list[tuple[str, int]]:
 
 def _read_captions(path: Path) -> dict[str, tuple[str, list[str] | None]]:
     try:
-        entries = json.loads(path.read_text())
+        entries = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise ZooError(f"captions {path}: it cannot be read: {error}") from error
     if not isinstance(entries, Mapping):
