@@ -9,6 +9,7 @@ from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
+from torch._compile import _disable_dynamo
 
 from sparse_zoo.cost import Cost
 from sparse_zoo.errors import ZooError, refuse, unknown
@@ -206,7 +207,7 @@ class Attention(nn.Module):
 
     # -- how it runs --------------------------------------------------------------------------------------------------
 
-    @torch.compiler.disable  # planning is index work on remembered tables: one opaque step, not a graph
+    @_disable_dynamo  # planning is index work on remembered tables: one opaque step, not a graph
     def forward(self, q: Tensor, k: Tensor, v: Tensor, layout: Layout, **context: Any) -> Result:
         """Attend: q (B, H, Lq, D), k, v (B, Hk, Lk, D); `context` holds further fields of `Call`."""
         return self.run(Call(q, k, v, layout.to(q.device), **context))

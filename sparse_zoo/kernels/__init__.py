@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch._compile import _disable_dynamo
 
 from sparse_zoo.errors import refuse, unknown
 from sparse_zoo.kernels.base import Kernel
@@ -44,7 +45,8 @@ def get(name: str) -> Kernel:
     return _kernels[name]
 
 
-@torch.compiler.disable
+# One opaque step to torch.compile. The public torch.compiler.disable would cost a second at every import.
+@_disable_dynamo
 def attend(
     q: Tensor,
     k: Tensor,
@@ -81,9 +83,8 @@ def merge(outs: Sequence[Tensor], lses: Sequence[Tensor]) -> tuple[Tensor, Tenso
     lse = table.logsumexp(0)
     # Where no set had a key there is nothing to weigh: -inf - -inf is no weight.
     weights = (table - lse.masked_fill(lse == -torch.inf, 0)).exp()
-    out = sum(weight[..., None].to(out.dtype) * out for weight, out in zip(weights, outs, strict=True))
-    assert isinstance(out, Tensor)
-    return out, lse
+    stacked = torch.stack(list(outs))
+    return (weights[..., None].to(stacked.dtype) * stacked).sum(0), lse
 
 
 def _mismatches(q: Tensor, k: Tensor, v: Tensor, plan: Plan) -> list[str]:

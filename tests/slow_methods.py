@@ -1,0 +1,173 @@
+"""Who attends to whom, token by token, from the words of the papers and of the design: slow, plain, shared by tests.
+
+Nothing here uses pieces, plans or tables; each function answers for all queries i of one batch item and head with a
+set of keys.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sparse_zoo import Layout
+
+
+@dataclass(frozen=True)
+class Token:
+    sample: int
+    shot: int
+    frame: int
+    row: int
+    col: int
+    text: bool
+    in_shot: int
+
+
+def tokens(layout: Layout) -> list[Token]:
+    names = ("sample", "shot", "frame", "row", "col", "is_text", "shot_frame")
+    return [Token(*row) for row in zip(*(getattr(layout, name).tolist() for name in names), strict=True)]
+
+
+def dense(layout: Layout) -> list[set[int]]:
+    all_tokens = tokens(layout)
+    return [{j for j, b in enumerate(all_tokens) if b.sample == a.sample} for a in all_tokens]
+
+
+def chunk_names(all_tokens: list[Token], chunk: str, frames: int, size: int) -> list[tuple[Any, ...]]:
+    position: dict[int, int] = {}
+    found: list[tuple[Any, ...]] = []
+    for t in all_tokens:
+        n = position.setdefault(t.sample, 0)
+        position[t.sample] += 1
+        if chunk == "fixed":
+            found.append((t.sample, n // size))
+        elif t.text:
+            found.append((t.sample, t.shot, "caption"))
+        else:
+            found.append((t.sample, t.shot, "video", t.in_shot // frames if chunk == "frame" else 0))
+    return found
+
+
+def moc(
+    q: Tensor,
+    k: Tensor,
+    layout: Layout,
+    *,
+    top_k: int,
+    chunk: str,
+    frames: int,
+    size: int,
+    anchors: tuple[str, ...],
+    causal: str | None,
+) -> list[set[int]]:
+    """q, k (L, D) of one batch item and head."""
+    all_tokens = tokens(layout)
+    names = chunk_names(all_tokens, chunk, frames, size)
+    order = list(dict.fromkeys(names))
+    members = {name: [j for j, other in enumerate(names) if other == name] for name in order}
+    means = {name: k[members[name]].detach().float().mean(0) for name in order}
+    result = []
+    for i, a in enumerate(all_tokens):
+        kept: set[int] = set()
+        for j, b in enumerate(all_tokens):
+            if b.sample != a.sample:
+                continue
+            seen = causal != "strict" or b.shot <= a.shot
+            text = "text" in anchors and b.text and seen
+            shot = "shot" in anchors and b.shot == a.shot and a.shot >= 0
+            own = "chunk" in anchors and names[i] == names[j] and seen
+            if text or shot or own:
+                kept.add(j)
+        candidates = []
+        for number, name in enumerate(order):
+            if name[0] != a.sample or set(members[name]) <= kept:
+                continue
+            if causal is not None and number >= order.index(names[i]):
+                continue
+            candidates.append((-float(q[i].detach().float() @ means[name]), number))
+        for _, number in sorted(candidates)[:top_k]:
+            kept |= set(members[order[number]])
+        result.append(kept)
+    return result
+
+
+def moga_branch(
+    name: str, group: list[int], layout: Layout, *, windows: tuple[int, int], frames: int | None
+) -> list[set[int]]:
+    """`group`: the router's choice of each token of one batch item."""
+    all_tokens = tokens(layout)
+    shots = {(s, n): shot for s, film in enumerate(layout.films) for n, shot in enumerate(film.shots)}
+
+    def window(t: Token) -> tuple[int, int]:
+        shot = shots[t.sample, t.shot]
+        return t.row * windows[0] // shot.rows, t.col * windows[1] // shot.cols
+
+    def reads(i: int, j: int) -> bool:
+        a, b = all_tokens[i], all_tokens[j]
+        if a.sample != b.sample:
+            return False
+        if b.text:
+            return True
+        if a.text:
+            return a.shot == b.shot and a.shot >= 0
+        if name == "group":
+            return group[i] == group[j]
+        if name == "frame":
+            return a.frame == b.frame
+        if window(a) != window(b):
+            return False
+        if a.shot == b.shot:
+            return frames is None or a.in_shot // frames == b.in_shot // frames
+        if b.shot == a.shot - 1:
+            return shots[b.sample, b.shot].frames - b.in_shot <= 2
+        return b.shot == a.shot + 1 and b.in_shot < 2
+
+    n = len(all_tokens)
+    return [{j for j in range(n) if reads(i, j)} for i in range(n)]
+
+
+def window(
+    layout: Layout, *, tile: tuple[int, int, int], size: tuple[int, int, int], edge: str, restart: bool
+) -> list[set[int]]:
+    all_tokens = tokens(layout)
+    shots = {(s, n): shot for s, film in enumerate(layout.films) for n, shot in enumerate(film.shots)}
+    steps: dict[int, list[Any]] = {}
+    for t in all_tokens:
+        step = (t.shot, t.in_shot // tile[0]) if restart else t.frame // tile[0]
+        if not t.text and step not in steps.setdefault(t.sample, []):
+            steps[t.sample].append(step)
+
+    def place(t: Token) -> tuple[int, int, int]:
+        step = (t.shot, t.in_shot // tile[0]) if restart else t.frame // tile[0]
+        return steps[t.sample].index(step), t.row // tile[1], t.col // tile[2]
+
+    def counts(t: Token) -> tuple[int, int, int]:
+        shot = shots[t.sample, t.shot]
+        return len(steps[t.sample]), -(-shot.rows // tile[1]), -(-shot.cols // tile[2])
+
+    def reads(a: Token, b: Token) -> bool:
+        if a.sample != b.sample:
+            return False
+        if a.text or b.text:
+            return True
+        for at, there, count, extent in zip(place(a), place(b), counts(a), size, strict=True):
+            low = at - extent // 2
+            if edge == "shift":
+                low = max(0, min(low, count - extent))
+                if not low <= there < low + extent:
+                    return False
+            elif abs(at - there) > extent // 2:
+                return False
+        return True
+
+    return [{j for j, b in enumerate(all_tokens) if reads(a, b)} for a in all_tokens]
+
+
+def as_mask(kept: list[set[int]]) -> Tensor:
+    mask = torch.zeros(len(kept), len(kept), dtype=torch.bool)
+    for i, keys in enumerate(kept):
+        mask[i, list(keys)] = True
+    return mask

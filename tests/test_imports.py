@@ -1,0 +1,99 @@
+"""Imports go one way: experiments -> lit_modules, datamodules -> sparse_zoo -> torch."""
+
+import ast
+import os
+import re
+import subprocess
+import sys
+from importlib.metadata import distribution
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+ROOMS = ("experiments", "lit_modules", "datamodules", "sparse_zoo")
+MAY_IMPORT = {
+    "experiments": {"lit_modules", "datamodules", "sparse_zoo"},
+    "lit_modules": {"sparse_zoo"},
+    "datamodules": {"sparse_zoo"},
+    "sparse_zoo": set(),
+}
+
+
+def imported(file: Path) -> set[str]:
+    names: set[str] = set()
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{file}: relative import"
+            names |= {node.module or ""} | {f"{node.module}.{alias.name}" for alias in node.names}
+    return names
+
+
+@pytest.mark.parametrize("room", ROOMS)
+def test_rooms_import_downwards_only(room: str) -> None:
+    for file in (ROOT / room).rglob("*.py"):
+        tops = {name.split(".")[0] for name in imported(file)}
+        assert not tops & (set(ROOMS) - MAY_IMPORT[room] - {room}), file
+        if room == "sparse_zoo":
+            assert tops <= {"torch", "sparse_zoo", *sys.stdlib_module_names}, (file, tops)
+        if "mlflow" in tops:
+            assert file.relative_to(ROOT).as_posix() == "experiments/tracking.py"
+
+
+def test_methods_and_kernels_do_not_know_each_other() -> None:
+    for file in (ROOT / "sparse_zoo" / "methods").glob("*.py"):
+        others = {f"sparse_zoo.methods.{f.stem}" for f in file.parent.glob("*.py")} - {
+            f"sparse_zoo.methods.{file.stem}"
+        }
+        found = {name for name in imported(file) if name.startswith(("sparse_zoo.kernels", *others))}
+        assert not found or file.stem == "__init__", (file, found)
+    for file in (ROOT / "sparse_zoo" / "kernels").rglob("*.py"):
+        assert not {name for name in imported(file) if name.startswith(("sparse_zoo.methods", "sparse_zoo.attention"))}
+
+
+def torch_alone(folder: Path) -> None:
+    """Link what torch's own metadata demands into a folder."""
+    todo, done = ["torch"], set()
+    while todo:
+        name = todo.pop()
+        if name in done:
+            continue
+        done.add(name)
+        package = distribution(name)
+        for top in {file.parts[0] for file in package.files or []} - {"..", "__pycache__"}:
+            target = Path(str(package.locate_file(top)))
+            if target.exists() and not (folder / top).exists():
+                (folder / top).symlink_to(target)
+        for line in package.requires or []:
+            if "extra ==" not in line and ("platform_system" not in line or "Linux" in line):
+                todo.append(re.split(r"[ ;<>=!~\[]", line)[0])
+
+
+def test_the_package_needs_torch_alone(tmp_path: Path) -> None:
+    """Every method, forward and backward, in a process that can import nothing else."""
+    torch_alone(tmp_path)
+    (tmp_path / "sparse_zoo").symlink_to(ROOT / "sparse_zoo")
+    code = """
+import torch, sparse_zoo as zoo
+film = zoo.Layout.film([zoo.Shot(2, 2, 2, 1)])
+q = torch.randn(1, 2, len(film), 8, requires_grad=True)
+for name in zoo.names():
+    attention = zoo.build(name, heads=2, head_dim=8, dim=4)
+    attention(q, q, q, film, hidden=torch.randn(1, len(film), 4)).out.sum().backward()
+try:
+    import lightning
+except ImportError:
+    print("ran", len(zoo.names()))
+"""
+    done = subprocess.run(
+        [sys.executable, "-S", "-c", code],
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": str(tmp_path)},
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("ran 5"), done.stdout
