@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, MutableMapping
 from dataclasses import dataclass, field, replace
-from functools import lru_cache
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -17,6 +16,7 @@ from sparse_zoo.kernels import attend
 from sparse_zoo.kernels import names as kernel_names
 from sparse_zoo.layout import Layout
 from sparse_zoo.plan import Plan
+from sparse_zoo.remember import remembered
 
 
 @dataclass(frozen=True)
@@ -248,7 +248,7 @@ class Attention(nn.Module):
         return Plan(*branch.plan.keep(~is_text).parts, *among.parts)
 
 
-@lru_cache(maxsize=32)
+@remembered(32)
 def _text_among_itself(layout: Layout) -> Plan:
     return Plan.within(layout.partition(where=layout.is_text))
 

@@ -9,13 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from functools import lru_cache
 from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor
 
 from sparse_zoo.errors import refuse, unknown
+from sparse_zoo.remember import remembered
 
 if TYPE_CHECKING:
     from sparse_zoo.partition import Partition
@@ -191,7 +191,7 @@ class Layout:
         )
         return _chunks(self, by, frames, tokens, captions)
 
-    def tiles(self, tile: tuple[int, int, int], *, stop_at_shots: bool = True) -> Partition:
+    def tiles(self, tile: Sequence[int], *, stop_at_shots: bool = True) -> Partition:
         """Video tokens in tiles of (frames, rows, cols); edges may be ragged; text is in no tile.
 
         Tiles of frames restart at each shot, or with `stop_at_shots=False` run through the film.
@@ -204,7 +204,7 @@ def _three(sizes: Sequence[int]) -> bool:
     return len(sizes) == 3 and all(isinstance(size, int) and size >= 1 for size in sizes)
 
 
-@lru_cache(maxsize=32)
+@remembered(32)
 def _tokens(films: tuple[Film, ...], device: torch.device) -> dict[str, Tensor]:
     blocks = []
     for sample, film in enumerate(films):
@@ -227,7 +227,7 @@ def _text(count: int, sample: int, shot: int) -> Tensor:
     return torch.tensor([sample, shot, -1, -1, -1, 1, -1, -1, -1, -1])[:, None].expand(-1, count)
 
 
-@lru_cache(maxsize=64)
+@remembered(64)
 def _chunks(layout: Layout, by: str, frames: int, tokens: int | None, captions: str) -> Partition:
     if by == "fixed":
         lengths = torch.tensor([len(film) for film in layout.films], device=layout.device)
@@ -239,7 +239,7 @@ def _chunks(layout: Layout, by: str, frames: int, tokens: int | None, captions: 
     return layout.partition("shot") if captions == "inside" else layout.partition("shot", "is_text")
 
 
-@lru_cache(maxsize=64)
+@remembered(64)
 def _tiles(layout: Layout, tile: tuple[int, ...], stop_at_shots: bool) -> Partition:
     time = ("shot", layout.shot_frame // tile[0]) if stop_at_shots else (layout.frame // tile[0],)
     return layout.partition(*time, layout.row // tile[1], layout.col // tile[2], where=~layout.is_text)

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from functools import cached_property, lru_cache
 
 import torch
 from torch import Tensor
 
 from sparse_zoo.errors import ZooError
 from sparse_zoo.layout import Layout
+from sparse_zoo.remember import lazy, remembered
 
 
 @dataclass(frozen=True, eq=False)
@@ -61,17 +61,17 @@ class Partition:
         """Whether every batch item and head has the same pieces."""
         return self.offsets.shape[:2] == (1, 1) and (self.order is None or self.order.shape[:2] == (1, 1))
 
-    @cached_property
+    @lazy
     def is_singles(self) -> bool:
         """Whether piece p is token p, for every token."""
         return self.order is None and self.count == self.length and bool((self.sizes == 1).all())
 
-    @cached_property
+    @lazy
     def sizes(self) -> Tensor:
         """Tokens in each piece, int64 (B|1, H|1, P)."""
         return self.offsets.long().diff(dim=-1)
 
-    @cached_property
+    @lazy
     def piece_of(self) -> Tensor:
         """The piece of each token, -1 for none: int64 (B|1, H|1, L)."""
         batch, heads = self.offsets.shape[:2]
@@ -127,19 +127,19 @@ class Partition:
             raise ZooError(f"these pieces were not cut by a layout, so their {name!r} is not known")
         return self.of(getattr(self.layout, name))
 
-    @cached_property
+    @lazy
     def sample(self) -> Tensor:
         return self.labels("sample")
 
-    @cached_property
+    @lazy
     def shot(self) -> Tensor:
         return self.labels("shot")
 
-    @cached_property
+    @lazy
     def frame(self) -> Tensor:
         return self.labels("frame")
 
-    @cached_property
+    @lazy
     def is_text(self) -> Tensor:
         """1 text, 0 video, -1 mixed: int64 (P,)."""
         return self.labels("is_text")
@@ -149,7 +149,7 @@ class Partition:
             raise ZooError(f"Partition.{what} needs pieces shared by all batch items and heads")
 
 
-@lru_cache(maxsize=32)
+@remembered(32)
 def _singles(length: int, device: torch.device) -> Partition:
     return Partition(None, torch.arange(length + 1, dtype=torch.int32, device=device)[None, None], length)
 
@@ -167,7 +167,7 @@ class Refinement:
     of_b: Tensor
     meets: bool
 
-    @cached_property
+    @lazy
     def children(self) -> Tensor | None:
         """The pieces that each piece of a was cut into: int64 (pieces of a, most), -1 where there are fewer.
 
@@ -189,7 +189,7 @@ def refine(a: Partition, b: Partition) -> Refinement:
     return _refine_shared(a, b) if a.shared and b.shared else _refine_each(a, b)
 
 
-@lru_cache(maxsize=256)
+@remembered(256)
 def _refine_shared(a: Partition, b: Partition) -> Refinement:
     joint = torch.where(a.piece_of < 0, -1, a.piece_of * (b.count + 1) + b.piece_of + 1)[0, 0]
     found, labels = torch.unique(joint, return_inverse=True)

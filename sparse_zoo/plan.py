@@ -6,7 +6,6 @@ A plan is kept as parts; a part is pieces of the queries Ã— pieces of the keys Ã
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -15,6 +14,7 @@ from sparse_zoo.cost import Cost
 from sparse_zoo.errors import refuse
 from sparse_zoo.layout import Layout
 from sparse_zoo.partition import Partition, refine
+from sparse_zoo.remember import lazy
 
 
 @dataclass(frozen=True, eq=False)
@@ -53,7 +53,7 @@ class Part:
     def by_table(self) -> bool:
         return self.edges.dtype == torch.bool
 
-    @cached_property
+    @lazy
     def batch_heads(self) -> tuple[int, int]:
         """The (B|1, H|1) that this part tells apart."""
         held = [self.edges, self.queries.offsets, self.keys.offsets]
@@ -61,7 +61,7 @@ class Part:
         batch, heads = torch.broadcast_shapes(*(x.shape[:2] for x in held))
         return batch, heads
 
-    @cached_property
+    @lazy
     def table(self) -> Tensor:
         """The edges as a bool table (B|1, H|1, Q, K)."""
         if self.by_table:
@@ -195,7 +195,7 @@ class Plan:
         """(Lq, Lk)"""
         return self.parts[0].queries.length, self.parts[0].keys.length
 
-    @cached_property
+    @lazy
     def batch_heads(self) -> tuple[int, int]:
         """The (B|1, H|1) that this plan tells apart."""
         batch, heads = torch.broadcast_shapes(*(part.batch_heads for part in self.parts))
@@ -209,7 +209,7 @@ class Plan:
             mask |= part.mask()
         return mask
 
-    @cached_property
+    @lazy
     def pairs(self) -> Tensor:
         """Number of pairs, int64 (B|1, H|1)."""
         batch, heads = self.batch_heads

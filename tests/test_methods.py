@@ -154,7 +154,7 @@ def test_moga_balance_loss(balance: str, film: Layout) -> None:
                 summed = sum(float(p[b, i, g]) for i in (taken if balance == "printed" else mine))
                 total += len(taken) / len(mine) * summed / len(mine)
             terms.append(0.7 * 3 * total)
-    assert float(loss) == pytest.approx(sum(terms) / len(terms), abs=1e-6)
+    assert float(loss.detach()) == pytest.approx(sum(terms) / len(terms), abs=1e-6)
     loss.backward()
     assert attention.get_parameter("router.weight").grad is not None
 
@@ -325,3 +325,19 @@ def test_values_out_of_range_are_refused(name: str, settings: dict[str, Any], sa
     with pytest.raises(zoo.ZooError) as error:
         build(name, **settings)
     assert said in str(error.value)
+
+
+@pytest.mark.parametrize(("name", "settings"), CASES)
+def test_what_inference_mode_made_first_serves_training(name: str, settings: dict[str, Any]) -> None:
+    film = Layout.film([Shot(2, 3, 4, 2), Shot(3, 2, 2, 1)], caption=3)
+    q, k, v = tensors(film)
+    hidden = torch.randn(2, len(film), DIM, dtype=torch.float64)
+    attention = build(name, text_reads="text", **settings)
+    with torch.inference_mode():
+        first = attention(q, k, v, film, hidden=hidden)
+        first.cost()
+        for plan in first.plans:
+            plan.dense_mask()
+    result = attention(q, k, v, film, hidden=hidden)
+    (result.out.sum() + sum(result.losses.values())).backward()
+    torch.testing.assert_close(result.out.detach(), first.out.clone(), rtol=0, atol=1e-12)

@@ -62,6 +62,7 @@ def slabs(lists: list[Rectangles], groups: int, most: int) -> Iterator[tuple[int
     yield low, groups
 
 
+@torch.inference_mode(False)  # remembered with the part
 def _of_part(part: Part, batch: int, heads: int) -> Rectangles:
     known: dict[tuple[int, int], Rectangles] = part.__dict__.setdefault("_rectangles", {})
     if (batch, heads) not in known:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -19,6 +18,7 @@ from sparse_zoo.layout import CHUNKS, Layout
 from sparse_zoo.partition import Partition, refine
 from sparse_zoo.plan import Plan
 from sparse_zoo.registry import register
+from sparse_zoo.remember import remembered
 from sparse_zoo.routing import top_chunks
 
 Chunk = Literal["shot", "frame", "fixed"]
@@ -163,7 +163,7 @@ class _Static:
     straddles: bool
 
 
-@lru_cache(maxsize=32)
+@remembered(32)
 def _static(layout: Layout, cut: _Cut) -> _Static:
     chunks = layout.chunks(cut.chunk, frames=cut.frames, tokens=cut.tokens)
     own = chunks.piece_of[0, 0]

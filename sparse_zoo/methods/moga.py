@@ -6,7 +6,6 @@ Paper: Mixture-of-Groups Attention for End-to-End Long Video Generation, arXiv 2
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import lru_cache
 from typing import Any, Literal
 
 import torch
@@ -18,6 +17,7 @@ from sparse_zoo.layout import Layout
 from sparse_zoo.partition import Partition
 from sparse_zoo.plan import Plan
 from sparse_zoo.registry import register
+from sparse_zoo.remember import remembered
 
 MIX = ("group", "stga", "frame")
 BORROWED = 2
@@ -145,13 +145,13 @@ class MoGA(Attention):
         return 2 * call.k.shape[0] * call.k.shape[2] * (self.dim or 0) * self.groups if "group" in self.mix else 0
 
 
-@lru_cache(maxsize=32)
+@remembered(32)
 def _frames(layout: Layout) -> Plan:
     return Plan.within(layout.partition("shot", "frame", where=~layout.is_text))
 
 
-@lru_cache(maxsize=32)
-def _stga(layout: Layout, windows: tuple[int, int], frames_per_group: int | None) -> Plan:
+@remembered(32)
+def _stga(layout: Layout, windows: tuple[int, ...], frames_per_group: int | None) -> Plan:
     """Windows × temporal groups; to their keys come the nearest frames of the shots beside, in the same window."""
     time = layout.shot_frame // frames_per_group if frames_per_group else torch.zeros_like(layout.shot_frame)
     place = [layout.row * windows[0] // layout.rows, layout.col * windows[1] // layout.cols]
@@ -171,7 +171,7 @@ def _stga(layout: Layout, windows: tuple[int, int], frames_per_group: int | None
     return Plan.blocks(queries, keys, same_window & (own | lent))
 
 
-@lru_cache(maxsize=32)
+@remembered(32)
 def _text(layout: Layout) -> Plan | None:
     """All tokens read the text of their film; captions also read the video of their shot."""
     if not bool(layout.is_text.any()):

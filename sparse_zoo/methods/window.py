@@ -6,7 +6,6 @@ Paper: Fast Video Generation with Sliding Tile Attention, arXiv 2502.04507, whos
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import lru_cache
 from typing import Any, Literal
 
 import torch
@@ -17,6 +16,7 @@ from sparse_zoo.errors import refuse, unknown
 from sparse_zoo.layout import Layout
 from sparse_zoo.plan import Part, Plan
 from sparse_zoo.registry import register
+from sparse_zoo.remember import remembered
 
 EVERY_TILE = (1 << 30) + 1
 
@@ -70,10 +70,8 @@ def _three(sizes: tuple[int, ...]) -> bool:
     return len(sizes) == 3 and all(map(is_count, sizes))
 
 
-@lru_cache(maxsize=32)
-def _window(
-    layout: Layout, tile: tuple[int, int, int], window: tuple[int, ...], edge: str, stop_at_shots: bool
-) -> Plan:
+@remembered(32)
+def _window(layout: Layout, tile: tuple[int, ...], window: tuple[int, ...], edge: str, stop_at_shots: bool) -> Plan:
     """Tiles × tiles, all × text, text × video."""
     everyone, video = layout.partition(), layout.partition(where=~layout.is_text)
     text = layout.partition(where=layout.is_text)
@@ -94,7 +92,7 @@ def _window(
     return Plan(*parts)
 
 
-def _places(layout: Layout, tile: tuple[int, int, int], stop_at_shots: bool) -> list[tuple[Tensor, Tensor]]:
+def _places(layout: Layout, tile: tuple[int, ...], stop_at_shots: bool) -> list[tuple[Tensor, Tensor]]:
     """For each axis, the place of each token's tile (L,) and how many places there are for it (L,)."""
     video = ~layout.is_text
     within = layout.shot_frame if stop_at_shots else layout.frame
