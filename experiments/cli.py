@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -15,6 +15,7 @@ from typer.core import TyperGroup
 
 if TYPE_CHECKING:
     from experiments.store import Result
+    from sparse_zoo import Setting
 
 console = Console()
 errors = Console(stderr=True)
@@ -174,13 +175,13 @@ def list_(plugin: Plugin = [], as_json: AsJson = False) -> None:  # noqa: B006
         listed = [{"name": name, "usable": not reasons, "reasons": reasons} for name, reasons in kernels.items()]
         print(json.dumps({"methods": methods, "kernels": listed}))
         return
-    for name in zoo.names():
+    found = {name: zoo.settings(name) for name in zoo.names()}
+    shared = [key for key in found["dense"] if all(key in settings for settings in found.values())]
+    for name, settings in found.items():
         console.print(f"\n[bold]{name}[/bold]  {_escape(zoo.summary(name))}")
-        table = Table.grid(padding=(0, 2))
-        for key, setting in zoo.settings(name).items():
-            default = "needed" if setting.required else f"= {_plain(setting.default)}"
-            table.add_row(f"  [cyan]{key}[/cyan]", _escape(default), f"[dim]{_escape(setting.doc)}[/dim]")
-        console.print(table)
+        console.print(_settings({key: setting for key, setting in settings.items() if key not in shared}))
+    console.print("[bold]every method[/bold]")
+    console.print(_settings({key: found["dense"][key] for key in shared}))
     table = Table.grid(padding=(0, 2))
     for name, reasons in kernels.items():
         table.add_row(
@@ -225,6 +226,14 @@ def _load_plugins(paths: Sequence[Path]) -> None:
 
         for path in paths:
             zoo.load_plugin(path)
+
+
+def _settings(settings: Mapping[str, Setting]) -> Table:
+    table = Table.grid(padding=(0, 2))
+    for key, setting in settings.items():
+        default = "needed" if setting.required else f"= {_plain(setting.default)}"
+        table.add_row(f"  [cyan]{key}[/cyan]", _escape(default), f"[dim]{_escape(setting.doc)}[/dim]")
+    return table
 
 
 def _one_run(result: Result, title: str) -> Table:

@@ -37,36 +37,36 @@ GIVEN = {
 
 
 def load(overrides: Sequence[Override] = ()) -> Config:
-    """`configs/base.yaml` under the overrides, in order; interpolations resolved, everything checked.
+    """`configs/base.yaml` under the mappings, in order, under the texts; interpolations resolved, everything checked.
 
     An override is "dotted.key=value" (the value is YAML) or a mapping, whose keys may be dotted too. `attention=moc`
     replaces the node by {"name": "moc"}, and a list of names gives each layer its own; `data=shot_world` replaces the
     node by that preset of `configs/data.yaml`. Mappings are merged, but `attention` is always replaced as a whole.
     Raises `ZooError`.
     """
-    config = merge(overrides)
-    refuse("config", check(config))
+    config, reasons = _merge(overrides)
+    refuse("config", reasons + check(config))
     return config
 
 
-def merge(overrides: Sequence[Override]) -> Config:
-    """As `load`, unchecked."""
+def _merge(overrides: Sequence[Override]) -> tuple[Config, list[str]]:
+    """The resolved config, and why some overrides could not be laid over it."""
     config: Config = read_yaml(CONFIGS / "base.yaml")
     for key in ("attention", "data"):
         _assign(config, [key], config.pop(key))
-    assignments = [pair for override in overrides for pair in _pairs(override)]
-    # A name replaces its node, so it goes before the settings inside, wherever it was typed.
-    texts = [pair for override in overrides if isinstance(override, str) for pair in _pairs(override)]
-    if len(texts) == len(assignments):
-        assignments.sort(key=lambda pair: len(pair[0]))
-    reasons = [_assign(config, path, value) for path, value in assignments]
-    refuse("config", reasons)
+    groups = [list(override.items()) for override in overrides if isinstance(override, Mapping)]
+    groups.append([parse(override) for override in overrides if isinstance(override, str)])
+    reasons: list[str] = []
+    for group in groups:
+        # A name replaces its node, so it goes before the settings inside, wherever it was written.
+        for key, value in sorted(group, key=lambda pair: str(pair[0]).count(".")):
+            reasons += filter(None, [_assign(config, str(key).split("."), deepcopy(value))])
     try:
         resolved = OmegaConf.to_container(OmegaConf.create(config), resolve=True)
     except OmegaConfBaseException as error:
-        raise ZooError(f"config: {error}".replace("\n", " ")) from error
+        raise ZooError(f"config: {str(error).splitlines()[0]}") from error
     assert isinstance(resolved, dict)
-    return {str(key): value for key, value in resolved.items()}
+    return {str(key): value for key, value in resolved.items()}, reasons
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
@@ -91,40 +91,52 @@ def check(config: Config) -> list[str]:
     from lit_modules.flow import RectifiedFlow
     from lit_modules.module import Optim
 
-    datamodules: dict[str, Callable[..., Any]] = {"shot_world": ShotWorld, "video_films": VideoFilms}
-    reasons: list[str] = []
-    if not fits(config["seed"], int) or config["seed"] < 0:
-        reasons.append(f"seed must be a whole number of at least 0, got {config['seed']!r}")
     data = dict(config["data"])
     name = data.pop("name", None)
-    if name in datamodules:
-        reasons += _misfits("data", data, datamodules[name])
-    else:
-        reasons.append(unknown("data", name, datamodules))
-    sections: dict[str, Callable[..., Any]] = {
-        "model": VideoDiT,
-        "flow": RectifiedFlow,
-        "optim": Optim,
-        "trainer": Trainer,
-        "sampling": SampleFilms,
-    }
+    datamodules: dict[str, type] = {"shot_world": ShotWorld, "video_films": VideoFilms}
+    reasons = _misfits("data", data, datamodules[name]) if name in datamodules else [unknown("data", name, datamodules)]
+    sections: dict[str, type] = {"flow": RectifiedFlow, "optim": Optim, "trainer": Trainer, "sampling": SampleFilms}
     for section, build in sections.items():
         reasons += _misfits(section, config[section], build, GIVEN.get(section, ()))
-    return reasons + ([] if reasons else check_attention(config))
+    if not fits(config["seed"], int) or config["seed"] < 0:
+        reasons.append(f"seed must be a whole number of at least 0, got {config['seed']!r}")
+    wrong = _misfits("model", config["model"], VideoDiT, GIVEN["model"]) or _attention(config)
+    if reasons or wrong:
+        return reasons + wrong
+    # What has the right names and types may still be out of range: the parts themselves know.
+    films = _refusals(lambda: datamodules[name](**data))
+    layer = config["attention"][0] if isinstance(config["attention"], list) else config["attention"]
+    shape = {"channels": 3, "patch": (1, 1, 1), "vocabulary": 1, "attention": layer}
+    return [
+        *films,
+        *_refusals(lambda: RectifiedFlow(**config["flow"])),
+        *_refusals(lambda: Optim(**config["optim"])),
+        *_refusals(lambda: SampleFilms(".", **config["sampling"])),
+        *_refusals(lambda: VideoDiT(**{**config["model"], "depth": 1}, **shape)),
+    ]
 
 
-def check_attention(config: Config) -> list[str]:
-    """Build every layer's method and let it attend in a small film."""
+def _refusals(build: Callable[[], object]) -> list[str]:
+    try:
+        build()
+    except ZooError as error:
+        return [str(error)]
+    return []
+
+
+def _attention(config: Config) -> list[str]:
+    """Build every layer's method and let it attend in a small film, where and as precisely as the trainer will."""
     model, given = config["model"], config["attention"]
     layers = given if isinstance(given, list) else [given]
-    if len(layers) not in (1, model["depth"]) or (isinstance(given, list) and len(layers) != model["depth"]):
+    if isinstance(given, list) and len(layers) != model["depth"]:
         return [f"attention is a list of {len(layers)}, model.depth is {model['depth']}: one entry per layer"]
-    if model["dim"] % model["heads"]:
+    if model["heads"] < 1 or model["dim"] % model["heads"]:
         return [f"model.heads {model['heads']} must divide model.dim {model['dim']}"]
-    return [reason for layer in _distinct(layers) for reason in _attends(layer, model["dim"], model["heads"])]
+    distinct = [layer for i, layer in enumerate(layers) if layer not in layers[:i]]
+    return [reason for layer in distinct for reason in _attends(layer, model["dim"], model["heads"], config["trainer"])]
 
 
-def _attends(settings: Mapping[str, Any], dim: int, heads: int) -> list[str]:
+def _attends(settings: Mapping[str, Any], dim: int, heads: int, trainer: Mapping[str, Any]) -> list[str]:
     import torch
 
     name = settings.get("name")
@@ -138,18 +150,23 @@ def _attends(settings: Mapping[str, Any], dim: int, heads: int) -> list[str]:
     if any(misfits):
         return [reason for reason in misfits if reason]
     layout = zoo.Layout.film([zoo.Shot(2, 2, 2, 1), zoo.Shot(1, 2, 2)], caption=1)
-    x = torch.zeros(1, heads, len(layout), dim // heads)
-    try:
+    cuda = torch.cuda.is_available() and trainer.get("accelerator", "auto") in ("auto", "gpu", "cuda")
+    precision = str(trainer.get("precision", 32))
+    dtype = torch.bfloat16 if "bf16" in precision else torch.float16 if "16" in precision else torch.float32
+
+    def attend() -> None:
         attention = zoo.build(name, heads=heads, head_dim=dim // heads, dim=dim, **own)
+        device = "cuda" if cuda else "cpu"
+        x = torch.zeros(1, heads, len(layout), dim // heads, device=device, dtype=dtype)
+        hidden = torch.zeros(1, len(layout), dim, device=device)
         with torch.no_grad():
-            attention(x, x, x, layout, hidden=torch.zeros(1, len(layout), dim), step=0)
-    except ZooError as error:
-        return [f"attention: {error}"]
-    return []
+            attention.to(device)(x, x, x, layout, hidden=hidden, step=0)
+
+    return _refusals(attend)
 
 
 def parse(override: str) -> tuple[str, Any]:
-    """ "key=value", whose value is YAML, as (key, value); raises `ZooError`."""
+    """A text key=value, whose value is YAML, as (key, value); raises `ZooError`."""
     key, equals, text = override.partition("=")
     refuse("config", [f"an override is key=value, got {override!r}"] if not equals or not key.strip() else [])
     try:
@@ -158,13 +175,6 @@ def parse(override: str) -> tuple[str, Any]:
         raise ZooError(f"config: the value in {override!r} is no YAML: {error}") from error
     assert isinstance(parsed, dict)
     return key.strip(), parsed["value"]
-
-
-def _pairs(override: Override) -> list[tuple[list[str], Any]]:
-    if isinstance(override, Mapping):
-        return [(str(key).split("."), deepcopy(value)) for key, value in override.items()]
-    key, value = parse(override)
-    return [(key.split("."), value)]
 
 
 def _assign(config: Config, path: list[str], value: Any) -> str:
@@ -186,9 +196,7 @@ def _assign(config: Config, path: list[str], value: Any) -> str:
     if isinstance(node.get(last), dict):
         if not isinstance(value, dict):
             return f"{'.'.join(path)} must be a mapping, got {value!r}"
-        for key, inner in value.items():
-            _assign(node, [last, str(key)], inner)
-        return ""
+        return "; ".join(filter(None, [_assign(node, [last, str(key)], inner) for key, inner in value.items()]))
     node[last] = value
     return ""
 
@@ -267,7 +275,3 @@ def fits(value: Any, hint: Any) -> bool:
     if kind in (list, tuple) or (issubclass(kind, Iterable) and not issubclass(kind, str)):
         return isinstance(value, list | tuple) and all(fits(inner, args[0]) for inner in value if args)
     return isinstance(value, kind)
-
-
-def _distinct(layers: Sequence[Any]) -> list[Any]:
-    return [layer for i, layer in enumerate(layers) if layer not in layers[:i]]

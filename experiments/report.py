@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
+from rich import box
 from rich.table import Table
 
 from experiments.store import Result, home, read, read_sweep, write_json
@@ -51,11 +52,10 @@ class Report:
 
     def table(self) -> Table:
         """The leaderboard for a terminal."""
-        table = Table(
-            title=f"{self.name}: {len(self.finished)} of {len(self.results)} cells finished", title_justify="left"
-        )
-        for title in ("cell", "val loss", "first loss", "last loss", "density", "GFLOPs", "s/step", "kernel"):
-            table.add_column(title, justify="left" if title in ("cell", "kernel") else "right", no_wrap=title == "cell")
+        title = f"{self.name}: {len(self.finished)} of {len(self.results)} cells finished"
+        table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1), pad_edge=False)
+        for name in ("cell", "val", "first", "last", "density", "GFLOPs", "s/step", "kernel"):
+            table.add_column(name, justify="left" if name in ("cell", "kernel") else "right", no_wrap=True)
         for r in self.results:
             if r.status == "finished":
                 figures = [number(r.val_loss), number(r.first_loss), number(r.last_loss), percent(r.density)]
@@ -120,7 +120,7 @@ def image(result: Result, name: str) -> str:
 
 def _plain(value: Any) -> str:
     if isinstance(value, list | tuple):
-        return "+".join(map(str, value)) or "none"
+        return ("×" if value and isinstance(value[0], int) else "+").join(map(str, value)) or "none"
     return "off" if value is None else str(value)
 
 
@@ -191,7 +191,7 @@ def _cost_plot(results: list[Result], colours: dict[str, str]) -> str:
 def _curves_plot(results: tuple[Result, ...], colours: dict[str, str]) -> str:
     figure, axes = _axes(2, 3.6)
     for result in results:
-        train, val = result.curves.get("train/loss", []), result.curves.get("val/loss", [])
+        train, val = result.curves.get("train/flow", []), result.curves.get("val/loss", [])
         if train:
             steps, losses = zip(*train, strict=True)
             axes[0][0].plot(steps, smooth(list(losses)), color=colours[result.name], lw=1.5, alpha=0.9)

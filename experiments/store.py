@@ -52,10 +52,11 @@ class Cell:
 class Result:
     """What became of one cell; every figure is measured, None where the run did not come that far.
 
-    `first_loss` and `last_loss` are means of the training flow loss, auxiliary losses left out, over the first 3 and the
-    last 20 steps; `val_loss` is the last validation's. `density` and `flops` (attention, one forward, all layers) are those of the plans that ran;
-    `costs` is the whole ledger. `peak_memory` is in bytes; what it is the peak of stands in `costs`. `curves` maps a
-    loss to (step, value) pairs. `pictures`, {"file", "label"} each, and `strips` name files in the cell's folder.
+    `first_loss` and `last_loss` are means of the training flow loss, auxiliary losses left out, over the first 3 and
+    the last 20 steps; `val_loss` is the last validation's. `density` and `flops` (attention, one forward, all layers)
+    are those of the plans that ran; `costs` is the whole ledger. `peak_memory` is in bytes; what it is the peak of
+    stands in `costs`. `curves` maps a loss to (step, value) pairs. `pictures`, {"file", "label"} each, and `strips`
+    name files in the cell's folder.
     """
 
     name: str

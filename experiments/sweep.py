@@ -104,13 +104,17 @@ def _grid(axes: Mapping[str, list[Any] | dict[str, Any]]) -> list[tuple[str, dic
 
 
 def _label(key: str, value: Any) -> str:
-    """Short and fit for a file name: moc, moc_top_k2, seed1."""
+    """Short and fit for a file name: moc, moc_top_k=2_anchors=text+shot, seed=1."""
     if isinstance(value, dict):
-        parts = [str(value.get("name", key.rsplit(".", 1)[-1])), *(f"{k}{v}" for k, v in value.items() if k != "name")]
-        text = "_".join(parts)
+        named = str(value.get("name", key.rpartition(".")[2]))
+        text = "_".join([named, *(f"{k}={_short(v)}" for k, v in value.items() if k != "name")])
     else:
-        text = str(value) if isinstance(value, str) else f"{key.rsplit('.', 1)[-1]}{value}"
-    return "".join(letter if letter.isalnum() or letter in "._+" else "_" for letter in text)
+        text = value if isinstance(value, str) else f"{key.rpartition('.')[2]}={_short(value)}"
+    return "".join(letter if letter.isalnum() or letter in "._+=" else "_" for letter in text)
+
+
+def _short(value: Any) -> str:
+    return ("+".join(map(_short, value)) or "none") if isinstance(value, list) else str(value)
 
 
 def execute(sweep: Sweep, bar: Bar, *, fresh: bool = False) -> list[Result]:

@@ -39,7 +39,9 @@ class Tracker:
         with _locked(home() / "mlflow.lock"):  # processes that open a fresh database at once race in its migrations
             self.client = mlflow.MlflowClient(self.uri)
             found = self.client.get_experiment_by_name(experiment)
-            local = None if os.environ.get("MLFLOW_TRACKING_URI") else (home() / "artifacts" / experiment).as_uri()
+            # A server knows where artifacts go; a bare database would have them put beside the shell.
+            served = self.uri.startswith(("http://", "https://", "databricks"))
+            local = None if served else (home() / "artifacts" / experiment).as_uri()
             self.experiment_id: str = (
                 found.experiment_id if found else self.client.create_experiment(experiment, artifact_location=local)
             )

@@ -1,0 +1,188 @@
+"""The `zoo` command as a user types it."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml  # type: ignore[import-untyped]
+from tiny import BASE, DIVERGES, OWN_AND_PREVIOUS, write_sweep
+from typer.testing import CliRunner, Result
+
+from experiments.cli import app
+
+METHODS = {"dense", "moc", "moc_fixed", "moga", "window"}
+
+
+@pytest.fixture(scope="module")
+def plugin(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("plugin") / "own_and_previous.py"
+    path.write_text(OWN_AND_PREVIOUS)
+    return path
+
+
+@pytest.fixture(scope="module")
+def bad_plugin(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("plugin") / "diverges_too.py"
+    path.write_text(DIVERGES.replace('"diverges"', '"diverges_too"'))
+    return path
+
+
+@pytest.fixture(scope="module")
+def database(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return f"sqlite:///{tmp_path_factory.mktemp('mlflow') / 'mlflow.db'}"
+
+
+@pytest.fixture(autouse=True)
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, database: str) -> Path:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("ZOO_HOME", raising=False)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", database)
+    monkeypatch.setenv("COLUMNS", "100")
+    (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(BASE))
+    return tmp_path
+
+
+def zoo(*arguments: str | Path) -> Result:
+    result = CliRunner().invoke(app, [str(argument) for argument in arguments])
+    if result.exception is not None and not isinstance(result.exception, SystemExit):
+        raise result.exception
+    return result
+
+
+def test_list_json() -> None:
+    listed = json.loads(zoo("list", "--json").stdout)
+    methods = {method["name"]: method for method in listed["methods"]}
+    assert methods.keys() >= METHODS
+    assert methods["moc"]["summary"]
+    for setting in methods["moc"]["settings"].values():
+        assert set(setting) == {"default", "type", "doc"}
+        assert setting["doc"]
+    kernels = {kernel["name"]: kernel for kernel in listed["kernels"]}
+    assert kernels["reference"] == {"name": "reference", "usable": True, "reasons": []}
+    assert all(kernel["usable"] == (not kernel["reasons"]) for kernel in kernels.values())
+
+
+def test_list_for_people(plugin: Path) -> None:
+    text = zoo("list", "--plugin", plugin).stdout
+    assert "own_and_previous_shots" in text
+    assert "reach" in text
+    assert "runs here" in text
+
+
+def test_list_is_quick_to_import() -> None:
+    code = "import sys, experiments.cli; print([m for m in ('torch', 'lightning', 'mlflow') if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize("command", [[], ["train"], ["sweep"], ["report"], ["ui"], ["list"], ["map"]])
+def test_help_teaches(command: list[str]) -> None:
+    text = zoo(*command, "--help").stdout
+    assert "Usage" in text
+    if command:
+        assert "Example: zoo" in text
+
+
+def test_map_draws(here: Path) -> None:
+    result = zoo("map", "moc", "top_k=1", "anchors=[shot]")
+    assert result.exit_code == 0
+    assert "%" in result.stdout
+    assert (here / "map-moc.png").read_bytes().startswith(b"\x89PNG")
+    assert zoo("map", "moga", "--out", here / "a" / "b.png").exit_code == 0
+    assert (here / "a" / "b.png").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["train", "attention=mocc"], "did you mean 'moc'?"),
+        (["train", "--plugin", "none.py"], "no such file"),
+        (["sweep", "quikstart"], "did you mean 'quickstart'?"),
+        (["report", "nothing"], "no sweep 'nothing'"),
+        (["map", "moc", "topk=2"], "did you mean 'top_k'?"),
+        (["map", "mocc"], "did you mean 'moc'?"),
+    ],
+)
+def test_refusals_are_one_message(arguments: list[str], message: str) -> None:
+    result = zoo(*arguments)
+    assert result.exit_code == 2
+    assert result.stderr.startswith("Error: ")
+    assert message in result.stderr
+    assert "Traceback" not in result.output
+
+
+def test_train_with_a_plugin(here: Path, plugin: Path) -> None:
+    """The example of the design, in a file of its own, trained at once."""
+    asked = ["attention=own_and_previous_shots", "attention.reach=2", "trainer.max_steps=1"]
+    result = zoo("train", "--plugin", plugin, "--config", "tiny.yaml", *asked)
+    assert result.exit_code == 0, result.output
+    for shown in ("first loss", "val loss", "density", "kernel", "s/step"):
+        assert shown in result.stdout
+    folders = list((here / "runs" / "train").iterdir())
+    assert [folder.name.rpartition("-")[0] for folder in folders] == ["own_and_previous_shots"]
+    assert str(folders[0]) in result.stdout
+
+    plain = json.loads(zoo("train", "--config", "tiny.yaml", "trainer.max_steps=1", "--json").stdout)
+    assert (plain["status"], plain["attention"], plain["steps"]) == ("finished", {"name": "dense"}, 1)
+    assert plain["provenance"]["torch"]
+
+
+def test_a_failed_run_says_why(bad_plugin: Path) -> None:
+    result = zoo("train", "--plugin", bad_plugin, "--config", "tiny.yaml", "attention=diverges_too")
+    assert result.exit_code == 1
+    assert "NonFiniteLoss" in result.stderr
+
+
+def test_sweep_then_report(here: Path, bad_plugin: Path) -> None:
+    path = write_sweep(here / "both.yaml", axes={"attention": ["dense", "diverges_too"]})
+    result = zoo("sweep", path, "--plugin", bad_plugin)
+    assert result.exit_code == 1  # one cell failed; the report is written all the same
+    page = here / "runs" / "both" / "report.html"
+    assert str(page) in result.stdout
+    assert "diverges_too, failed: NonFiniteLoss" in result.stdout
+    found = json.loads(zoo("report", "both", "--json").stdout)
+    assert [(cell["name"], cell["status"]) for cell in found["cells"]] == [
+        ("dense", "finished"),
+        ("diverges_too", "failed"),
+    ]
+    assert found == json.loads((page.parent / "report.json").read_text())
+    assert "Leaderboard" in page.read_text()
+
+    shorter = zoo("sweep", path, "--plugin", bad_plugin, "--max-steps", "1")  # it fails from the second step on
+    assert shorter.exit_code == 0
+    assert "2 of 2 cells finished" in shorter.stdout
+    stamps = {p: p.stat().st_mtime_ns for p in here.glob("runs/both/*/result.json")}
+    assert zoo("sweep", path, "--plugin", bad_plugin, "--max-steps", "1").exit_code == 0
+    assert stamps == {p: p.stat().st_mtime_ns for p in here.glob("runs/both/*/result.json")}
+    assert zoo("sweep", path, "--plugin", bad_plugin, "--max-steps", "1", "--fresh").exit_code == 0
+    assert stamps != {p: p.stat().st_mtime_ns for p in here.glob("runs/both/*/result.json")}
+
+
+def test_ctrl_c_ends_a_sweep_politely(here: Path) -> None:
+    """A real SIGINT to a real process, while it trains."""
+    path = write_sweep(here / "long.yaml", axes={"attention": ["dense", "moc"]})
+    plain = yaml.safe_load(path.read_text())
+    plain["base"]["trainer"] |= {"max_steps": 100000, "val_check_interval": 100000}
+    path.write_text(yaml.safe_dump(plain))
+    code = """
+import signal, sys
+from experiments import cli, progress
+
+def step(self, number, total, loss):
+    if number == 3:
+        signal.raise_signal(signal.SIGINT)
+
+progress.Bar.step = step
+sys.argv = ["zoo", "sweep", "long.yaml"]
+cli.main()
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=here, capture_output=True, text=True, env=os.environ)
+    assert done.returncode == 130, done.stderr
+    assert "go on with: zoo sweep long.yaml" in done.stdout
+    assert "was interrupted after 3 steps" in done.stdout
+    assert "Traceback" not in done.stderr + done.stdout

@@ -1,0 +1,132 @@
+"""A config is what was asked for, or a refusal that names everything wrong with it."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import pytest
+
+from experiments.config import fits, load, parse, read_yaml
+from sparse_zoo.errors import ZooError
+
+
+def test_base_is_valid_and_resolved() -> None:
+    config = load()
+    assert config["attention"] == {"name": "dense"}
+    assert config["data"]["name"] == "video_films"
+    assert config["data"]["seed"] == config["seed"] == 0
+
+
+def test_a_name_replaces_its_node_wherever_it_is_typed() -> None:
+    wanted = {"name": "moc", "top_k": 2}
+    assert load(["attention=moc", "attention.top_k=2"])["attention"] == wanted
+    assert load(["attention.top_k=2", "attention=moc"])["attention"] == wanted
+    assert load([{"attention": {"name": "window", "edge": "cut"}}, "attention=moc"])["attention"] == {"name": "moc"}
+
+
+def test_data_takes_a_preset_with_changes() -> None:
+    data = load(["data=shot_world", "data.subjects=2"])["data"]
+    assert (data["name"], data["subjects"], data["frames_per_shot"]) == ("shot_world", 2, 2)
+    assert "folder" not in data
+
+
+def test_a_list_gives_each_layer_its_own() -> None:
+    config = load(["model.depth=2", "attention=[dense, {name: moc, top_k: 1}]"])
+    assert config["attention"] == [{"name": "dense"}, {"name": "moc", "top_k": 1}]
+
+
+def test_interpolation_resolves() -> None:
+    config = load(["seed=7", "optim.warmup_steps=${seed}"])
+    assert config["optim"]["warmup_steps"] == config["data"]["seed"] == 7
+    with pytest.raises(ZooError, match="'nothing' not found"):
+        load(["optim.warmup_steps=${nothing}"])
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["attention=mocc"], r"unknown method 'mocc'; did you mean 'moc'\? known: dense, moc"),
+        (["attention=moc", "attention.topk=2"], r"unknown setting 'topk'; did you mean 'top_k'\?"),
+        (["attention=moc", "attention.top_k=two"], r"attention.top_k must be int, got 'two'"),
+        (["attention=moc", "attention.top_k=0"], r"top_k .*at least 1, got 0"),
+        (["attention=window", "attention.window=[2, 3, 3]"], r"odd"),
+        (["attention=moc", "attention.kernel=flx"], r"unknown kernel 'flx'"),
+        (["attention=[dense, moc]"], r"a list of 2, model.depth is 4"),
+        (["attention=[dense, dense, dense, moc]", "attention.top_k=1"], r"attention is a list, one mapping per layer"),
+        (["data=shotworld"], r"unknown data 'shotworld'; did you mean 'shot_world'\?"),
+        (["data.fsp=3"], r"unknown key of data 'fsp'; did you mean 'fps'\?"),
+        (["data.size=[41, 64]"], r"size \[41, 64\] is not in whole patches"),
+        (["trainer.max_step=3"], r"unknown key of trainer 'max_step'; did you mean 'max_steps'\?"),
+        (["trainer.max_steps=many"], r"trainer.max_steps must be int, got 'many'"),
+        (["trainer.logger=true"], r"unknown key of trainer 'logger'"),
+        (["model.channels=3"], r"unknown key of model 'channels'"),
+        (["model.dim=130"], r"model.heads 4 must divide model.dim 130"),
+        (["model.heads=64"], r"head_dim = dim / heads must be even and at least 6"),
+        (["optim.lr=fast"], r"optim.lr must be float, got 'fast'"),
+        (["optim.lr=-1"], r"lr must be above 0, got -1"),
+        (["flow.drop_text=2"], r"drop_text must be in \[0, 1\], got 2"),
+        (["sampling.steps=0"], r"steps must be at least 1, got 0"),
+        (["modell.dim=3"], r"unknown config key 'modell.dim'; did you mean 'model'\?"),
+        (["model=3"], r"model must be a mapping, got 3"),
+        (["seed=-1"], r"seed must be a whole number of at least 0, got -1"),
+        (["attention"], r"an override is key=value, got 'attention'"),
+        (["attention=[dense"], r"is no YAML"),
+    ],
+)
+def test_refusals(overrides: list[str], message: str) -> None:
+    with pytest.raises(ZooError, match=message):
+        load(overrides)
+
+
+def test_all_reasons_come_at_once() -> None:
+    wrong = ["trainer.max_step=1", "optim.lr=fast", "data.siz=1", "attention=mocc", "nothing=1", "seed=x"]
+    with pytest.raises(ZooError) as caught:
+        load(wrong)
+    for name in ("max_step", "optim.lr", "siz", "mocc", "nothing", "seed"):
+        assert name in str(caught.value)
+
+
+def test_a_kernel_that_cannot_run_is_refused_with_every_reason() -> None:
+    with pytest.raises(ZooError, match="kernel 'torch'") as caught:
+        load(["attention.kernel=torch", "trainer.accelerator=cpu"])
+    assert str(caught.value).count("\n  - ") >= 2
+
+
+@pytest.mark.parametrize(
+    ("value", "hint", "answer"),
+    [
+        (1, float, True),
+        (True, int, False),
+        (1.5, int, False),
+        ("a", Literal["a", "b"], True),
+        (1, Literal[True], False),
+        (None, int | None, True),
+        ([1, 2, 3], tuple[int, int, int], True),
+        ([1, 2], tuple[int, int, int], False),
+        ("text", Sequence[str], False),
+        (["a", 1], Sequence[str], False),
+        ({"a": 1}, Mapping[str, Any], True),
+        ("a/b", str | Path, True),
+        (3, str | Path, False),
+    ],
+)
+def test_fits(value: object, hint: object, answer: bool) -> None:
+    assert fits(value, hint) is answer
+
+
+def test_values_are_yaml() -> None:
+    assert parse("a.b=1e-3") == ("a.b", 1e-3)
+    assert parse("a=null") == ("a", None)
+    assert parse("a=x=y") == ("a", "x=y")
+
+
+def test_a_file_that_is_no_mapping(tmp_path: Path) -> None:
+    with pytest.raises(ZooError, match="no such file"):
+        read_yaml(tmp_path / "none.yaml")
+    path = tmp_path / "list.yaml"
+    path.write_text("- 1")
+    with pytest.raises(ZooError, match="must hold a mapping"):
+        read_yaml(path)
+    path.write_text("a: [1")
+    with pytest.raises(ZooError, match="is no YAML"):
+        read_yaml(path)

@@ -1,0 +1,145 @@
+"""The report says what the results say, in one file, for a browser, a program and a terminal."""
+
+from __future__ import annotations
+
+import io
+import json
+import re
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from rich.console import Console
+
+from experiments import pictures
+from experiments.report import Report, settings, smooth
+from experiments.store import Asked, Cell, Result, write_sweep
+from sparse_zoo.errors import ZooError
+
+REQUIRED = [
+    "name", "attention", "status", "seed", "first_loss", "val_loss", "density", "flops", "kernel", "seconds_per_step",
+]  # fmt: skip
+
+
+def finished(cell: Cell, sweep: str, val_loss: float) -> Result:
+    folder = cell.folder(sweep)
+    for name in ("plan-1-1.png", "film.png"):
+        pictures.save(torch.zeros(8, 8, 3, dtype=torch.uint8), folder / name)
+    return Result(
+        name=cell.name,
+        attention=cell.config["attention"],
+        status="finished",
+        seed=0,
+        first_loss=1.25,
+        last_loss=1.0,
+        val_loss=val_loss,
+        density=0.25,
+        flops=2e9,
+        kernel="cpu",
+        seconds_per_step=0.5,
+        id=cell.id,
+        steps=2,
+        seconds=3.0,
+        peak_memory=2**20,
+        curves={"train/flow": [(1, 1.3), (2, 1.2)], "val/loss": [(2, val_loss)]},
+        pictures=[{"file": "plan-1-1.png", "label": "layer 1"}],
+        strips=["film.png"],
+        folder=str(folder),
+        provenance={"commit": "abc", "pid": 1, "host": "here"},
+        config=cell.config,
+    )
+
+
+@pytest.fixture
+def sweep(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Two finished cells, one failed, one that never ran."""
+    monkeypatch.setenv("ZOO_HOME", str(tmp_path))
+    cells = tuple(
+        Cell(name, {"attention": {"name": method}, "seed": i})
+        for i, (name, method) in enumerate(
+            [("worse", "dense"), ("better", "moc"), ("broken", "moga"), ("later", "moc")]
+        )
+    )
+    for cell, loss in zip(cells, (0.9, 0.8), strict=False):
+        finished(cell, "s", loss).write(cell.folder("s"))
+    broken = finished(cells[2], "s", float("nan"))
+    reason = "NonFiniteLoss: step 1: <flow> is nan"
+    replace(broken, status="failed", reason=reason, last_loss=float("nan"), checkpoint="a/step=1.ckpt").write(
+        cells[2].folder("s")
+    )
+    write_sweep("s", Asked("About <this>.", cells))
+    return "s"
+
+
+def test_json_has_what_was_promised(sweep: str) -> None:
+    plain = json.loads(json.dumps(Report.of(sweep).to_json(), allow_nan=False))
+    assert list(plain) == ["name", "cells"]
+    assert plain["name"] == "s"
+    by_name = {cell["name"]: cell for cell in plain["cells"]}
+    assert list(by_name) == ["better", "worse", "broken", "later"]
+    for cell in plain["cells"]:
+        assert list(cell)[: len(REQUIRED)] == REQUIRED
+        assert cell["attention"]["name"]
+    assert [cell["status"] for cell in plain["cells"]] == ["finished", "finished", "failed", "missing"]
+    assert by_name["better"]["val_loss"] == 0.8
+    assert by_name["broken"]["val_loss"] is None
+    assert by_name["later"]["reason"] == "has not run yet"
+
+
+def test_page_is_one_file_that_opens_anywhere(sweep: str) -> None:
+    page = Report.of(sweep).write()
+    html = page.read_text()
+    assert json.loads((page.parent / "report.json").read_text())["name"] == "s"
+    named = re.findall(r"""(?:src|href|url|@import)\s*[=(]\s*["']?([^"')\s>]+)""", html)
+    assert named
+    assert all(link.startswith(("data:", "#")) for link in named), named
+    assert "<script" not in html
+    links = set(re.findall(r"https?://[^\s\"'<]+", html))
+    assert all(
+        link.startswith(("http://www.w3.org/", "http://purl.org/", "http://creativecommons.org/")) for link in links
+    )
+    assert html.count("data:image/png;base64,") == 4  # a plan and a film of each finished cell
+
+
+def test_page_names_what_did_not_finish(sweep: str) -> None:
+    html = Report.of(sweep).html()
+    assert "2 of 4 cells did not finish" in html
+    assert "step 1: &lt;flow&gt; is nan" in html
+    assert "a/step=1.ckpt" in html
+    assert "has not run yet" in html
+    assert "About &lt;this&gt;." in html
+
+
+def test_page_without_any_finished_cell(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ZOO_HOME", str(tmp_path))
+    write_sweep("none", Asked("", (Cell("a", {"attention": [{"name": "moc"}, {"name": "dense"}], "seed": 0}),)))
+    assert "1 of 1 cells did not finish" in Report.of("none").html()
+
+
+def test_table_fits_a_terminal(sweep: str) -> None:
+    console = Console(width=80, record=True, file=io.StringIO())
+    console.print(Report.of(sweep).table())
+    text = console.export_text()
+    assert "…" not in text
+    assert re.search(r"better +0\.800 +1\.250 +1\.000 +25\.0 % +2 +0\.500 +cpu", text)
+    assert re.search(r"broken +failed", text)
+
+
+@pytest.mark.usefixtures("sweep")
+def test_unknown_sweep_is_refused() -> None:
+    with pytest.raises(ZooError, match=r"no sweep 't'.*there: s"):
+        Report.of("t")
+
+
+def test_settings_read_well() -> None:
+    assert (
+        settings({"name": "moc", "top_k": 2, "anchors": [], "causal": None})
+        == "moc · top_k 2 · anchors none · causal off"
+    )
+    assert settings([{"name": "window", "tile": [2, 5, 4]}, {"name": "dense"}]) == "window · tile 2×5×4 / dense"
+
+
+def test_smoothing_keeps_the_first_loss() -> None:
+    assert smooth([3.0, 1.0]) == [3.0, 1.0]
+    assert smooth([float(i) for i in range(20)])[:3] == [0.0, 0.5, 1.5]
