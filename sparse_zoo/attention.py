@@ -18,6 +18,8 @@ from sparse_zoo.layout import Layout
 from sparse_zoo.plan import Plan
 from sparse_zoo.remember import remembered
 
+ANCHORS = ("text", "shot", "chunk")
+
 
 @dataclass(frozen=True)
 class Call:
@@ -134,6 +136,19 @@ class Knob:
 class Attention(nn.Module):
     """Base class of methods: override `plan`, or `branches` for what one plan cannot say.
 
+    What a class declares, `sparse_zoo.testing` verifies:
+
+    - `limits`: settings at which it equals dense attention, or a sentence saying why there are none.
+    - `strict`: settings at which attention on a prefix of shots is that prefix of attention on the film, or why none.
+    - `causality`: "routing": apart from what is always attended, no video of later shots is; "strict": nothing of
+      later shots is.
+    - `anchors`: what every query attends to in each branch, any of `ANCHORS`: "text" (of its film; under strict
+      causality, of its shot and those before), "shot" (its own, caption too), "chunk" (its own, cut as the method
+      cuts; at least the token itself).
+    - `may_be_empty`: whether a query may be left without keys (its output is 0).
+    - `knob`: the setting that buys density.
+    - `small`: settings that suit films of a few dozen tokens; the conformance suite uses them.
+
     Args:
         heads: Query heads.
         head_dim: Channels of a head.
@@ -144,9 +159,12 @@ class Attention(nn.Module):
     """
 
     limits: ClassVar[Limit | str] = "none declared"
+    strict: ClassVar[Mapping[str, Any] | str] = "none declared"
     causality: Literal["routing", "strict"] | None = None
+    anchors: tuple[str, ...] = ()
     may_be_empty: bool = False
     knob: ClassVar[Knob | None] = None
+    small: ClassVar[Mapping[str, Any]] = {}
 
     def __init__(
         self,

@@ -3,12 +3,12 @@
 from typing import Any
 
 import pytest
-import slow_methods as slow
 import torch
 from torch import Tensor
 
 import sparse_zoo as zoo
 from sparse_zoo import Layout, Shot
+from sparse_zoo.testing import slow
 
 DIM = 6
 
