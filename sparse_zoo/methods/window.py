@@ -40,7 +40,7 @@ class Window(Attention):
     strict = "windows reach across cuts, both ways"
     anchors = ("text",)
     knob = Knob("window", (1, 1, 1), (15, 15, 15))
-    small = {"tile": (2, 2, 2)}
+    small = {"tile": (2, 2, 1), "window": (3, 1, 3)}
 
     def __init__(
         self,

@@ -182,8 +182,11 @@ def allowed(given: list[Tensor], got: Tensor, want: Tensor, rough: Tensor) -> fl
     if given[0].dtype == torch.float64:
         return EXACT
     finite = torch.isfinite(want)
+    if not bool(finite.any()):
+        return 0.0
     error = (rough.double() - want.double())[finite].abs()
-    return EAGER * (float(error.max()) if error.numel() else 0.0) + 8 * torch.finfo(got.dtype).eps
+    # The result itself is rounded once, however exact what led to it.
+    return EAGER * float(error.max()) + torch.finfo(got.dtype).eps * max(1.0, float(want[finite].abs().max()))
 
 
 def compare(subject: KernelSubject, given: list[Tensor], plan: Plan, what: str, *, only: str = "") -> None:
@@ -354,7 +357,8 @@ def kernel_extreme_scores(subject: KernelSubject) -> None:
         for name, a, b, c in zip("qkv", got.grads, want.grads, rough.grads, strict=True):
             triples.append((f"gradients of {name}", a, b, c))
         for name, ours, right, plain in triples:
-            atol = EAGER * allowed(given, ours, right, plain) + 1e-4 * max(1.0, float(right.abs().max()))
+            # An lse of 200 is rounded by 2e-5 in float32, and gradients of q and k are differences of terms near 50.
+            atol = allowed(given, ours, right, plain) + 1e-3 * max(1.0, float(right.abs().max()))
             change = "take exp(score - lse) in one piece, never exp(score) · exp(-lse)"
             same(ours, right, atol, f"{name} with scores near {sign * 200:.0f}", change)
 

@@ -313,8 +313,8 @@ def inference_then_training(subject: Subject) -> None:
         first = attention.run(make(layout))
         first.cost()
     call = make(layout, grad=True)
-    result = attention.run(call)
     try:
+        result = attention.run(call)
         total(result).backward()
     except RuntimeError as error:
         fail("a backward pass after inference mode", str(error), "remember tensors with sparse_zoo.remember")

@@ -155,9 +155,10 @@ def same(got: Tensor | None, want: Tensor | None, atol: float, what: str, change
             change,
         )
         return
+    got, want = got.detach(), want.detach()
     expect(got.shape == want.shape, f"{what} of shape {tuple(want.shape)}", f"{tuple(got.shape)}", change)
-    error = (got.detach().double() - want.detach().double()).abs()
-    error = torch.where(got.detach() == want.detach(), 0.0, error)  # equal infinities
+    error = (got.double() - want.double()).abs()
+    error = torch.where(got == want, 0.0, error)  # equal infinities
     worst = float(error.max()) if error.numel() else 0.0
     if not worst <= atol:
         place = tuple(int(i) for i in torch.unravel_index(error.nan_to_num(torch.inf).argmax(), error.shape))
