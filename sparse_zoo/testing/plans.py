@@ -158,11 +158,13 @@ def no_query_without_key(subject: Subject) -> None:
 
 @checks
 def pairs_counted(subject: Subject) -> None:
-    """Reported pairs, density and FLOPs are those of the masks that ran; kernels execute no fewer."""
+    """Reported pairs, density and FLOPs are those of the branches' masks; kernels execute no fewer."""
     attention = subject.build()
     for film, layout in FILMS.items():
-        result = attention.run(make(layout))
-        pairs = sum(int(oracle.mask_of(plan).expand(BATCH, HEADS, -1, -1).sum()) for plan in result.plans)
+        call = make(layout)
+        result = attention.run(call)
+        masks = [oracle.masks(attention, call, branch) for branch in branches(attention, call)]
+        pairs = sum(int(mask.expand(BATCH, HEADS, -1, -1).sum()) for mask in masks)
         dense = BATCH * HEADS * sum(len(film) ** 2 for film in layout.films)
         cost, dim = result.cost(), result.out.shape[-1]
         pooled = any(plan.shape != (len(layout), len(layout)) for plan in result.plans)
@@ -170,7 +172,7 @@ def pairs_counted(subject: Subject) -> None:
         wanted |= {} if pooled else {"density": pairs / dense}
         for name, want in wanted.items():
             got = getattr(cost, name)
-            expect(got == want, f"{name} {want} on {film}", f"{got}", "Result.plans must hold the plans that ran")
+            expect(got == want, f"{name} {want} on {film}", f"{got}", "Result.plans must hold the plan of each branch")
         expect(
             isinstance(cost.routing_flops, int) and cost.routing_flops >= 0,
             "routing_flops a whole number of at least 0",

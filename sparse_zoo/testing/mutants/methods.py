@@ -131,7 +131,15 @@ class CountsOneBranch(MoGA):
 
     def run(self, call: Call) -> Result:
         result = super().run(call)
-        return replace(result, plans=result.plans[-1:], routing_flops=-1)
+        return replace(result, plans=result.plans[:1])
+
+
+@mutant("pairs_counted")
+class RoutingForLess(MoGA):
+    """The router's FLOPs are taken off."""
+
+    def routing_flops(self, call: Call) -> int:
+        return -super().routing_flops(call)
 
 
 @mutant("text_reads_text")
@@ -167,7 +175,7 @@ class FeaturesOfTheFilm(MoGA):
 
 
 @mutant("routing_is_the_papers")
-class BorrowsOneFrame(MoGA):
+class BorrowsNothing(MoGA):
     """Temporal groups borrow no frames of the shots beside."""
 
     def _plan(self, name: str, call: Call) -> Plan:
