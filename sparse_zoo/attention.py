@@ -154,8 +154,9 @@ class Attention(nn.Module):
         head_dim: Channels of a head.
         dim: Width of `hidden`; needed by methods with parameters of their own.
         kernel: Kernel by name, or "auto".
-        text_reads: "method": as the method says; "text": text queries attend to the text of their sample alone, so
-            that captions cannot relay what they saw from shot to shot.
+        text_reads: "method": as the method says; "text": text queries attend to the text of their sample alone (under
+            strict causality, of their shot and those before), so that captions cannot relay what they saw from shot to
+            shot.
     """
 
     limits: ClassVar[Limit | str] = "none declared"
@@ -259,7 +260,7 @@ class Attention(nn.Module):
     def _text_reads_text(self, branch: Branch, call: Call) -> Plan:
         if branch.rows is not None:
             raise ZooError(f"{type(self).__name__}: text_reads='text' has no meaning for a branch with pooled queries")
-        is_text, among = call.layout.is_text, _text_among_itself(call.layout)
+        is_text, among = call.layout.is_text, _text_among_itself(call.layout, self.causality == "strict")
         if call.q_rows is not None:
             is_text, among = is_text[call.q_rows], among.narrow(call.q_rows)
         # Their queries are apart, so the parts cannot share a pair.
@@ -267,8 +268,12 @@ class Attention(nn.Module):
 
 
 @remembered(32)
-def _text_among_itself(layout: Layout) -> Plan:
-    return Plan.within(layout.partition(where=layout.is_text))
+def _text_among_itself(layout: Layout, strict: bool) -> Plan:
+    if not strict:
+        return Plan.within(layout.partition(where=layout.is_text))
+    captions = layout.partition("shot", where=layout.is_text)
+    earlier = captions.shot <= captions.shot[:, None]
+    return Plan.blocks(captions, captions, (captions.sample[:, None] == captions.sample) & earlier)
 
 
 def is_count(value: object, least: int = 1) -> bool:
