@@ -205,8 +205,7 @@ def _anchors(attention: Attention, layout: Layout) -> Tensor:
     shot, is_text = layout.shot, layout.is_text
     wanted = torch.zeros(len(layout), len(layout), dtype=torch.bool)
     if "text" in attention.anchors:
-        seen = shot <= shot[:, None] if attention.causality == "strict" else torch.ones_like(wanted)
-        wanted |= is_text & seen
+        wanted |= oracle.readable_text(attention, layout)
     if "shot" in attention.anchors:
         wanted |= (shot == shot[:, None]) & (shot >= 0)
     if "chunk" in attention.anchors:

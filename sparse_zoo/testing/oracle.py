@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from sparse_zoo.attention import Attention, Branch, Call, Term
+from sparse_zoo.layout import Layout
 from sparse_zoo.partition import Partition
 from sparse_zoo.plan import Part, Plan
 
@@ -64,11 +65,15 @@ def masks(attention: Attention, call: Call, branch: Branch) -> Tensor:
     """Who attends to whom in a branch, with what `text_reads` makes of it: bool (B|1, H|1, Lq, Lk)."""
     mask = mask_of(branch.plan)
     if attention.text_reads == "text" and branch.rows is None:
-        is_text, sample = call.layout.is_text, call.layout.sample
-        rows = torch.arange(len(is_text)) if call.q_rows is None else call.q_rows
-        among = (sample[rows][:, None] == sample) & is_text
-        mask = torch.where(is_text[rows][:, None], among, mask)
+        rows = torch.arange(len(call.layout)) if call.q_rows is None else call.q_rows
+        mask = torch.where(call.layout.is_text[rows][:, None], readable_text(attention, call.layout)[rows], mask)
     return mask
+
+
+def readable_text(attention: Attention, layout: Layout) -> Tensor:
+    """Text of the own film; under strict causality of the own shot and those before: bool (L, L)."""
+    seen = (layout.sample[:, None] == layout.sample) & layout.is_text
+    return seen & (layout.shot <= layout.shot[:, None]) if attention.causality == "strict" else seen
 
 
 def routed(attention: Attention, call: Call) -> tuple[Call, list[Branch | Term]]:

@@ -192,18 +192,20 @@ def some_queries(subject: Subject) -> None:
         whole = make(layout, step=3)
         rows = torch.randperm(len(layout))[:11]
         some_rows = replace(whole, q=whole.q[:, :, rows], q_rows=rows)
-        same(
-            attention.run(some_rows).out,
-            attention.run(whole).out[:, :, rows],
-            1e-9,
-            "outputs of some queries and of the same among all",
-            "branches(call) must take kinds, labels and weights of queries at call.q_rows",
+        part, change = (
+            attention.run(some_rows),
+            "branches(call) must take queries at call.q_rows: kinds, labels, weights",
         )
+        same(part.out, attention.run(whole).out[:, :, rows], 1e-9, "outputs of some queries and among all", change)
+        lengths = torch.tensor([len(film) for film in layout.films])
+        dense = BATCH * HEADS * int(lengths[layout.sample[rows]].sum())
+        came = part.cost().dense_pairs
+        expect(came == dense, f"{dense} dense pairs for these queries", f"{came}", "Result must hold call.q_rows")
 
 
 @checks
 def text_reads_text(subject: Subject) -> None:
-    """With text_reads="text", text attends to all text of its film and to nothing else, video as before."""
+    """With text_reads="text", text attends to what text of its film it may read, and to nothing else; video as before."""
     attention, usual = subject.build(text_reads="text"), subject.build(text_reads="method")
     for layout in (STORY, PACKED):
         call = make(layout)
@@ -213,7 +215,7 @@ def text_reads_text(subject: Subject) -> None:
             except ZooError as error:
                 raise Skip(str(error)) from error
         result, before = attention.run(call), usual.run(call)
-        among = (layout.sample[:, None] == layout.sample) & layout.is_text
+        among = oracle.readable_text(attention, layout)
         for plan, other in zip(result.plans, before.plans, strict=True):
             mask = oracle.mask_of(plan)
             text, video = mask[:, :, layout.is_text], mask[:, :, ~layout.is_text]
