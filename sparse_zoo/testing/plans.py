@@ -205,7 +205,7 @@ def some_queries(subject: Subject) -> None:
 
 @checks
 def text_reads_text(subject: Subject) -> None:
-    """With text_reads="text", text attends to what text of its film it may read, and to nothing else; video as before."""
+    """With text_reads="text", text attends to the text of its film that it may see, and to nothing else."""
     attention, usual = subject.build(text_reads="text"), subject.build(text_reads="method")
     for layout in (STORY, PACKED):
         call = make(layout)

@@ -74,6 +74,17 @@ class LaterCaptionsAreRead(Open):
         return static_of(layout, replace(self.cut, causal="routing"))
 
 
+@mutant("prefix_invariance", causal="strict", text_reads="text")
+class CaptionsReadAhead(Open):
+    """Under strict causality captions that read text alone read later ones too."""
+
+    def _text_reads_text(self, branch: Branch, call: Call) -> Plan:
+        return Plan(
+            *branch.plan.keep(~call.layout.is_text).parts,
+            *Plan.within(call.layout.partition(where=call.layout.is_text)).parts,
+        )
+
+
 @mutant("anchors_attended", "routing_is_the_papers")
 class DroppedTextAnchor(Open):
     """Text is declared an anchor and is not attended unless it is chosen."""
@@ -170,6 +181,14 @@ class LowestScores(Open):
 
     def choose(self, q: Tensor, *rest: Any) -> Tensor:
         return super().choose(-q, *rest)
+
+
+@mutant("routing_is_the_papers")
+class ScoresInHalf(Open):
+    """Keys are rounded to bfloat16 before they are pooled."""
+
+    def choose(self, q: Tensor, k: Tensor, *rest: Any) -> Tensor:
+        return super().choose(q, k.bfloat16().to(k), *rest)
 
 
 @mutant("films_packed", causal=None)
