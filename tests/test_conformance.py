@@ -10,7 +10,7 @@ import torch
 
 import sparse_zoo as zoo
 from sparse_zoo import registry, testing
-from sparse_zoo.kernels import get
+from sparse_zoo.kernels import _kernels, get
 from sparse_zoo.methods.dense import Dense
 from sparse_zoo.testing import kernels as kernel_suite
 from sparse_zoo.testing.mutants.kernels import LocalLseBackward, Plain
@@ -64,6 +64,59 @@ def test_other_settings_conform(method: str, settings: dict[str, Any]) -> None:
 def test_kernels_conform(kernel: str) -> None:
     for outcome in testing.check_kernel(kernel):
         assert outcome.status == "passed", outcome
+
+
+class Narrow(Plain):
+    """Takes one dtype, as kernels on GPUs do."""
+
+    name = "narrow"
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        self.dtype = dtype
+
+    def why_not(self, q: torch.Tensor | None = None, v: torch.Tensor | None = None) -> list[str]:
+        wrong = q is not None and q.dtype != self.dtype
+        return super().why_not(q, v) + ([f"takes {self.dtype} alone"] if wrong else [])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_kernels_of_one_dtype_are_bounded_by_what_plain_softmax_errs(
+    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    statuses = {outcome.check: outcome.status for outcome in testing.check_kernel(Narrow(dtype))}
+    half = dtype != torch.float32
+    assert {check for check, status in statuses.items() if status != "passed"} == (
+        set() if half else {"kernel_half_precision"}
+    )
+    monkeypatch.setitem(_kernels, "narrow", Narrow(dtype))
+    for method in FIVE:
+        testing.check_method(method, only=["output_equals_oracle", "gradients_equal_oracle", "pairs_counted"])
+
+
+class Coarse(zoo.Attention):
+    """Own shot; half of what the shot's mean key reads of all shots' means; a tenth of the own value."""
+
+    limits = "other shots are read through their means"
+
+    def branches(self, call: zoo.Call) -> list[zoo.Branch | zoo.Term]:
+        shots, share = call.layout.chunks("shot", captions="inside"), call.q.shape[1] // call.k.shape[1]
+        fine, rows, v = zoo.Plan.within(shots), shots.piece_of[0, 0], call.v.repeat_interleave(share, dim=1)
+        if call.q_rows is not None:
+            fine, rows, v = fine.narrow(call.q_rows), rows[call.q_rows], v[:, :, call.q_rows]
+        means, of_k, of_v = zoo.Partition.singles(shots.count), shots.mean(call.k), shots.mean(call.v)
+        coarse = zoo.Plan.blocks(means, means, shots.sample[:, None] == shots.sample)
+        read = of_k.repeat_interleave(share, dim=1)
+        return [
+            zoo.Branch(fine),
+            zoo.Branch(coarse, weight=0.5, q=read, k=of_k, v=of_v, rows=rows),
+            zoo.Term(0.1 * v, flops=v.numel()),
+        ]
+
+
+def test_coarse_branches_and_terms_can_be_judged() -> None:
+    outcomes = {outcome.check: outcome for outcome in testing.check_method(Coarse)}
+    assert outcomes["influence_equals_mask"].status == outcomes["gradients_equal_oracle"].status == "passed"
+    assert "no meaning for a branch with pooled queries" in outcomes["text_reads_text"].reason
 
 
 # -- the harness ------------------------------------------------------------------------------------------------------

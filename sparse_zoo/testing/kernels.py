@@ -21,8 +21,6 @@ from sparse_zoo.testing.suite import Check, Checks, Outcome, Skip, expect, same,
 
 BATCH, HEADS, HEAD_DIM = 2, 4, 8
 EXACT = 1e-10
-EAGER = 2.0
-"""Below float64 a kernel may err this many times as much as plain masked softmax in the same precision."""
 SEEDED, DRAWN = 30, 60
 GRID = 65_535
 """Where a grid dimension of CUDA ends."""
@@ -53,11 +51,9 @@ def run_kernel_checks(
     """The outcome of each check, one by one as they end; `Outcome.method` is the kernel's name."""
     kernel = get(kernel) if isinstance(kernel, str) else kernel
     found = place(kernel)
-    if found is None:
-        refuse(
-            f"kernel {kernel.name!r} cannot be checked here", kernel.why_not() or ["it takes no dtype on any device"]
-        )
-        return
+    reasons = [] if found else kernel.why_not() or ["it takes no dtype on any device"]
+    refuse(f"kernel {kernel.name!r} cannot be checked here", reasons)
+    assert found is not None
     yield from _all.run(kernel.name, KernelSubject(kernel, *found), known_failures=known_failures, only=only)
 
 
@@ -181,12 +177,7 @@ def allowed(given: list[Tensor], got: Tensor, want: Tensor, rough: Tensor) -> fl
     """How far a result may be from the oracle's: by how much plain softmax in the inputs' dtype is."""
     if given[0].dtype == torch.float64:
         return EXACT
-    finite = torch.isfinite(want)
-    if not bool(finite.any()):
-        return 0.0
-    error = (rough.double() - want.double())[finite].abs()
-    # The result itself is rounded once, however exact what led to it.
-    return EAGER * float(error.max()) + torch.finfo(got.dtype).eps * max(1.0, float(want[finite].abs().max()))
+    return oracle.bound(got.dtype, want, rough)
 
 
 def compare(subject: KernelSubject, given: list[Tensor], plan: Plan, what: str, *, only: str = "") -> None:

@@ -107,6 +107,23 @@ def plain(
     return total
 
 
+EAGER = 2.0
+"""Below float64 a result may err this many times as much as plain masked softmax in the same precision."""
+
+
+def bound(dtype: torch.dtype, want: Tensor, eager: Tensor) -> float:
+    """How far a result in `dtype` may be from the oracle's, given what plain softmax in that dtype makes of it.
+
+    Besides, the result itself is rounded once, and what led to it is a few times in float32.
+    """
+    finite = torch.isfinite(want)
+    if not bool(finite.any()):
+        return 0.0
+    want, eager = want.detach().double()[finite], eager.detach().double()[finite]
+    rounding = torch.finfo(dtype).eps + 16 * torch.finfo(torch.float32).eps
+    return EAGER * float((eager - want).abs().max()) + rounding * max(1.0, float(want.abs().max()))
+
+
 def inputs_of(branch: Branch, call: Call) -> tuple[Tensor, Tensor, Tensor]:
     """The q, k, v that a branch reads: its own, or the call's."""
     return (

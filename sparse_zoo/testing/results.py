@@ -19,18 +19,13 @@ EXACT = 1e-9
 """float64 against float64; what a method does in float32, such as a gate, is the same on both sides."""
 GRADIENT = 1e-6
 """Gradients pass through a float32 gate, and differ by its rounding."""
-EAGER = 2.0
-"""A kernel in half precision may err this many times as much as plain masked softmax in the same precision."""
 
 
 def bound(attention: Attention, call: Call, want: Tensor, branches: Sequence[Branch | Term] | None = None) -> float:
     """How far an output may be from the oracle's: by how much plain softmax in the same dtype is."""
     if call.q.dtype == torch.float64:
         return EXACT
-    eager = oracle.plain(attention, call, None, branches).double()
-    # The output itself is rounded once, however exact what led to it.
-    once = torch.finfo(call.q.dtype).eps * max(1.0, float(want.detach().abs().max()))
-    return EAGER * float((eager - want).detach().abs().max()) + once
+    return oracle.bound(call.q.dtype, want, oracle.plain(attention, call, None, branches))
 
 
 def gradients(attention: Attention, call: Call, out: Tensor) -> list[Tensor | None]:
@@ -74,7 +69,7 @@ def gradients_equal_oracle(subject: Subject) -> None:
             for name, ours, right, rough in zip(names, got, want, eager, strict=True):
                 atol = GRADIENT
                 if dtype != torch.float64 and right is not None and rough is not None:
-                    atol += EAGER * float((rough - right).abs().max())
+                    atol = oracle.bound(dtype, right, rough)
                 same(ours, right, atol, f"gradients of {name} by {kernel} on {film}", "run(call), or the backward")
 
 

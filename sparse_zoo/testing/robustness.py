@@ -191,6 +191,7 @@ def _state(attention: Attention) -> dict[str, bytes]:
 def state_dict_restores(subject: Subject) -> None:
     """A state dict, saved and loaded into a fresh module, gives the same output."""
     attention, call = subject.build(), make(STORY)
+    want = attention.run(call).out
     file = io.BytesIO()
     torch.save(attention.state_dict(), file)
     file.seek(0)
@@ -199,7 +200,7 @@ def state_dict_restores(subject: Subject) -> None:
         fresh.load_state_dict(torch.load(file, weights_only=True))
     except (RuntimeError, pickle.UnpicklingError) as error:
         fail("a state dict that loads", str(error), "parameters and buffers made in __init__, of fixed shape")
-    same(fresh.run(call).out, attention.run(call).out, 0.0, "outputs after loading", "register what forward needs")
+    same(fresh.run(call).out, want, 0.0, "outputs after loading", "register what forward needs")
 
 
 @checks

@@ -16,6 +16,7 @@ from sparse_zoo.layout import Layout
 from sparse_zoo.methods.dense import Dense
 from sparse_zoo.methods.moga import MoGA
 from sparse_zoo.methods.window import Window
+from sparse_zoo.partition import Partition
 from sparse_zoo.plan import Plan
 from sparse_zoo.testing.mutants.base import mutant
 
@@ -140,6 +141,50 @@ class RoutingForLess(MoGA):
 
     def routing_flops(self, call: Call) -> int:
         return -super().routing_flops(call)
+
+
+class OneByOne(Dense):
+    """Unbroken: dense attention on pieces that are laid out by hand."""
+
+    def pieces(self, length: int) -> tuple[Tensor, Tensor]:
+        """Tokens in the order of the pieces, and where pieces start."""
+        return torch.arange(length), torch.arange(length + 1)
+
+    def plan(self, q: Tensor, k: Tensor, layout: Layout) -> Plan:
+        order, offsets = (x.int()[None, None] for x in self.pieces(len(layout)))
+        pieces = Partition(order, offsets, len(layout))
+        return super().plan(q, k, layout) if len(layout.films) > 1 else Plan.blocks(pieces, pieces, _all_pairs(pieces))
+
+
+def _all_pairs(pieces: Partition) -> Tensor:
+    return torch.ones(pieces.count, pieces.count, dtype=torch.bool)
+
+
+@mutant("plans_in_range")
+class TokensFromOne(OneByOne):
+    """Tokens are numbered from 1."""
+
+    def pieces(self, length: int) -> tuple[Tensor, Tensor]:
+        order, offsets = super().pieces(length)
+        return order + 1, offsets
+
+
+@mutant("plans_in_range", "plans_disjoint")
+class TokenInTwoPieces(OneByOne):
+    """The last token is in the first piece, too."""
+
+    def pieces(self, length: int) -> tuple[Tensor, Tensor]:
+        order, offsets = super().pieces(length)
+        return torch.cat([order[-1:], order]), torch.cat([offsets[:1], offsets[1:] + 1])
+
+
+@mutant("plans_in_range")
+class PieceGoesBack(OneByOne):
+    """A piece ends before it starts."""
+
+    def pieces(self, length: int) -> tuple[Tensor, Tensor]:
+        order, offsets = super().pieces(length)
+        return order, offsets.flip(0)
 
 
 @mutant("text_reads_text")
@@ -271,10 +316,6 @@ class MakesParametersLate(Dense):
             self.gain = nn.Parameter(torch.ones((), dtype=call.q.dtype))
         result = super().run(call)
         return replace(result, out=self.gain * result.out)
-
-    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
-        self.gain = nn.Parameter(torch.ones(()))
-        return super().state_dict(*args, **kwargs)
 
 
 @mutant("state_dict_restores")
