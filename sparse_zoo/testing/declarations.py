@@ -26,7 +26,7 @@ def limit_is_dense(subject: Subject) -> None:
     if isinstance(limit, str):
         raise Skip(f"limits: {limit}")
     expect(isinstance(limit, Limit), "limits a Limit, or a sentence saying why there is none", f"{limit!r}", "limits")
-    attention = subject.build(text_reads="method", **limit.settings)
+    attention = subject.build({"text_reads": "method"} | dict(limit.settings))
     for film, layout in FILMS.items():
         if bool(layout.is_text.any()) and not limit.text:
             continue
@@ -51,7 +51,7 @@ def knob_buys_density(subject: Subject) -> None:
     for value in steps:
         # Routers are random here: several draws stand for what is to be expected.
         costs = [
-            subject.build(start=draw, **{knob.setting: value}).run(make(layout, seed=draw)).cost()
+            subject.build({knob.setting: value}, start=draw).run(make(layout, seed=draw)).cost()
             for draw in range(KNOB_DRAWS)
         ]
         densities.append(sum(cost.density for cost in costs) / len(costs))
@@ -90,7 +90,7 @@ def settings_survive_yaml(subject: Subject) -> None:
             back: Mapping[str, Any] = json.loads(json.dumps(settings, allow_nan=False))
         except (TypeError, ValueError) as error:
             fail("settings of numbers, strings, null, lists and mappings", str(error), "small, limits or the settings")
-        before, after = subject.build(**settings), subject.build(**back)
+        before, after = subject.build(settings), subject.build(back)
         layout = FILMS["silent"]
         call = make(layout)
         for mine, other in zip(plans(before, call), plans(after, call), strict=True):

@@ -110,7 +110,7 @@ def prefix_invariance(subject: Subject) -> None:
         strict = subject.cls.strict
         if isinstance(strict, str):
             raise Skip(f"strict: {strict}")
-        attention = subject.build(**strict)
+        attention = subject.build(strict)
         expect(
             attention.causality == "strict",
             "causality 'strict' at the settings that `strict` declares",
@@ -137,7 +137,7 @@ def causality_holds(subject: Subject) -> None:
     """A causal method leaks nothing from later chunks: neither its plans nor its outputs see video of later shots."""
     attentions = [subject.build()]
     if isinstance(subject.cls.strict, Mapping):
-        attentions.append(subject.build(**subject.cls.strict))
+        attentions.append(subject.build(subject.cls.strict))
     causal = [attention for attention in attentions if attention.causality is not None]
     if not causal:
         raise Skip("causality: None")

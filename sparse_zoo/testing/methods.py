@@ -67,9 +67,12 @@ def parametrize_methods(
     import pytest
 
     known = dict(known_failures or {})
-    subjects = [_subject(method, {}) for method in methods or registry.names()]
-    names = {subject.name for subject in subjects}
-    refuse("known_failures", [unknown("method", name, names) for name in known if name not in names])
+    judged = {_subject(method, {}).name: method for method in methods or registry.names()}
+    refuse(
+        "known_failures",
+        [unknown("method", name, judged) for name in known if name not in judged]
+        + [unknown("check", name, _all) for reasons in known.values() for name in reasons if name not in _all],
+    )
 
     def item(method: str | type[Attention], name: str, reasons: Mapping[str, str]) -> Callable[[], None]:
         def run() -> None:
@@ -82,15 +85,12 @@ def parametrize_methods(
 
         return run
 
-    chosen = methods or tuple(registry.names())
-    for reasons in known.values():
-        refuse("known_failures", [unknown("check", name, _all) for name in reasons if name not in _all])
     return pytest.mark.parametrize(
         "check",
         [
-            pytest.param(item(method, name, known.get(subject.name, {})), id=f"{subject.name}-{name}")
-            for method, subject in zip(chosen, subjects, strict=True)
-            for name in _all
+            pytest.param(item(method, check, known.get(name, {})), id=f"{name}-{check}")
+            for name, method in judged.items()
+            for check in _all
         ],
     )
 

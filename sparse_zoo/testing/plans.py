@@ -206,7 +206,7 @@ def some_queries(subject: Subject) -> None:
 @checks
 def text_reads_text(subject: Subject) -> None:
     """With text_reads="text", text attends to the text of its film that it may see, and to nothing else."""
-    attention, usual = subject.build(text_reads="text"), subject.build(text_reads="method")
+    attention, usual = subject.build({"text_reads": "text"}), subject.build({"text_reads": "method"})
     for layout in (STORY, PACKED):
         call = make(layout)
         if any(branch.rows is not None for branch in branches(attention, call)):

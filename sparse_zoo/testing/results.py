@@ -40,7 +40,7 @@ def gradients(attention: Attention, call: Call, out: Tensor) -> list[Tensor | No
 def output_equals_oracle(subject: Subject) -> None:
     """On every usable kernel the output is the masked softmax of the branches in float64, weighted and summed."""
     for kernel, device, dtype in usable():
-        attention = subject.build(kernel=kernel, dtype=dtype, device=device)
+        attention = subject.build({"kernel": kernel}, dtype=dtype, device=device)
         for film, layout in FILMS.items():
             call = make(layout, dtype=dtype, device=device)
             with torch.no_grad():
@@ -59,7 +59,7 @@ def output_equals_oracle(subject: Subject) -> None:
 def gradients_equal_oracle(subject: Subject) -> None:
     """On every usable kernel gradients of q, k, v, hidden and parameters are those of the oracle."""
     for kernel, device, dtype in usable():
-        attention = subject.build(kernel=kernel, dtype=dtype, device=device)
+        attention = subject.build({"kernel": kernel}, dtype=dtype, device=device)
         for film in ("story", "packed", "one-frame shots"):
             call = make(FILMS[film], dtype=dtype, device=device, grad=True)
             got = gradients(attention, call, attention.run(call).out)

@@ -343,7 +343,7 @@ def named_kernel_refuses(subject: Subject) -> None:
     """A kernel asked by name that cannot run raises with every reason; an unknown name is refused when it is made."""
     call = make(STORY)
     with patch.dict(_kernels, {Refuses.name: Refuses()}):
-        attention = subject.build(kernel=Refuses.name)
+        attention = subject.build({"kernel": Refuses.name})
         try:
             used = attention.run(call).kernel
         except ZooError as error:
@@ -354,7 +354,7 @@ def named_kernel_refuses(subject: Subject) -> None:
                 "a ZooError for a kernel that cannot run", f"a result by {used!r}", "pass kernel=self.kernel to attend"
             )
     try:
-        subject.build(kernel="no_such_kernel")
+        subject.build({"kernel": "no_such_kernel"})
     except ZooError:
         return
     fail("a ZooError for an unknown kernel", "a module", "pass **base on to Attention.__init__")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -43,17 +44,20 @@ class Subject:
 
     def build(
         self,
+        changes: Mapping[str, Any] = MappingProxyType({}),
         *,
         head_dim: int = HEAD_DIM,
         dtype: torch.dtype = torch.float64,
         device: str = "cpu",
         start: int = 1,
-        **changes: Any,
     ) -> Attention:
-        """The method, in eval mode; the same parameters for the same `start`, none of them left at zero."""
+        """The method with some settings changed, in eval mode.
+
+        Parameters are the same for the same `start`, and none is left at zero.
+        """
         with torch.random.fork_rng():
             torch.manual_seed(start)
-            given = dict(self.cls.small) | dict(self.settings) | changes
+            given = dict(self.cls.small) | dict(self.settings) | dict(changes)
             attention = self.cls(heads=HEADS, head_dim=head_dim, dim=DIM, **given)
             with torch.no_grad():
                 for parameter in attention.parameters():
