@@ -1,12 +1,14 @@
 """The model: shapes, what reaches what, and that packing, batching and recomputing change nothing."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from toy_films import FIRST, METHODS, PACKED, SECOND, SILENT, arguments, attention, batch, open_model
 
 import sparse_zoo as zoo
-from lit_modules import VideoDiT
-from lit_modules.stream import stream
+from lit_modules import VideoDiT, dit
+from lit_modules.stream import stream, video_only
 
 SHOTS = len(stream(PACKED).film_of_shot)
 TEXTS = ("joint", "cross")
@@ -21,7 +23,7 @@ def run(model, films, time=None):
 
 def shots_that_differ(layout, a, b):
     """Shots of the stream in which two outputs (B, Nv, P) differ at all."""
-    return stream(layout).shot_of_video[(a - b).abs().amax((0, 2)) > 0].unique().tolist()
+    return stream(layout).shot_of_video[(a - b).abs().amax((0, 2)) > 1e-5].unique().tolist()
 
 
 def test_each_patch_lies_where_the_layout_says():
@@ -48,6 +50,18 @@ def test_positions_tell_shots_and_words_apart():
         [3, 0, 0],                                       # caption of shot 1
         [4, 0, 0], [5, 0, 0], [6, 0, 0],                 # shot 1, after a gap of two
     ]  # fmt: skip
+
+
+@pytest.mark.parametrize("text", TEXTS)
+def test_only_differences_of_positions_matter_and_they_do(monkeypatch, text):
+    model, films = open_model(text=text), batch(FIRST)
+    velocity = run(model, films).velocity
+    for move, same in ((lambda x: x + 7, True), (lambda x: -x, False), (lambda x: 0 * x, False)):
+        table = stream(FIRST), stream(video_only(FIRST))
+        moved = {len(each.row_of): replace(each, positions=move(each.positions)) for each in table}
+        monkeypatch.setattr(dit, "stream", lambda layout, moved=moved: moved[len(layout)])
+        change = (run(model, films).velocity - velocity).abs().max()
+        assert change < 1e-4 if same else change > 1e-2
 
 
 @pytest.mark.parametrize("text", TEXTS)
@@ -128,6 +142,50 @@ def test_cross_attention_tells_the_order_of_words():
 def test_films_without_any_text_work(text):
     output = run(open_model(text=text), batch(SILENT))
     assert output.velocity.isfinite().all()
+
+
+def test_shot_conditions_pool_own_and_global_caption_and_films_their_shots():
+    table = stream(PACKED)
+    words = torch.randn(2, len(table.text), 5, generator=torch.Generator().manual_seed(0))
+    captions = {(0, -1): words[:, 0:3], (0, 0): words[:, 3:7], (0, 1): words[:, 7:9], (1, 1): words[:, 9:10]}
+    captions[1, 2] = words[:, 10:11]
+    shots = [(0, 0), (0, 1), (1, 0), (1, 1), (1, 2), (2, 0), (2, 1)]
+    none = words[:, :0]
+    wanted = [captions.get(at, none).sum(1) + captions.get((at[0], -1), none).sum(1) for at in shots]
+    pooled = dit._pool(words, table)
+    torch.testing.assert_close(pooled, torch.stack(wanted, dim=1))
+    means = dit._with_film_means(pooled, table)[:, 7:]
+    torch.testing.assert_close(means, torch.stack([pooled[:, a:b].mean(1) for a, b in ((0, 2), (2, 5), (5, 7))], dim=1))
+
+
+def test_attention_is_told_all_it_may_look_at():
+    model, films = open_model(), batch(PACKED, size=2)
+    told = []
+    for block in model.blocks:
+        block.attention.register_forward_pre_hook(lambda _, args, kwargs: told.append((args, kwargs)), with_kwargs=True)
+        block.qkv.register_forward_pre_hook(lambda _, args: told.append(args[0]))
+    x, time, memory = model.patchify(films["clips"]), torch.rand(2, SHOTS), {}
+    model(x, films["text"], time, PACKED, step=4, seed=9, memory=memory)
+    for layer, (projected, (args, kwargs)) in enumerate(zip(told[::2], told[1::2], strict=True)):
+        assert [tuple(part.shape) for part in args[:3]] == [(2, 2, len(PACKED), 16)] * 3
+        assert args[3] == PACKED
+        assert kwargs["hidden"] is projected
+        assert kwargs["memory"] is memory
+        assert torch.equal(kwargs["noise"], time)
+        assert {name: kwargs[name] for name in ("layer", "layers", "step", "seed")} == {
+            "layer": layer, "layers": 2, "step": 4, "seed": 9,
+        }  # fmt: skip
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("text", TEXTS)
+def test_training_may_follow_inference_on_the_same_layout(method, text):
+    sizes = 2 + list(METHODS).index(method), 1 + TEXTS.index(text)  # a layout that no other test has met
+    films = batch(zoo.Layout.film([zoo.Shot(2, 3, sizes[0], 3), zoo.Shot(2, sizes[1], 5, 2)], caption=4))
+    model = open_model(attention=attention(method), text=text)
+    with torch.inference_mode():
+        run(model, films)
+    run(model, films).velocity.sum().backward()
 
 
 def test_pooled_captions_reach_the_model_as_asked():

@@ -23,7 +23,7 @@ class Field(VideoDiT):
         self.field, self.calls = velocity, []
 
     def forward(self, video, text, time, layout, **context):
-        self.calls.append({"time": time, "text": text, **context})
+        self.calls.append({"time": time, "text": text, "training": self.training, **context})
         at = SimpleNamespace(x=video, text=text, t=time[:, stream(layout).shot_of_video, None])
         return DiTOutput(self.field(at), {}, [])
 
@@ -128,6 +128,7 @@ def test_sampling_takes_the_steps_it_says():
         torch.testing.assert_close(end, start * 0.8**5)
     assert [round(float(call["time"][0, 0]), 6) for call in moving.calls] == [1.0, 0.8, 0.6, 0.4, 0.2]
     assert [call["step"] for call in moving.calls] == [0, 1, 2, 3, 4]
+    assert not any(call["training"] for call in moving.calls)
     shifted = Field(lambda at: at.x)
     Euler(2).sample(shifted, RectifiedFlow(shift=3.0), films)
     assert [float(call["time"][0, 0]) for call in shifted.calls] == [1.0, 0.75]

@@ -143,6 +143,15 @@ def test_bfloat16_autocast_trains(method, text):
     assert losses[1] != losses[0]
 
 
+def test_noise_does_not_repeat_between_epochs_and_differs_between_seeds():
+    losses = []
+    for seed in (0, 1):
+        record = Record()
+        trainer(3, record).fit(lit(seed=seed, optim={"lr": 1e-12}), loader(batch(SILENT)))
+        losses += record.losses
+    assert min(abs(a - b) for i, a in enumerate(losses) for b in losses[:i]) > 1e-4
+
+
 def test_gradients_are_clipped_and_their_norm_logged_before():
     record = Record()
     run = trainer(1, record, gradient_clip_val=1e-3)
