@@ -153,7 +153,7 @@ class LitVideoDiT(LightningModule):
         size = len(batch["layout"].films) * len(batch["text"])
         self.log("train/loss", loss, prog_bar=True, batch_size=size)
         self.log_dict({f"train/{name}": part for name, part in losses.items()}, batch_size=size)
-        return {"loss": loss, "results": found.output.results}
+        return {"loss": loss, "flow": found.loss.detach(), "results": found.output.results}
 
     @override
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
