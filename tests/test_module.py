@@ -169,7 +169,7 @@ def test_validation_and_checkpoints_use_the_averaged_weights(tmp_path):
     logged = float(run.callback_metrics["val/loss"])
     saved = torch.load(tmp_path / "last.ckpt", weights_only=False)
     raw, average = saved["current_model_state"], saved["state_dict"]
-    name = "model.velocity.weight"
+    name = "model.final.weight"
     assert not torch.equal(raw[name], average[name])
 
     averaged = LitVideoDiT.load_from_checkpoint(tmp_path / "last.ckpt")
@@ -187,14 +187,14 @@ def test_the_average_follows_the_weights_from_the_start():
     class Keep(Callback):
         @override
         def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
-            weights.append(pl_module.model.velocity.weight.detach().clone())
+            weights.append(pl_module.model.final.weight.detach().clone())
 
     trainer(4, Keep()).fit(module, loader(batch(PACKED), times=4))
     average = weights[0]
     for n, weight in enumerate(weights[1:], start=1):
         decay = (1 + n) / (10 + n)
         average = decay * average + (1 - decay) * weight
-    torch.testing.assert_close(module.model.velocity.weight.detach(), average)
+    torch.testing.assert_close(module.model.final.weight.detach(), average)
 
 
 def test_a_configuration_survives_its_checkpoint(tmp_path):
