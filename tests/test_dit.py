@@ -7,7 +7,7 @@ import torch
 from toy_films import FIRST, METHODS, PACKED, SECOND, SILENT, arguments, attention, batch, open_model
 
 import sparse_zoo as zoo
-from lit_modules import VideoDiT, dit
+from lit_modules import Euler, RectifiedFlow, VideoDiT, dit
 from lit_modules.stream import stream, video_only
 
 SHOTS = len(stream(PACKED).film_of_shot)
@@ -177,6 +177,17 @@ def test_attention_is_told_all_it_may_look_at():
         }  # fmt: skip
 
 
+def test_a_clean_prediction_is_turned_into_the_velocity_that_leads_to_it():
+    model, films, said = open_model(predicts="clean"), batch(PACKED), []
+    model.final.register_forward_hook(lambda *call: said.append(call[2]))
+    time = torch.tensor([0.0, 0.01, 0.05, 0.2, 0.5, 0.9, 1.0])
+    velocity = run(model, films, time).velocity
+    t = time.clamp(min=0.05)[stream(PACKED).shot_of_video, None]  # below 0.05 noise is too little to divide by
+    torch.testing.assert_close(model.patchify(films["clips"]) - t * velocity, said[0], rtol=0, atol=1e-5)
+    clips = Euler(4).sample(model, RectifiedFlow(), films)  # the last step starts at 1/4 and ends at what was said
+    torch.testing.assert_close(model.patchify(clips), said[-1], rtol=0, atol=1e-4)
+
+
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("text", TEXTS)
 def test_training_may_follow_inference_on_the_same_layout(method, text):
@@ -246,11 +257,27 @@ def test_results_hold_no_graph():
 
 def test_every_misfit_of_sizes_is_told_at_once():
     bad = arguments(
-        dim=30, heads=4, patch=(1, 0), vocabulary=-1, attention=[{"top_k": 1}], text="crss", pooled_text="adalm"
+        dim=30,
+        heads=4,
+        patch=(1, 0),
+        vocabulary=-1,
+        attention=[{"top_k": 1}],
+        text="crss",
+        pooled_text="adalm",
+        predicts="noise",
     )
     with pytest.raises(zoo.ZooError) as error:
         VideoDiT(**bad)
-    for part in ("dim 30 and 4 heads", "[1, 0]", "got -1", "depth = 2 mappings, got 1", "'name'", "'cross'", "'adaln'"):
+    for part in (
+        "dim 30 and 4 heads",
+        "[1, 0]",
+        "got -1",
+        "depth = 2 mappings, got 1",
+        "'name'",
+        "'cross'",
+        "'adaln'",
+        "'noise'",
+    ):
         assert part in str(error.value)
     with pytest.raises(zoo.ZooError, match="even and at least 6 for 3D RoPE, got 4"):
         VideoDiT(**arguments(dim=8))
