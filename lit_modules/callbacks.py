@@ -34,7 +34,9 @@ class EMA(WeightAveraging):
     def __init__(self, decay: float) -> None:
         def average(averages: list[Tensor], weights: list[Tensor], updates: Tensor | int) -> None:
             n = int(updates)
-            torch._foreach_lerp_(averages, weights, 1 - min(decay, (1 + n) / (10 + n)))
+            # With weights in half precision the average stays in float32, or it would not move.
+            wide = [weight.to(mean.dtype) for weight, mean in zip(weights, averages, strict=True)]
+            torch._foreach_lerp_(averages, wide, 1 - min(decay, (1 + n) / (10 + n)))
 
         super().__init__(use_buffers=False, multi_avg_fn=average)
 

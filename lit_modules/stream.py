@@ -82,7 +82,7 @@ def stream(layout: Layout) -> Stream:
 def video_only(layout: Layout) -> Layout:
     """The same films without their captions."""
     films = (Film(0, tuple(replace(shot, text=0) for shot in film.shots)) for film in layout.films)
-    return replace(layout, films=tuple(films))
+    return Layout(tuple(films), layout.device)
 
 
 def _shot_starts(film: Film) -> list[int]:

@@ -132,16 +132,17 @@ def test_accumulated_gradients_are_those_of_all_batches():
 
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("text", ["joint", "cross"])
-def test_bfloat16_autocast_trains(method, text):
+def test_bfloat16_trains(method, text):
     losses = []
-    for precision in ("32-true", "bf16-mixed"):
+    for precision in ("32-true", "bf16-mixed", "bf16-true"):
         record = Record()
         module = lit(attention=attention(method), text=text, checkpoint=True)
         trainer(3, record, precision=precision, gradient_clip_val=1.0).fit(module, loader(batch(PACKED), times=3))
         losses.append(record.losses)
-    assert all(map(math.isfinite, losses[1]))
-    assert losses[1] == pytest.approx(losses[0], rel=0.02)
-    assert losses[1] != losses[0]
+    for half in losses[1:]:
+        assert all(map(math.isfinite, half))
+        assert half == pytest.approx(losses[0], rel=0.02)
+        assert half != losses[0]
 
 
 def test_noise_does_not_repeat_between_epochs_and_differs_between_seeds():
