@@ -158,18 +158,20 @@ def _singles(length: int, device: torch.device) -> Partition:
 class Refinement:
     """a's pieces cut at b's bounds, tokens in no piece of a staying in none.
 
-    `of_a` and `of_b`, int64 (B|1, H|1, P), tell which piece of a and of b each lies in (-1: none). `meets` is False
-    only if a and b are known to share no token.
+    `of_a` and `of_b`, int64 (B|1, H|1, P), tell which piece of a and of b each lies in (-1: none). `parents` is the
+    number of a's pieces, of which empty ones have no children. `meets` is False only if a and b are known to share no
+    token.
     """
 
     pieces: Partition
     of_a: Tensor
     of_b: Tensor
+    parents: int
     meets: bool
 
     @lazy
     def children(self) -> Tensor | None:
-        """The pieces that each piece of a was cut into: int64 (pieces of a, most), -1 where there are fewer.
+        """The pieces that each piece of a was cut into: int64 (parents, most), -1 where there are fewer.
 
         None where what the pieces lie in differs by batch item or head.
         """
@@ -177,7 +179,7 @@ class Refinement:
             return None
         parent = self.of_a[0, 0]
         order = parent.argsort(stable=True)[int((parent < 0).sum()) :]
-        number = torch.bincount(parent[order])
+        number = torch.bincount(parent[order], minlength=self.parents)
         place = torch.arange(len(order), device=order.device) - (number.cumsum(0) - number)[parent[order]]
         table = torch.full((len(number), int(number.max()) if len(number) else 0), -1, device=order.device)
         table[parent[order], place] = order
@@ -196,17 +198,19 @@ def _refine_shared(a: Partition, b: Partition) -> Refinement:
     labels = labels - int((found < 0).any())
     found = found[found >= 0]
     of_a, of_b = torch.div(found, b.count + 1, rounding_mode="floor"), found % (b.count + 1) - 1
-    pieces = a if len(found) == a.count else Partition.from_labels(labels, len(found), a.layout)
-    return Refinement(pieces, of_a[None, None], of_b[None, None], bool((of_b >= 0).any()))
+    # As many pieces as before may be others: one empty, one cut in two.
+    uncut = len(of_a) == a.count and bool((of_a == torch.arange(a.count, device=of_a.device)).all())
+    pieces = a if uncut else Partition.from_labels(labels, len(found), a.layout)
+    return Refinement(pieces, of_a[None, None], of_b[None, None], a.count, bool((of_b >= 0).any()))
 
 
 def _refine_each(a: Partition, b: Partition) -> Refinement:
     meets = bool(((a.piece_of >= 0) & (b.piece_of >= 0)).any())
     count = a.count * (b.count + 1)
     if a.is_singles or count >= a.length:
-        return Refinement(Partition.singles(a.length, a.device), a.piece_of, b.piece_of, meets)
+        return Refinement(Partition.singles(a.length, a.device), a.piece_of, b.piece_of, a.count, meets)
     # How many pieces there are depends on values: every combination gets a place, and most stay empty.
     joint = torch.where(a.piece_of < 0, -1, a.piece_of * (b.count + 1) + b.piece_of + 1)
     found = torch.arange(count, device=a.device)[None, None]
     of_a, of_b = torch.div(found, b.count + 1, rounding_mode="floor"), found % (b.count + 1) - 1
-    return Refinement(Partition.from_labels(joint, count, a.layout), of_a, of_b, meets)
+    return Refinement(Partition.from_labels(joint, count, a.layout), of_a, of_b, a.count, meets)

@@ -116,3 +116,19 @@ def test_means_of_pieces(data: st.DataObject) -> None:
     weight = member.double() / member.sum(-1, keepdim=True).clamp(min=1)
     torch.testing.assert_close(pieces.mean(x), weight @ x, rtol=0, atol=1e-12)
     assert torch.autograd.gradcheck(pieces.mean, x)
+
+
+def test_union_with_empty_pieces_beside_cut_ones() -> None:
+    """An empty piece and one cut in two leave as many pieces as there were; trailing empty pieces have no children."""
+    ends = torch.tensor([0, 0, 1, 1])
+    first_half = Plan.blocks(
+        Partition.from_labels(ends, 2), Partition.from_labels(ends, 2), torch.tensor([[True, False], [False, False]])
+    )
+    for label in (0, 1):  # the empty piece comes after, or before
+        pieces = Partition.from_labels(torch.full((4,), label), 2)
+        for edges in (torch.ones(1, 1, 2, 2, dtype=torch.bool), torch.tensor([[[[0, 1], [1, 0]]]])):
+            union = first_half | Plan(Part(pieces, pieces, edges))
+            held = sum(part.mask().int() for part in union.parts)
+            assert isinstance(held, torch.Tensor)
+            assert torch.equal(held[0, 0], torch.ones(4, 4, dtype=torch.int32))
+            assert int(union.pairs) == 16
