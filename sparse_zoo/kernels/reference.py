@@ -15,7 +15,9 @@ class Reference(Kernel):
     name = "reference"
 
     def why_not(self, q: Tensor | None = None, v: Tensor | None = None) -> list[str]:  # noqa: ARG002
-        return []
+        if q is None or q.is_floating_point():
+            return []
+        return [f"dtype {q.dtype} is not a floating-point type"]
 
     def run(self, q: Tensor, k: Tensor, v: Tensor, plan: Plan, scale: float) -> tuple[Tensor, Tensor]:
         wide = torch.promote_types(q.dtype, torch.float32)
