@@ -119,6 +119,17 @@ def test_sampling_a_straight_field_is_exact(steps, shift):
         torch.testing.assert_close(got, want, rtol=0, atol=1e-5)
 
 
+@pytest.mark.parametrize("at", [0.2, 1.0])
+def test_one_step_of_a_straight_field_is_exact(at):
+    films = batch(PACKED, size=2)
+    clean = VideoDiT(**arguments()).patchify(films["clips"])
+    field = Field(straight_to(clean))
+    for got, want in zip(RectifiedFlow().denoise(field, films, at), films["clips"], strict=True):
+        torch.testing.assert_close(got, want, rtol=0, atol=1e-5)
+    assert bool((field.calls[0]["time"] == at).all())
+    assert not field.calls[0]["training"]
+
+
 def test_sampling_takes_the_steps_it_says():
     films, steps = batch(FIRST), 5
     still, moving = (Field(lambda at, rate=rate: rate * at.x) for rate in (0.0, 1.0))

@@ -345,6 +345,7 @@ def test_films_are_drawn_beside_the_real_ones(tmp_path):
     below = drawn[-zoom * strip.shape[0] :: zoom, ::zoom]
     assert below.shape == strip.shape
     assert not torch.equal(below, strip)
+    assert drawn.shape[0] == zoom * (3 * strip.shape[0] + 2 * 2)  # the guess between them, two gaps of two pixels
     with pytest.raises(zoo.ZooError, match="1 or 3 channels can be drawn, got 4"):
         trainer(1, SampleFilms(tmp_path)).validate(lit(channels=4), loader(batch(SILENT)))
 
