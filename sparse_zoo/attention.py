@@ -18,6 +18,8 @@ from sparse_zoo.layout import Layout
 from sparse_zoo.plan import Plan
 from sparse_zoo.remember import remembered
 
+ANCHORS = ("text", "shot", "chunk")
+
 
 @dataclass(frozen=True)
 class Call:
@@ -134,19 +136,36 @@ class Knob:
 class Attention(nn.Module):
     """Base class of methods: override `plan`, or `branches` for what one plan cannot say.
 
+    What a class declares, `sparse_zoo.testing` verifies:
+
+    - `limits`: settings at which it equals dense attention, or a sentence saying why there are none.
+    - `strict`: settings at which attention on a prefix of shots is that prefix of attention on the film, or why none.
+    - `causality`: "routing": apart from what is always attended, no video of later shots is; "strict": nothing of
+      later shots is.
+    - `anchors`: what every query attends to in each branch, any of `ANCHORS`: "text" (of its film; under strict
+      causality, of its shot and those before), "shot" (its own, caption too), "chunk" (its own, cut as the method
+      cuts; at least the token itself).
+    - `may_be_empty`: whether a query may be left without keys (its output is 0).
+    - `knob`: the setting that buys density.
+    - `small`: settings that suit films of a few dozen tokens; the conformance suite uses them.
+
     Args:
         heads: Query heads.
         head_dim: Channels of a head.
         dim: Width of `hidden`; needed by methods with parameters of their own.
         kernel: Kernel by name, or "auto".
-        text_reads: "method": as the method says; "text": text queries attend to the text of their sample alone, so
-            that captions cannot relay what they saw from shot to shot.
+        text_reads: "method": as the method says; "text": text queries attend to the text of their sample alone (under
+            strict causality, of their shot and those before), so that captions cannot relay what they saw from shot to
+            shot.
     """
 
     limits: ClassVar[Limit | str] = "none declared"
+    strict: ClassVar[Mapping[str, Any] | str] = "none declared"
     causality: Literal["routing", "strict"] | None = None
+    anchors: tuple[str, ...] = ()
     may_be_empty: bool = False
     knob: ClassVar[Knob | None] = None
+    small: ClassVar[Mapping[str, Any]] = {}
 
     def __init__(
         self,
@@ -241,7 +260,7 @@ class Attention(nn.Module):
     def _text_reads_text(self, branch: Branch, call: Call) -> Plan:
         if branch.rows is not None:
             raise ZooError(f"{type(self).__name__}: text_reads='text' has no meaning for a branch with pooled queries")
-        is_text, among = call.layout.is_text, _text_among_itself(call.layout)
+        is_text, among = call.layout.is_text, _text_among_itself(call.layout, self.causality == "strict")
         if call.q_rows is not None:
             is_text, among = is_text[call.q_rows], among.narrow(call.q_rows)
         # Their queries are apart, so the parts cannot share a pair.
@@ -249,8 +268,12 @@ class Attention(nn.Module):
 
 
 @remembered(32)
-def _text_among_itself(layout: Layout) -> Plan:
-    return Plan.within(layout.partition(where=layout.is_text))
+def _text_among_itself(layout: Layout, strict: bool) -> Plan:
+    if not strict:
+        return Plan.within(layout.partition(where=layout.is_text))
+    captions = layout.partition("shot", where=layout.is_text)
+    earlier = captions.shot <= captions.shot[:, None]
+    return Plan.blocks(captions, captions, (captions.sample[:, None] == captions.sample) & earlier)
 
 
 def is_count(value: object, least: int = 1) -> bool:

@@ -225,7 +225,7 @@ def test_a_kernel_that_cannot_run_tells_every_reason() -> None:
     with pytest.raises(zoo.ZooError, match="no kernel can run this") as error:
         zoo.attend(*whole, zoo.Plan.dense(film))
     assert "cpu: dtype torch.int32" in str(error.value)
-    with pytest.raises(zoo.ZooError, match=r"'reference': dtype torch.int32 is not a floating-point type"):
+    with pytest.raises(zoo.ZooError, match=r"'reference': dtype torch\.int32 is not a floating-point type"):
         zoo.attend(*whole, zoo.Plan.dense(film), kernel="reference")
 
 

@@ -3,12 +3,12 @@
 from typing import Any
 
 import pytest
-import slow_methods as slow
 import torch
 from torch import Tensor
 
 import sparse_zoo as zoo
 from sparse_zoo import Layout, Shot
+from sparse_zoo.testing import slow
 
 DIM = 6
 
@@ -271,14 +271,16 @@ def test_text_that_reads_text_alone(name: str, settings: dict[str, Any], film: L
         assert torch.equal(mask[:, :, ~film.is_text], other[:, :, ~film.is_text].expand_as(mask[:, :, ~film.is_text]))
 
 
-def test_strict_causality_keeps_the_prefix() -> None:
+@pytest.mark.parametrize("text_reads", ["method", "text"])
+def test_strict_causality_keeps_the_prefix(text_reads: str) -> None:
     shots = [Shot(2, 3, 3, 2), Shot(1, 4, 2, 1), Shot(3, 2, 3, 2)]
     film, prefix = Layout.film(shots, caption=2), Layout.film(shots[:2], caption=2)
     q, k, v = tensors(film)
     n = len(prefix)
     for chunk in ("shot", "frame", "fixed"):
         for anchors in (("text", "shot"), ("text", "shot", "chunk"), ("shot",)):
-            attention = build("moc", top_k=1, chunk=chunk, chunk_tokens=5, anchors=anchors, causal="strict")
+            settings = {"chunk_tokens": 5, "anchors": anchors, "causal": "strict", "text_reads": text_reads}
+            attention = build("moc", top_k=1, chunk=chunk, **settings)
             whole = attention(q, k, v, film).out[:, :, :n]
             part = attention(q[:, :, :n], k[:, :, :n], v[:, :, :n], prefix).out
             torch.testing.assert_close(whole, part, rtol=0, atol=1e-12)

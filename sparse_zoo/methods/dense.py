@@ -13,6 +13,8 @@ class Dense(Attention):
     """Every token attends to every token of its film."""
 
     limits = Limit({})
+    strict = "every shot reads the shots after it"
+    anchors = ("text", "shot")
 
     def plan(self, q: Tensor, k: Tensor, layout: Layout) -> Plan:  # noqa: ARG002
         return Plan.dense(layout)

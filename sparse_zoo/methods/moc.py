@@ -5,14 +5,14 @@ Paper: Mixture of Contexts for Long Video Generation, arXiv 2508.21058.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
 
-from sparse_zoo.attention import Attention, Branch, Call, Knob, Limit, Term, is_count
+from sparse_zoo.attention import ANCHORS, Attention, Branch, Call, Knob, Limit, Term, is_count
 from sparse_zoo.errors import refuse, unknown
 from sparse_zoo.layout import CHUNKS, Layout
 from sparse_zoo.partition import Partition, refine
@@ -24,7 +24,6 @@ from sparse_zoo.routing import top_chunks
 Chunk = Literal["shot", "frame", "fixed"]
 Causal = Literal["routing", "strict"]
 CAUSAL = (None, "routing", "strict")
-ANCHORS = ("text", "shot", "chunk")
 
 
 @register("moc")
@@ -49,7 +48,9 @@ class MoC(Attention):
     """
 
     limits = Limit({"top_k": 1 << 30, "causal": None})
+    strict = {"causal": "strict"}
     knob = Knob("top_k", 1, 64)
+    small: ClassVar[Mapping[str, Any]] = {"top_k": 2}
 
     def __init__(
         self,
@@ -74,7 +75,7 @@ class MoC(Attention):
         )
         self.top_k = top_k
         self.cut = _Cut(chunk, frames_per_chunk, chunk_tokens, tuple(a for a in ANCHORS if a in anchors), causal)
-        self.causality = causal
+        self.causality, self.anchors = causal, self.cut.anchors
         # The first chunk has no chunk before it; the global caption has no shot.
         self.may_be_empty = causal is not None and "chunk" not in anchors and not {"text", "shot"} <= set(anchors)
 
@@ -112,6 +113,7 @@ class MoCFixed(MoC):
     """
 
     knob: ClassVar[Knob] = Knob("top_k", 1, 64)
+    small = {"top_k": 2, "chunk_tokens": 7}
 
     def __init__(
         self,

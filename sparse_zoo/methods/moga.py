@@ -46,7 +46,10 @@ class MoGA(Attention):
     """
 
     limits = Limit({"groups": 1, "mix": ("group",)}, text=False)
+    strict = "groups hold tokens of all shots"
+    anchors = ("text",)
     knob = Knob("groups", 64, 1)
+    small = {"groups": 3, "frames_per_group": 2}
 
     def __init__(
         self,

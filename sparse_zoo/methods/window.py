@@ -37,7 +37,10 @@ class Window(Attention):
     """
 
     limits = Limit({"window": (EVERY_TILE, EVERY_TILE, EVERY_TILE)})
+    strict = "windows reach across cuts, both ways"
+    anchors = ("text",)
     knob = Knob("window", (1, 1, 1), (15, 15, 15))
+    small = {"tile": (2, 2, 1), "window": (3, 1, 3)}
 
     def __init__(
         self,

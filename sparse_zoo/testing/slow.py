@@ -1,4 +1,4 @@
-"""Who attends to whom, token by token, from the words of the papers and of the design: slow, plain, shared by tests.
+"""Who attends to whom, token by token, from the words of the papers and of the design: slow and plain.
 
 Nothing here uses pieces, plans or tables; each function answers for all queries i of one batch item and head with a
 set of keys.
@@ -95,7 +95,7 @@ def moc(
 
 
 def moga_branch(
-    name: str, group: list[int], layout: Layout, *, windows: tuple[int, int], frames: int | None
+    name: str, group: list[int], layout: Layout, *, windows: tuple[int, ...], frames: int | None
 ) -> list[set[int]]:
     """`group`: the router's choice of each token of one batch item."""
     all_tokens = tokens(layout)
@@ -129,9 +129,7 @@ def moga_branch(
     return [{j for j in range(n) if reads(i, j)} for i in range(n)]
 
 
-def window(
-    layout: Layout, *, tile: tuple[int, int, int], size: tuple[int, int, int], edge: str, restart: bool
-) -> list[set[int]]:
+def window(layout: Layout, *, tile: tuple[int, ...], size: tuple[int, ...], edge: str, restart: bool) -> list[set[int]]:
     all_tokens = tokens(layout)
     shots = {(s, n): shot for s, film in enumerate(layout.films) for n, shot in enumerate(film.shots)}
     steps: dict[int, list[Any]] = {}

@@ -1,0 +1,216 @@
+"""Checks of what must not matter, and of what must not be seen."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from sparse_zoo.attention import ANCHORS, Attention, Call
+from sparse_zoo.errors import unknown
+from sparse_zoo.layout import Layout, Shot
+from sparse_zoo.testing import oracle
+from sparse_zoo.testing.plans import branches
+from sparse_zoo.testing.subject import PACKED, SILENT, STORY, Subject, make
+from sparse_zoo.testing.suite import Checks, Skip, expect, same, some
+
+checks: Checks[Subject] = Checks()
+
+EXACT = 1e-9
+SHOTS = [Shot(2, 3, 3, 2), Shot(1, 4, 2, 1), Shot(3, 2, 3, 2), Shot(2, 3, 3)]
+
+
+def at(call: Call, layout: Layout, rows: Tensor) -> Call:
+    """The call on some tokens of its stream, which make a layout of their own."""
+    q, k, v = (x[:, :, rows] for x in (call.q, call.k, call.v))
+    return replace(call, q=q, k=k, v=v, hidden=None if call.hidden is None else call.hidden[:, rows], layout=layout)
+
+
+def disturbed(call: Call, where: Tensor) -> Call:
+    """The call with other q, k, v and hidden at some tokens."""
+
+    def other(x: Tensor) -> Tensor:
+        noise = torch.randn(x.shape, generator=torch.Generator().manual_seed(11), dtype=x.dtype)
+        return torch.where(where[:, None], x + 3 * noise, x)
+
+    q, k, v = (other(x) for x in (call.q, call.k, call.v))
+    return replace(call, q=q, k=k, v=v, hidden=None if call.hidden is None else other(call.hidden))
+
+
+@checks
+def films_packed(subject: Subject) -> None:
+    """Films packed in one stream give what they give alone, and no pair joins two of them."""
+    attention, call = subject.build(), make(PACKED)
+    for branch in branches(attention, call):
+        if branch.rows is None:
+            across = oracle.mask_of(branch.plan) & (PACKED.sample[:, None] != PACKED.sample)
+            expect(~across.any(), "no pair of two films", f"pairs {some(across)}", "cut pieces by sample too")
+    together = attention.run(call).out
+    for number, film in enumerate(PACKED.films):
+        mine = (PACKED.sample == number).nonzero()[:, 0]
+        alone = attention.run(at(call, Layout((film,)), mine)).out
+        change = "routing, counting and pooling must restart at each sample"
+        same(together[:, :, mine], alone, EXACT, f"film {number} packed and alone", change)
+
+
+@checks
+def batch_items_apart(subject: Subject) -> None:
+    """Batch items do not touch: each gives what it gives alone."""
+    attention, call = subject.build(), make(STORY)
+    together = attention.run(call).out
+    for item in range(call.q.shape[0]):
+        only = slice(item, item + 1)
+        hidden = None if call.hidden is None else call.hidden[only]
+        alone = attention.run(replace(call, q=call.q[only], k=call.k[only], v=call.v[only], hidden=hidden)).out
+        change = "decide for each batch item by its own tokens"
+        same(together[only], alone, EXACT, f"batch item {item} with the other and alone", change)
+
+
+@checks
+def heads_permute(subject: Subject) -> None:
+    """Permuting the heads of q, k, v permutes those of the output."""
+    attention, call = subject.build(), make(STORY)
+    # Query heads 0, 1 read key head 0, and 2, 3 read 1: both sides are permuted alike.
+    order, kv_order = torch.tensor([3, 2, 0, 1]), torch.tensor([1, 0])
+    permuted = replace(call, q=call.q[:, order], k=call.k[:, kv_order], v=call.v[:, kv_order])
+    change = "decide for each head by its own q and k"
+    same(
+        attention.run(permuted).out,
+        attention.run(call).out[:, order],
+        EXACT,
+        "outputs of permuted heads and permuted outputs",
+        change,
+    )
+
+
+@checks
+def head_slices(subject: Subject) -> None:
+    """Some heads, told by `head_offset` where they lie, give what they give among all, in training too."""
+    attention, call = subject.build().train(), make(STORY, step=3, seed=7)
+    whole = attention.run(call).out
+    for first in (0, 2):
+        heads, shared = slice(first, first + 2), slice(first // 2, first // 2 + 1)
+        part = replace(call, q=call.q[:, heads], k=call.k[:, shared], v=call.v[:, shared], head_offset=first)
+        same(
+            attention.run(part).out,
+            whole[:, heads],
+            EXACT,
+            f"heads {first} … {first + 1} alone and among all",
+            "take the number of heads from call.q, and draws by call.head_offset + head",
+        )
+
+
+@checks
+def prefix_invariance(subject: Subject) -> None:
+    """Under strict causality, attention on a prefix of shots is that prefix of attention on the film."""
+    attention = subject.build()
+    if attention.causality != "strict":
+        strict = subject.cls.strict
+        if isinstance(strict, str):
+            raise Skip(f"strict: {strict}")
+        attention = subject.build(**strict)
+        expect(
+            attention.causality == "strict",
+            "causality 'strict' at the settings that `strict` declares",
+            f"{attention.causality!r}",
+            "the declaration, or set self.causality in __init__",
+        )
+    film = Layout.film(SHOTS, caption=2)
+    call = make(film)
+    whole = attention.run(call).out
+    for shots in (1, 2, 3):
+        prefix = Layout.film(SHOTS[:shots], caption=2)
+        rows = torch.arange(len(prefix))
+        same(
+            attention.run(at(call, prefix, rows)).out,
+            whole[:, :, rows],
+            EXACT,
+            f"the first {shots} shots alone and within the film",
+            "no query may look at, route by, or count anything of a later shot, text included",
+        )
+
+
+@checks
+def causality_holds(subject: Subject) -> None:
+    """A causal method leaks nothing from later chunks: neither its plans nor its outputs see video of later shots."""
+    attentions = [subject.build()]
+    if isinstance(subject.cls.strict, Mapping):
+        attentions.append(subject.build(**subject.cls.strict))
+    causal = [attention for attention in attentions if attention.causality is not None]
+    if not causal:
+        raise Skip("causality: None")
+    for attention in causal:
+        expect(
+            attention.causality in ("routing", "strict"),
+            "causality None, 'routing' or 'strict'",
+            f"{attention.causality!r}",
+            "the declaration",
+        )
+        for layout in (STORY, PACKED, SILENT):
+            _nothing_ahead(attention, layout)
+
+
+def _nothing_ahead(attention: Attention, layout: Layout) -> None:
+    call = make(layout)
+    later = (layout.shot > layout.shot[:, None]) & (layout.sample == layout.sample[:, None])
+    ahead = later & ~layout.is_text
+    for branch in branches(attention, call):
+        mask = oracle.masks(attention, call, branch)
+        # The own chunk is attended both ways, and may reach over a cut where chunks are blind to shots.
+        mutual = mask & mask.transpose(-1, -2) if "chunk" in attention.anchors else torch.zeros_like(mask)
+        leak = mask & ahead & ~mutual
+        expect(
+            ~leak.any(),
+            "no video of later shots among the keys",
+            f"pairs {some(leak)} (batch item, head, query, key)",
+            "candidates are the chunks before the query's own",
+        )
+    if "chunk" not in attention.anchors:
+        before = layout.shot < int(layout.shot.max())
+        same(
+            attention.run(disturbed(call, ~before & ~layout.is_text)).out[:, :, before],
+            attention.run(call).out[:, :, before],
+            EXACT,
+            "outputs of earlier shots when video of the last shot changes",
+            "pool, score and count by what the query may see",
+        )
+
+
+@checks
+def anchors_attended(subject: Subject) -> None:
+    """Every query attends, in each branch, to what `anchors` declares."""
+    attention = subject.build()
+    if not attention.anchors:
+        raise Skip("anchors: none declared")
+    for name in attention.anchors:
+        expect(name in ANCHORS, f"anchors among {ANCHORS}", unknown("anchor", name, ANCHORS), "the declaration")
+    for layout in (STORY, PACKED, SILENT):
+        call = make(layout)
+        wanted = _anchors(attention, layout)
+        for branch in branches(attention, call):
+            if branch.rows is None:
+                missing = wanted & ~oracle.masks(attention, call, branch)
+                expect(
+                    ~missing.any(),
+                    f"every query to attend to its {', '.join(attention.anchors)}",
+                    f"pairs missing {some(missing)} (batch item, head, query, key)",
+                    "join the anchors to the plan with `|`, whatever is routed; or declare fewer anchors",
+                )
+
+
+def _anchors(attention: Attention, layout: Layout) -> Tensor:
+    """bool (L, L), from the words of the declaration alone."""
+    shot, is_text = layout.shot, layout.is_text
+    wanted = torch.zeros(len(layout), len(layout), dtype=torch.bool)
+    if "text" in attention.anchors:
+        wanted |= oracle.readable_text(attention, layout)
+    if "shot" in attention.anchors:
+        wanted |= (shot == shot[:, None]) & (shot >= 0)
+    if "chunk" in attention.anchors:
+        wanted |= torch.eye(len(layout), dtype=torch.bool)
+    wanted &= layout.sample == layout.sample[:, None]
+    if attention.text_reads == "text":
+        wanted &= ~is_text[:, None] | is_text
+    return wanted

@@ -1,0 +1,455 @@
+"""Checks for a kernel: any plan, forward and backward, against masked softmax in float64."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass
+from importlib.util import find_spec
+
+import torch
+from torch import Tensor
+
+from sparse_zoo.errors import refuse
+from sparse_zoo.kernels import get
+from sparse_zoo.kernels.base import Kernel
+from sparse_zoo.partition import Partition
+from sparse_zoo.plan import Part, Plan
+from sparse_zoo.testing import oracle
+from sparse_zoo.testing.subject import place
+from sparse_zoo.testing.suite import Check, Checks, Outcome, Skip, expect, same, settle
+
+BATCH, HEADS, HEAD_DIM = 2, 4, 8
+EXACT = 1e-10
+EAGER = 2.0
+"""Below float64 a kernel may err this many times as much as plain masked softmax in the same precision."""
+SEEDED, DRAWN = 30, 60
+GRID = 65_535
+"""Where a grid dimension of CUDA ends."""
+AFFORDABLE = 1 << 28
+"""Pairs that a check may make a kernel execute."""
+
+
+@dataclass(frozen=True)
+class KernelSubject:
+    """A kernel under test, the device it runs on and the widest dtype it takes there."""
+
+    kernel: Kernel
+    device: str
+    dtype: torch.dtype
+
+
+_all: Checks[KernelSubject] = Checks()
+
+
+def kernel_checks() -> dict[str, Check[KernelSubject]]:
+    """All checks for a kernel, by name, in the order they run."""
+    return dict(_all)
+
+
+def run_kernel_checks(
+    kernel: str | Kernel, *, known_failures: Mapping[str, str] | None = None, only: Collection[str] | None = None
+) -> Iterator[Outcome]:
+    """The outcome of each check, one by one as they end; `Outcome.method` is the kernel's name."""
+    kernel = get(kernel) if isinstance(kernel, str) else kernel
+    found = place(kernel)
+    if found is None:
+        refuse(
+            f"kernel {kernel.name!r} cannot be checked here", kernel.why_not() or ["it takes no dtype on any device"]
+        )
+        return
+    yield from _all.run(kernel.name, KernelSubject(kernel, *found), known_failures=known_failures, only=only)
+
+
+def check_kernel(
+    kernel: str | Kernel, *, known_failures: Mapping[str, str] | None = None, only: Collection[str] | None = None
+) -> list[Outcome]:
+    """Run every check on a kernel, a name or an object; raise one `ConformanceError` that lists all failures.
+
+    Plans are drawn with fixed seeds: unions of ragged pieces, whose key sets overlap, one-token rectangles, empty
+    pieces and rectangles, edges as tables and as indices, batch items and heads alike or apart; and more than 65,535
+    rectangles. Where Hypothesis is installed it draws 60 further plans and shrinks what fails; where it is not,
+    `kernel_drawn_plans` is skipped and the seeded plans are all. Runs on the first device and widest dtype that the
+    kernel takes; raises `ZooError` with the kernel's reasons where there is none.
+    """
+    return settle(run_kernel_checks(kernel, known_failures=known_failures, only=only))
+
+
+# -- plans ------------------------------------------------------------------------------------------------------------
+
+KINDS = ("groups", "routed", "blocks", "singles", "sparse")
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What a random plan is made of: the union of `kinds`, over `pieces` pieces, with batch items and heads apart."""
+
+    queries: int
+    keys: int
+    kinds: tuple[str, ...]
+    pieces: int
+    batch: int
+    heads: int
+    seed: int
+
+    def plan(self, device: str) -> Plan:
+        draw = torch.Generator().manual_seed(self.seed)
+        plan: Plan | None = None
+        for kind in self.kinds:
+            part = self._part(kind, draw, device)
+            plan = Plan(part) if plan is None else plan | Plan(part)
+        assert plan is not None
+        return plan
+
+    def _part(self, kind: str, draw: torch.Generator, device: str) -> Part:
+        def whole(low: int, high: int, *shape: int) -> Tensor:
+            return torch.randint(low, high, shape, generator=draw).to(device)
+
+        lead, count = (self.batch, self.heads), self.pieces
+        if kind == "groups":  # labels scattered over the stream, some tokens in no piece, some pieces empty
+            queries, keys = (whole(-1, count, *lead, size) for size in (self.queries, self.keys))
+            return Plan.groups(queries, keys, count=count).parts[0]
+        chunks = Partition.from_labels(whole(0, count, self.keys).sort().values, count)
+        if kind == "routed":  # every query token chooses for itself, some fewer than they may
+            chosen = torch.rand(*lead, self.queries, count, generator=draw).argsort(-1)[..., : max(1, count // 2)]
+            return Part(
+                Partition.singles(self.queries, device),
+                chunks,
+                torch.where(whole(0, 4, *chosen.shape) > 0, chosen.to(device), -1),
+            )
+        pieces = Partition.from_labels(whole(0, count, self.queries).sort().values, count)
+        if kind == "blocks":
+            return Part(pieces, chunks, whole(0, 2, *lead, count, count).bool())
+        if kind == "singles":  # one token × one token
+            table = whole(0, 5, *lead, self.queries, self.keys) == 0
+            return Part(Partition.singles(self.queries, device), Partition.singles(self.keys, device), table)
+        return Part(pieces, chunks, whole(0, 9, *lead, count, count) == 0)  # "sparse": most pieces have no edge
+
+
+def recipes() -> Iterator[Recipe]:
+    """The seeded ones."""
+    draw = random.Random(0)
+    for seed in range(SEEDED):
+        queries = draw.choice([1, 5, 17, 33])
+        yield Recipe(
+            queries,
+            draw.choice([1, queries, 23, 40]),
+            tuple(draw.choice(KINDS) for _ in range(draw.randint(1, 3))),
+            draw.choice([1, 2, 5, 9]),
+            draw.choice([1, BATCH]),
+            draw.choice([1, HEADS]),
+            seed,
+        )
+
+
+# -- comparing --------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Run:
+    """out, lse and the gradients of q, k, v under a fixed sum of the output; all detached."""
+
+    out: Tensor
+    lse: Tensor
+    grads: tuple[Tensor, ...]
+
+
+def inputs(subject: KernelSubject, queries: int, keys: int, kv_heads: int = 2, seed: int = 3) -> list[Tensor]:
+    draw = torch.Generator().manual_seed(seed)
+    shapes = [(BATCH, HEADS, queries, HEAD_DIM)] + [(BATCH, kv_heads, keys, HEAD_DIM)] * 2
+    made = [torch.randn(shape, generator=draw, dtype=torch.float64) for shape in shapes]
+    return [x.to(device=subject.device, dtype=subject.dtype).requires_grad_() for x in made]
+
+
+def by_kernel(subject: KernelSubject, given: list[Tensor], plan: Plan, scale: float | None = None) -> Run:
+    scale = given[0].shape[-1] ** -0.5 if scale is None else scale
+    return _run(*subject.kernel.run(given[0], given[1], given[2], plan, scale), given)
+
+
+def by_oracle(given: list[Tensor], plan: Plan, dtype: torch.dtype = torch.float64, scale: float | None = None) -> Run:
+    q, k, v = (x.to(dtype) for x in given)
+    return _run(*oracle.masked_softmax(q, k, v, oracle.mask_of(plan), scale), given)
+
+
+def _run(out: Tensor, lse: Tensor, given: list[Tensor]) -> Run:
+    weight = torch.randn(out.shape, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
+    grads = torch.autograd.grad((out * weight.to(out)).sum(), given)
+    return Run(out.detach(), lse.detach(), grads)
+
+
+def allowed(given: list[Tensor], got: Tensor, want: Tensor, rough: Tensor) -> float:
+    """How far a result may be from the oracle's: by how much plain softmax in the inputs' dtype is."""
+    if given[0].dtype == torch.float64:
+        return EXACT
+    finite = torch.isfinite(want)
+    if not bool(finite.any()):
+        return 0.0
+    error = (rough.double() - want.double())[finite].abs()
+    # The result itself is rounded once, however exact what led to it.
+    return EAGER * float(error.max()) + torch.finfo(got.dtype).eps * max(1.0, float(want[finite].abs().max()))
+
+
+def compare(subject: KernelSubject, given: list[Tensor], plan: Plan, what: str, *, only: str = "") -> None:
+    """Fail unless out, lse and gradients agree with the oracle's; `only` one of "out", "lse", "grads"."""
+    got, want, rough = by_kernel(subject, given, plan), by_oracle(given, plan), by_oracle(given, plan, given[0].dtype)
+    if only in ("", "out"):
+        atol = allowed(given, got.out, want.out, rough.out)
+        same(got.out, want.out, atol, f"outputs {what}", "the forward: each pair counts once, over the union of keys")
+    if only in ("", "lse"):
+        expect(got.lse.dtype in (torch.float32, torch.float64), "lse float32 or wider", f"{got.lse.dtype}", "its dtype")
+        change = "natural logarithm of the sum over all keys of the query, -inf without keys"
+        same(got.lse, want.lse, allowed(given, got.lse, want.lse, rough.lse), f"lse {what}", change)
+    if only in ("", "grads"):
+        for name, ours, right, plain in zip("qkv", got.grads, want.grads, rough.grads, strict=True):
+            atol = allowed(given, ours, right, plain)
+            change = "the backward of each rectangle takes the final out and lse of the whole union, not its own"
+            same(ours, right, atol, f"gradients of {name} {what}", change)
+
+
+# -- checks -----------------------------------------------------------------------------------------------------------
+
+
+@_all
+def kernel_outputs(subject: KernelSubject) -> None:
+    """Outputs on seeded random plans are those of masked softmax in float64."""
+    for recipe in recipes():
+        given = inputs(subject, recipe.queries, recipe.keys, seed=recipe.seed)
+        compare(subject, given, recipe.plan(subject.device), f"on {recipe}", only="out")
+
+
+@_all
+def kernel_log_sum_exp(subject: KernelSubject) -> None:
+    """lse on seeded random plans is the natural log-sum-exp, float32 or wider."""
+    for recipe in recipes():
+        given = inputs(subject, recipe.queries, recipe.keys, seed=recipe.seed)
+        compare(subject, given, recipe.plan(subject.device), f"on {recipe}", only="lse")
+
+
+@_all
+def kernel_gradients(subject: KernelSubject) -> None:
+    """Gradients of q, k, v on seeded random plans are those of masked softmax in float64."""
+    for recipe in recipes():
+        given = inputs(subject, recipe.queries, recipe.keys, seed=recipe.seed)
+        compare(subject, given, recipe.plan(subject.device), f"on {recipe}", only="grads")
+
+
+@_all
+def kernel_drawn_plans(subject: KernelSubject) -> None:
+    """Outputs, lse and gradients on plans that Hypothesis draws, and shrinks where one fails."""
+    if find_spec("hypothesis") is None:
+        raise Skip("hypothesis is not installed; the seeded plans are all that is drawn")
+    from hypothesis import HealthCheck, given, settings
+    from hypothesis import strategies as st
+
+    size = st.integers(1, 40)
+    drawn = st.builds(
+        Recipe,
+        queries=size,
+        keys=size,
+        kinds=st.lists(st.sampled_from(KINDS), min_size=1, max_size=4).map(tuple),
+        pieces=st.integers(1, 12),
+        batch=st.sampled_from([1, BATCH]),
+        heads=st.sampled_from([1, HEADS]),
+        seed=st.integers(0, 1000),
+    )
+
+    @settings(
+        max_examples=DRAWN,
+        deadline=None,
+        derandomize=True,
+        database=None,
+        report_multiple_bugs=False,
+        suppress_health_check=list(HealthCheck),
+    )
+    @given(recipe=drawn, kv_heads=st.sampled_from([1, 2, HEADS]))
+    def run(recipe: Recipe, kv_heads: int) -> None:
+        tensors = inputs(subject, recipe.queries, recipe.keys, kv_heads, seed=recipe.seed)
+        compare(subject, tensors, recipe.plan(subject.device), f"on {recipe} with {kv_heads} key heads")
+
+    run()
+
+
+@_all
+def kernel_overlapping_keys(subject: KernelSubject) -> None:
+    """A union whose key sets overlap counts each pair once."""
+    length = 24
+    token = torch.arange(length, device=subject.device)
+    plan = Plan.groups(token // 8) | Plan.groups(token // 12) | Plan.groups(token % 2)
+    compare(subject, inputs(subject, length, length), plan, "on overlapping key sets")
+
+
+@_all
+def kernel_heads_apart(subject: KernelSubject) -> None:
+    """Batch items and heads with plans of their own get each its own."""
+    length = 19
+    labels = torch.arange(length) % (1 + torch.arange(BATCH * HEADS).view(BATCH, HEADS, 1))
+    plan = Plan.groups(labels.to(subject.device))
+    compare(subject, inputs(subject, length, length), plan, "where batch items and heads differ")
+
+
+@_all
+def kernel_shared_keys(subject: KernelSubject) -> None:
+    """Query heads that share keys and values (GQA) read those of head h // (H // Hk), gradients included."""
+    length = 21
+    plan = Plan.groups(torch.arange(length, device=subject.device) // 7)
+    for kv_heads in (1, 2, HEADS):
+        given = inputs(subject, length, length, kv_heads)
+        compare(subject, given, plan, f"with {kv_heads} key heads for {HEADS} query heads")
+
+
+@_all
+def kernel_empty_queries(subject: KernelSubject) -> None:
+    """A query without keys gets out 0, lse -inf and no gradient; so do all when nobody attends to anything."""
+    for labels in (torch.tensor([0, 0, -1, 1, -1, 1, 2]), torch.full((7,), -1)):
+        plan = Plan.groups(labels.to(subject.device), count=4)
+        given = inputs(subject, 7, 7)
+        run = by_kernel(subject, given, plan)
+        none = (labels < 0).to(subject.device)
+        for what, x, value in (
+            ("output", run.out[:, :, none], 0.0),
+            ("lse", run.lse[:, :, none], -torch.inf),
+            ("gradient of q", run.grads[0][:, :, none], 0.0),
+            ("gradient of k of keys that nobody reads", run.grads[1][:, :, none], 0.0),
+            ("gradient of v of keys that nobody reads", run.grads[2][:, :, none], 0.0),
+        ):
+            same(x, torch.full_like(x, value), 0.0, f"{what} of queries without keys", "divide by no empty sum")
+
+
+@_all
+def kernel_many_rectangles(subject: KernelSubject) -> None:
+    """More than 65,535 rectangles: across batch items and heads and, where it makes no L × L, in one head."""
+    shapes = [(4, 128, 130)]
+    long = Plan.groups(torch.arange(GRID + 65, device=subject.device))
+    if subject.kernel.executed(long, 1, 1) <= AFFORDABLE:
+        shapes.append((1, 1, GRID + 65))
+    for batch, heads, length in shapes:
+        draw = torch.Generator().manual_seed(4)
+        drawn = (torch.randn(batch, heads, length, HEAD_DIM, generator=draw) for _ in "qkv")
+        q, k, v = (x.to(device=subject.device, dtype=subject.dtype).requires_grad_() for x in drawn)
+        plan = Plan.groups(torch.arange(length, device=subject.device))
+        out, _ = subject.kernel.run(q, k, v, plan, 1.0)
+        what = f"{batch * heads * length} rectangles of one token in {batch * heads} heads"
+        change = "launch them in several grids, or number them in the grid dimension without that bound"
+        eps = torch.finfo(subject.dtype).eps * 8
+        same(out, v, eps, f"outputs and values over {what}", change)
+        dq, dk, dv = torch.autograd.grad(out.sum(), [q, k, v])
+        for name, got, want in (("q", dq, 0.0), ("k", dk, 0.0), ("v", dv, 1.0)):
+            same(got, torch.full_like(got, want), 64 * eps, f"gradients of {name} over {what}", change)
+
+
+@_all
+def kernel_extreme_scores(subject: KernelSubject) -> None:
+    """With scores near ±200, in float32 where it is taken, outputs, lse and gradients stay finite and right."""
+    narrow = torch.float32 if subject.dtype == torch.float64 else subject.dtype
+    length = 24
+    token = torch.arange(length, device=subject.device)
+    plan = Plan.groups(token // 8) | Plan.groups(token % 2)
+    for sign in (-1.0, 1.0):
+        q, k, v = inputs(KernelSubject(subject.kernel, subject.device, narrow), length, length)
+        with torch.no_grad():
+            # All q and k lie along one direction: every score has one sign.
+            q.copy_(sign * (8.0 + q.abs()))
+            k.copy_(8.0 + k.abs())
+        given = [q, k, v]
+        got, want = by_kernel(subject, given, plan), by_oracle(given, plan)
+        rough = by_oracle(given, plan, narrow)
+        triples = [("outputs", got.out, want.out, rough.out), ("lse", got.lse, want.lse, rough.lse)]
+        for name, a, b, c in zip("qkv", got.grads, want.grads, rough.grads, strict=True):
+            triples.append((f"gradients of {name}", a, b, c))
+        for name, ours, right, plain in triples:
+            # An lse of 200 is rounded by 2e-5 in float32, and gradients of q and k are differences of terms near 50.
+            atol = allowed(given, ours, right, plain) + 1e-3 * max(1.0, float(right.abs().max()))
+            change = "take exp(score - lse) in one piece, never exp(score) · exp(-lse)"
+            same(ours, right, atol, f"{name} with scores near {sign * 200:.0f}", change)
+
+
+@_all
+def kernel_half_precision(subject: KernelSubject) -> None:
+    """In bfloat16 and float16, where it takes them, errors are bounded by those of plain softmax in that precision."""
+    length, ran = 160, 0
+    token = torch.arange(length, device=subject.device)
+    plan = Plan.groups(token // 40) | Plan.groups(token % 4)
+    reasons = []
+    for dtype in (torch.bfloat16, torch.float16):
+        given = inputs(KernelSubject(subject.kernel, subject.device, dtype), length, length)
+        why_not = subject.kernel.why_not(given[0], given[2])
+        if why_not:
+            reasons += why_not
+            continue
+        compare(subject, given, plan, f"in {dtype}")
+        ran += 1
+    if not ran:
+        raise Skip("; ".join(dict.fromkeys(reasons)))
+
+
+@_all
+def kernel_inputs(subject: KernelSubject) -> None:
+    """q, k, v are left untouched, and non-contiguous ones give what contiguous ones give."""
+    length = 17
+    plan = Plan.groups(torch.arange(length, device=subject.device) // 5)
+    given = inputs(subject, length, length)
+    before = [x.detach().clone() for x in given]
+    want = by_kernel(subject, given, plan)
+    for name, x, old in zip("qkv", given, before, strict=True):
+        expect(torch.equal(x.detach(), old), f"{name} untouched", "written to", "the operation in place")
+    # Heads last in memory and every other channel, as cut from one projection.
+    strided = []
+    for x in before:
+        wide = torch.stack([x, torch.full_like(x, torch.nan)], dim=-1).transpose(1, 2).contiguous()
+        strided.append(wide[..., 0].transpose(1, 2).requires_grad_())
+    got = by_kernel(subject, strided, plan)
+    for name, ours, right in (
+        ("outputs", got.out, want.out),
+        *((f"gradients of {n}", a, b) for n, a, b in zip("qkv", got.grads, want.grads, strict=True)),
+    ):
+        atol = EXACT if subject.dtype == torch.float64 else 8 * torch.finfo(subject.dtype).eps
+        same(ours, right, atol, f"{name} of strided and contiguous inputs", "read strides, or make contiguous copies")
+
+
+@_all
+def kernel_scale(subject: KernelSubject) -> None:
+    """Scores are multiplied by the scale that is given, in forward and backward."""
+    length = 12
+    plan = Plan.groups(torch.arange(length, device=subject.device) // 6)
+    given = inputs(subject, length, length)
+    for scale in (0.1, 1.0):
+        got, want = by_kernel(subject, given, plan, scale), by_oracle(given, plan, scale=scale)
+        rough = by_oracle(given, plan, given[0].dtype, scale)
+        atol = allowed(given, got.out, want.out, rough.out)
+        same(got.out, want.out, atol, f"outputs at scale {scale}", "multiply scores by `scale` once")
+        for name, ours, right, plain in zip("qkv", got.grads, want.grads, rough.grads, strict=True):
+            atol = allowed(given, ours, right, plain)
+            same(ours, right, atol, f"gradients of {name} at scale {scale}", "scale in the backward too")
+
+
+@_all
+def kernel_executed(subject: KernelSubject) -> None:
+    """`executed` is a whole number, no fewer than the pairs of the plan."""
+    for recipe in recipes():
+        plan = recipe.plan(subject.device)
+        pairs = int(oracle.mask_of(plan).expand(BATCH, HEADS, -1, -1).sum())
+        executed = subject.kernel.executed(plan, BATCH, HEADS)
+        expect(
+            isinstance(executed, int) and executed >= pairs,
+            f"{pairs} pairs or more on {recipe}",
+            f"{executed!r}",
+            "executed(plan, batch, heads) counts what is multiplied, padding included",
+        )
+
+
+@_all
+def kernel_tells_why_not(subject: KernelSubject) -> None:
+    """It gives reasons for tensors it cannot take; a head dim of v unlike q's it refuses or computes."""
+    whole = torch.zeros(1, 1, 4, HEAD_DIM, dtype=torch.int32, device=subject.device)
+    reasons = subject.kernel.why_not(whole, whole)
+    expect(
+        bool(reasons) and all(isinstance(reason, str) and reason for reason in reasons),
+        "reasons against int32",
+        f"{reasons!r}",
+        "why_not(q, v) returns every reason as a string, none only when it can run",
+    )
+    plan = Plan.groups(torch.arange(9, device=subject.device) // 3)
+    q, k, v = inputs(subject, 9, 9)
+    narrow = v.detach()[..., :4].requires_grad_()
+    if not subject.kernel.why_not(q, narrow):
+        compare(subject, [q, k, narrow], plan, "where v is narrower than q")

@@ -1,0 +1,116 @@
+"""What a plan means, in float64, from its pieces and edges alone: independent of the plan's own masks and kernels."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from sparse_zoo.attention import Attention, Branch, Call, Term
+from sparse_zoo.layout import Layout
+from sparse_zoo.partition import Partition
+from sparse_zoo.plan import Part, Plan
+
+
+def members(pieces: Partition) -> Tensor:
+    """float64 (B|1, H|1, P, L): how often each piece lists each token."""
+    starts, ends = pieces.offsets[..., :-1, None], pieces.offsets[..., 1:, None]
+    held = pieces.length if pieces.order is None else pieces.order.shape[-1]
+    place = torch.arange(held, device=pieces.device)
+    inside = ((place >= starts) & (place < ends)).double()
+    if pieces.order is None:
+        return inside
+    batch, heads = torch.broadcast_shapes(inside.shape[:2], pieces.order.shape[:2])
+    index = pieces.order.long()[:, :, None].expand(batch, heads, pieces.count, -1)
+    listed = torch.zeros(batch, heads, pieces.count, pieces.length, dtype=torch.float64, device=pieces.device)
+    return listed.scatter_add(3, index, inside.expand(batch, heads, -1, -1))
+
+
+def edge_counts(part: Part) -> Tensor:
+    """float64 (B|1, H|1, Q, K): how often each key piece is named for each query piece."""
+    if part.edges.dtype == torch.bool:
+        return part.edges.double()
+    named = torch.zeros(*part.edges.shape[:3], part.keys.count + 1, dtype=torch.float64, device=part.edges.device)
+    return named.scatter_add(3, part.edges.long() + 1, torch.ones_like(part.edges, dtype=torch.float64))[..., 1:]
+
+
+def times_held(plan: Plan) -> Tensor:
+    """int64 (parts, B, H, Lq, Lk): how many rectangles of each part hold each pair."""
+    held = [members(part.queries).transpose(-1, -2) @ edge_counts(part) @ members(part.keys) for part in plan.parts]
+    return torch.stack(torch.broadcast_tensors(*held)).long()
+
+
+def mask_of(plan: Plan) -> Tensor:
+    """bool (B|1, H|1, Lq, Lk)"""
+    return times_held(plan).sum(0) > 0
+
+
+def masked_softmax(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float | None = None) -> tuple[Tensor, Tensor]:
+    """out (B, H, Lq, D), lse (B, H, Lq) in the dtype given, differentiable; rows without keys get 0 and -inf."""
+    share = q.shape[1] // k.shape[1]
+    k, v = k.repeat_interleave(share, dim=1), v.repeat_interleave(share, dim=1)
+    scores = q @ k.transpose(-1, -2) * (q.shape[-1] ** -0.5 if scale is None else scale)
+    scores = torch.where(mask, scores, -torch.inf)
+    lse = scores.detach().logsumexp(-1)
+    weights = torch.where(
+        mask, scores - scores.detach().amax(-1, keepdim=True).nan_to_num(neginf=0.0), -torch.inf
+    ).exp()
+    total = weights.sum(-1, keepdim=True)
+    return (weights / torch.where(total > 0, total, torch.ones_like(total))) @ v, lse
+
+
+def masks(attention: Attention, call: Call, branch: Branch) -> Tensor:
+    """Who attends to whom in a branch, with what `text_reads` makes of it: bool (B|1, H|1, Lq, Lk)."""
+    mask = mask_of(branch.plan)
+    if attention.text_reads == "text" and branch.rows is None:
+        rows = torch.arange(len(call.layout)) if call.q_rows is None else call.q_rows
+        mask = torch.where(call.layout.is_text[rows][:, None], readable_text(attention, call.layout)[rows], mask)
+    return mask
+
+
+def readable_text(attention: Attention, layout: Layout) -> Tensor:
+    """Text of the own film; under strict causality of the own shot and those before: bool (L, L)."""
+    seen = (layout.sample[:, None] == layout.sample) & layout.is_text
+    return seen & (layout.shot <= layout.shot[:, None]) if attention.causality == "strict" else seen
+
+
+def routed(attention: Attention, call: Call) -> tuple[Call, list[Branch | Term]]:
+    """The call with the method's features in it, and its branches."""
+    if call.hidden is not None and call.features is None:
+        call = replace(call, features=attention.features(call.hidden))
+    return call, attention.branches(call)
+
+
+def plain(
+    attention: Attention,
+    call: Call,
+    dtype: torch.dtype | None = torch.float64,
+    branches: Sequence[Branch | Term] | None = None,
+) -> Tensor:
+    """What the branches, the method's for this call or those given, mean: masked softmax in `dtype` (None: that of q),
+    weighted and summed."""
+    if branches is None:
+        call, branches = routed(attention, call)
+    dtype = dtype or call.q.dtype
+    total = torch.zeros((), dtype=dtype, device=call.q.device)
+    for branch in branches:
+        if not isinstance(branch, Branch):
+            total = total + branch.value.to(dtype)
+            continue
+        q, k, v = (own.to(dtype) for own in inputs_of(branch, call))
+        out, _ = masked_softmax(q, k, v, masks(attention, call, branch))
+        out = out if branch.rows is None else out[:, :, branch.rows]
+        weight = branch.weight.to(dtype) if isinstance(branch.weight, Tensor) else branch.weight
+        total = total + weight * out
+    return total
+
+
+def inputs_of(branch: Branch, call: Call) -> tuple[Tensor, Tensor, Tensor]:
+    """The q, k, v that a branch reads: its own, or the call's."""
+    return (
+        call.q if branch.q is None else branch.q,
+        call.k if branch.k is None else branch.k,
+        call.v if branch.v is None else branch.v,
+    )

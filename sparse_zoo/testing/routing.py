@@ -1,0 +1,139 @@
+"""Routing against the papers' words: an independent, slow rule for each method, and the check that compares.
+
+A method of one's own gets its rule by `slow_routing`, next to the class or in its tests:
+
+    @sparse_zoo.testing.slow_routing(OwnAndPreviousShots)
+    def rule(attention, call):
+        shot = call.layout.shot
+        gap = shot[:, None] - shot
+        same = call.layout.sample[:, None] == call.layout.sample
+        return [(same & (gap >= 0) & (gap <= attention.reach), 1.0)]
+
+It answers for eval mode, one (mask, weight) a branch: mask bool, broadcasting to (B, H, Lq, Lk), and weight a number
+or a tensor that broadcasts to (B, H, Lq, D). Subclasses are judged by the rule of their nearest base that has one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+from sparse_zoo.attention import Attention, Call
+from sparse_zoo.methods.dense import Dense
+from sparse_zoo.methods.moc import MoC
+from sparse_zoo.methods.moga import MoGA
+from sparse_zoo.methods.window import Window
+from sparse_zoo.testing import oracle, slow
+from sparse_zoo.testing.plans import branches
+from sparse_zoo.testing.subject import FILMS, Subject, make
+from sparse_zoo.testing.suite import Checks, Skip, expect, same, some
+
+checks: Checks[Subject] = Checks()
+
+Rule = Callable[..., list[tuple[Tensor, Tensor | float]]]
+R = TypeVar("R", bound=Rule)
+
+_rules: dict[type[Attention], Rule] = {}
+
+
+def slow_routing(cls: type[Attention]) -> Callable[[R], R]:
+    """Decorator: judge a method by an independent rule, (attention, call) -> [(mask, weight), ...], one a branch."""
+
+    def add(rule: R) -> R:
+        _rules[cls] = rule
+        return rule
+
+    return add
+
+
+@slow_routing(Dense)
+def dense(attention: Dense, call: Call) -> list[tuple[Tensor, Tensor | float]]:  # noqa: ARG001
+    return [(slow.as_mask(slow.dense(call.layout)), 1.0)]
+
+
+@slow_routing(MoC)
+def moc(attention: MoC, call: Call) -> list[tuple[Tensor, Tensor | float]]:
+    share = call.q.shape[1] // call.k.shape[1]
+    cut = attention.cut
+    masks = [
+        slow.as_mask(
+            slow.moc(
+                q,
+                k,
+                call.layout,
+                top_k=attention.top_k,
+                chunk=cut.chunk,
+                frames=cut.frames,
+                size=cut.tokens,
+                anchors=attention.anchors,
+                causal=attention.causality,
+            )
+        )
+        for q, k in zip(call.q.flatten(0, 1), call.k.repeat_interleave(share, dim=1).flatten(0, 1), strict=True)
+    ]
+    return [(torch.stack(masks).unflatten(0, call.q.shape[:2]), 1.0)]
+
+
+@slow_routing(MoGA)
+def moga(attention: MoGA, call: Call) -> list[tuple[Tensor, Tensor | float]]:
+    assert call.hidden is not None
+    router = attention.router
+    p = (call.hidden @ router.weight.T + router.bias).float().softmax(-1)
+    top, group = p.max(-1)
+    gate = torch.where(call.layout.is_text, 1.0, top)[:, None, :, None]
+    found: list[tuple[Tensor, Tensor | float]] = []
+    for name in attention.mix:
+        items = [
+            slow.moga_branch(name, chosen, call.layout, windows=attention.windows, frames=attention.frames_per_group)
+            for chosen in group.tolist()
+        ]
+        mask = torch.stack([slow.as_mask(item) for item in items])[:, None]
+        found.append((mask, (gate if name == "group" else 1.0) / len(attention.mix)))
+    return found
+
+
+@slow_routing(Window)
+def window(attention: Window, call: Call) -> list[tuple[Tensor, Tensor | float]]:
+    tiles = slow.window(
+        call.layout,
+        tile=attention.tile,
+        size=attention.window,
+        edge=attention.edge,
+        restart=attention.stop_at_shots,
+    )
+    return [(slow.as_mask(tiles), 1.0)]
+
+
+@checks
+def routing_is_the_papers(subject: Subject) -> None:
+    """Plans and outputs are those of an independent, slow rule written from the paper's words."""
+    rule = next((_rules[base] for base in subject.cls.__mro__ if base in _rules), None)
+    if rule is None:
+        raise Skip(f"no rule is given for {subject.name}: see sparse_zoo.testing.slow_routing")
+    attention = subject.build(text_reads="method")
+    for film, layout in FILMS.items():
+        for how in ("", ", scores tied,", ", scores close,") if film == "story" else ("", ", scores tied,"):
+            call = make(layout)
+            if "tied" in how:
+                call.q.zero_()
+            if "close" in how:  # half precision cannot tell these means apart
+                call.k.mul_(0.1).add_(1.0)
+            expected = rule(attention, call)
+            made = branches(attention, call)
+            expect(len(made) == len(expected), f"{len(expected)} branches", f"{len(made)}", "branches(call)")
+            want = torch.zeros_like(call.q)
+            for number, (branch, (mask, weight)) in enumerate(zip(made, expected, strict=True)):
+                got = oracle.mask_of(branch.plan)
+                for wrong, came in ((got & ~mask, "pairs too many"), (mask & ~got, "pairs missing")):
+                    expect(
+                        ~wrong.any(),
+                        f"branch {number} on {film}{how} to attend as the rule says",
+                        f"{came} {some(wrong)} (batch item, head, query, key)",
+                        "the routing, or the rule",
+                    )
+                want = want + weight * oracle.masked_softmax(call.q, call.k, call.v, mask)[0]
+            change = "weights of the branches: a gate, or the share of each in a mean"
+            same(attention.run(call).out, want, 1e-6, f"outputs and the rule's on {film}", change)

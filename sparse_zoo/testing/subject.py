@@ -1,0 +1,104 @@
+"""What a check is given: a method with settings, films of awkward sizes, and ways to make inputs and run it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sparse_zoo.attention import Attention, Call
+from sparse_zoo.kernels import get, kernels
+from sparse_zoo.kernels.base import Kernel
+from sparse_zoo.layout import Layout, Shot
+
+BATCH, HEADS, KV_HEADS, HEAD_DIM, DIM = 2, 4, 2, 8, 6
+
+STORY = Layout.film([Shot(3, 4, 4, 3), Shot(1, 5, 3), Shot(2, 3, 4, 2)], caption=2)
+PACKED = Layout.pack(
+    [Layout.film([Shot(3, 3, 4, 2), Shot(2, 2, 5, 1)], caption=1), Layout.film([Shot(1, 3, 3), Shot(2, 4, 4, 1)])]
+)
+SILENT = Layout.film([Shot(3, 4, 4), Shot(2, 3, 3)])
+RAGGED = {
+    "one-frame shots": Layout.film([Shot(1, 3, 3, 1) for _ in range(4)]),
+    "empty captions": Layout.film([Shot(2, 3, 3), Shot(2, 2, 2, 1), Shot(1, 2, 3)]),
+    "one token": Layout.film([Shot(1, 1, 1)]),
+    "text alone": Layout.film([], caption=3),
+    "sizes that no tile divides": Layout.film([Shot(5, 3, 7, 1), Shot(3, 5, 1)], caption=1),
+    "one line of tokens": Layout.film([Shot(7, 1, 1), Shot(1, 1, 6, 2)]),
+    "a long film beside a short one": Layout.pack([STORY, Layout.film([Shot(1, 1, 1)])]),
+}
+FILMS = {"story": STORY, "packed": PACKED, "silent": SILENT, **RAGGED}
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A method under test: its class, and the settings it is judged with."""
+
+    name: str
+    cls: type[Attention]
+    settings: Mapping[str, Any] = field(default_factory=dict)
+
+    def build(
+        self,
+        *,
+        head_dim: int = HEAD_DIM,
+        dtype: torch.dtype = torch.float64,
+        device: str = "cpu",
+        start: int = 1,
+        **changes: Any,
+    ) -> Attention:
+        """The method, in eval mode; the same parameters for the same `start`, none of them left at zero."""
+        with torch.random.fork_rng():
+            torch.manual_seed(start)
+            given = dict(self.cls.small) | dict(self.settings) | changes
+            attention = self.cls(heads=HEADS, head_dim=head_dim, dim=DIM, **given)
+            with torch.no_grad():
+                for parameter in attention.parameters():
+                    parameter.add_(0.5 * torch.randn_like(parameter))
+        return attention.eval().to(device=device, dtype=dtype)
+
+
+def make(
+    layout: Layout,
+    *,
+    batch: int = BATCH,
+    heads: int = HEADS,
+    kv_heads: int = KV_HEADS,
+    head_dim: int = HEAD_DIM,
+    dtype: torch.dtype = torch.float64,
+    device: str = "cpu",
+    seed: int = 2,
+    grad: bool = False,
+    **context: Any,
+) -> Call:
+    """A call on random q, k, v, hidden; the same numbers for the same seed and sizes, whatever the dtype."""
+    draw = torch.Generator().manual_seed(seed)
+
+    def normal(*shape: int) -> Tensor:
+        x = torch.randn(*shape, generator=draw, dtype=torch.float64).to(device=device, dtype=dtype)
+        return x.requires_grad_(grad)
+
+    length = len(layout)
+    q, k, v = (normal(batch, h, length, head_dim) for h in (heads, kv_heads, kv_heads))
+    return Call(q, k, v, layout.to(device), hidden=normal(batch, length, DIM), **context)
+
+
+def usable() -> Iterator[tuple[str, str, torch.dtype]]:
+    """Every kernel that runs here, with the device and the widest dtype that it takes."""
+    for name in kernels():
+        found = place(get(name))
+        if found is not None:
+            yield name, *found
+
+
+def place(kernel: Kernel) -> tuple[str, torch.dtype] | None:
+    """The first device and widest dtype on which a kernel runs; None if it runs nowhere here."""
+    for device in ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",):
+        for dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
+            x = torch.empty(1, 1, 1, HEAD_DIM, dtype=dtype, device=device)
+            if not kernel.why_not(x, x):
+                return device, dtype
+    return None

@@ -1,0 +1,34 @@
+"""Every check catches the mutants made for it, by what it says and not by a crash; unbroken bases pass."""
+
+import pytest
+
+from sparse_zoo import testing
+from sparse_zoo.testing.mutants import MUTANTS, Mutant
+from sparse_zoo.testing.mutants.kernels import Plain
+from sparse_zoo.testing.mutants.moc import Noisy, Open
+
+
+@pytest.mark.parametrize("mutant", MUTANTS, ids=lambda mutant: mutant.name)
+def test_each_mutant_is_caught_by_the_checks_named(mutant: Mutant) -> None:
+    outcomes = mutant.outcomes()
+    assert {outcome.check for outcome in outcomes} == set(mutant.caught_by)
+    for outcome in outcomes:
+        assert outcome.status == "failed", outcome
+        assert "expected no error while checking" not in outcome.reason, outcome
+
+
+def test_every_check_has_a_mutant() -> None:
+    caught = {check for mutant in MUTANTS for check in mutant.caught_by}
+    assert caught == set(testing.checks()) | set(testing.kernel_checks())
+    assert len(MUTANTS) >= 30
+    assert len({mutant.name for mutant in MUTANTS}) == len(MUTANTS)
+    assert all(mutant.broken.endswith(".") for mutant in MUTANTS)
+
+
+@pytest.mark.parametrize("base", [Open, Noisy])
+def test_what_mutants_are_made_of_is_unbroken(base: type[Open]) -> None:
+    assert {outcome.status for outcome in testing.check_method(base)} == {"passed", "skipped"}
+
+
+def test_the_kernel_that_mutants_are_made_of_is_unbroken() -> None:
+    assert {outcome.status for outcome in testing.check_kernel(Plain())} == {"passed"}
