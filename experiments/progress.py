@@ -1,7 +1,9 @@
-"""What a user sees while runs run: one line for the cells, one for the steps of the present cell."""
+"""What a user sees while something long runs: of a sweep its cells and the steps of the present one, or checks."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from types import TracebackType
 
 from rich.console import Console
@@ -51,3 +53,18 @@ class Bar:
         self.progress.advance(self.cells)
         if result.status == "failed":
             self.console.print(f"[red]{result.name} failed:[/red] {result.reason}", soft_wrap=True)
+
+
+@contextmanager
+def checking(console: Console, total: int) -> Iterator[Callable[[str], None]]:
+    """One line that moves on with each check; call what this gives with a note."""
+    columns = (
+        TextColumn("checks"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TextColumn("{task.fields[note]}"),
+    )
+    with Progress(*columns, console=console, transient=True) as progress:
+        task = progress.add_task("", total=total, note="")
+        yield lambda note: progress.update(task, advance=1, note=note)

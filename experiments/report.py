@@ -83,7 +83,10 @@ class Report:
             made=datetime.now().astimezone().strftime("%d %B %Y, %H:%M"),
             cost_plot=_themed(_cost_plot(self.finished, colours)) if self.finished else "",
             curves_plot=_themed(_curves_plot(self.results, colours)) if any(r.curves for r in self.results) else "",
-            machines=_distinct(self.results),
+            machines=_distinct(
+                [{k: v for k, v in r.provenance.items() if k not in ("pid", "started")} for r in self.results]
+            ),
+            skipped=_distinct([bad for r in self.results for bad in r.data.get("skipped", [])]),
             total_seconds=sum(r.seconds or 0 for r in self.results),
         )
 
@@ -129,14 +132,8 @@ def _order(result: Result) -> tuple[bool, str]:
     return name != "dense", result.name
 
 
-def _distinct(results: tuple[Result, ...]) -> list[dict[str, Any]]:
-    """The machines and versions that these results come from, without what differs from run to run."""
-    found: list[dict[str, Any]] = []
-    for result in results:
-        kept = {key: value for key, value in result.provenance.items() if key not in ("pid", "started")}
-        if kept and kept not in found:
-            found.append(kept)
-    return found
+def _distinct(found: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [one for i, one in enumerate(found) if one and one not in found[:i]]
 
 
 def _axes(columns: int, height: float) -> Any:

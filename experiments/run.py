@@ -123,8 +123,7 @@ class History(Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         self.result.steps = trainer.global_step
-        aux = [loss.detach() for result in outputs["results"] for loss in result.losses.values()]
-        loss = outputs["loss"].detach() - sum(aux)
+        loss = outputs["flow"].detach()
         self.losses.append((trainer.global_step, loss))
         every = 1 if loss.device.type == "cpu" else 20  # reading a loss makes the device wait
         if trainer.global_step % every == 0:

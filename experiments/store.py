@@ -111,6 +111,7 @@ def read(cell: Cell, sweep: str) -> Result:
     except (json.JSONDecodeError, TypeError, AttributeError) as error:
         blank.reason = f"{path} cannot be read: {error}"
         return blank
+    result.folder = str(folder)  # the runs may have been moved since
     if result.status == "running" and not _alive(result.provenance):
         blank.reason = "was interrupted before its end"
         return blank

@@ -34,7 +34,9 @@ class EMA(WeightAveraging):
     def __init__(self, decay: float) -> None:
         def average(averages: list[Tensor], weights: list[Tensor], updates: Tensor | int) -> None:
             n = int(updates)
-            torch._foreach_lerp_(averages, weights, 1 - min(decay, (1 + n) / (10 + n)))
+            # With weights in half precision the average stays in float32, or it would not move.
+            wide = [weight.to(mean.dtype) for weight, mean in zip(weights, averages, strict=True)]
+            torch._foreach_lerp_(averages, wide, 1 - min(decay, (1 + n) / (10 + n)))
 
         super().__init__(use_buffers=False, multi_avg_fn=average)
 
@@ -169,12 +171,14 @@ class _PeakMemory:
 class SampleFilms(Callback):
     """Draws the films of the first validation batch, every `every` validations, as PNG strips in `folder`.
 
-    A strip shows a film's shots from left to right with gaps at the cuts, at most four frames of a shot: the real
-    film above, the generated one (from its captions alone, with EMA weights) below. `on_image` is called with each
-    path, to hand it to a logger.
+    A strip shows a film's shots from left to right with gaps at the cuts, at most four frames of a shot, in three
+    rows: the real film; the model's guess of it in one step from noise of time `GUESS_FROM`, which shows early in
+    training what was learnt; the film generated from its captions alone. Weights are the averaged ones. `on_image` is
+    called with each path, to hand it to a logger.
     """
 
     FRAMES = 4
+    GUESS_FROM = 0.5
 
     def __init__(
         self,
@@ -217,13 +221,17 @@ class SampleFilms(Callback):
         if self._validations % self.every:
             return
         with trainer.precision_plugin.forward_context():
+            guessed = trained.flow.denoise(trained.model, batch, self.GUESS_FROM, seed=self.seed)
             drawn = self.euler.sample(trained.model, trained.flow, batch, seed=self.seed)
         self.folder.mkdir(parents=True, exist_ok=True)
         shot = 0
         for number, film in enumerate(batch["layout"].films):
             shots = slice(shot, shot + len(film.shots))
             shot = shots.stop
-            rows = [film_strip([clip[0] for clip in clips[shots]], self.FRAMES) for clips in (batch["clips"], drawn)]
+            rows = [
+                film_strip([clip[0] for clip in clips[shots]], self.FRAMES)
+                for clips in (batch["clips"], guessed, drawn)
+            ]
             path = self.folder / f"step_{trainer.global_step:06d}_film_{number}.png"
             image.imsave(path, _stack(rows).numpy())
             self.paths.append(path)

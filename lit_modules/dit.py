@@ -18,6 +18,8 @@ from sparse_zoo.errors import refuse, unknown
 
 TEXT = ("joint", "cross")
 POOLED_TEXT = ("none", "adaln", "tokens")
+PREDICTS = ("velocity", "clean")
+LEAST_TIME = 0.05  # a velocity made from a clean prediction divides by no less
 ROPE_BASE = (1000.0, 50.0, 50.0)  # of time, rows, columns: films are long, frames of tokens are small
 
 
@@ -67,12 +69,14 @@ class VideoDiT(nn.Module):
         `results`, which are of the registered attention alone).
     pooled_text: "adaln" adds to each shot's condition the sum of the embeddings of its own and its film's global
         caption; "tokens" adds a projection of the same sum to the shot's video tokens too; "none" does neither.
+    predicts: what the last layer says. "velocity"; or "clean", the film, from which the velocity follows as
+        (x_t - film) / t: for patches of more numbers than `dim`, whose noise cannot pass through the model.
     checkpoint: recompute each block in the backward pass instead of keeping its activations.
 
     Each token is conditioned (adaLN-zero) by the time and pooled captions of its shot; a global caption by the mean
     over its film's shots. Positions are rotary, see `stream`; of head_dim / 2 rotated pairs a third each (rounded
     down) tells rows and columns, the rest tells time. Token id `vocabulary` is the learned null token that stands
-    for a dropped caption. At the start the velocity is 0 everywhere.
+    for a dropped caption. At the start the last layer says 0 everywhere.
 
     Raises ZooError for sizes that do not fit together, and whatever `sparse_zoo.build` refuses.
     """
@@ -89,15 +93,21 @@ class VideoDiT(nn.Module):
         attention: Mapping[str, Any] | Sequence[Mapping[str, Any]],
         text: Literal["joint", "cross"] = "joint",
         pooled_text: Literal["none", "adaln", "tokens"] = "adaln",
+        predicts: Literal["velocity", "clean"] = "velocity",
         mlp_ratio: float = 4.0,
         checkpoint: bool = False,
     ) -> None:
         super().__init__()
         per_layer = [attention] * depth if isinstance(attention, Mapping) else list(attention)
-        refuse("VideoDiT", _misfits(dim, depth, heads, channels, patch, vocabulary, per_layer, text, pooled_text))
+        choices = {"text": (text, TEXT), "pooled_text": (pooled_text, POOLED_TEXT), "predicts": (predicts, PREDICTS)}
+        refuse(
+            "VideoDiT",
+            _misfits(dim, depth, heads, channels, patch, vocabulary, per_layer)
+            + [unknown(name, given, allowed) for name, (given, allowed) in choices.items() if given not in allowed],
+        )
         self.dim, self.heads, self.head_dim = dim, heads, dim // heads
         self.channels, self.patch, self.vocabulary = channels, (patch[0], patch[1], patch[2]), vocabulary
-        self.text, self.pooled_text, self.checkpoint = text, pooled_text, checkpoint
+        self.text, self.pooled_text, self.predicts, self.checkpoint = text, pooled_text, predicts, checkpoint
         self.patch_size = channels * math.prod(self.patch)
 
         self.patches = nn.Linear(self.patch_size, dim)
@@ -121,10 +131,10 @@ class VideoDiT(nn.Module):
             for settings in per_layer
         )
         self.modulation = nn.Linear(dim, 2 * dim)
-        self.velocity = nn.Linear(dim, self.patch_size)
+        self.final = nn.Linear(dim, self.patch_size)
 
         nn.init.normal_(self.words.weight, std=0.5)
-        for layer in (self.modulation, self.velocity):
+        for layer in (self.modulation, self.final):
             nn.init.zeros_(layer.weight)
             nn.init.zeros_(layer.bias)
 
@@ -219,7 +229,10 @@ class VideoDiT(nn.Module):
 
         x = x[:, seen.video]  # (B, Nv, dim)
         scale, shift = self.modulation(context.condition)[:, seen.shot_of_video].chunk(2, dim=-1)
-        return DiTOutput(self.velocity(_modulate(x, scale, shift)), losses, results)
+        out = self.final(_modulate(x, scale, shift))  # (B, Nv, P)
+        if self.predicts == "clean":
+            out = (video - out) / time[:, seen.shot_of_video, None].clamp(min=LEAST_TIME).to(video.dtype)
+        return DiTOutput(out, losses, results)
 
     def _bad_clips(self, clips: Sequence[Tensor]) -> list[str]:
         f, h, w = self.patch
@@ -319,8 +332,6 @@ def _misfits(
     patch: Sequence[int],
     vocabulary: int,
     attention: Sequence[Mapping[str, Any]],
-    text: str,
-    pooled_text: str,
 ) -> list[str]:
     sizes = {"dim": dim, "depth": depth, "heads": heads, "channels": channels}
     reasons = [f"{name} must be at least 1, got {value}" for name, value in sizes.items() if value < 1]
@@ -339,8 +350,6 @@ def _misfits(
         for i, settings in enumerate(attention)
         if "name" not in settings
     ]
-    reasons += [unknown("text", text, TEXT)] if text not in TEXT else []
-    reasons += [unknown("pooled_text", pooled_text, POOLED_TEXT)] if pooled_text not in POOLED_TEXT else []
     return reasons
 
 

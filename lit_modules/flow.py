@@ -104,6 +104,21 @@ class RectifiedFlow:
         per_token = (output.velocity.float() - (noise - clean).float()).square().mean(-1)
         return FlowLoss(per_token.mean(), per_token.detach(), output)
 
+    @torch.no_grad()
+    def denoise(self, model: VideoDiT, batch: Mapping[str, Any], at: float, *, seed: int = 0) -> list[Tensor]:
+        """The model's guess of the batch's clips in one step, from themselves with noise of time `at` in (0, 1]."""
+        text: Tensor = batch["text"]
+        layout = batch["layout"].to(text.device)
+        clean = model.patchify(batch["clips"])
+        noise = torch.randn(clean.shape, generator=generator("denoise", seed)).to(clean)
+        noisy = (1 - at) * clean + at * noise
+        time = torch.full((len(text), len(stream(layout).film_of_shot)), at, device=text.device)
+        was_training = model.training
+        model.eval()
+        guess = noisy - at * model(noisy, text, time, layout, seed=seed).velocity.float()
+        model.train(was_training)
+        return model.unpatchify(guess, layout)
+
 
 @dataclass(frozen=True)
 class Euler:

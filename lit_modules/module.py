@@ -71,7 +71,11 @@ class Optim:
 
 
 class LitVideoDiT(LightningModule):
-    """Trains a `VideoDiT` on batches of clips, captions and a layout; see README for the batch.
+    """Trains a `VideoDiT` by rectified flow.
+
+    A batch is a dict: "layout", the joint `Layout` of the stream, sizes in tokens; "clips", float32 in [-1, 1], one
+    per shot in stream order, each (B, F, C, H, W) in pixels; "text", int64 (B, Nt) token ids in stream order; and
+    whatever the sample metrics need.
 
     Args:
         model: Arguments of `VideoDiT`.
@@ -147,13 +151,12 @@ class LitVideoDiT(LightningModule):
         losses = {"flow": found.loss} | {f"aux/{name}": loss for name, loss in found.output.losses.items()}
         loss = torch.stack(list(losses.values())).sum()
         if not torch.isfinite(loss):
-            raise NonFiniteLoss(
-                self.global_step, {name: float(part) for name, part in losses.items() if not part.isfinite()}
-            )
+            bad = {name: float(part) for name, part in losses.items() if not part.isfinite()}
+            raise NonFiniteLoss(self.global_step, bad or {"loss": float(loss)})
         size = len(batch["layout"].films) * len(batch["text"])
         self.log("train/loss", loss, prog_bar=True, batch_size=size)
         self.log_dict({f"train/{name}": part for name, part in losses.items()}, batch_size=size)
-        return {"loss": loss, "results": found.output.results}
+        return {"loss": loss, "flow": found.loss.detach(), "results": found.output.results}
 
     @override
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
@@ -161,8 +164,8 @@ class LitVideoDiT(LightningModule):
         norm = nn.utils.get_total_norm(list(named.values()))
         # With float16 an overflow is expected: the gradient scaler skips the step and lowers its scale.
         if not torch.isfinite(norm) and self.trainer.precision != "16-mixed":
-            bad = {name: float(g.norm()) for name, g in named.items() if not g.isfinite().all()}
-            raise NonFiniteLoss(self.global_step, {f"gradient of {name}": value for name, value in bad.items()})
+            bad = {f"gradient of {name}": float(g.norm()) for name, g in named.items() if not g.isfinite().all()}
+            raise NonFiniteLoss(self.global_step, bad or {"gradient norm": float(norm)})
         self.log("train/grad_norm", norm)
 
     @override

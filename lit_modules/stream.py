@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from functools import lru_cache
 
 import torch
 from torch import Tensor
 
 from sparse_zoo import Film, Layout
+from sparse_zoo.remember import remembered
 
 SHOT_GAP = 2  # empty frames between shots on the time axis of positions
 
@@ -42,8 +42,7 @@ class Stream:
         return torch.zeros_like(self.film_of_shot, dtype=torch.bool).index_fill(0, ends, True)
 
 
-@lru_cache(maxsize=32)
-@torch.inference_mode(False)  # tables first made in validation must serve training too
+@remembered(32)
 def stream(layout: Layout) -> Stream:
     """The tables of a layout, made once.
 
@@ -83,7 +82,7 @@ def stream(layout: Layout) -> Stream:
 def video_only(layout: Layout) -> Layout:
     """The same films without their captions."""
     films = (Film(0, tuple(replace(shot, text=0) for shot in film.shots)) for film in layout.films)
-    return replace(layout, films=tuple(films))
+    return Layout(tuple(films), layout.device)
 
 
 def _shot_starts(film: Film) -> list[int]:

@@ -8,8 +8,8 @@ from a layout (its tensors, a method's static plan) is computed once and remembe
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Literal
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Final, Literal
 
 import torch
 from torch import Tensor
@@ -57,7 +57,6 @@ class Film:
         return self.caption + sum(map(len, self.shots))
 
 
-@dataclass(frozen=True)
 class Layout:
     """The tokens of one stream of one or more films, which never attend to each other.
 
@@ -67,8 +66,22 @@ class Layout:
     not its own.
     """
 
-    films: tuple[Film, ...]
-    device: torch.device = CPU
+    # No dataclass: training frameworks take those in a batch apart to move and cast what is inside.
+    __slots__ = ("device", "films")
+    films: Final[tuple[Film, ...]]
+    device: Final[torch.device]
+
+    def __init__(self, films: tuple[Film, ...], device: torch.device = CPU) -> None:
+        self.films, self.device = films, device
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Layout) and (self.films, self.device) == (other.films, other.device)
+
+    def __hash__(self) -> int:
+        return hash((self.films, self.device))
+
+    def __repr__(self) -> str:
+        return f"Layout(films={self.films!r}, device={self.device!r})"
 
     @staticmethod
     def film(shots: Iterable[Shot], caption: int = 0) -> Layout:
@@ -90,7 +103,7 @@ class Layout:
         return Layout(tuple(film for layout in layouts for film in layout.films), layouts[0].device)
 
     def to(self, device: torch.device | str) -> Layout:
-        return replace(self, device=torch.device(device))
+        return Layout(self.films, torch.device(device))
 
     def __len__(self) -> int:
         return sum(map(len, self.films))

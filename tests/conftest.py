@@ -1,9 +1,12 @@
 """Shared by all tests: one thread each, since pytest-xdist runs several, and films of awkward sizes."""
 
+import sys
+from collections.abc import Iterator
+
 import pytest
 import torch
 
-from sparse_zoo import Layout, Shot
+from sparse_zoo import Layout, Shot, registry
 
 torch.set_num_threads(1)
 
@@ -26,3 +29,14 @@ def film(request: pytest.FixtureRequest) -> Layout:
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _forget_plugins(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """What a test registers is gone after it."""
+    monkeypatch.setattr(registry, "_methods", dict(registry._methods))
+    before = set(sys.modules)
+    yield
+    for name in set(sys.modules) - before:
+        if name.startswith("sparse_zoo_plugin_"):
+            del sys.modules[name]

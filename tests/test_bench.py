@@ -7,7 +7,7 @@ from sparse_zoo.kernels import grouped
 
 
 def test_rows_add_up(capsys: pytest.CaptureFixture[str]) -> None:
-    assert bench.main(["--tokens", "4096", "--heads", "1", "--repeats", "1", "--json"]) == 0
+    assert bench.main(["--tokens", "2048", "--heads", "1", "--repeats", "1", "--json"]) == 0
     rows = json.loads(capsys.readouterr().out)["rows"]
     assert [(row["method"], row["pass"]) for row in rows] == [
         (method, which) for method in bench.CPU_SUITE for which in ("forward", "forward+backward")
@@ -26,5 +26,5 @@ def test_a_wrong_kernel_gets_no_time(monkeypatch: pytest.MonkeyPatch, capsys: py
         out += 0.01
 
     monkeypatch.setattr(grouped, "_merge_into", wrong)
-    assert bench.main(["--tokens", "4096", "--heads", "1", "--repeats", "1", "--methods", "window"]) == 1
+    assert bench.main(["--tokens", "2048", "--heads", "1", "--repeats", "1", "--methods", "window"]) == 1
     assert "differs from the oracle" in capsys.readouterr().out

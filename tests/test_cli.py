@@ -186,3 +186,30 @@ cli.main()
     assert "go on with: zoo sweep long.yaml" in done.stdout
     assert "was interrupted after 3 steps" in done.stdout
     assert "Traceback" not in done.stderr + done.stdout
+
+
+def test_check_says_what_each_check_found() -> None:
+    done = zoo("check", "dense", "window", "--json")
+    assert done.exit_code == 0, done.output
+    found = json.loads(done.stdout)["checks"]
+    assert {row["method"] for row in found} == {"dense", "window"}
+    assert set(found[0]) == {"method", "check", "status", "reason", "seconds"}
+    assert {row["status"] for row in found} == {"passed", "skipped"}
+    assert all(row["reason"] for row in found if row["status"] == "skipped")
+
+
+def test_check_of_a_broken_plugin_fails(tmp_path: Path) -> None:
+    file = tmp_path / "looks_across_films.py"
+    file.write_text(
+        "import torch, sparse_zoo as zoo\n"
+        "@zoo.register('looks_across_films')\n"
+        "class Looks(zoo.Attention):\n"
+        "    '''Everyone attends to everyone, whatever the film.'''\n"
+        "    def plan(self, q, k, layout):\n"
+        "        return zoo.Plan.groups(torch.zeros(len(layout), dtype=torch.int64))\n"
+    )
+    done = zoo("check", "looks_across_films", "--plugin", file)
+    assert done.exit_code == 1
+    assert "looks_across_films: " in done.output
+    assert " failed: expected " in done.output
+    assert zoo("check", "windows").exit_code == 2

@@ -1,12 +1,14 @@
 """The model: shapes, what reaches what, and that packing, batching and recomputing change nothing."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from toy_films import FIRST, METHODS, PACKED, SECOND, SILENT, arguments, attention, batch, open_model
 
 import sparse_zoo as zoo
-from lit_modules import VideoDiT
-from lit_modules.stream import stream
+from lit_modules import Euler, RectifiedFlow, VideoDiT, dit
+from lit_modules.stream import stream, video_only
 
 SHOTS = len(stream(PACKED).film_of_shot)
 TEXTS = ("joint", "cross")
@@ -21,7 +23,7 @@ def run(model, films, time=None):
 
 def shots_that_differ(layout, a, b):
     """Shots of the stream in which two outputs (B, Nv, P) differ at all."""
-    return stream(layout).shot_of_video[(a - b).abs().amax((0, 2)) > 0].unique().tolist()
+    return stream(layout).shot_of_video[(a - b).abs().amax((0, 2)) > 1e-5].unique().tolist()
 
 
 def test_each_patch_lies_where_the_layout_says():
@@ -48,6 +50,18 @@ def test_positions_tell_shots_and_words_apart():
         [3, 0, 0],                                       # caption of shot 1
         [4, 0, 0], [5, 0, 0], [6, 0, 0],                 # shot 1, after a gap of two
     ]  # fmt: skip
+
+
+@pytest.mark.parametrize("text", TEXTS)
+def test_only_differences_of_positions_matter_and_they_do(monkeypatch, text):
+    model, films = open_model(text=text), batch(FIRST)
+    velocity = run(model, films).velocity
+    for move, same in ((lambda x: x + 7, True), (lambda x: -x, False), (lambda x: 0 * x, False)):
+        table = stream(FIRST), stream(video_only(FIRST))
+        moved = {len(each.row_of): replace(each, positions=move(each.positions)) for each in table}
+        monkeypatch.setattr(dit, "stream", lambda layout, moved=moved: moved[len(layout)])
+        change = (run(model, films).velocity - velocity).abs().max()
+        assert change < 1e-4 if same else change > 1e-2
 
 
 @pytest.mark.parametrize("text", TEXTS)
@@ -130,6 +144,61 @@ def test_films_without_any_text_work(text):
     assert output.velocity.isfinite().all()
 
 
+def test_shot_conditions_pool_own_and_global_caption_and_films_their_shots():
+    table = stream(PACKED)
+    words = torch.randn(2, len(table.text), 5, generator=torch.Generator().manual_seed(0))
+    captions = {(0, -1): words[:, 0:3], (0, 0): words[:, 3:7], (0, 1): words[:, 7:9], (1, 1): words[:, 9:10]}
+    captions[1, 2] = words[:, 10:11]
+    shots = [(0, 0), (0, 1), (1, 0), (1, 1), (1, 2), (2, 0), (2, 1)]
+    none = words[:, :0]
+    wanted = [captions.get(at, none).sum(1) + captions.get((at[0], -1), none).sum(1) for at in shots]
+    pooled = dit._pool(words, table)
+    torch.testing.assert_close(pooled, torch.stack(wanted, dim=1))
+    means = dit._with_film_means(pooled, table)[:, 7:]
+    torch.testing.assert_close(means, torch.stack([pooled[:, a:b].mean(1) for a, b in ((0, 2), (2, 5), (5, 7))], dim=1))
+
+
+def test_attention_is_told_all_it_may_look_at():
+    model, films = open_model(), batch(PACKED, size=2)
+    told = []
+    for block in model.blocks:
+        block.attention.register_forward_pre_hook(lambda _, args, kwargs: told.append((args, kwargs)), with_kwargs=True)
+        block.qkv.register_forward_pre_hook(lambda _, args: told.append(args[0]))
+    x, time, memory = model.patchify(films["clips"]), torch.rand(2, SHOTS), {}
+    model(x, films["text"], time, PACKED, step=4, seed=9, memory=memory)
+    for layer, (projected, (args, kwargs)) in enumerate(zip(told[::2], told[1::2], strict=True)):
+        assert [tuple(part.shape) for part in args[:3]] == [(2, 2, len(PACKED), 16)] * 3
+        assert args[3] == PACKED
+        assert kwargs["hidden"] is projected
+        assert kwargs["memory"] is memory
+        assert torch.equal(kwargs["noise"], time)
+        assert {name: kwargs[name] for name in ("layer", "layers", "step", "seed")} == {
+            "layer": layer, "layers": 2, "step": 4, "seed": 9,
+        }  # fmt: skip
+
+
+def test_a_clean_prediction_is_turned_into_the_velocity_that_leads_to_it():
+    model, films, said = open_model(predicts="clean"), batch(PACKED), []
+    model.final.register_forward_hook(lambda *call: said.append(call[2]))
+    time = torch.tensor([0.0, 0.01, 0.05, 0.2, 0.5, 0.9, 1.0])
+    velocity = run(model, films, time).velocity
+    t = time.clamp(min=0.05)[stream(PACKED).shot_of_video, None]  # below 0.05 noise is too little to divide by
+    torch.testing.assert_close(model.patchify(films["clips"]) - t * velocity, said[0], rtol=0, atol=1e-5)
+    clips = Euler(4).sample(model, RectifiedFlow(), films)  # the last step starts at 1/4 and ends at what was said
+    torch.testing.assert_close(model.patchify(clips), said[-1], rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("text", TEXTS)
+def test_training_may_follow_inference_on_the_same_layout(method, text):
+    sizes = 2 + list(METHODS).index(method), 1 + TEXTS.index(text)  # a layout that no other test has met
+    films = batch(zoo.Layout.film([zoo.Shot(2, 3, sizes[0], 3), zoo.Shot(2, sizes[1], 5, 2)], caption=4))
+    model = open_model(attention=attention(method), text=text)
+    with torch.inference_mode():
+        run(model, films)
+    run(model, films).velocity.sum().backward()
+
+
 def test_pooled_captions_reach_the_model_as_asked():
     films = batch(FIRST)
     other = {**films, "text": (films["text"] + 1) % 20}
@@ -188,11 +257,27 @@ def test_results_hold_no_graph():
 
 def test_every_misfit_of_sizes_is_told_at_once():
     bad = arguments(
-        dim=30, heads=4, patch=(1, 0), vocabulary=-1, attention=[{"top_k": 1}], text="crss", pooled_text="adalm"
+        dim=30,
+        heads=4,
+        patch=(1, 0),
+        vocabulary=-1,
+        attention=[{"top_k": 1}],
+        text="crss",
+        pooled_text="adalm",
+        predicts="noise",
     )
     with pytest.raises(zoo.ZooError) as error:
         VideoDiT(**bad)
-    for part in ("dim 30 and 4 heads", "[1, 0]", "got -1", "depth = 2 mappings, got 1", "'name'", "'cross'", "'adaln'"):
+    for part in (
+        "dim 30 and 4 heads",
+        "[1, 0]",
+        "got -1",
+        "depth = 2 mappings, got 1",
+        "'name'",
+        "'cross'",
+        "'adaln'",
+        "'noise'",
+    ):
         assert part in str(error.value)
     with pytest.raises(zoo.ZooError, match="even and at least 6 for 3D RoPE, got 4"):
         VideoDiT(**arguments(dim=8))

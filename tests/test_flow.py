@@ -23,7 +23,7 @@ class Field(VideoDiT):
         self.field, self.calls = velocity, []
 
     def forward(self, video, text, time, layout, **context):
-        self.calls.append({"time": time, "text": text, **context})
+        self.calls.append({"time": time, "text": text, "training": self.training, **context})
         at = SimpleNamespace(x=video, text=text, t=time[:, stream(layout).shot_of_video, None])
         return DiTOutput(self.field(at), {}, [])
 
@@ -119,6 +119,17 @@ def test_sampling_a_straight_field_is_exact(steps, shift):
         torch.testing.assert_close(got, want, rtol=0, atol=1e-5)
 
 
+@pytest.mark.parametrize("at", [0.2, 1.0])
+def test_one_step_of_a_straight_field_is_exact(at):
+    films = batch(PACKED, size=2)
+    clean = VideoDiT(**arguments()).patchify(films["clips"])
+    field = Field(straight_to(clean))
+    for got, want in zip(RectifiedFlow().denoise(field, films, at), films["clips"], strict=True):
+        torch.testing.assert_close(got, want, rtol=0, atol=1e-5)
+    assert bool((field.calls[0]["time"] == at).all())
+    assert not field.calls[0]["training"]
+
+
 def test_sampling_takes_the_steps_it_says():
     films, steps = batch(FIRST), 5
     still, moving = (Field(lambda at, rate=rate: rate * at.x) for rate in (0.0, 1.0))
@@ -128,6 +139,7 @@ def test_sampling_takes_the_steps_it_says():
         torch.testing.assert_close(end, start * 0.8**5)
     assert [round(float(call["time"][0, 0]), 6) for call in moving.calls] == [1.0, 0.8, 0.6, 0.4, 0.2]
     assert [call["step"] for call in moving.calls] == [0, 1, 2, 3, 4]
+    assert not any(call["training"] for call in moving.calls)
     shifted = Field(lambda at: at.x)
     Euler(2).sample(shifted, RectifiedFlow(shift=3.0), films)
     assert [float(call["time"][0, 0]) for call in shifted.calls] == [1.0, 0.75]

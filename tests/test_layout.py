@@ -1,3 +1,6 @@
+import copy
+import pickle
+
 import pytest
 import torch
 
@@ -104,3 +107,11 @@ def test_errors_say_what_and_what_is_allowed(make, said) -> None:  # type: ignor
         make()
     for words in said:
         assert words in str(error.value)
+
+
+def test_pickles_copies_and_moves() -> None:
+    layout = Layout.film([Shot(2, 2, 2, 1)], caption=1)
+    for other in (pickle.loads(pickle.dumps(layout)), copy.deepcopy(layout), layout.to("cpu")):
+        assert other == layout
+        assert torch.equal(other.row, layout.row)
+    assert layout.to("meta") != layout

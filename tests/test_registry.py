@@ -28,11 +28,6 @@ class OwnAndPreviousShots(zoo.Attention):
 '''
 
 
-@pytest.fixture(autouse=True)
-def _forget(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(registry, "_methods", dict(registry._methods))
-
-
 def test_the_five_are_there_with_settings_and_docs() -> None:
     assert {"dense", "moc", "moc_fixed", "moga", "window"} <= set(zoo.names())
     for name in zoo.names():

@@ -47,6 +47,7 @@ def finished(cell: Cell, sweep: str, val_loss: float) -> Result:
         strips=["film.png"],
         folder=str(folder),
         provenance={"commit": "abc", "pid": 1, "host": "here"},
+        data={"skipped": [{"path": "bad.mp4", "reason": "no video stream"}]},
         config=cell.config,
     )
 
@@ -108,6 +109,7 @@ def test_page_names_what_did_not_finish(sweep: str) -> None:
     assert "step 1: &lt;flow&gt; is nan" in html
     assert "a/step=1.ckpt" in html
     assert "has not run yet" in html
+    assert "bad.mp4</code>: no video stream" in html
     assert "About &lt;this&gt;." in html
 
 

@@ -7,7 +7,7 @@ are those of dense attention on it with the union's output and log-sum-exp in pl
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,6 +22,8 @@ from sparse_zoo.plan import Plan
 
 SLAB_BYTES = 64 << 20
 BATCH_BYTES = 16 << 20
+PAIRS_OF_A_CALL = 1 << 16
+"""Padded pairs that cost about what one more call of the CPU engine costs, 0.2 ms."""
 
 
 @dataclass(frozen=True)
@@ -198,15 +200,35 @@ CPU_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
 def _alike(rects: Rectangles, dim: int, item: int) -> Iterator[Rectangles]:
-    """Batches of rectangles whose sides differ by at most an eighth, of bounded memory."""
+    """Batches of rectangles of about one size, of bounded memory.
+
+    Sides differ by at most an eighth, or by as little as makes one batch cheaper than two.
+    """
     if not len(rects):
         return
-    kinds, kind = torch.unique(_size_class(rects.q_size) * (1 << 32) + _size_class(rects.k_size), return_inverse=True)
+    # Keys first: rectangles with the same number of keys, as equal chunks have, need no mask together.
+    kinds, kind = torch.unique(_size_class(rects.k_size) * (1 << 32) + _size_class(rects.q_size), return_inverse=True)
     order = kind.argsort(stable=True)
-    for which in order.split(torch.bincount(kind, minlength=len(kinds)).tolist()):
-        rows = int(rects.q_size[which].max()) * 4 + int(rects.k_size[which].max()) * 4
+    number = torch.bincount(kind)
+    queries, keys = (torch.zeros_like(kinds).scatter_reduce(0, kind, x, "amax") for x in (rects.q_size, rects.k_size))
+    for most_queries, most_keys, which in _worth_joining(
+        zip(number.tolist(), queries.tolist(), keys.tolist(), strict=True), order
+    ):
+        rows = 4 * (most_queries + most_keys)
         for some in which.split(max(2, BATCH_BYTES // (rows * dim * item))):
             yield rects.select(some)
+
+
+def _worth_joining(kinds: Iterable[tuple[int, int, int]], order: Tensor) -> Iterator[tuple[int, int, Tensor]]:
+    """From (rectangles, queries, keys) of each kind: the sizes and the members of each batch, neighbours joined."""
+    start = held = most_queries = most_keys = 0
+    for number, queries, keys in kinds:
+        joined = (held + number) * max(most_queries, queries) * max(most_keys, keys)
+        if held and joined - held * most_queries * most_keys - number * queries * keys > PAIRS_OF_A_CALL:
+            yield most_queries, most_keys, order[start : start + held]
+            start, held, most_queries, most_keys = start + held, 0, 0, 0
+        held, most_queries, most_keys = held + number, max(most_queries, queries), max(most_keys, keys)
+    yield most_queries, most_keys, order[start:]
 
 
 def _size_class(size: Tensor) -> Tensor:
