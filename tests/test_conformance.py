@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import sparse_zoo as zoo
-from sparse_zoo import registry, testing
+from sparse_zoo import testing
 from sparse_zoo.kernels import _kernels, get
 from sparse_zoo.methods.dense import Dense
 from sparse_zoo.testing import kernels as kernel_suite
@@ -242,12 +242,6 @@ def rule(attention, call):
 '''
 
 
-@pytest.fixture
-def _forget(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(registry, "_methods", dict(registry._methods))
-
-
-@pytest.mark.usefixtures("_forget")
 def test_a_plugin_in_a_file_is_found_and_judged(tmp_path: Path) -> None:
     right, wrong = tmp_path / "right_rule.py", tmp_path / "wrong_rule.py"
     right.write_text(PLUGIN.format(wrong=""))

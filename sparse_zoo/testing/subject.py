@@ -55,7 +55,7 @@ class Subject:
 
         Parameters are the same for the same `start`, and none is left at zero.
         """
-        with torch.random.fork_rng():
+        with torch.random.fork_rng(devices=[]):
             torch.manual_seed(start)
             given = dict(self.cls.small) | dict(self.settings) | dict(changes)
             attention = self.cls(heads=HEADS, head_dim=head_dim, dim=DIM, **given)
