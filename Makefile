@@ -1,7 +1,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: help install sweep test lint ui
+.PHONY: help install sweep test lint coverage ui
 
 help:  ## what can be made
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/'
@@ -23,6 +23,9 @@ lint: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+coverage: install  ## the tests of sparse_zoo, and which of its lines they run (at least 95 %)
+	$(BIN)/pytest --numprocesses 2 --cov sparse_zoo --cov-report term:skip-covered
 
 ui: install  ## open MLflow's page on the quickstart's store
 	$(BIN)/zoo ui
