@@ -41,8 +41,8 @@ def load(overrides: Sequence[Override] = ()) -> Config:
 
     An override is "dotted.key=value" (the value is YAML) or a mapping, whose keys may be dotted too. `attention=moc`
     replaces the node by {"name": "moc"}, and a list of names gives each layer its own; `data=shot_world` replaces the
-    node by that preset of `configs/data.yaml`. Mappings are merged, but `attention` is always replaced as a whole.
-    Raises `ZooError`.
+    node by that preset of `configs/data.yaml`, `data=file.py:Class` by a datamodule of one's own. Mappings are merged,
+    but `attention` is always replaced as a whole. Raises `ZooError`.
     """
     config, reasons = _merge(overrides)
     refuse("config", reasons + check(config))
@@ -85,16 +85,17 @@ def check(config: Config) -> list[str]:
     """Every reason why this config cannot run; none when it can."""
     from lightning.pytorch import Trainer
 
-    from datamodules import ShotWorld, VideoFilms
+    from experiments import data
     from lit_modules.callbacks import SampleFilms
     from lit_modules.dit import VideoDiT
     from lit_modules.flow import RectifiedFlow
     from lit_modules.module import Optim
 
-    data = dict(config["data"])
-    name = data.pop("name", None)
-    datamodules: dict[str, type] = {"shot_world": ShotWorld, "video_films": VideoFilms}
-    reasons = _misfits("data", data, datamodules[name]) if name in datamodules else [unknown("data", name, datamodules)]
+    films = {key: value for key, value in config["data"].items() if key != "name"}
+    try:
+        reasons = _misfits("data", films, data.find(str(config["data"].get("name"))))
+    except ZooError as error:
+        reasons = [str(error)]
     sections: dict[str, type] = {"flow": RectifiedFlow, "optim": Optim, "trainer": Trainer, "sampling": SampleFilms}
     for section, build in sections.items():
         reasons += _misfits(section, config[section], build, GIVEN.get(section, ()))
@@ -104,11 +105,10 @@ def check(config: Config) -> list[str]:
     if reasons or wrong:
         return reasons + wrong
     # What has the right names and types may still be out of range: the parts themselves know.
-    films = _refusals(lambda: datamodules[name](**data))
     layer = config["attention"][0] if isinstance(config["attention"], list) else config["attention"]
     shape = {"channels": 3, "patch": (1, 1, 1), "vocabulary": 1, "attention": layer}
     return [
-        *films,
+        *_refusals(lambda: data.build(config["data"])),
         *_refusals(lambda: RectifiedFlow(**config["flow"])),
         *_refusals(lambda: Optim(**config["optim"])),
         *_refusals(lambda: SampleFilms(".", **config["sampling"])),
@@ -215,9 +215,10 @@ def _assign_attention(config: Config, value: Any) -> str:
 
 def _assign_data(config: Config, value: dict[str, Any]) -> str:
     presets = read_yaml(CONFIGS / "data.yaml")
-    if value["name"] not in presets:
-        return unknown("data", value["name"], presets)
-    config["data"] = {**presets[value["name"]], **value}
+    name = str(value["name"])
+    if name not in presets and ":" not in name:
+        return f"{unknown('data', name, presets)}; or a class of yours, as file.py:Class or package.module:Class"
+    config["data"] = {**presets.get(name, {}), **value}
     return ""
 
 

@@ -12,7 +12,7 @@ import subprocess
 import time
 import traceback
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from importlib.metadata import version
@@ -24,14 +24,13 @@ import torch
 from lightning.pytorch.callbacks import Callback, LearningRateMonitor, ModelCheckpoint
 from typing_extensions import override
 
-from datamodules import ShotWorld, VideoFilms
 from experiments import pictures
 from experiments.config import Config
+from experiments.data import build
 from experiments.store import Cell, Result
 from experiments.tracking import Tracker
 from lit_modules import AttentionCost, LitVideoDiT, SampleFilms, StepTimer
 
-DATAMODULES: dict[str, Callable[..., VideoFilms | ShotWorld]] = {"video_films": VideoFilms, "shot_world": ShotWorld}
 FIRST, LAST = 3, 20  # steps whose mean is the first and the last training loss
 CURVE_POINTS = 500
 
@@ -149,8 +148,8 @@ class History(Callback):
 
 def _train(config: Config, folder: Path, result: Result, logger: Any, watch: Watch) -> None:
     pl.seed_everything(config["seed"], workers=True, verbose=False)
-    settings = dict(config["data"])
-    data = DATAMODULES[settings.pop("name")](**settings)
+    data = build(config["data"])
+    assert isinstance(data, pl.LightningDataModule)
     data.prepare_data()
     data.setup("fit")
     result.data = data.summary()

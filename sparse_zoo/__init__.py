@@ -4,7 +4,8 @@ from sparse_zoo import methods as _methods  # noqa: F401  importing registers th
 from sparse_zoo.attention import Attention, Branch, Call, Knob, Limit, Result, Term
 from sparse_zoo.cost import Cost
 from sparse_zoo.errors import ZooError
-from sparse_zoo.kernels import Attended, attend, kernels, merge
+from sparse_zoo.kernels import Attended, attend, kernels, merge, register_kernel
+from sparse_zoo.kernels.base import Kernel
 from sparse_zoo.layout import Film, Layout, Shot
 from sparse_zoo.partition import Partition
 from sparse_zoo.plan import Part, Plan
@@ -17,6 +18,7 @@ __all__ = [
     "Call",
     "Cost",
     "Film",
+    "Kernel",
     "Knob",
     "Layout",
     "Limit",
@@ -36,6 +38,7 @@ __all__ = [
     "merge",
     "names",
     "register",
+    "register_kernel",
     "settings",
     "summary",
 ]

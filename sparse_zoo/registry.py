@@ -6,14 +6,17 @@ import importlib.util
 import inspect
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import entry_points
 from pathlib import Path
+from types import ModuleType
 from typing import Any, TypeVar
 
 from sparse_zoo.attention import Attention
 from sparse_zoo.errors import ZooError, refuse, unknown
+from sparse_zoo.kernels import _kernels
 
 ENTRY_POINTS = "sparse_zoo.methods"
 SHAPE = ("heads", "head_dim", "dim")
@@ -116,38 +119,74 @@ def build(name: str, *, heads: int, head_dim: int, dim: int | None = None, **giv
 
 
 def load_plugin(path: str | Path) -> list[str]:
-    """Import a Python file and return the names of the methods it registered.
+    """Import a Python file that registers methods or kernels, and return the names of its methods.
 
     Raises `ZooError` if there is no such file, it does not import, or it registers nothing.
+    """
+    methods_before, kernels_before = set(_methods), set(_kernels)
+    module = import_file(path)
+    # A file is imported once; asked for again, it is known by the classes that are its own.
+    own = module.__name__
+    methods = [x for x, cls in _methods.items() if x not in methods_before or cls.__module__ == own]
+    kernels = [x for x, kernel in _kernels.items() if x not in kernels_before or type(kernel).__module__ == own]
+    refuse(
+        f"plug-in {module.__file__}",
+        ["it registers no method and no kernel; use @sparse_zoo.register(name) or sparse_zoo.register_kernel(kernel)"]
+        if not methods and not kernels
+        else [],
+    )
+    return sorted(methods)
+
+
+def import_file(path: str | Path) -> ModuleType:
+    """Import a Python file, once; if that fails, nothing that it registered stays.
+
+    Raises `ZooError` if there is no such file or it does not import.
     """
     path = Path(path).resolve()
     refuse(f"plug-in {path}", ["no such file"] if not path.is_file() else [])
     name = f"sparse_zoo_plugin_{path.stem}"
     if name in sys.modules and getattr(sys.modules[name], "__file__", None) == str(path):
-        return sorted(key for key, cls in _methods.items() if cls.__module__ == name)
-    before = dict(_methods)
+        return sys.modules[name]
     spec = importlib.util.spec_from_file_location(name, path)
     if spec is None or spec.loader is None:
         raise ZooError(f"plug-in {path}: not a Python file")
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module
     try:
-        spec.loader.exec_module(module)
-    except Exception as error:  # whatever an author's file may raise becomes one line that names the file
+        with importing(f"plug-in {path}"):
+            spec.loader.exec_module(module)
+    except BaseException:
         del sys.modules[name]
-        _methods.clear()
-        _methods.update(before)
-        raise ZooError(f"plug-in {path} does not import: {type(error).__name__}: {error}") from error
-    added = sorted(set(_methods) - set(before))
-    refuse(f"plug-in {path}", [] if added else ["it registers no method; use @sparse_zoo.register(name) on a class"])
-    return added
+        raise
+    return module
 
 
 def _load_entry_points() -> None:
     for entry in entry_points(group=ENTRY_POINTS):
-        if entry.value not in _loaded_entry_points:
-            _loaded_entry_points.add(entry.value)
-            entry.load()
+        if entry.value in _loaded_entry_points:
+            continue
+        _loaded_entry_points.add(entry.value)  # before it is loaded: it may ask for names
+        try:
+            with importing(f"plug-in {entry.value}, an entry point of {ENTRY_POINTS!r}"):
+                entry.load()
+        except ZooError:
+            _loaded_entry_points.remove(entry.value)
+            raise
+
+
+@contextmanager
+def importing(what: str) -> Iterator[None]:
+    """What an author's code registers within stays; if it raises, none of it, and the `ZooError` says whose it is."""
+    methods, kernels = dict(_methods), dict(_kernels)
+    try:
+        yield
+    except Exception as error:  # an author's file may raise anything: it becomes one line that names the file
+        _methods.clear()
+        _methods.update(methods)
+        _kernels.clear()
+        _kernels.update(kernels)
+        raise ZooError(f"{what} does not import: {type(error).__name__}: {error}") from error
 
 
 def _argument_docs(cls: type) -> dict[str, str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -37,6 +38,25 @@ def kernels() -> dict[str, list[str]]:
 def names() -> list[str]:
     """What `kernel=` takes."""
     return ["auto", *_kernels]
+
+
+def register_kernel(kernel: Kernel) -> None:
+    """Make a kernel known by its `name`: `kernel=name` takes it, "auto" does not.
+
+    Raises `ZooError` if it is no `Kernel` or its name is taken.
+    """
+    refuse("register_kernel", [f"{kernel!r} is not a sparse_zoo.Kernel"] if not isinstance(kernel, Kernel) else [])
+    name = getattr(kernel, "name", None)
+    refuse(
+        f"register_kernel({type(kernel).__name__}())",
+        [
+            f"name must be lower-case letters, digits and underscores, got {name!r}"
+            if not isinstance(name, str) or not re.fullmatch(r"[a-z][a-z0-9_]*", name)
+            else "",
+            f"the name {name!r} is taken; taken are: {', '.join(names())}" if name in names() else "",
+        ],
+    )
+    _kernels[kernel.name] = kernel
 
 
 def get(name: str) -> Kernel:

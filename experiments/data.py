@@ -1,0 +1,84 @@
+"""Which datamodule a config names: one of ours, or a class of yours."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from importlib import import_module
+from inspect import getattr_static, isclass
+from typing import Any, Protocol, cast
+
+from lightning.pytorch import LightningDataModule
+from torchmetrics import Metric
+
+from datamodules import ShotWorld, VideoFilms
+from sparse_zoo.errors import refuse, unknown
+from sparse_zoo.registry import import_file, importing
+
+ASKED = ("channels", "patch", "vocabulary", "summary", "sample_metrics", "train_dataloader", "val_dataloader")
+
+
+class FilmData(Protocol):
+    """What a run asks of a `LightningDataModule` beside loaders for training and validation.
+
+    Their batches are those that `LitVideoDiT` describes.
+    """
+
+    @property
+    def channels(self) -> int:
+        """Of the clips."""
+        ...
+
+    @property
+    def patch(self) -> tuple[int, int, int]:
+        """Pixels of a token along (frames, rows, cols)."""
+        ...
+
+    @property
+    def vocabulary(self) -> int:
+        """The ids of text tokens lie below it."""
+        ...
+
+    def summary(self) -> dict[str, Any]:
+        """What the films are, ready for JSON; asked for after `setup`."""
+        ...
+
+    def sample_metrics(self) -> dict[str, Metric]:
+        """Metrics by name, whose `update(clips, batch)` judges films that are generated at validation."""
+        ...
+
+
+OURS: dict[str, Callable[..., FilmData]] = {"shot_world": ShotWorld, "video_films": VideoFilms}
+
+
+def find(name: str) -> Callable[..., FilmData]:
+    """The class of a datamodule: "shot_world", "video_films", "path/of/file.py:Class" or "package.module:Class".
+
+    Raises `ZooError` if there is none.
+    """
+    if name in OURS:
+        return OURS[name]
+    place, colon, wanted = name.rpartition(":")
+    refuse("data", [] if colon else [unknown("data", name, OURS)])
+    if place.endswith(".py"):
+        module = import_file(place)
+    else:
+        with importing(f"data {name!r}"):
+            module = import_module(place)
+    classes = {
+        key: value for key, value in vars(module).items() if isclass(value) and issubclass(value, LightningDataModule)
+    }
+    refuse(f"data {name!r}", [] if wanted in classes else [unknown("LightningDataModule", wanted, classes)])
+    return cast("Callable[..., FilmData]", classes[wanted])
+
+
+def build(settings: Mapping[str, Any]) -> FilmData:
+    """The datamodule of a config's `data`; raises `ZooError` if it lacks what a run asks of it."""
+    name = settings["name"]
+    made = find(name)(**{key: value for key, value in settings.items() if key != "name"})
+
+    def has(asked: str) -> bool:
+        own, base = (getattr_static(cls, asked, None) for cls in (type(made), LightningDataModule))
+        return own is not base or asked in vars(made)  # Lightning's own loaders only raise
+
+    refuse(f"data {name!r}", [f"{type(made).__name__} has no {asked!r}" for asked in ASKED if not has(asked)])
+    return made
