@@ -101,7 +101,12 @@ def check(config: Config) -> list[str]:
         reasons += _misfits(section, config[section], build, GIVEN.get(section, ()))
     if not fits(config["seed"], int) or config["seed"] < 0:
         reasons.append(f"seed must be a whole number of at least 0, got {config['seed']!r}")
-    wrong = _misfits("model", config["model"], VideoDiT, GIVEN["model"]) or _attention(config)
+    model = config["model"]
+    wrong = _misfits("model", model, VideoDiT, GIVEN["model"])
+    if not wrong and (model["heads"] < 1 or model["dim"] % model["heads"]):
+        wrong = [f"model.heads {model['heads']} must divide model.dim {model['dim']}"]
+    # Where the model's shape is wrong, the attention is still judged, in one that is right.
+    wrong += _attention(config, *((64, 1) if wrong else (model["dim"], model["heads"])))
     if reasons or wrong:
         return reasons + wrong
     # What has the right names and types may still be out of range: the parts themselves know.
@@ -124,16 +129,14 @@ def _refusals(build: Callable[[], object]) -> list[str]:
     return []
 
 
-def _attention(config: Config) -> list[str]:
+def _attention(config: Config, dim: int, heads: int) -> list[str]:
     """Build every layer's method and let it attend in a small film, where and as precisely as the trainer will."""
-    model, given = config["model"], config["attention"]
+    given, depth = config["attention"], config["model"].get("depth")
     layers = given if isinstance(given, list) else [given]
-    if isinstance(given, list) and len(layers) != model["depth"]:
-        return [f"attention is a list of {len(layers)}, model.depth is {model['depth']}: one entry per layer"]
-    if model["heads"] < 1 or model["dim"] % model["heads"]:
-        return [f"model.heads {model['heads']} must divide model.dim {model['dim']}"]
+    if isinstance(given, list) and len(layers) != depth:
+        return [f"attention is a list of {len(layers)}, model.depth is {depth}: one entry per layer"]
     distinct = [layer for i, layer in enumerate(layers) if layer not in layers[:i]]
-    return [reason for layer in distinct for reason in _attends(layer, model["dim"], model["heads"], config["trainer"])]
+    return [reason for layer in distinct for reason in _attends(layer, dim, heads, config["trainer"])]
 
 
 def _attends(settings: Mapping[str, Any], dim: int, heads: int, trainer: Mapping[str, Any]) -> list[str]:

@@ -130,3 +130,10 @@ def test_a_file_that_is_no_mapping(tmp_path: Path) -> None:
     path.write_text("a: [1")
     with pytest.raises(ZooError, match="is no YAML"):
         read_yaml(path)
+
+
+def test_attention_is_judged_beside_a_model_that_is_wrong() -> None:
+    with pytest.raises(ZooError) as error:
+        load(["model.heads=5", "attention=window", "attention.window=[2,3,3]", "trainer.maxsteps=1"])
+    for words in ("model.heads 5 must divide model.dim 128", "three odd whole numbers", "did you mean 'max_steps'"):
+        assert words in str(error.value)
