@@ -165,6 +165,7 @@ def list_(plugin: Plugin = [], as_json: AsJson = False) -> None:  # noqa: B006
     _load_plugins(plugin)
     import sparse_zoo as zoo
 
+    names = zoo.names()  # first: what is installed may bring kernels along
     kernels = zoo.kernels()
     if as_json:
         methods = [
@@ -176,12 +177,12 @@ def list_(plugin: Plugin = [], as_json: AsJson = False) -> None:  # noqa: B006
                     for key, setting in zoo.settings(name).items()
                 },
             }
-            for name in zoo.names()
+            for name in names
         ]
         listed = [{"name": name, "usable": not reasons, "reasons": reasons} for name, reasons in kernels.items()]
         print(json.dumps({"methods": methods, "kernels": listed}))
         return
-    found = {name: zoo.settings(name) for name in zoo.names()}
+    found = {name: zoo.settings(name) for name in names}
     shared = [key for key in found["dense"] if all(key in settings for settings in found.values())]
     for name, settings in found.items():
         console.print(f"\n[bold]{name}[/bold]  {_escape(zoo.summary(name))}")

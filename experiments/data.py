@@ -64,11 +64,13 @@ def find(name: str) -> Callable[..., FilmData]:
     else:
         with importing(f"data {name!r}"):
             module = import_module(place)
-    classes = {
-        key: value for key, value in vars(module).items() if isclass(value) and issubclass(value, LightningDataModule)
-    }
+    classes = {key: value for key, value in vars(module).items() if isclass(value) and _is_data(value)}
     refuse(f"data {name!r}", [] if wanted in classes else [unknown("LightningDataModule", wanted, classes)])
     return cast("Callable[..., FilmData]", classes[wanted])
+
+
+def _is_data(cls: type) -> bool:
+    return issubclass(cls, LightningDataModule) and cls is not LightningDataModule
 
 
 def build(settings: Mapping[str, Any]) -> FilmData:
