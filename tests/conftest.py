@@ -2,11 +2,13 @@
 
 import sys
 from collections.abc import Iterator
+from unittest.mock import patch
 
 import pytest
 import torch
 
 from sparse_zoo import Layout, Shot, registry
+from sparse_zoo.kernels import _kernels
 
 torch.set_num_threads(1)
 
@@ -36,7 +38,8 @@ def _forget_plugins(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """What a test registers is gone after it."""
     monkeypatch.setattr(registry, "_methods", dict(registry._methods))
     before = set(sys.modules)
-    yield
+    with patch.dict(_kernels):
+        yield
     for name in set(sys.modules) - before:
         if name.startswith("sparse_zoo_plugin_"):
             del sys.modules[name]

@@ -10,10 +10,8 @@ import subprocess
 import sys
 import sysconfig
 import venv
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, ClassVar
-from unittest.mock import patch
 
 import pytest
 import torch
@@ -24,7 +22,6 @@ import sparse_zoo as zoo
 from experiments.cli import app
 from experiments.config import load
 from sparse_zoo import registry, testing
-from sparse_zoo.kernels import _kernels
 from sparse_zoo.kernels.reference import Reference
 
 ROOT = Path(__file__).parent.parent
@@ -39,12 +36,6 @@ TESTED = {
     "A metric": "test_a_metric",
     "A sweep axis": "test_a_sweep_axis",
 }
-
-
-@pytest.fixture(autouse=True)
-def _forget_kernels() -> Iterator[None]:
-    with patch.dict(_kernels):
-        yield
 
 
 @pytest.fixture(scope="module")
