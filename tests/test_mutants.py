@@ -27,7 +27,7 @@ def test_every_check_has_a_mutant() -> None:
 
 @pytest.mark.parametrize("base", [Open, Noisy])
 def test_what_mutants_are_made_of_is_unbroken(base: type[Open]) -> None:
-    assert {outcome.status for outcome in testing.check_method(base)} == {"passed", "skipped"}
+    assert {outcome.status for outcome in testing.check_method(base)} <= {"passed", "skipped"}
 
 
 def test_the_kernel_that_mutants_are_made_of_is_unbroken() -> None:
