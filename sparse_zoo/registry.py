@@ -156,7 +156,7 @@ def import_file(path: str | Path) -> ModuleType:
     try:
         with importing(f"plug-in {path}"):
             spec.loader.exec_module(module)
-    except BaseException:
+    except BaseException:  # Ctrl-C too: a file imported by half must not be found the next time
         del sys.modules[name]
         raise
     return module
