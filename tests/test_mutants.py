@@ -1,8 +1,12 @@
 """Every check catches the mutants made for it, by what it says and not by a crash; unbroken bases pass."""
 
+from dataclasses import replace
+from typing import Any
+
 import pytest
 
 from sparse_zoo import testing
+from sparse_zoo.testing import kernels, methods
 from sparse_zoo.testing.mutants import MUTANTS, Mutant
 from sparse_zoo.testing.mutants.kernels import Plain
 from sparse_zoo.testing.mutants.moc import Noisy, Open
@@ -32,3 +36,17 @@ def test_what_mutants_are_made_of_is_unbroken(base: type[Open]) -> None:
 
 def test_the_kernel_that_mutants_are_made_of_is_unbroken() -> None:
     assert {outcome.status for outcome in testing.check_kernel(Plain())} == {"passed"}
+
+
+@pytest.mark.parametrize("name", [*testing.checks(), *testing.kernel_checks()])
+def test_an_emptied_check_lets_its_mutants_through(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    every: dict[str, Any] = methods._all if name in methods._all else kernels._all
+    monkeypatch.setitem(every, name, replace(every[name], function=lambda _: None))
+    found = [
+        outcome
+        for mutant in MUTANTS
+        if name in mutant.caught_by
+        for outcome in mutant.outcomes()
+        if outcome.check == name
+    ]
+    assert {outcome.status for outcome in found} == {"passed"}
