@@ -75,9 +75,7 @@ def run(cell: Cell, sweep: str, tracker: Tracker, watch: Watch, *, parent: str |
     except KeyboardInterrupt:
         result.status, result.reason, ended = "missing", f"was interrupted after {result.steps} steps", "KILLED"
         raise
-    except (
-        Exception
-    ) as error:  # a bug in one method must not take the other cells with it; the result keeps the traceback
+    except Exception as error:  # a bug in one method must not end the other cells; the result keeps the traceback
         result.status, result.reason = "failed", f"{type(error).__name__}: {error}"
         result.traceback = traceback.format_exc()
     finally:
