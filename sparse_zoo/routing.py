@@ -2,38 +2,102 @@
 
 from __future__ import annotations
 
+import math
 import warnings
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from sparse_zoo.attention import Call
+from sparse_zoo.draws import BITS, uniform
 from sparse_zoo.errors import refuse
 from sparse_zoo.layout import Layout
 from sparse_zoo.partition import Partition
+from sparse_zoo.remember import remembered
 
 BLOCK_SCORES = 1 << 20
 FEW = 16
 
 
+@dataclass(frozen=True)
+class Drops:
+    """MoC's random changes of a choice in training, the same for all batch items that chose from as many chunks.
+
+    Of a query's n chosen chunks floor(p·n), p uniform in [0, `off`), are taken off, never all; then m more, Poisson of
+    mean `into`, come from the legal chunks that were not chosen, or all of these if they are fewer. The paper's: both
+    rules. Ours: what was taken off does not come back.
+    """
+
+    call: Call
+    off: float
+    into: float
+
+    def most(self, count: int) -> int:
+        """The most chunks that come in, of `count`: fixed by `into` alone, so that shapes do not depend on draws."""
+        return min(len(_poisson_table(self.into, torch.device("cpu"))), count) if self.into else 0
+
+    def __call__(self, chosen: Tensor, legal: Tensor, rows: slice) -> Tensor:
+        """The choice of the queries at `rows`, int64 (B, H, rows, k), -1 last, out of `legal`, bool (rows, C), changed:
+        -1 where one was taken off; then `most(C)` columns of what came in."""
+        changed = chosen
+        if self.off:
+            number = (chosen >= 0).sum(-1, keepdim=True)
+            fewer = (number * (self.off * uniform(self.call, "drop-off: share", 1, rows).double())).floor()
+            order = uniform(self.call, "drop-off: which", chosen.shape[-1], rows).expand(chosen.shape)
+            place = order.masked_fill(chosen < 0, 1.0).argsort(dim=-1, stable=True).argsort(dim=-1)
+            changed = chosen.masked_fill(place < fewer, -1)
+        if self.into:
+            rest = torch.nn.functional.pad(legal, (1, 0)).repeat(*chosen.shape[:2], 1, 1)
+            rest = rest.scatter_(-1, chosen + 1, False)[..., 1:]
+            order = uniform(self.call, "drop-in: which", rest.shape[-1], rows)
+            came = _top((-order).expand(rest.shape).masked_fill(~rest, -torch.inf), self.most(rest.shape[-1]))
+            table = _poisson_table(self.into, chosen.device)
+            more = torch.searchsorted(table, uniform(self.call, "drop-in: number", 1, rows).double(), right=True)
+            late = torch.arange(came.shape[-1], device=came.device) >= more
+            changed = torch.cat([changed, came.masked_fill(late, -1)], dim=-1)
+        return changed
+
+
+@remembered(16)
+def _poisson_table(mean: float, device: torch.device) -> Tensor:
+    """P(m <= 0), P(m <= 1), … of a Poisson number m, float64, up to the last that a draw of `BITS` bits can pass.
+
+    The number for a draw u is how many of these are at most u.
+    """
+    chances: list[float] = []
+    while len(chances) <= mean or chances[-1] >= 2.0**-BITS:
+        m = len(chances)
+        chances.append(math.exp(m * math.log(mean) - mean - math.lgamma(m + 1)))
+    below = torch.tensor(chances, dtype=torch.float64).cumsum(0)
+    return below[below <= 1 - 2.0**-BITS].to(device)
+
+
 @torch.no_grad()
-def top_chunks(q: Tensor, k: Tensor, chunks: Partition, legal: Tensor, kind: Tensor, top_k: int) -> Tensor:
-    """The `top_k` legal chunks c of largest q · mean(K_c), ties to the earlier chunk.
+def top_chunks(
+    q: Tensor, k: Tensor, chunks: Partition, legal: Tensor, kind: Tensor, top_k: int, drops: Drops | None = None
+) -> Tensor:
+    """The `top_k` legal chunks c of largest q · mean(K_c), ties to the earlier chunk, changed by `drops` if given.
 
     q (B, H, Lq, D), k (B, Hk, Lk, D); scores are float32 and unscaled. `legal`, bool (kinds, C), says which chunks a
     kind of query may choose, `kind`, int64 (Lq,), of which kind each query is. Returns int32 (B, H, Lq, min(top_k, C)),
-    best first, -1 where there are fewer.
+    best first, -1 where there are fewer; with `drops` -1 also where one was taken off, and what came in after them.
     """
     batch, heads, length, _ = q.shape
     share = heads // k.shape[1]
     means = chunks.mean(k.float()).repeat_interleave(share, dim=1).transpose(-1, -2)
     top_k = min(top_k, chunks.count)
-    chosen = torch.empty(batch, heads, length, top_k, dtype=torch.int32, device=q.device)
+    width = top_k + (drops.most(chunks.count) if drops else 0)
+    chosen = torch.empty(batch, heads, length, width, dtype=torch.int32, device=q.device)
     rows = max(1, BLOCK_SCORES // max(1, batch * heads * chunks.count))
     for start in range(0, length, rows):
         block = slice(start, start + rows)
         scores = q[:, :, block].float() @ means
         scores.masked_fill_(~legal[kind[block]], -torch.inf)
-        chosen[:, :, block] = _top(scores, top_k).int()
+        best = _top(scores, top_k)
+        if drops:
+            best = drops(best, legal[kind[block]], block)
+        chosen[:, :, block] = best.int()
     return chosen
 
 
