@@ -140,30 +140,6 @@ def test_moga_is_the_slow_moga(windows: tuple[int, int], frames: int | None, fil
     torch.testing.assert_close(attention(q, k, v, film, hidden=hidden).out, want, rtol=0, atol=1e-6)
 
 
-@pytest.mark.parametrize("balance", ["printed", "switch"])
-def test_moga_balance_loss(balance: str, film: Layout) -> None:
-    q, k, v = tensors(film)
-    hidden = torch.randn(2, len(film), DIM, dtype=torch.float64)
-    attention = build("moga", groups=3, balance=balance, alpha=0.7)
-    loss = attention(q, k, v, film, hidden=hidden).losses["balance"]
-    p = router_softmax(attention, hidden)
-    terms = []
-    for b in range(2):
-        for sample in range(len(film.films)):
-            mine = [i for i, t in enumerate(slow.tokens(film)) if t.sample == sample and not t.text]
-            if not mine:
-                continue
-            total = 0.0
-            for g in range(3):
-                taken = [i for i in mine if int(p[b, i].argmax()) == g]
-                summed = sum(float(p[b, i, g]) for i in (taken if balance == "printed" else mine))
-                total += len(taken) / len(mine) * summed / len(mine)
-            terms.append(0.7 * 3 * total)
-    assert float(loss.detach()) == pytest.approx(sum(terms) / len(terms), abs=1e-6)
-    loss.backward()
-    assert attention.get_parameter("router.weight").grad is not None
-
-
 def test_moga_gate_learns_and_alpha_zero_has_no_loss() -> None:
     film = Layout.film([Shot(2, 3, 3)])
     q, k, v = tensors(film)
