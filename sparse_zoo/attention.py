@@ -238,18 +238,18 @@ class Attention(nn.Module):
         out: Tensor | None = None
         plans, used = [], []
         for branch in self.branches(call):
+            weight: Tensor | float = 1.0
             if isinstance(branch, Term):
                 value = branch.value
             else:
                 plan = self._text_reads_text(branch, call) if self.text_reads == "text" else branch.plan
                 q, k, v = (getattr(branch, x) if getattr(branch, x) is not None else getattr(call, x) for x in "qkv")
-                attended = attend(q, k, v, plan, kernel=self.kernel)
-                value = attended.out if branch.rows is None else attended.out[:, :, branch.rows]
-                if not (isinstance(branch.weight, float | int) and branch.weight == 1):
-                    value = branch.weight * value
+                value, _, kernel = attend(q, k, v, plan, kernel=self.kernel)
+                value = value if branch.rows is None else value[:, :, branch.rows]
+                weight = branch.weight
                 plans.append(plan)
-                used.append(attended.kernel)
-            out = value if out is None else out + value
+                used.append(kernel)
+            out = _plus(out, value, weight)
         if out is None:
             raise ZooError(f"{type(self).__name__}.branches gave nothing to attend with")
         kernel = ",".join(dict.fromkeys(used))
@@ -265,6 +265,15 @@ class Attention(nn.Module):
             is_text, among = is_text[call.q_rows], among.narrow(call.q_rows)
         # Their queries are apart, so the parts cannot share a pair.
         return Plan(*branch.plan.keep(~is_text).parts, *among.parts)
+
+
+def _plus(out: Tensor | None, value: Tensor, weight: Tensor | float) -> Tensor:
+    """out + weight · value, the product never held beside the sum."""
+    if isinstance(weight, Tensor):
+        return weight * value if out is None else torch.addcmul(out, weight, value)
+    if out is None:
+        return value if weight == 1 else weight * value
+    return torch.add(out, value, alpha=weight)
 
 
 @remembered(32)

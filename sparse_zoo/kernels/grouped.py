@@ -74,17 +74,13 @@ class _Union(torch.autograd.Function):
         at = Rows(heads, k.shape[1], length, k.shape[2])
         flat = [x.detach().reshape(-1, dim) for x in (q, k, v)]
         lists = rectangles(plan, batch, heads)
-        out = torch.empty_like(flat[0])
-        lse = q.new_empty(len(out), dtype=torch.promote_types(q.dtype, torch.float32))
+        total = _Softmax(len(flat[0]), dim, q)
         for low, high in slabs(lists, batch * heads, SLAB_BYTES // (dim * q.element_size())):
-            parts = [
-                partial
-                for rects in lists
-                if len(some := rects.of_groups(low, high))
-                for partial in engine.forward(some, at, flat[0], flat[1], flat[2], scale)
-            ]
-            rows = slice(low * length, high * length)
-            _merge_into(out[rows], lse[rows], parts, low * length)
+            for rects in lists:
+                if len(some := rects.of_groups(low, high)):
+                    for partial in engine.forward(some, at, flat[0], flat[1], flat[2], scale):
+                        total.add(*partial)
+        out, lse = total.result(q.dtype)
         ctx.save_for_backward(*flat, out, lse)
         ctx.plan, ctx.engine, ctx.scale, ctx.shapes, ctx.at = plan, engine, scale, (q.shape, k.shape), at
         lse = lse.view(q.shape[:3])
@@ -109,29 +105,40 @@ class _Union(torch.autograd.Function):
         return dq.to(dtype).view(q_shape), dk.to(dtype).view(k_shape), dv.to(dtype).view(k_shape), None, None, None
 
 
-def _merge_into(out: Tensor, lse: Tensor, parts: list[tuple[Tensor, Tensor, Tensor]], first: int) -> None:
-    """Fill out (n, D) and lse (n,) from partials of rows first … first + n - 1; without any, 0 and -inf."""
-    if not parts:
-        out.zero_()
-        lse.fill_(-torch.inf)
-        return
-    rows, partial, part_lse = (torch.cat(list(x)) if len(parts) > 1 else x[0] for x in zip(*parts, strict=True))
-    rows = rows.long() - first
-    part_lse = part_lse.to(lse.dtype)
-    top = torch.full_like(lse, -torch.inf).scatter_reduce_(0, rows, part_lse, "amax")
-    base = top.masked_fill(top == -torch.inf, 0)
-    weight = (part_lse - base[rows]).exp()
-    total = torch.zeros_like(lse).scatter_add_(0, rows, weight)
-    torch.add(base, total.log(), out=lse)
-    weight = weight / total[rows]
-    order = rows.argsort(stable=True)
-    offsets = torch.nn.functional.pad(torch.bincount(rows, minlength=len(out)).cumsum(0), (1, 0))
-    # A bag sums the weighted partials of one row: gather, scale and add in one pass.
-    out.copy_(
-        torch.embedding_bag(
-            partial.to(lse.dtype), order, offsets, mode=0, per_sample_weights=weight[order], include_last_offset=True
-        )[0]
-    )
+class _Softmax:
+    """The running softmax of n rows, to which partial results are added in any order, in float32 or wider.
+
+    Sums are kept relative to a base for each row, which is moved only when a partial's lse passes it by `RISE`: what
+    is summed stays in range, and the sums are seldom scaled again.
+    """
+
+    RISE = 20.0
+
+    def __init__(self, n: int, dim: int, like: Tensor) -> None:
+        wide = torch.promote_types(like.dtype, torch.float32)
+        self.sum = like.new_zeros(n, dim, dtype=wide)
+        self.weight = like.new_zeros(n, dtype=wide)
+        self.base = torch.full_like(self.weight, -torch.inf)
+
+    def add(self, rows: Tensor, out: Tensor, lse: Tensor) -> None:
+        """Partial outputs (m, D), which may be overwritten, and lse (m,), -inf for what means nothing, of rows (m,)."""
+        rows, out, lse = rows.long(), out.to(self.sum.dtype), lse.to(self.weight.dtype)
+        top = self.base.scatter_reduce(0, rows, lse, "amax")
+        risen = ((top > self.base + self.RISE) & (self.base > -torch.inf)).nonzero()[:, 0]
+        if len(risen):
+            scale = (self.base[risen] - top[risen]).exp()
+            self.sum[risen] *= scale[:, None]
+            self.weight[risen] *= scale
+        self.base = torch.where(top > self.base + self.RISE, top, self.base)
+        weight = (lse - self.base[rows].clamp(min=torch.finfo(lse.dtype).min)).exp()
+        self.sum.index_add_(0, rows, out.mul_(weight[:, None]))
+        self.weight.index_add_(0, rows, weight)
+
+    def result(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """out (n, D) and lse (n,); rows that nothing was added to have 0 and -inf."""
+        lse = self.base + self.weight.log()
+        self.sum /= self.weight.masked_fill(self.weight == 0, 1)[:, None]
+        return self.sum.to(dtype), lse
 
 
 class Cpu(Grouped):
