@@ -287,7 +287,7 @@ class _Run:
         memories: list[dict[Any, Any]],
         pasts: Sequence[Past | None],
     ) -> Tensor:
-        made = []
+        made: list[Tensor] = []
         for text, memory, past in zip(texts, memories, pasts, strict=True):
             out = self.model(self.cast(x), text, time, layout, step=self.step, seed=self.seed, memory=memory, past=past)
             made.append(out.velocity.to(x))
