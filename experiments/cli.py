@@ -188,6 +188,8 @@ def sample(
     if as_json:
         print(json.dumps(asdict(sampled)))
         return
+    for note in sampled.notes:
+        errors.print(_escape(note), soft_wrap=True)
     console.print(_drawn(sampled))
     for name, value in sampled.metrics.items():
         console.print(f"{name} {number(value)}")

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
 import pickle
 import time
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import datetime
@@ -34,7 +36,8 @@ class Sampled:
     """What was drawn, ready for JSON.
 
     `films`: {"name", "shots", "given", "strip" (a path), "taken"} each; "taken" maps each shot that was drawn to the
-    earlier ones it was drawn beside, and is None where all were drawn at once. `metrics` are those of the datamodule.
+    earlier ones it was drawn beside, and is None where all were drawn at once. `metrics` are those of the datamodule,
+    `notes` what was warned of.
     """
 
     checkpoint: str
@@ -44,6 +47,7 @@ class Sampled:
     data: dict[str, Any]
     films: list[dict[str, Any]]
     metrics: dict[str, float | None]
+    notes: list[str]
     seconds: float
 
 
@@ -96,6 +100,7 @@ class Drawing:
         self.batches = _first(data.val_dataloader(), films)
         every = all(bool(self._known(batch).all()) for batch in self.batches)
         refuse("zoo sample", [f"with {given} shots given there is nothing left to draw"] if every else [])
+        logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)  # it would tell of GPUs and products
         self.trainer = pl.Trainer(
             accelerator=config["trainer"].get("accelerator", "auto"),
             devices=1,
@@ -123,13 +128,16 @@ class Drawing:
         module, metrics = self.module.to(device), self.metrics.to(device)
         precision.convert_module(module)  # in place
         films: list[dict[str, Any]] = []
+        caught: list[warnings.WarningMessage] = []
         for number, cpu in enumerate(self.batches):
             batch, known = move_data_to_device(cpu, device), self._known(cpu)
-            with precision.forward_context():
+            with precision.forward_context(), warnings.catch_warnings(record=True) as new:
+                warnings.simplefilter("always")
                 guess = module.flow.denoise(module.model, batch, SampleFilms.GUESS_FROM, step=self.step, seed=number)
                 drawn = self.euler.draw(
                     module.model, module.flow, batch, seed=number, known=known, step=self.step, told=told
                 )
+            caught += new
             metrics.update(drawn.clips, batch)
             rows = (batch["clips"], guess, drawn.clips)
             for item in range(len(batch["text"])):
@@ -153,6 +161,7 @@ class Drawing:
             self.settings,
             films,
             {name: value if math.isfinite(value) else None for name, value in found.items()},
+            list(dict.fromkeys(str(warning.message) for warning in caught)),
             time.perf_counter() - start,
         )
         write_json(folder / "sample.json", asdict(sampled))
