@@ -152,7 +152,7 @@ def _train(config: Config, folder: Path, result: Result, logger: Any, watch: Wat
     data.setup("fit")
     result.data = data.summary()
     shape = {"channels": data.channels, "patch": list(data.patch), "vocabulary": data.vocabulary}
-    sampling = {key: value for key, value in config["sampling"].items() if key in ("steps", "guidance")}
+    sampling = {key: value for key, value in config["sampling"].items() if key != "every"}
     module = LitVideoDiT(
         {**config["model"], **shape, "attention": config["attention"]},
         config["flow"],

@@ -2,14 +2,16 @@
 
 from lit_modules.callbacks import EMA, AttentionCost, SampleFilms, StepTimer, film_strip
 from lit_modules.dit import DiTOutput, VideoDiT
-from lit_modules.flow import Euler, FlowLoss, RectifiedFlow
+from lit_modules.flow import FlowLoss, RectifiedFlow
 from lit_modules.metrics import LossByTime
 from lit_modules.module import LitVideoDiT, NonFiniteLoss, Optim
+from lit_modules.sampling import Drawn, Euler
 
 __all__ = [
     "EMA",
     "AttentionCost",
     "DiTOutput",
+    "Drawn",
     "Euler",
     "FlowLoss",
     "LitVideoDiT",
