@@ -5,6 +5,7 @@ from lit_modules.dit import DiTOutput, VideoDiT
 from lit_modules.flow import Euler, FlowLoss, RectifiedFlow
 from lit_modules.metrics import LossByTime
 from lit_modules.module import LitVideoDiT, NonFiniteLoss, Optim
+from lit_modules.routing_watch import RoutingWatch
 
 __all__ = [
     "EMA",
@@ -17,6 +18,7 @@ __all__ = [
     "NonFiniteLoss",
     "Optim",
     "RectifiedFlow",
+    "RoutingWatch",
     "SampleFilms",
     "StepTimer",
     "VideoDiT",
