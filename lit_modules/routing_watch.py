@@ -5,10 +5,9 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Mapping, Sequence
-from itertools import pairwise
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
@@ -26,22 +25,24 @@ from sparse_zoo.errors import refuse
 if TYPE_CHECKING:
     from lit_modules.module import LitVideoDiT
 
-TIMES = (0.25, 0.5, 0.75)
-MIDDLE = 1  # the noise time that is diagnosed; the others are there for churn
+T = TypeVar("T")
+
+TIMES = (0.5, 0.9)  # the first is diagnosed; the second, close to noise, is there for churn: each costs a forward pass
 
 
 class RoutingWatch(Callback):
     """Diagnoses every layer's routing after the first optimizer step and then every `every` steps.
 
-    The probe is the first item of the first training batch that this callback sees, with noise of its own, the same
-    always, at the noise times `TIMES`; the model is in eval mode, with the weights that are being trained, not their
-    average. Nothing is changed by it, neither weights nor random state. Only the first process of several probes.
+    The probe is the first item of the batch that made the first step this callback sees, with noise of its own, the
+    same always, at two noise times, 0.5 and 0.9; the model is in eval mode, with the weights that are being trained,
+    not their average. Nothing is changed by it, neither weights nor random state. Of several processes only the first
+    probes.
 
-    Logs the figures of `sparse_zoo.diagnostics` at the middle time, averaged over heads: `diagnostics/<figure>`, the
-    mean over layers, and `diagnostics/<figure>/layer_<i>`; of the routed branches where a layer has any, else of all.
-    Besides them `churn_steps`, the share of picks that changed since the last probe, `churn_times`, from one time to
-    the next, and `share_of_time`: what all this took so far ÷ what the training batches took.
-    `<folder>/diagnostics.jsonl` gets a line a probe, with every figure by head, loads, picks by shot, and loops.
+    Logs the figures of `sparse_zoo.diagnostics` at time 0.5, averaged over heads: `diagnostics/<figure>`, the mean over
+    layers, and `diagnostics/<figure>/layer_<i>`; of the routed branches where a layer has any, else of all. Besides
+    them `churn_steps`, the share of picks that changed since the last probe; `churn_times`, from time 0.5 to 0.9; and
+    `share_of_time`, what all this took so far ÷ what the training batches took. `<folder>/diagnostics.jsonl` gets a
+    line a probe, with every figure by head, loads, picks by shot, and loops.
     """
 
     def __init__(self, folder: str | Path, *, every: int = 40) -> None:
@@ -79,10 +80,10 @@ class RoutingWatch(Callback):
         with torch.no_grad(), trainer.precision_plugin.forward_context():
             by_layer = self._probe(cast("LitVideoDiT", pl_module), trainer.fit_loop.total_batch_idx)
         self._figures = _means(by_layer)
+        self._write(by_layer)
         logged = {f"diagnostics/{name}": value for name, value in self._figures.items()}
         for i, figures in enumerate(by_layer):
-            logged |= {f"diagnostics/{name}/layer_{i}": value for name, value in _means([figures]).items()}
-        self._write(by_layer)
+            logged |= {f"diagnostics/{name}/layer_{i}": value for name, value in figures.items()}
         logged["diagnostics/share_of_time"] = (self._own + time.perf_counter() - ended) / self._training
         for logger in trainer.loggers:
             logger.log_metrics(logged, step=step)
@@ -98,53 +99,54 @@ class RoutingWatch(Callback):
 
     def _probe(self, trained: LitVideoDiT, step: int) -> list[dict[str, float]]:
         """Figures by name of each layer."""
-        by_time = [_forward(trained, self._batch, at, step) for at in TIMES]
-        self.layers = [diagnose(call, result.plans) for call, result in by_time[MIDDLE]]
-        plans = [[result.plans for _, result in layers] for layers in by_time]
-        found = []
+        layers = _forward(trained, self._batch, TIMES[0], step, lambda call, plans: (plans, diagnose(call, plans)))
+        noisy = _forward(trained, self._batch, TIMES[1], step, lambda _, plans: plans)
+        plans, self.layers = [plans for plans, _ in layers], [found for _, found in layers]
+        by_layer = []
         for i, layer in enumerate(self.layers):
-            routed = [diagnosis for diagnosis in layer if diagnosis.routing]
-            figures = _means([diagnosis.scalars() for diagnosis in routed or layer])
-            figures["churn_times"] = _mean([_churn(a[i], b[i]) for a, b in pairwise(plans)])
+            routed = [found for found in layer if found.routing]
+            figures = _means([found.scalars() for found in routed or layer])
+            figures["churn_times"] = _churn(plans[i], noisy[i])
             if self._plans:
-                figures["churn_steps"] = _churn(self._plans[i], plans[MIDDLE][i])
-            found.append(figures)
-        self._plans = plans[MIDDLE]
-        return found
+                figures["churn_steps"] = _churn(self._plans[i], plans[i])
+            by_layer.append(_means([figures]))
+        self._plans = plans
+        return by_layer
 
     def _write(self, by_layer: Sequence[Mapping[str, float]]) -> None:
-        changes = [{name: layer[name] for name in layer if name.startswith("churn")} for layer in by_layer]
-        line = {
-            "step": self._step,
-            "layers": [
-                _means([change]) | {"branches": [diagnosis.to_json() for diagnosis in layer]}
-                for change, layer in zip(changes, self.layers, strict=True)
-            ],
-        }
+        layers = [
+            {"means": figures, "branches": [found.to_json() for found in layer]}
+            for figures, layer in zip(by_layer, self.layers, strict=True)
+        ]
+        self.path.parent.mkdir(parents=True, exist_ok=True)
         with self.path.open("a") as file:
-            file.write(json.dumps(line) + "\n")
+            file.write(json.dumps({"step": self._step, "layers": layers}) + "\n")
 
 
-def _forward(trained: LitVideoDiT, batch: Mapping[str, Any], at: float, step: int) -> list[tuple[zoo.Call, zoo.Result]]:
-    """What each layer's attention was called with and gave, on a batch with noise of time `at`."""
-    seen: list[tuple[zoo.Call, zoo.Result]] = []
+def _forward(
+    trained: LitVideoDiT,
+    batch: Mapping[str, Any],
+    at: float,
+    step: int,
+    look: Callable[[zoo.Call, list[zoo.Plan]], T],
+) -> list[T]:
+    """What `look` makes of each layer's attention, on a batch with noise of time `at`."""
+    seen: list[T] = []
 
+    # At once, layer by layer: the calls of all layers need not fit into memory together.
     def see(module: nn.Module, given: tuple[Any, ...], context: dict[str, Any], result: zoo.Result) -> None:  # noqa: ARG001
-        seen.append((zoo.Call(*given, **context), result))
+        seen.append(look(zoo.Call(*given, **context), result.plans))
 
     model, text = trained.model, batch["text"]
     layout = batch["layout"].to(text.device)
-    noise_time = torch.full((len(text), len(stream(layout).film_of_shot)), at, device=text.device)
-    hooks = [
-        module.register_forward_hook(see, with_kwargs=True)
-        for module in model.modules()
-        if isinstance(module, zoo.Attention)
-    ]
+    noise = torch.full((len(text), len(stream(layout).film_of_shot)), at, device=text.device)
+    attentions = [module for module in model.modules() if isinstance(module, zoo.Attention)]
+    hooks = [attention.register_forward_hook(see, with_kwargs=True) for attention in attentions]
+    draws = generator("routing", trained.seed)
     was_training = model.training
     model.eval()
     try:
-        draws = generator("routing probe", trained.seed)
-        trained.flow.loss(model, batch["clips"], text, noise_time, layout, draws, step=step, seed=trained.seed)
+        trained.flow.loss(model, batch["clips"], text, noise, layout, draws, step=step, seed=trained.seed)
     finally:
         model.train(was_training)
         for hook in hooks:
