@@ -191,7 +191,7 @@ def _train(config: Config, folder: Path, result: Result, logger: Any, watch: Wat
             if key.startswith("val/") and not key.startswith("val/loss")
         }
         result.diagnostics = routing.summary()
-        result.pictures = pictures.of_results(cost.results, folder)
+        result.pictures = pictures.of_results(cost.results, folder) + pictures.of_routing(routing.layers, folder)
         last = max((path.name.rpartition("_film_")[0] for path in films.paths), default="")
         result.strips = [path.name for path in films.paths if path.name.rpartition("_film_")[0] == last]
 
