@@ -81,12 +81,17 @@ class Map:
         for i, plan in enumerate(maps):
             _draw_map(axes[i], plan, self._title(i))
         for i, counts in enumerate(routed):
-            _draw_shots(axes[len(maps) + 2 * i], counts, "picks by shot")
+            matrix, circles = axes[len(maps) + 2 * i], loops(counts)
+            _draw_shots(matrix, counts)
+            matrix.set_title("picks by shot", fontsize=9, loc="left")
+            told = f"loops: {', '.join(map(loop_text, circles)) or 'none'}"
+            matrix.set_title(told, fontsize=9, loc="right", color=_rgb(LOOP) if circles else QUIET)
             _draw_arcs(axes[len(maps) + 2 * i + 1], counts)
         for i, labels in enumerate(groups):
             _draw_groups(figure.add_subplot(grid[rows + i, :]), labels)
-        settings = "".join(f" {key}={json.dumps(value)}".replace('"', "") for key, value in self.settings.items())
-        figure.suptitle(f"{self.method}{settings}", x=0.012, ha="left", fontsize=12, fontweight="bold")
+        plain = (f"{key}={json.dumps(x, separators=(',', ':'))}" for key, x in self.settings.items())
+        title = textwrap.wrap(" ".join([self.method, *plain]).replace('"', ""), 40 * columns)
+        figure.suptitle("\n".join(title), x=0.012, ha="left", fontsize=12, fontweight="bold")
         told = "\n".join(textwrap.wrap(SIMULATED, 68 * columns))
         figure.supxlabel(told, x=0.012, ha="left", fontsize=8, color=QUIET)
         return _write(figure, path)
@@ -136,15 +141,18 @@ def of_results(results: Sequence[zoo.Result], folder: Path) -> list[dict[str, st
 
 
 def of_routing(layers: Sequence[Sequence[Diagnosis]], folder: Path) -> list[dict[str, str]]:
-    """Write who routed to which shot, first batch item, all heads, a layer's routed branches each."""
+    """Write who routed to which shot, first batch item, all heads, of every layer's routed branches."""
     written = []
     for layer, found in enumerate(layers):
         for one in found:
             if one.routing is not None:
-                figure = _figure(4, 4.2)
-                _draw_shots(figure.add_subplot(), _picks(one.routing), f"layer {layer + 1}")
+                counts = _picks(one.routing)
+                figure = _figure(2.6, 2.6)
+                _draw_shots(figure.add_subplot(), counts, numbers=False)  # the report shows it small
                 path = _write(figure, folder / f"shots-{layer + 1}-{one.branch + 1}.png")
-                written.append({"file": path.name, "label": f"layer {layer + 1}, picks by shot"})
+                told = ", ".join(map(loop_text, loops(counts)))
+                label = f"layer {layer + 1}, picks by shot" + (f", loops {told}" if told else "")
+                written.append({"file": path.name, "label": label})
     return written
 
 
@@ -178,7 +186,7 @@ def _figure(width: float, height: float) -> Any:
 
 def _write(figure: Any, path: Path) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=110)
+    figure.savefig(path, dpi=120)
     return path
 
 
@@ -191,7 +199,7 @@ def _draw_map(axis: Any, plan: zoo.Plan, title: str) -> None:
     axis.spines[:].set_visible(False)
 
 
-def _draw_shots(axis: Any, counts: Tensor, title: str) -> None:
+def _draw_shots(axis: Any, counts: Tensor, *, numbers: bool = True) -> None:
     """A matrix (S, S): rows choose, columns are chosen; colour is the share of the row, red frames are loops."""
     from matplotlib.colors import LinearSegmentedColormap
     from matplotlib.patches import Rectangle
@@ -204,12 +212,11 @@ def _draw_shots(axis: Any, counts: Tensor, title: str) -> None:
         if not counts[a, a]:  # no piece of the own shot can be picked where the shot is attended anyhow
             own = Rectangle((a - 0.5, a - 0.5), 1, 1, fc=_rgb(PAPER), ec=_rgb(HATCH), lw=0, hatch="/////")
             axis.add_patch(own)
-        for b in range(size if size <= NUMBERS else 0):
+        for b in range(size if numbers and size <= NUMBERS else 0):
             if round(float(counts[a, b])):
                 colour = "white" if share[a, b] > 0.3 else _rgb(INK)
                 axis.text(b, a, f"{counts[a, b]:.0f}", ha="center", va="center", fontsize=6.5, color=colour)
-    circles = loops(counts)
-    for loop in circles:
+    for loop in loops(counts):
         for a, b in zip(loop, [*loop[1:], loop[0]], strict=True):
             axis.add_patch(Rectangle((b - 0.5, a - 0.5), 1, 1, fill=False, ec=_rgb(LOOP), lw=2, zorder=3))
     ticks = range(0, size, math.ceil(size / NUMBERS))
@@ -218,9 +225,6 @@ def _draw_shots(axis: Any, counts: Tensor, title: str) -> None:
     axis.tick_params(length=0)
     axis.set_xlabel("shot that is chosen (darker: more of its row)", fontsize=8)
     axis.set_ylabel("shot that chooses", fontsize=8)
-    axis.set_title(title, fontsize=9, loc="left")
-    told = "loops: " + (", ".join(map(loop_text, circles)) or "none")
-    axis.set_title(told, fontsize=9, loc="right", color=_rgb(LOOP) if circles else QUIET)
     axis.spines[:].set_color(_rgb(BLANK))
 
 
