@@ -83,7 +83,7 @@ class Map:
         for i, counts in enumerate(routed):
             matrix, circles = axes[len(maps) + 2 * i], loops(counts)
             _draw_shots(matrix, counts)
-            matrix.set_title("picks by shot", fontsize=9, loc="left")
+            matrix.set_title("picks by shot (darker: more of a row)", fontsize=9, loc="left")
             told = f"loops: {', '.join(map(loop_text, circles)) or 'none'}"
             matrix.set_title(told, fontsize=9, loc="right", color=_rgb(LOOP) if circles else QUIET)
             _draw_arcs(axes[len(maps) + 2 * i + 1], counts)
@@ -223,7 +223,7 @@ def _draw_shots(axis: Any, counts: Tensor, *, numbers: bool = True) -> None:
     axis.set_xticks(ticks, labels=map(str, ticks), fontsize=7)
     axis.set_yticks(ticks, labels=map(str, ticks), fontsize=7)
     axis.tick_params(length=0)
-    axis.set_xlabel("shot that is chosen (darker: more of its row)", fontsize=8)
+    axis.set_xlabel("shot that is chosen", fontsize=8)
     axis.set_ylabel("shot that chooses", fontsize=8)
     axis.spines[:].set_color(_rgb(BLANK))
 

@@ -1,10 +1,13 @@
 """What routing did, against plain Python that counts token by token."""
 
 import math
+import re
 from itertools import permutations
+from pathlib import Path
 
 import pytest
 import torch
+from matplotlib import image
 
 import sparse_zoo as zoo
 from sparse_zoo import Call, Layout, Partition, Plan, Shot, ZooError, diagnostics
@@ -375,3 +378,22 @@ def test_loops_of_heads() -> None:
         assert found.routing.loops() == want
         assert found.scalars()["loops"] == len(want[0][0])
         assert found.to_json()["loops_of_shots"] == want
+
+
+# -- the page --------------------------------------------------------------------------------------------------------
+
+
+def test_the_examples_of_the_page_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    docs = Path(__file__).parent.parent / "docs"
+    page = (docs / "diagnostics.md").read_text()
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, object] = {}
+    for block in re.findall(r"```python\n(.*?)```", page, flags=re.S):
+        exec(block, names)
+    (found,) = names["diagnose"](names["call"], names["plans"])  # type: ignore[operator]
+    told = set(re.findall(r"`(\w+)`", "".join(re.findall(r"^\| (`.*?) \|", page, flags=re.M))))
+    assert told - {"churn_steps", "churn_times"} == found.by_head().keys()
+    # The picture that the README shows is the one that the page draws.
+    assert (image.imread("moc.png") == image.imread(docs / "pictures" / "moc.png")).all()
+    for link in re.findall(r"\]\(([^)]+)\)", page):
+        assert (docs / link).is_file(), link
