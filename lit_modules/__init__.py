@@ -5,6 +5,7 @@ from lit_modules.dit import DiTOutput, VideoDiT
 from lit_modules.flow import FlowLoss, RectifiedFlow
 from lit_modules.metrics import LossByTime
 from lit_modules.module import LitVideoDiT, NonFiniteLoss, Optim
+from lit_modules.routing_watch import RoutingWatch
 from lit_modules.sampling import Drawn, Euler
 
 __all__ = [
@@ -19,6 +20,7 @@ __all__ = [
     "NonFiniteLoss",
     "Optim",
     "RectifiedFlow",
+    "RoutingWatch",
     "SampleFilms",
     "StepTimer",
     "VideoDiT",

@@ -117,14 +117,14 @@ class StepTimer(Callback):
 
     @override
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        _synchronize(pl_module.device)
+        synchronize(pl_module.device)
         self._start = time.perf_counter()
 
     @override
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        _synchronize(pl_module.device)
+        synchronize(pl_module.device)
         self.seconds.append(time.perf_counter() - self._start)
 
     def summary(self) -> dict[str, Any]:
@@ -138,7 +138,7 @@ class StepTimer(Callback):
         }
 
 
-def _synchronize(device: torch.device) -> None:
+def synchronize(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
