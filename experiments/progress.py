@@ -56,10 +56,10 @@ class Bar:
 
 
 @contextmanager
-def checking(console: Console, total: int) -> Iterator[Callable[[str], None]]:
-    """One line that moves on with each check; call what this gives with a note."""
+def checking(console: Console, total: int, what: str = "checks") -> Iterator[Callable[[str], None]]:
+    """One line that moves on with each check, or `what` it counts; call what this gives with a note."""
     columns = (
-        TextColumn("checks"),
+        TextColumn(what),
         BarColumn(),
         MofNCompleteColumn(),
         TimeElapsedColumn(),

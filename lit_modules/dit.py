@@ -204,7 +204,7 @@ class VideoDiT(nn.Module):
         captions = None
         if not joint and len(table.text):
             rotation = _rotation(table.positions[table.text], self.head_dim)
-            captions = Captions(words, rotation, _own_captions(layout, inner, table))
+            captions = Captions(words, rotation, own_captions(layout, inner, table))
         context = Context(
             layout=inner,
             row_of=seen.row_of,
@@ -406,7 +406,7 @@ def _with_film_means(shots: Tensor, table: Stream) -> Tensor:
     return torch.cat([shots, total / table.shots_of_film.clamp(min=1)[:, None]], dim=1)
 
 
-def _own_captions(layout: zoo.Layout, video: zoo.Layout, table: Stream) -> zoo.Plan:
+def own_captions(layout: zoo.Layout, video: zoo.Layout, table: Stream) -> zoo.Plan:
     """Video tokens × text tokens: each shot reads its own caption and its film's global caption."""
     shots = video.partition("shot")
     captions = layout.partition("shot", where=layout.is_text)

@@ -242,7 +242,7 @@ class Attention(nn.Module):
             if isinstance(branch, Term):
                 value = branch.value
             else:
-                plan = self._text_reads_text(branch, call) if self.text_reads == "text" else branch.plan
+                plan = self.attended(branch, call)
                 q, k, v = (getattr(branch, x) if getattr(branch, x) is not None else getattr(call, x) for x in "qkv")
                 value, _, kernel = attend(q, k, v, plan, kernel=self.kernel)
                 value = value if branch.rows is None else value[:, :, branch.rows]
@@ -257,7 +257,10 @@ class Attention(nn.Module):
             out.to(call.q.dtype), plans, self.losses(call), kernel, call.layout, call.q_rows, self.routing_flops(call)
         )
 
-    def _text_reads_text(self, branch: Branch, call: Call) -> Plan:
+    def attended(self, branch: Branch, call: Call) -> Plan:
+        """The plan that runs for a branch: its own, unless `text_reads` says otherwise for text queries."""
+        if self.text_reads == "method":
+            return branch.plan
         if branch.rows is not None:
             raise ZooError(f"{type(self).__name__}: text_reads='text' has no meaning for a branch with pooled queries")
         is_text, among = call.layout.is_text, _text_among_itself(call.layout, self.causality == "strict")
