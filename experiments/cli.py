@@ -10,7 +10,6 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-import click
 import typer
 from rich.console import Console
 from rich.table import Table
@@ -316,9 +315,10 @@ def cost(
         from sparse_zoo.errors import unknown
 
         given = [
-            parameter.human_readable_name.lower()
+            parameter.opts[0]
             for parameter in ctx.command.params
-            if ctx.get_parameter_source(parameter.name or "") is click.core.ParameterSource.COMMANDLINE
+            if (source := ctx.get_parameter_source(parameter.name or "")) is not None
+            and source.name == "COMMANDLINE"
             and parameter.name not in ("paper", "as_json")
         ]
         refuse(

@@ -129,7 +129,9 @@ class Comparison:
         section("attention of one layer")
         row("  pairs", dense.attention.cost.pairs, ours.attention.cost.pairs)
         table.add_row("  density", *(f"{100 * bill.attention.cost.density:.2f} %" for bill in (dense, ours)), "")
-        row(f"  pairs that kernel {self.kernel} multiplies", dense.attention.executed or 0, ours.attention.executed or 0)
+        row(
+            f"  pairs that kernel {self.kernel} multiplies", dense.attention.executed or 0, ours.attention.executed or 0
+        )
         row("  q, k, v, out", dense.tensor_bytes, ours.tensor_bytes, "B")
         table.add_row("  index tables of the plan", *(si(bill.attention.plan_bytes, "B") for bill in (dense, ours)), "")
         for name, which in (("forward", "forward"), ("forward and backward", "both")):
@@ -188,7 +190,15 @@ def compare(
         )
 
     return Comparison(
-        method, settings, films, shape, batch, kernel, len(inner(shape, layout)), bill("dense", {}), bill(method, settings)
+        method,
+        settings,
+        films,
+        shape,
+        batch,
+        kernel,
+        len(inner(shape, layout)),
+        bill("dense", {}),
+        bill(method, settings),
     )
 
 

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
-from functools import lru_cache
+from dataclasses import asdict, dataclass, replace
+from functools import cache
 from typing import Any, Literal
 
 import torch
@@ -17,14 +17,16 @@ from rich.console import Console
 from rich.table import Table
 
 import sparse_zoo as zoo
+from sparse_zoo.methods.moga import MoGA
 from sparse_zoo.simulate import shape_only
 
 TOLERANCE = 0.02
 RULE = (
-    f"The rule: a row agrees where |ours - theirs| / theirs, of the printed figure, is at most {TOLERANCE:.0%} by the plain "
-    "definition (where at least so much is printed, only what lacks counts). Failing that, the readings of the paper are "
-    "tried in the order given below; one is admitted to a table's quantity only if it fits at least half of its rows, "
-    "and a row agrees under the first admitted reading that fits it. All else does not follow."
+    f"The rule: a row agrees where |ours - theirs| / theirs, of the printed figure, is at most {TOLERANCE:.0%} by the "
+    "plain definition (of a printed lower bound, only what lacks counts). Failing that, the readings are tried in the "
+    "order listed: one is admitted to a table's quantity if it fits at least half of the rows that it bears on, and a "
+    "row agrees under the first admitted reading that fits it. All else does not follow. The readings were found by "
+    "looking for what fits: they show how a figure may have been counted, not how it was."
 )
 Quantity = Literal["sparsity", "FLOPs", "FLOPs by the printed formula", "dense ÷ sparse FLOPs", "PFLOPs", "tokens"]
 Verdict = Literal["agrees", "agrees under a reading", "does not follow"]
@@ -73,6 +75,7 @@ class Reading:
     """Another way to count, for every figure of a paper: its value, or None where it says nothing."""
 
     name: str
+    about: str
     value: Callable[[Figure], float | None]
 
 
@@ -102,7 +105,7 @@ class Count:
         return self.pairs / self.dense
 
 
-@lru_cache(maxsize=None)
+@cache
 @torch.no_grad()
 def count(case: Case) -> Count:
     """Build the case's plans on random values and count them.
@@ -120,7 +123,7 @@ def count(case: Case) -> Count:
         chunks = layout.chunks(settings["chunk"], tokens=settings.get("chunk_tokens"))
         short = chunks.sizes[0, 0] < chunks.sizes.max()
         q[..., 0], k[..., 0] = 1, torch.where(short[chunks.piece_of[0, 0]], -100.0, 0.0)
-    if case.method == "moga":
+    if isinstance(attention, MoGA):
         attention.router.weight.copy_(torch.eye(dim))
         attention.router.bias.zero_()
         features = attention.features(torch.randn(1, len(layout), dim, generator=draws))
@@ -232,7 +235,7 @@ def _with_captions(case: Case) -> Case | None:
 
 
 def _printed_chunks(case: Case) -> Case | None:
-    if case.layout != MULTI or case.method == "dense":
+    if case.layout != MULTI or case.method == "dense" or case == EXAMPLE:
         return None
     return case.but(top_k=5, chunk_tokens=len(MULTI) // PRINTED_CHUNKS, anchors=(), causal=None)
 
@@ -249,21 +252,26 @@ MOC = Paper(
     "moc",
     "Mixture of Contexts, arXiv 2508.21058",
     (
-        "Multi-shot: 8 shots of 25 latent frames of 30 × 30 tokens, 180,000 in all (the paper: about 180k, 22k a shot).",
+        "Multi-shot: 8 shots of 25 latent frames of 30 × 30 tokens, 180,000 in all (printed: about 180k, 22k a shot).",
         "Single-shot: 7 latent frames of 30 × 30, 6,300 tokens (about 6.3k). Wan: 21 frames of 30 × 52 = 1,560.",
         "Text is not in the count (its length is not printed).",
-        "Final multi-shot setting: chunk 1280, k 5, anchors text and own shot, causal. Single-shot: anchors text and own "
-        "chunk, not causal; Wan's k is not printed and taken to be its 3.",
-        "Chunks of a number of tokens are cut along the stream. Which are chosen is drawn at random, a shorter last one "
-        "last of all.",
+        "Final multi-shot setting: chunk 1280, k 5, anchors text and own shot, causal. Single-shot: anchors text and "
+        "own chunk, not causal; Wan's k is not printed and taken to be its 3.",
+        "Chunks of a number of tokens are cut along the stream. Which are chosen is drawn at random, one that is "
+        "shorter than the others last of all.",
         "FLOPs are of one head of dimension 128 in one layer, pooling and scoring included.",
     ),
     MOC_FIGURES,
     (
-        Reading("captions counted, nine of 128 tokens", _of_case(_with_captions)),
-        Reading("chunks of L / C = 5000 tokens (the printed C is 36), no anchors", _of_case(_printed_chunks)),
-        Reading("anchors not counted", _of_case(_without_anchors)),
-        Reading("five FLOPs per pair and channel, not four", _five),
+        Reading("captions", "captions are counted, nine of 128 tokens", _of_case(_with_captions)),
+        Reading(
+            "printed C",
+            "chunks of L / C tokens, C = 36 as in the printed example, k 5, no anchors (not offered to the example "
+            "itself, which prints its m)",
+            _of_case(_printed_chunks),
+        ),
+        Reading("no anchors", "anchors are not counted", _of_case(_without_anchors)),
+        Reading("five FLOPs", "five FLOPs per pair and channel, not four", _five),
     ),
 )
 
@@ -278,6 +286,7 @@ PRINTED_PFLOPS = {
     "M 10": {5: 0.065, 10: 0.25, 15: 0.48, 20: 0.78, 30: 1.56},
     "M 20": {5: 0.051, 10: 0.21, 15: 0.39, 20: 0.61, 30: 1.22},
 }
+GROUPS_QUANTITIES: tuple[Quantity, Quantity] = ("sparsity", "PFLOPs")
 PRINTED_GROUPS = {1: (0, 0.88), 2: (0.4125, 0.59), 4: (0.6625, 0.42), 8: (0.7875, 0.36), 16: (0.8125, 0.35)}
 
 
@@ -325,12 +334,12 @@ MOGA = Paper(
     "moga",
     "Mixture-of-Groups Attention, arXiv 2510.18692",
     (
-        "Wan 1.3B at 480 × 832: 30 × 52 = 1,560 tokens a latent frame, four frames at 16 fps; 5 s: its own 81 frames, 21 "
-        "latent; 10 to 30 s: 4 latent frames a second, 187,200 tokens at 30 s (the paper: 187k).",
-        "Four equal shots in every clip (not printed; sparsity at 10 s is 1 - 1/M - 1/16 - 1/40, which four shots of four "
-        "windows and 40 frames give). MMDiT: 361 latent frames of 40 × 40 tokens.",
+        "Wan 1.3B at 480 × 832: 30 × 52 = 1,560 tokens a latent frame, which is four frames at 16 fps. 5 s: its own 81 "
+        "frames, 21 latent; 10 to 30 s: 4 latent frames a second, 187,200 tokens at 30 s (printed: 187k).",
+        "Four equal shots in every clip (not printed; the sparsity at 10 s is 1 - 1/M - 1/16 - 1/40, which four shots "
+        "of four windows and 40 frames give). MMDiT: 361 latent frames of 40 × 40 tokens.",
         "Text is not in the stream. Groups are balanced. Pairs are summed over the three branches.",
-        "PFLOPs are of one forward of the model: 4 · pairs · 1536 · 30 for attention and 2 · 1.3e9 a token for the rest.",
+        "PFLOPs are of one forward of the model: 4 · pairs · 1536 · 30 for attention, 2 · 1.3e9 a token for the rest.",
     ),
     (
         Figure("headline", "30 s, M 5", "sparsity", 0.7125, _moga(5, _clip(120))),
@@ -344,13 +353,18 @@ MOGA = Paper(
         *(
             Figure("groups, 10 s", f"M {groups}", quantity, theirs, _moga(groups, _clip(40)))
             for groups, printed in PRINTED_GROUPS.items()
-            for quantity, theirs in zip(("sparsity", "PFLOPs"), printed, strict=True)
+            for quantity, theirs in zip(GROUPS_QUANTITIES, printed, strict=True)
         ),
         Figure("MMDiT", "M 20, 1441 frames", "tokens", 578e3, _moga(20, _clip(361, 40, 40), windows=4)),
     ),
     (
-        Reading("keys borrowed from adjacent shots not counted", _unborrowed),
-        Reading("the whole model's FLOPs × the density at 10 s, and 1.42e9 a token", _whole_model),
+        Reading("nothing borrowed", "keys that STGA borrows from adjacent shots are not counted", _unborrowed),
+        Reading(
+            "whole model",
+            "the whole model's FLOPs, not attention's, times the density at 10 s with nothing borrowed, and one FLOP "
+            "per parameter (1.42e9) and token",
+            _whole_model,
+        ),
     ),
 )
 
@@ -369,6 +383,10 @@ class Fit:
     quantity: str
     fits: int
     of: int
+
+    @property
+    def count(self) -> str:
+        return f"{self.fits} of {self.of} rows"
 
     @property
     def admitted(self) -> bool:
@@ -401,36 +419,37 @@ class Row:
             "off": figure.off(self.ours) if math.isfinite(figure.off(self.ours)) else None,
             "reading": self.reading,
             "tokens": len(figure.case.layout),
+            "density": count(figure.case).density,
         }
 
 
-def judge(
-    figure: Figure, value: float, readings: list[tuple[Fit, float]], needed: str = ""
-) -> Row:
+def judge(figure: Figure, value: float, readings: list[tuple[Fit, float]], remark: str = "") -> Row:
     """The rule: by the plain value, else by the first admitted reading that fits, else not.
 
-    `readings`: those that speak of the figure, in order, with their values; `needed` says what the printed one needs.
+    `readings`: those that speak of the figure, in order, with their values; `remark` is for figures that do not follow.
     """
-    by_plain = f"the plain definition gives {shown(figure, value)}, off by {_percent(figure.off(value))}"
+    by_plain = f"plain: {shown(figure, value)}, off by {_percent(figure.off(value))}"
     if figure.fits(value):
         return Row(figure, value, value, "agrees", by_plain)
     for fit, other in readings:
         if fit.admitted and figure.fits(other):
-            why = f"{fit.reading}: fits {fit.fits} of {fit.of} rows; {by_plain}"
+            why = f"reading {fit.reading!r} fits {fit.count}; {by_plain}"
             return Row(figure, other, value, "agrees under a reading", why, fit.reading)
-    why = "; ".join(filter(None, (by_plain, needed)))
+    why = "; ".join(filter(None, (by_plain, remark)))
     lucky = [fit for fit, other in readings if figure.fits(other)]
     if lucky:
-        why += f"; {lucky[0].reading}: would fit, but fits only {lucky[0].fits} of {lucky[0].of} rows"
+        why += f"; reading {lucky[0].reading!r} would fit, but fits only {lucky[0].count}"
     elif readings:
         fit, other = min(readings, key=lambda pair: figure.off(pair[1]))
-        why += f"; nearest reading, {fit.reading}: {shown(figure, other)}"
+        why += f"; nearest reading, {fit.reading!r}: {shown(figure, other)}"
     return Row(figure, value, value, "does not follow", why)
 
 
 def needed(figure: Figure) -> str:
     """What the printed figure would take, beside what the plan holds."""
     found, theirs = count(figure.case), figure.theirs
+    if figure.quantity == "tokens":
+        return ""
     if figure.quantity == "PFLOPs":
         rest, dense = model_pflops(found.tokens, 0.0), model_pflops(found.tokens, 1.0)
         if theirs < rest:
@@ -441,7 +460,7 @@ def needed(figure: Figure) -> str:
         return f"printed takes {keys:,.0f} keys a query, the plan has {found.pairs / found.tokens:,.0f}"
     if figure.quantity == "sparsity":
         return f"printed takes a density of {1 - theirs:.2%}, the plan has {found.density:.2%}"
-    return ""
+    return f"printed takes a density of {1 / theirs:.2%}, the plan has {found.density:.2%}"
 
 
 @dataclass(frozen=True)
@@ -453,7 +472,7 @@ class Ledger:
     fits: tuple[Fit, ...]
 
     @staticmethod
-    def of(name: str, told: Callable[[str], None] = lambda note: None) -> Ledger:
+    def of(name: str, told: Callable[[str], None] = lambda _: None) -> Ledger:
         """Recompute a paper; `told` hears of each figure."""
         paper = PAPERS[name]
         values: dict[Figure, list[float | None]] = {}
@@ -487,25 +506,32 @@ class Ledger:
         return ", ".join(f"{number} {verdict}" for verdict, number in self.tally().items())
 
     def to_json(self) -> dict[str, Any]:
-        """{"paper", "rule", "tolerance", "assumptions", "rows", "readings", "summary"}."""
+        """{"paper", "title", "rule", "tolerance", "assumptions", "rows", "readings", "fits", "summary"}."""
         return {
             "paper": self.paper.name,
+            "title": self.paper.title,
             "rule": RULE,
             "tolerance": TOLERANCE,
             "assumptions": list(self.paper.assumptions),
             "rows": [row.to_json(self.paper.name) for row in self.rows],
-            "readings": [{**fit.__dict__, "admitted": fit.admitted} for fit in self.fits],
+            "readings": [{"name": reading.name, "about": reading.about} for reading in self.paper.readings],
+            "fits": [{**asdict(fit), "admitted": fit.admitted} for fit in self.fits],
             "summary": dict(self.tally()),
         }
+
+    def notes(self) -> list[str]:
+        """What was assumed, and the readings."""
+        readings = "; ".join(f"{reading.name!r}: {reading.about}" for reading in self.paper.readings)
+        return [*self.paper.assumptions, f"Readings: {readings}."]
 
     def show(self, console: Console) -> None:
         """For a terminal of 120 columns."""
         console.print(f"[bold]{self.paper.title}[/bold]")
-        for line in (*self.paper.assumptions, RULE):
+        for line in self.notes():
             console.print(f"[dim]- {line}[/dim]")
         table = Table(box=box.SIMPLE_HEAD, padding=(0, 1), pad_edge=False)
         for name in ("row", "quantity", "theirs", "ours", "verdict", "why"):
-            table.add_column(name, justify="right" if name in ("theirs", "ours") else "left")
+            table.add_column(name, justify="right" if name in ("theirs", "ours") else "left", overflow="fold")
         for name in dict.fromkeys(row.figure.table for row in self.rows):
             table.add_section()
             table.add_row(f"[bold]{name}[/bold]")
@@ -516,16 +542,19 @@ class Ledger:
                     figures = shown(figure, figure.theirs), shown(figure, row.ours)
                     table.add_row(figure.row, figure.quantity, *figures, verdict, row.why)
         console.print(table)
-        tried = Table("reading", "table", "quantity", "fits", title="readings tried", box=box.SIMPLE_HEAD, pad_edge=False)
+        tried = Table(
+            "reading", "table", "quantity", "fits", title="readings tried", box=box.SIMPLE_HEAD, pad_edge=False
+        )
         for fit in self.fits:
-            tried.add_row(fit.reading, fit.table, fit.quantity, f"{fit.fits} of {fit.of}")
+            tried.add_row(fit.reading, fit.table, fit.quantity, f"{fit.count}")
         console.print(tried)
+        console.print(f"[dim]{RULE}[/dim]")
         console.print(f"[bold]{self.summary()}[/bold]")
 
     def markdown(self) -> str:
         """For the page."""
         lines = [f"## {self.paper.title}", "", f"`zoo cost --paper {self.paper.name}`: {self.summary()}.", ""]
-        lines += [f"- {line}" for line in self.paper.assumptions]
+        lines += [f"- {line}" for line in self.notes()]
         lines += ["", "| table | row | quantity | theirs | ours | verdict | why |", "|---|---|---|---|---|---|---|"]
         for row in self.rows:
             figure = row.figure
@@ -533,7 +562,7 @@ class Ledger:
             cells = (figure.table, figure.row, figure.quantity, *figures, row.verdict, row.why)
             lines.append(f"| {' | '.join(cells)} |")
         lines += ["", "| reading tried | table | quantity | fits |", "|---|---|---|---|"]
-        lines += [f"| {fit.reading} | {fit.table} | {fit.quantity} | {fit.fits} of {fit.of} |" for fit in self.fits]
+        lines += [f"| {fit.reading} | {fit.table} | {fit.quantity} | {fit.count} |" for fit in self.fits]
         return "\n".join([*lines, ""])
 
 
@@ -548,7 +577,10 @@ def shown(figure: Figure, value: float) -> str:
         return f"{value:.3g}"
     if figure.quantity == "dense ÷ sparse FLOPs":
         return f"{value:.3g}×"
-    return f"{value:,.0f}" if figure.quantity == "tokens" else f"{value:.2e}".replace("e+", "e")
+    if figure.quantity == "tokens":
+        return f"{value:,.0f}"
+    mantissa, _, exponent = f"{value:.2e}".partition("e")
+    return f"{float(mantissa):g}e{int(exponent)}"
 
 
 def _percent(share: float) -> str:
@@ -563,7 +595,8 @@ def page(ledgers: list[Ledger]) -> str:
 INTRODUCTION = """# The papers' figures, recomputed
 
 Every figure of sparsity or FLOPs that the two papers print, beside ours: each is counted from a plan that the method
-itself built at the paper's size, on random queries and keys. Written by `python -m experiments.papers > docs/ledger.md`.
+itself built at the paper's size, on random queries and keys.
+Written by `python -m experiments.papers > docs/ledger.md`.
 """
 
 

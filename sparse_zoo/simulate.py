@@ -1,4 +1,4 @@
-"""What a method would cost at a real size, counted from its plan on random values: no weights, no attention, no L × L."""
+"""What a method would cost at a real size, from its plan on random values: no weights, no attention, no L × L."""
 
 from __future__ import annotations
 
@@ -111,7 +111,10 @@ def plan_bytes(plans: list[Plan], some: tuple[int, int], batch: int, heads: int)
     """
     held: dict[int, int] = {}
     for part in (part for plan in plans for part in plan.parts):
-        for table in (part.edges, *(x for p in (part.queries, part.keys) for x in (p.offsets, p.order) if x is not None)):
+        for table in (
+            part.edges,
+            *(x for p in (part.queries, part.keys) for x in (p.offsets, p.order) if x is not None),
+        ):
             own = batch if table.shape[0] == some[0] else 1, heads if table.shape[1] == some[1] else 1
             each = table.nbytes // (table.shape[0] * table.shape[1])
             held[table.data_ptr()] = each * own[0] * own[1]
