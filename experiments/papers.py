@@ -503,7 +503,8 @@ class Ledger:
         return {verdict: sum(row.verdict == verdict for row in self.rows) for verdict in verdicts}
 
     def summary(self) -> str:
-        return ", ".join(f"{number} {verdict}" for verdict, number in self.tally().items())
+        agree, under, not_at_all = self.tally().values()
+        return f"{agree} agree, {under} under a reading, {not_at_all} do not follow"
 
     def to_json(self) -> dict[str, Any]:
         """{"paper", "title", "rule", "tolerance", "assumptions", "rows", "readings", "fits", "summary"}."""

@@ -1,4 +1,4 @@
-"""`zoo cost`: counts against dense masks, runs and torch's own counter; the papers' figures and the rule that judges them."""
+"""`zoo cost`: counts against dense masks, runs and torch's own counter; the papers' figures and their judge."""
 
 from __future__ import annotations
 
@@ -166,7 +166,8 @@ def test_captions_are_read_by_their_shots() -> None:
 def test_cost_json() -> None:
     found = json.loads(cost("moc", "top_k=1", "chunk=shot", "--batch", "2", *SMALL, "--json").stdout)
     assert found["settings"] == {"top_k": 1, "chunk": "shot"}
-    assert found["layout"]["tokens"] == tokens == 2 * (2 + 2 * 3 * 3) + 1
+    tokens = 2 * (2 + 2 * 3 * 3) + 1
+    assert found["layout"]["tokens"] == tokens
     dense, moc = found["dense"], found["cost"]
     assert dense["pairs"] == 2 * 4 * tokens**2
     assert dense["density"] == 1
@@ -180,13 +181,9 @@ def test_cost_json() -> None:
         for parts in flops.values():
             assert parts["model"] == sum(value for part, value in parts.items() if part != "model")
         assert bill["bytes"]["qkvo"] == 4 * 2 * 2 * tokens * 32
-        assert bill["executed_pairs"] == 2 * 4 * 128**2 * len(bill["branch_pairs"]) or bill is moc
-    assert moc["executed_pairs"] % 128**2 == 0
     assert dense["flops"]["forward"]["linear"] == moc["flops"]["forward"]["linear"]
+    assert dense["executed_pairs"] == 2 * 4 * 128**2  # one tile a head
     assert "random q, k" in found["notes"][0]
-
-
-tokens = 41
 
 
 def test_cost_for_people(tmp_path: Path) -> None:
