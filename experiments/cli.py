@@ -328,6 +328,97 @@ def map_(
     console.print(f"Map: {path.absolute()}", soft_wrap=True)
 
 
+@app.command(
+    epilog="Example: [bold]zoo cost moc top_k=5 --shots 8 --frames 25 --rows 30 --cols 30[/bold]; "
+    "[bold]zoo cost --paper moga[/bold]"
+)
+def cost(
+    ctx: typer.Context,
+    method: Annotated[str | None, typer.Argument(help="A method, see zoo list.")] = None,
+    settings: Annotated[list[str] | None, typer.Argument(help="Its settings, key=value.")] = None,
+    paper: Annotated[
+        str | None,
+        typer.Option(help="Instead: recompute every sparsity and FLOPs figure that a paper prints, moc or moga."),
+    ] = None,
+    shots: Annotated[int, typer.Option(help="Shots of the film.")] = 8,
+    frames: Annotated[int, typer.Option(help="Frames of a shot, in tokens: latent frames.")] = 6,
+    rows: Annotated[int, typer.Option(help="Rows of a frame, in tokens.")] = 16,
+    cols: Annotated[int, typer.Option(help="Columns of a frame, in tokens.")] = 16,
+    text: Annotated[int, typer.Option(help="Tokens of each shot's caption.")] = 64,
+    caption: Annotated[int, typer.Option(help="Tokens of the film's global caption.")] = 64,
+    dim: Annotated[int, typer.Option(help="Width of the model.")] = 1536,
+    depth: Annotated[int, typer.Option(help="Its layers.")] = 30,
+    heads: Annotated[int, typer.Option(help="Its attention heads.")] = 12,
+    mlp_ratio: Annotated[float, typer.Option(help="Width of its MLPs, in dims.")] = 4.0,
+    text_mode: Annotated[str, typer.Option(help="Captions in the stream (joint) or by cross-attention (cross).")] = (
+        "joint"
+    ),
+    batch: Annotated[int, typer.Option(help="Films at once.")] = 1,
+    kernel: Annotated[str, typer.Option(help="Whose tiles to count; it need not run here.")] = "torch",
+    every_head: Annotated[
+        bool, typer.Option("--every-head", help="Simulate every head, for methods whose heads differ; two, if not.")
+    ] = False,
+    plugin: Plugin = [],  # noqa: B006
+    as_json: AsJson = False,
+) -> None:
+    """Count what a method costs beside dense attention, without running it: pairs, FLOPs, bytes, padding.
+
+    The method's own plan is built at the size asked for, on random queries and keys; no weights, no GPU and no L × L
+    table are needed. FLOPs are of the whole VideoDiT. With --paper, the published figures are recomputed the same way
+    and each is marked: it agrees, agrees under a reading that is named, or does not follow.
+    """
+    from sparse_zoo.errors import refuse
+
+    if paper is not None:
+        from experiments.papers import PAPERS, Ledger
+        from experiments.progress import counting
+        from sparse_zoo.errors import unknown
+
+        given = [
+            parameter.opts[0]
+            for parameter in ctx.command.params
+            if (source := ctx.get_parameter_source(parameter.name or "")) is not None
+            and source.name == "COMMANDLINE"
+            and parameter.name not in ("paper", "as_json")
+        ]
+        refuse(
+            "zoo cost --paper",
+            [
+                unknown("paper", paper, PAPERS) if paper not in PAPERS else "",
+                f"has the paper's methods and sizes; leave out {', '.join(given)}" if given else "",
+            ],
+        )
+        with counting(errors, "figures", len(PAPERS[paper].figures)) as told:
+            ledger = Ledger.of(paper, told)
+        if as_json:
+            print(json.dumps(ledger.to_json()))
+        else:
+            ledger.show(console)
+        return
+    refuse("zoo cost", ["name a method, see zoo list, or a paper with --paper"] if method is None else [])
+    assert method is not None
+    _load_plugins(plugin)
+    from experiments.config import parse
+    from experiments.costs import NOTES, Films, compare
+    from lit_modules.flops import ModelShape
+
+    found = compare(
+        method,
+        dict(parse(text) for text in settings or []),
+        Films(shots, frames, rows, cols, text, caption),
+        ModelShape(dim, depth, heads, mlp_ratio, text_mode),
+        batch=batch,
+        kernel=kernel,
+        every_head=every_head,
+    )
+    if as_json:
+        print(json.dumps(found.to_json()))
+        return
+    console.print(found.table())
+    for note in NOTES:
+        console.print(f"[dim]{_escape(note)}[/dim]")
+
+
 def main() -> None:
     """The console script."""
     app()

@@ -239,7 +239,7 @@ class VideoDiT(nn.Module):
         rows = None if past is None else torch.arange(start, len(inner), device=inner.device)
         captions = None
         if self.text == "cross" and len(table.text):
-            plan = _own_captions(layout, inner, table)
+            plan = own_captions(layout, inner, table)
             rotation = _rotation(table.positions[table.text], self.head_dim)
             captions = Captions(words, rotation, plan if rows is None else plan.narrow(rows))
         context = Context(
@@ -460,7 +460,7 @@ def _pool(words: Tensor, table: Stream) -> Tensor:
     return torch.cat([total[:, :shots] + film[:, table.film_of_shot], film], dim=1)
 
 
-def _own_captions(layout: zoo.Layout, video: zoo.Layout, table: Stream) -> zoo.Plan:
+def own_captions(layout: zoo.Layout, video: zoo.Layout, table: Stream) -> zoo.Plan:
     """Video tokens × text tokens: each shot reads its own caption and its film's global caption."""
     shots = video.partition("shot")
     captions = layout.partition("shot", where=layout.is_text)

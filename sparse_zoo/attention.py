@@ -244,7 +244,7 @@ class Attention(nn.Module):
             if isinstance(branch, Term):
                 terms.append(branch.value)
                 continue
-            plan = self._text_reads_text(branch, call) if self.text_reads == "text" else branch.plan
+            plan = self.attended(branch, call)
             plans.append(plan)
             if branch.q is branch.k is branch.v is branch.rows is None:
                 shared.append(plan)
@@ -266,7 +266,10 @@ class Attention(nn.Module):
             out.to(call.q.dtype), plans, self.losses(call), kernel, call.layout, call.q_rows, self.routing_flops(call)
         )
 
-    def _text_reads_text(self, branch: Branch, call: Call) -> Plan:
+    def attended(self, branch: Branch, call: Call) -> Plan:
+        """The plan that runs for a branch: its own, unless `text_reads` says otherwise for text queries."""
+        if self.text_reads == "method":
+            return branch.plan
         if branch.rows is not None:
             raise ZooError(f"{type(self).__name__}: text_reads='text' has no meaning for a branch with pooled queries")
         is_text, among = call.layout.is_text, _text_among_itself(call.layout, self.causality == "strict")

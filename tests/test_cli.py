@@ -80,7 +80,7 @@ def test_list_is_quick_to_import() -> None:
     assert done.stdout.strip() == "[]"
 
 
-@pytest.mark.parametrize("command", [[], ["train"], ["sweep"], ["report"], ["ui"], ["list"], ["map"]])
+@pytest.mark.parametrize("command", [[], ["train"], ["sweep"], ["report"], ["ui"], ["list"], ["map"], ["cost"]])
 def test_help_teaches(command: list[str]) -> None:
     text = zoo(*command, "--help").stdout
     assert "Usage" in text
