@@ -275,6 +275,13 @@ class Block(nn.Module):
         nn.init.zeros_(self.modulation.weight)
         nn.init.zeros_(self.modulation.bias)
 
+    def matrices(self) -> list[Tensor]:
+        """What maps tokens to tokens: the weights of attention and MLP, not of the modulation."""
+        maps = [self.qkv, self.out, self.mlp[0], self.mlp[2]]
+        if self.captions is not None:
+            maps += [self.captions.q, self.captions.kv, self.captions.out]
+        return [layer.weight for layer in maps]
+
     def forward(self, x: Tensor, context: Context, layer: int, layers: int) -> tuple[Tensor, zoo.Result]:
         modulation = self.modulation(context.condition)[:, context.row_of]  # (B, L, 6·dim)
         scale_a, shift_a, gate_a, scale_m, shift_m, gate_m = modulation.chunk(6, dim=-1)

@@ -39,8 +39,8 @@ def logit(t):
 
 @pytest.mark.parametrize(("mean", "std", "shift"), [(0.0, 1.0, 1.0), (0.5, 0.7, 1.0), (-0.3, 1.5, 3.0)])
 def test_times_are_logit_normal(mean, std, shift):
-    flow = RectifiedFlow(mean, std, shift, per_shot=True)
-    found = logit(flow.times(DRAWS // 2, FIRST, generator("times")).double().flatten())
+    flow = RectifiedFlow("logistic", mean, std, shift, per_shot=True)
+    found = logit(flow.draw_times(DRAWS // 2, FIRST, generator("times")).double().flatten())
     # A shift by s adds log s to the logit. Bounds: four standard errors of the mean and of the deviation.
     assert abs(found.mean() - mean - math.log(shift)) < 4 * std / math.sqrt(DRAWS)
     assert abs(found.std() - std) < 4 * std / math.sqrt(2 * DRAWS)
@@ -51,7 +51,7 @@ def test_times_are_logit_normal(mean, std, shift):
 def test_shots_share_their_films_time_unless_asked():
     films = stream(PACKED).film_of_shot
     for per_shot, distinct in ((False, 3), (True, len(films))):
-        time = RectifiedFlow(per_shot=per_shot).times(2, PACKED, generator("times"))
+        time = RectifiedFlow(per_shot=per_shot).draw_times(2, PACKED, generator("times"))
         assert time.shape == (2, len(films))
         assert len(time.unique()) == 2 * distinct
         if not per_shot:
