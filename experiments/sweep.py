@@ -8,16 +8,18 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
+import sparse_zoo as zoo
 from experiments.config import Override, load, read_yaml
 from experiments.progress import Bar
 from experiments.run import run
 from experiments.store import Asked, Cell, Result, home, read_sweep, write_sweep
 from experiments.store import read as read_result
 from experiments.tracking import Tracker
+from sparse_zoo.attention import is_count
 from sparse_zoo.errors import ZooError, refuse, unknown
 
 SWEEPS = Path(__file__).parent / "sweeps"
-KEYS = ("name", "about", "base", "axes", "cells")
+KEYS = ("name", "about", "plugins", "seeds", "base", "sizes", "axes", "cells")
 
 
 @dataclass(frozen=True)
@@ -37,24 +39,32 @@ def find(name: str) -> Path:
     raise ZooError(f"sweep: {unknown('file or sweep', name, (path.stem for path in SWEEPS.glob('*.yaml')))}")
 
 
-def read(path: Path, overrides: Sequence[Override] = ()) -> Sweep:
+def read(path: Path, overrides: Sequence[Override] = (), size: str | None = None) -> Sweep:
     """The sweep in a file, every cell resolved, checked and its method built; raises `ZooError` with all reasons.
 
-    The file's keys: `name`; `about`, one line; `base`, overrides of every cell; `axes`, a mapping of dotted key ->
-    values, whose product makes cells; `cells`, a mapping of cell name -> overrides, for single cells besides. The
-    values of an axis are a list, or a mapping of label -> value where the values themselves are too long for a name.
-    `overrides` go on top of all.
+    The file's keys: `name`; `about`, one line; `plugins`, files of methods, beside the sweep's file; `base`, overrides
+    of every cell; `axes`, a mapping of dotted key -> values, whose product makes cells; `cells`, a mapping of cell
+    name -> overrides, for single cells besides; `seeds`, how many runs of each cell, with seeds 0, 1, ... and names that
+    end in -s0, -s1, ...; `sizes`, a mapping of size -> overrides, of which `size` lays one between base and cells. A
+    sweep of another size has a name of its own, NAME-SIZE. The values of an axis are a list, or a mapping of label ->
+    value where the values themselves are too long for a name. `overrides` go on top of all.
     """
     plain = read_yaml(path)
-    name, base, axes = plain.get("name", path.stem), plain.get("base", {}), plain.get("axes", {})
-    singles = plain.get("cells", {})
+    name, seeds, plugins = plain.get("name", path.stem), plain.get("seeds"), plain.get("plugins", [])
+    base, sizes, axes, singles = (plain.get(key, {}) for key in ("base", "sizes", "axes", "cells"))
     refuse(
         str(path),
         [unknown("key", key, KEYS) for key in plain if key not in KEYS]
         + [
             f"{key} must be a mapping, got {value!r}"
-            for key, value in (("base", base), ("axes", axes), ("cells", singles))
+            for key, value in (("base", base), ("sizes", sizes), ("axes", axes), ("cells", singles))
             if not isinstance(value, dict)
+        ]
+        + [
+            f"plugins must be a list of files, got {plugins!r}" if not isinstance(plugins, list) else "",
+            f"seeds must be a whole number of at least 1, got {seeds!r}"
+            if seeds is not None and not is_count(seeds)
+            else "",
         ],
     )
     refuse(
@@ -65,26 +75,34 @@ def read(path: Path, overrides: Sequence[Override] = ()) -> Sweep:
             if not isinstance(values, list | dict) or not values
         ]
         + [
-            f"cell {key!r} must be a mapping of overrides, got {value!r}"
-            for key, value in singles.items()
+            f"{kind} {key!r} must be a mapping of overrides, got {value!r}"
+            for kind, mapping in (("cell", singles), ("size", sizes))
+            for key, value in mapping.items()
             if not isinstance(value, dict)
-        ],
+        ]
+        + ([unknown("size", size, sizes)] if size is not None and size not in sizes else []),
     )
-    wanted = [*_grid(axes), *((str(label), value) for label, value in singles.items())] or [(str(name), {})]
+    for plugin in plugins:
+        zoo.load_plugin(path.parent / str(plugin))
+    sized = {} if size is None else sizes[size]
+    labelled = [*_grid(axes), *((str(label), value) for label, value in singles.items())] or [(str(name), {})]
+    wanted = [(label, None, own) for label, own in labelled]
+    if seeds is not None:
+        wanted = [(f"{label}-s{n}", label, {**own, "seed": n}) for label, own in labelled for n in range(seeds)]
     reasons, cells = [], []
-    for label, own in wanted:
+    for label, group, own in wanted:
         try:
-            cells.append(Cell(label, load([base, own, *overrides])))
+            cells.append(Cell(label, load([base, sized, own, *overrides]), group))
         except ZooError as error:
             reasons.append(f"cell {label}: {error}")
-    labels = [label for label, _ in wanted]
+    labels = [label for label, _, _ in wanted]
     reasons += [f"two cells are named {label!r}" for label in dict.fromkeys(labels) if labels.count(label) > 1]
     by_id: dict[str, str] = {}
     for cell in cells:
         if by_id.setdefault(cell.id, cell.name) != cell.name:
             reasons.append(f"cells {by_id[cell.id]!r} and {cell.name!r} are the same config")
     refuse(f"sweep {name}", reasons)
-    return Sweep(str(name), str(plain.get("about", "")), tuple(cells))
+    return Sweep(str(name) if size is None else f"{name}-{size}", str(plain.get("about", "")), tuple(cells))
 
 
 def _grid(axes: Mapping[str, list[Any] | dict[str, Any]]) -> list[tuple[str, dict[str, Any]]]:
