@@ -9,17 +9,27 @@ from pathlib import Path
 from typing import Any
 
 import sparse_zoo as zoo
-from experiments.config import Override, load, read_yaml
+from experiments.config import Override, fits, load, read_yaml
 from experiments.progress import Bar
 from experiments.run import run
 from experiments.store import Asked, Cell, Result, home, read_sweep, write_sweep
 from experiments.store import read as read_result
 from experiments.tracking import Tracker
-from sparse_zoo.attention import is_count
 from sparse_zoo.errors import ZooError, refuse, unknown
 
 SWEEPS = Path(__file__).parent / "sweeps"
-KEYS = ("name", "about", "plugins", "seeds", "base", "sizes", "axes", "cells")
+KINDS: dict[str, type] = {
+    "name": str,
+    "about": str,
+    "extends": str,
+    "plugins": list,
+    "seeds": int,
+    "base": dict,
+    "sizes": dict,
+    "axes": dict,
+    "cells": dict,
+}
+NAMES = {str: "text", list: "list", int: "whole number", dict: "mapping"}
 
 
 @dataclass(frozen=True)
@@ -42,57 +52,38 @@ def find(name: str) -> Path:
 def read(path: Path, overrides: Sequence[Override] = (), size: str | None = None) -> Sweep:
     """The sweep in a file, every cell resolved, checked and its method built; raises `ZooError` with all reasons.
 
-    The file's keys: `name`; `about`, one line; `plugins`, files of methods, beside the sweep's file; `base`, overrides
-    of every cell; `axes`, a mapping of dotted key -> values, whose product makes cells; `cells`, a mapping of cell
-    name -> overrides, for single cells besides; `seeds`, how many runs of each cell, with seeds 0, 1, ... and names that
-    end in -s0, -s1, ...; `sizes`, a mapping of size -> overrides, of which `size` lays one between base and cells. A
-    sweep of another size has a name of its own, NAME-SIZE. The values of an axis are a list, or a mapping of label ->
-    value where the values themselves are too long for a name. `overrides` go on top of all.
+    The file's keys:
+
+    - `name` (by default the file's) and `about`, one line.
+    - `base`: overrides of every cell.
+    - `axes`: a mapping of dotted key -> values, whose product makes cells. The values are a list, or a mapping of
+      label -> value where the values themselves are too long for a name.
+    - `cells`: a mapping of cell name -> overrides, for single cells besides.
+    - `seeds`: how many runs of each cell, with seeds 0, 1, ...; their names end in -s0, -s1, ...
+    - `sizes`: a mapping of size -> overrides, of which `size` lays one between `base` and the cells. The sweep of a size
+      is another one, named NAME-SIZE.
+    - `plugins`: files of methods, beside this file.
+    - `extends`: a sweep file beside this one. Its keys stand where this one has none; its `base` and `sizes` lie below.
+
+    `overrides` go on top of all.
     """
-    plain = read_yaml(path)
-    name, seeds, plugins = plain.get("name", path.stem), plain.get("seeds"), plain.get("plugins", [])
-    base, sizes, axes, singles = (plain.get(key, {}) for key in ("base", "sizes", "axes", "cells"))
-    refuse(
-        str(path),
-        [unknown("key", key, KEYS) for key in plain if key not in KEYS]
-        + [
-            f"{key} must be a mapping, got {value!r}"
-            for key, value in (("base", base), ("sizes", sizes), ("axes", axes), ("cells", singles))
-            if not isinstance(value, dict)
-        ]
-        + [
-            f"plugins must be a list of files, got {plugins!r}" if not isinstance(plugins, list) else "",
-            f"seeds must be a whole number of at least 1, got {seeds!r}"
-            if seeds is not None and not is_count(seeds)
-            else "",
-        ],
-    )
-    refuse(
-        str(path),
-        [
-            f"axis {key!r} must be a list or a mapping of values, and not empty, got {values!r}"
-            for key, values in axes.items()
-            if not isinstance(values, list | dict) or not values
-        ]
-        + [
-            f"{kind} {key!r} must be a mapping of overrides, got {value!r}"
-            for kind, mapping in (("cell", singles), ("size", sizes))
-            for key, value in mapping.items()
-            if not isinstance(value, dict)
-        ]
-        + ([unknown("size", size, sizes)] if size is not None and size not in sizes else []),
-    )
-    for plugin in plugins:
-        zoo.load_plugin(path.parent / str(plugin))
-    sized = {} if size is None else sizes[size]
-    labelled = [*_grid(axes), *((str(label), value) for label, value in singles.items())] or [(str(name), {})]
-    wanted = [(label, None, own) for label, own in labelled]
+    own = _file(path)
+    files = [_file(path.parent / own["extends"]), own] if "extends" in own else [own]
+    merged = {key: value for file in files for key, value in file.items()}
+    name, seeds = own.get("name", path.stem), merged.get("seeds")
+    sizes = {key for file in files for key in file.get("sizes", {})}
+    refuse(str(path), [unknown("size", size, sizes)] if size is not None and size not in sizes else [])
+    for plugin in merged.get("plugins", []):
+        zoo.load_plugin(path.parent / plugin)
+    below = [file.get("base", {}) for file in files] + [file.get("sizes", {}).get(size, {}) for file in files]
+    labelled = [*_grid(merged.get("axes", {})), *((str(label), of) for label, of in merged.get("cells", {}).items())] or [(name, {})]
+    wanted: list[tuple[str, str | None, dict[str, Any]]] = [(label, None, of) for label, of in labelled]
     if seeds is not None:
-        wanted = [(f"{label}-s{n}", label, {**own, "seed": n}) for label, own in labelled for n in range(seeds)]
+        wanted = [(f"{label}-s{n}", label, {**of, "seed": n}) for label, of in labelled for n in range(seeds)]
     reasons, cells = [], []
-    for label, group, own in wanted:
+    for label, group, settings in wanted:
         try:
-            cells.append(Cell(label, load([base, sized, own, *overrides]), group))
+            cells.append(Cell(label, load([*below, settings, *overrides]), group))
         except ZooError as error:
             reasons.append(f"cell {label}: {error}")
     labels = [label for label, _, _ in wanted]
@@ -102,7 +93,37 @@ def read(path: Path, overrides: Sequence[Override] = (), size: str | None = None
         if by_id.setdefault(cell.id, cell.name) != cell.name:
             reasons.append(f"cells {by_id[cell.id]!r} and {cell.name!r} are the same config")
     refuse(f"sweep {name}", reasons)
-    return Sweep(str(name) if size is None else f"{name}-{size}", str(plain.get("about", "")), tuple(cells))
+    return Sweep(name if size is None else f"{name}-{size}", merged.get("about", ""), tuple(cells))
+
+
+def _file(path: Path) -> dict[str, Any]:
+    """One sweep file, its keys known and of their kinds."""
+    plain = read_yaml(path)
+    refuse(
+        str(path),
+        [unknown("key", key, KINDS) for key in plain if key not in KINDS]
+        + [
+            f"{key} must be a {NAMES[kind]}, got {plain[key]!r}"
+            for key, kind in KINDS.items()
+            if key in plain and not fits(plain[key], kind)
+        ],
+    )
+    refuse(
+        str(path),
+        [
+            f"axis {key!r} must be a list or a mapping of values, and not empty, got {values!r}"
+            for key, values in plain.get("axes", {}).items()
+            if not isinstance(values, list | dict) or not values
+        ]
+        + [
+            f"{kind} {key!r} must be a mapping of overrides, got {value!r}"
+            for kind in ("cell", "size")
+            for key, value in plain.get(f"{kind}s", {}).items()
+            if not isinstance(value, dict)
+        ]
+        + ([f"seeds must be at least 1, got {plain['seeds']}"] if plain.get("seeds", 1) < 1 else []),
+    )
+    return plain
 
 
 def _grid(axes: Mapping[str, list[Any] | dict[str, Any]]) -> list[tuple[str, dict[str, Any]]]:
