@@ -123,8 +123,7 @@ class Report:
                 "name": group.name,
                 "cells": [result.name for result in group.results],
                 "figures": {
-                    key: asdict(figure) if (figure := group.figure(key)) else None
-                    for key in (*FIGURES, *self.measures)
+                    key: asdict(figure) if (figure := group.figure(key)) else None for key in (*FIGURES, *self.measures)
                 },
             }
             for group in self.groups
@@ -176,7 +175,9 @@ class Report:
     def html(self) -> str:
         """The page: one file, nothing fetched from anywhere."""
         environment = Environment(loader=PackageLoader("experiments"), autoescape=True, undefined=StrictUndefined)
-        environment.filters.update(mean=mean, number=number, percent=percent, giga=giga, settings=settings, image=image, mib=mib)
+        environment.filters.update(
+            mean=mean, number=number, percent=percent, giga=giga, settings=settings, image=image, mib=mib
+        )
         ordered = sorted(self.groups, key=lambda group: _order(group.one))
         colours = {group.name: PALETTE[i % len(PALETTE)] for i, group in enumerate(ordered)}
         return environment.get_template("report.html.j2").render(

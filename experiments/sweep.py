@@ -63,7 +63,8 @@ def read(path: Path, overrides: Sequence[Override] = (), size: str | None = None
     - `sizes`: a mapping of size -> overrides, of which `size` lays one between `base` and the cells. The sweep of a size
       is another one, named NAME-SIZE.
     - `plugins`: files of methods, beside this file.
-    - `extends`: a sweep file beside this one. Its keys stand where this one has none; its `base` and `sizes` lie below.
+    - `extends`: a sweep file beside this one, of which all but the cells holds here too: its `seeds`, `plugins` and `about`
+      where this one has none, its `base` and `sizes` below this one's.
 
     `overrides` go on top of all.
     """
@@ -71,12 +72,13 @@ def read(path: Path, overrides: Sequence[Override] = (), size: str | None = None
     files = [_file(path.parent / own["extends"]), own] if "extends" in own else [own]
     merged = {key: value for file in files for key, value in file.items()}
     name, seeds = own.get("name", path.stem), merged.get("seeds")
+    axes, singles = own.get("axes", {}), own.get("cells", {})
     sizes = {key for file in files for key in file.get("sizes", {})}
     refuse(str(path), [unknown("size", size, sizes)] if size is not None and size not in sizes else [])
     for plugin in merged.get("plugins", []):
         zoo.load_plugin(path.parent / plugin)
     below = [file.get("base", {}) for file in files] + [file.get("sizes", {}).get(size, {}) for file in files]
-    labelled = [*_grid(merged.get("axes", {})), *((str(label), of) for label, of in merged.get("cells", {}).items())] or [(name, {})]
+    labelled = [*_grid(axes), *((str(label), of) for label, of in singles.items())] or [(name, {})]
     wanted: list[tuple[str, str | None, dict[str, Any]]] = [(label, None, of) for label, of in labelled]
     if seeds is not None:
         wanted = [(f"{label}-s{n}", label, {**of, "seed": n}) for label, of in labelled for n in range(seeds)]

@@ -452,5 +452,13 @@ def test_unknown_settings_are_all_named():
         assert part in str(error.value)
     with pytest.raises(zoo.ZooError) as error:
         Optim("sgd", lr=0, muon_lr=0, weight_decay=-1, beta1=1.0, warmup_steps=-1, floor=2)
-    for part in ("unknown optimizer 'sgd'", "muon_lr must be above 0", "lr must be above 0", "weight_decay", "beta1 must be in [0, 1), got 1.0", "warmup_steps", "floor"):
+    for part in (
+        "unknown optimizer 'sgd'",
+        "muon_lr must be above 0",
+        "lr must be above 0",
+        "weight_decay",
+        "beta1 must be in [0, 1), got 1.0",
+        "warmup_steps",
+        "floor",
+    ):
         assert part in str(error.value)

@@ -125,7 +125,8 @@ def test_a_file_extends_another(tmp_path: Path) -> None:
     (tmp_path / "above.yaml").write_text(yaml.safe_dump(above))
     sweep = read(tmp_path / "above.yaml", size="gpu")
     assert (sweep.name, sweep.about) == ("above-gpu", "Below.")
-    assert [cell.group for cell in sweep.cells[::2]] == ["dense", "moc", "own"]
+    assert [cell.group for cell in sweep.cells[::2]] == ["dense", "moc"]
+    assert read(tmp_path / "below.yaml").cells[0].config["attention"] == {"name": "own_and_previous_shots"}
     assert {(cell.config["model"]["dim"], cell.config["optim"]["lr"]) for cell in sweep.cells} == {(32, 0.25)}
     assert {cell.config["model"]["dim"] for cell in read(tmp_path / "above.yaml").cells} == {24}
     assert sweep.cells[0].config["data"]["name"] == "shot_world"
