@@ -122,7 +122,8 @@ class Identities:
         seen = self.crop(clip, position).mean(1).flatten(1)
         known = self.sprites.to(clip.device).flatten(2)[background]
         # Over the frames the sum of squared errors and that of the mean differ by what no identity can change.
-        return (seen[:, None] - known).square().sum(-1).argmin(-1)
+        nearest: Tensor = (seen[:, None] - known).square().sum(-1).argmin(-1)
+        return nearest
 
     def crop(self, clip: Tensor, position: Tensor) -> Tensor:
         """The window of the subject, float32 (B, F, 3, pixels, pixels), of a clip (B, F, 3, H, W) at (B, F, 2)."""

@@ -11,7 +11,7 @@ from torch import Tensor
 
 @dataclass(frozen=True, eq=False)
 class Shown:
-    """One shot of B films: clip (B, F, 3, H, W); the subject's true top left pixel, int64 (B, F, 2); background (B,)."""
+    """One shot of B films: clip (B, F, 3, H, W); the subject's true top left pixel (B, F, 2); the background (B,)."""
 
     clip: Tensor
     position: Tensor
@@ -20,7 +20,7 @@ class Shown:
 
 @dataclass(frozen=True, eq=False)
 class LastShot:
-    """The last shot of B films of one shape, the shots before it, and the true identity in each of the N shots (B, N)."""
+    """The last shot of B films of one shape, the shots before it, and the true identities of all N shots (B, N)."""
 
     shot: Shown
     earlier: list[Shown]

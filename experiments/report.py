@@ -131,7 +131,7 @@ class Report:
         return {"name": self.name, "cells": [result.to_json() for result in self.results], "groups": groups}
 
     def tables(self, *, runs: bool = False) -> list[Table]:
-        """The leaderboard for a terminal, and what was measured on drawn films; of single `runs`, or means over seeds."""
+        """For a terminal: the leaderboard, and what was measured on drawn shots; of single `runs` or means over seeds."""
         shown = self.singly() if runs else self
         title = f"{self.name}: {len(self.finished)} of {len(self.results)} cells finished"
         if shown.seeds > 1:
@@ -151,7 +151,7 @@ class Report:
 
     def _drawn(self) -> list[Table]:
         """The sample metrics, as many to a table as fit into a terminal."""
-        tables = []
+        tables: list[Table] = []
         for first in range(0, len(self.measures), MEASURES_ABREAST):
             names = self.measures[first : first + MEASURES_ABREAST]
             table = _table("" if tables else "last shots, drawn after the true ones before them")

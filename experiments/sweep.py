@@ -60,11 +60,11 @@ def read(path: Path, overrides: Sequence[Override] = (), size: str | None = None
       label -> value where the values themselves are too long for a name.
     - `cells`: a mapping of cell name -> overrides, for single cells besides.
     - `seeds`: how many runs of each cell, with seeds 0, 1, ...; their names end in -s0, -s1, ...
-    - `sizes`: a mapping of size -> overrides, of which `size` lays one between `base` and the cells. The sweep of a size
-      is another one, named NAME-SIZE.
+    - `sizes`: a mapping of size -> overrides, of which `size` lays one between `base` and the cells. The sweep of a
+      size is another one, named NAME-SIZE.
     - `plugins`: files of methods, beside this file.
-    - `extends`: a sweep file beside this one, of which all but the cells holds here too: its `seeds`, `plugins` and `about`
-      where this one has none, its `base` and `sizes` below this one's.
+    - `extends`: a sweep file beside this one, of which all but the cells holds here too: its `seeds`, `plugins` and
+      `about` where this one has none, its `base` and `sizes` below this one's.
 
     `overrides` go on top of all.
     """

@@ -277,10 +277,10 @@ class Block(nn.Module):
 
     def matrices(self) -> list[Tensor]:
         """What maps tokens to tokens: the weights of attention and MLP, not of the modulation."""
-        maps = [self.qkv, self.out, self.mlp[0], self.mlp[2]]
+        maps: list[nn.Module] = [self.qkv, self.out, *self.mlp]
         if self.captions is not None:
             maps += [self.captions.q, self.captions.kv, self.captions.out]
-        return [layer.weight for layer in maps]
+        return [layer.weight for layer in maps if isinstance(layer, nn.Linear)]
 
     def forward(self, x: Tensor, context: Context, layer: int, layers: int) -> tuple[Tensor, zoo.Result]:
         modulation = self.modulation(context.condition)[:, context.row_of]  # (B, L, 6·dim)

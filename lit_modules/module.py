@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from lightning.pytorch import LightningModule
@@ -16,7 +16,7 @@ from torchmetrics import Metric, MetricCollection
 from typing_extensions import override
 
 from lit_modules.callbacks import EMA
-from lit_modules.dit import VideoDiT
+from lit_modules.dit import Block, VideoDiT
 from lit_modules.flow import Euler, RectifiedFlow, generator
 from lit_modules.metrics import LossByTime
 from lit_modules.muon import MuonAdamW
@@ -37,10 +37,10 @@ class NonFiniteLoss(RuntimeError):
 
 @dataclass(frozen=True)
 class Optim:
-    """The optimizer, linear warm-up over `warmup_steps`, then a cosine down to `floor`·lr at the last step; EMA of weights.
+    """Optimizer, linear warm-up over `warmup_steps`, then a cosine down to `floor`·lr at the last step; EMA of weights.
 
-    optimizer: "adamw", or "muon": Muon at `muon_lr` for the matrices of the blocks' attention and MLP, AdamW at `lr` for
-        all others (`betas` are AdamW's; Muon's momentum is torch's default, .95).
+    optimizer: "adamw", or "muon": Muon at `muon_lr` for the matrices of the blocks' attention and MLP, AdamW at `lr`
+        for all others. The betas are AdamW's; Muon has torch's default momentum, .95.
     weight_decay: for the matrices of linear layers alone.
     ema_decay: approached from below over the first steps; 0 turns the average off.
     """
@@ -140,7 +140,7 @@ class LitVideoDiT(LightningModule):
     def configure_optimizers(self) -> Any:
         optim = self.optim
         muon = optim.optimizer == "muon"
-        inner = [p for block in self.model.blocks for p in block.matrices()] if muon else []
+        inner = [p for block in self.model.blocks for p in cast("Block", block).matrices()] if muon else []
         taken = {id(p) for p in inner}
         matrices = [m.weight for m in self.model.modules() if isinstance(m, nn.Linear) and id(m.weight) not in taken]
         taken |= {id(p) for p in matrices}
