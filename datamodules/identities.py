@@ -122,8 +122,7 @@ class Identities:
         seen = self.crop(clip, position).mean(1).flatten(1)
         known = self.sprites.to(clip.device).flatten(2)[background]
         # Over the frames the sum of squared errors and that of the mean differ by what no identity can change.
-        nearest: Tensor = (seen[:, None] - known).square().sum(-1).argmin(-1)
-        return nearest
+        return (seen[:, None] - known).square().sum(-1).argmin(-1)
 
     def crop(self, clip: Tensor, position: Tensor) -> Tensor:
         """The window of the subject, float32 (B, F, 3, pixels, pixels), of a clip (B, F, 3, H, W) at (B, F, 2)."""
@@ -147,7 +146,8 @@ class Identities:
             # Outside the window all identities leave the ground, so two renderings differ within their windows.
             bare = (window - ground).square().sum((-3, -2, -1))
             gains.append(bare - torch.cdist(window.flatten(2), known).square().amin(-1))
-        return places[torch.stack(gains).argmax(0)]
+        found: Tensor = places[torch.stack(gains).argmax(0)]
+        return found
 
     def _window(self, position: Tensor) -> tuple[Tensor, Tensor]:
         """Rows (N, pixels, 1) and columns (N, 1, pixels) that a subject covers."""

@@ -131,7 +131,7 @@ class Report:
         return {"name": self.name, "cells": [result.to_json() for result in self.results], "groups": groups}
 
     def tables(self, *, runs: bool = False) -> list[Table]:
-        """For a terminal: the leaderboard, and what was measured on drawn shots; of single `runs` or means over seeds."""
+        """For a terminal: the leaderboard, and the measures of drawn shots; of single `runs`, or means over seeds."""
         shown = self.singly() if runs else self
         title = f"{self.name}: {len(self.finished)} of {len(self.results)} cells finished"
         if shown.seeds > 1:
