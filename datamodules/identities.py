@@ -128,8 +128,8 @@ class Identities:
         """The window of the subject, float32 (B, F, 3, pixels, pixels), of a clip (B, F, 3, H, W) at (B, F, 2)."""
         frames = clip.flatten(0, 1)
         row, col = self._window(position.flatten(0, 1))
-        seen = frames[torch.arange(len(frames), device=clip.device)[:, None, None], :, row, col].float()
-        return seen.permute(0, 3, 1, 2).unflatten(0, clip.shape[:2])
+        seen: Tensor = frames[torch.arange(len(frames), device=clip.device)[:, None, None], :, row, col].float()
+        return seen.permute(0, 3, 1, 2).reshape(*clip.shape[:2], 3, self.pixels, self.pixels)
 
     def locate(self, clip: Tensor, background: Tensor, places: Tensor) -> Tensor:
         """Where a clip (B, F, 3, H, W) on known backgrounds (B,) shows a subject: one of `places` (P, 2) in each frame.
@@ -146,8 +146,7 @@ class Identities:
             # Outside the window all identities leave the ground, so two renderings differ within their windows.
             bare = (window - ground).square().sum((-3, -2, -1))
             gains.append(bare - torch.cdist(window.flatten(2), known).square().amin(-1))
-        found: Tensor = places[torch.stack(gains).argmax(0)]
-        return found
+        return places[torch.stack(gains).argmax(0)]
 
     def _window(self, position: Tensor) -> tuple[Tensor, Tensor]:
         """Rows (N, pixels, 1) and columns (N, 1, pixels) that a subject covers."""
