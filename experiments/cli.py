@@ -104,6 +104,9 @@ def train(
 def sweep(
     file: Annotated[str, typer.Argument(help="A sweep file, or the name of one in experiments/sweeps.")],
     max_steps: Annotated[int | None, typer.Option(min=1, help="Train every cell for this many steps at most.")] = None,
+    size: Annotated[
+        str | None, typer.Option(help="One of the file's `sizes`; its results are those of the sweep NAME-SIZE.")
+    ] = None,
     fresh: Annotated[bool, typer.Option("--fresh", help="Run finished cells again too.")] = False,
     plugin: Plugin = [],  # noqa: B006
 ) -> None:
@@ -117,7 +120,7 @@ def sweep(
     from experiments.report import Report
     from experiments.sweep import execute, find, read
 
-    loaded = read(find(file), [] if max_steps is None else [{"trainer.max_steps": max_steps}])
+    loaded = read(find(file), [] if max_steps is None else [{"trainer.max_steps": max_steps}], size)
     interrupted = False
     try:
         with Bar(errors, len(loaded.cells)) as bar:
@@ -126,7 +129,7 @@ def sweep(
         interrupted = True
     report = Report.of(loaded.name)
     page = report.write()
-    console.print(report.table())
+    console.print(*report.tables(), sep="\n")
     for result in report.unfinished:
         console.print(f"[red]{result.name}[/red], {result.status}: {_escape(result.reason or '')}", soft_wrap=True)
     console.print(f"Report: {page}", soft_wrap=True)
@@ -138,7 +141,11 @@ def sweep(
 
 
 @app.command(epilog="Example: [bold]zoo report quickstart[/bold]")
-def report(name: Annotated[str, typer.Argument(help="A sweep that has run.")], as_json: AsJson = False) -> None:
+def report(
+    name: Annotated[str, typer.Argument(help="A sweep that has run.")],
+    runs: Annotated[bool, typer.Option("--runs", help="Show single runs, not their means over seeds.")] = False,
+    as_json: AsJson = False,
+) -> None:
     """Write the report of a sweep (report.html, report.json) and show its leaderboard."""
     from experiments.report import Report
 
@@ -147,7 +154,7 @@ def report(name: Annotated[str, typer.Argument(help="A sweep that has run.")], a
     if as_json:
         print(json.dumps(found.to_json()))
         return
-    console.print(found.table())
+    console.print(*found.tables(runs=runs), sep="\n")
     console.print(f"Report: {page}", soft_wrap=True)
 
 

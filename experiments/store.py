@@ -35,10 +35,12 @@ def config_id(config: Mapping[str, Any]) -> str:
 
 @dataclass(frozen=True)
 class Cell:
-    """One run of a sweep: a readable name, unique in the sweep, and its resolved config."""
+    """One run of a sweep: a readable name, unique in the sweep, its resolved config, and, if others differ from it by
+    their seed alone, the name that they share."""
 
     name: str
     config: dict[str, Any]
+    group: str | None = None
 
     @property
     def id(self) -> str:

@@ -322,6 +322,13 @@ class Block(nn.Module):
         nn.init.zeros_(self.modulation.weight)
         nn.init.zeros_(self.modulation.bias)
 
+    def matrices(self) -> list[Tensor]:
+        """What maps tokens to tokens: the weights of attention and MLP, not of the modulation."""
+        maps: list[nn.Module] = [self.qkv, self.out, *self.mlp]
+        if self.captions is not None:
+            maps += [self.captions.q, self.captions.kv, self.captions.out]
+        return [layer.weight for layer in maps if isinstance(layer, nn.Linear)]
+
     def forward(
         self, x: Tensor, context: Context, layer: int, layers: int
     ) -> tuple[Tensor, zoo.Result, tuple[Tensor, Tensor, Tensor] | None]:

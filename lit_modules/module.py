@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import torch
 from lightning.pytorch import LightningModule
@@ -20,10 +20,12 @@ from lit_modules.callbacks import EMA
 from lit_modules.dit import Block, VideoDiT
 from lit_modules.flow import RectifiedFlow, generator
 from lit_modules.metrics import LossByTime
+from lit_modules.muon import MuonAdamW
 from lit_modules.sampling import Euler
 from lit_modules.stream import stream
 from sparse_zoo.errors import refuse, unknown
 
+OPTIMIZERS = ("adamw", "muon")
 VALIDATION_TIMES = (0.125, 0.375, 0.625, 0.875)  # the middles of four equal strata
 
 
@@ -37,13 +39,17 @@ class NonFiniteLoss(RuntimeError):
 
 @dataclass(frozen=True)
 class Optim:
-    """AdamW, linear warm-up over `warmup_steps`, then a cosine down to `floor`·lr at the last step; EMA of weights.
+    """Optimizer, linear warm-up over `warmup_steps`, then a cosine down to `floor`·lr at the last step; EMA of weights.
 
-    Weight decay is for the matrices of linear layers alone. `ema_decay` is approached from below over the first
-    steps; 0 turns the average off.
+    optimizer: "adamw", or "muon": Muon at `muon_lr` for the matrices of the blocks' attention and MLP, AdamW at `lr`
+        for all others. The betas are AdamW's; Muon has torch's default momentum, .95.
+    weight_decay: for the matrices of linear layers alone.
+    ema_decay: approached from below over the first steps; 0 turns the average off.
     """
 
+    optimizer: Literal["adamw", "muon"] = "adamw"
     lr: float = 1e-3
+    muon_lr: float = 0.02
     weight_decay: float = 0.01
     beta1: float = 0.9
     beta2: float = 0.99
@@ -57,7 +63,9 @@ class Optim:
             "optim",
             [f"{name} must be in [0, 1), got {value}" for name, value in unit.items() if not 0 <= value < 1]
             + [
+                unknown("optimizer", self.optimizer, OPTIMIZERS) if self.optimizer not in OPTIMIZERS else "",
                 f"lr must be above 0, got {self.lr}" if self.lr <= 0 else "",
+                f"muon_lr must be above 0, got {self.muon_lr}" if self.muon_lr <= 0 else "",
                 f"weight_decay must be at least 0, got {self.weight_decay}" if self.weight_decay < 0 else "",
                 f"warmup_steps must be at least 0, got {self.warmup_steps}" if self.warmup_steps < 0 else "",
                 f"floor must be in [0, 1], got {self.floor}" if not 0 <= self.floor <= 1 else "",
@@ -135,15 +143,24 @@ class LitVideoDiT(LightningModule):
 
     @override
     def configure_optimizers(self) -> Any:
+        optim = self.optim
+        muon = optim.optimizer == "muon"
+        inner = [p for block in self.model.blocks for p in cast("Block", block).matrices()] if muon else []
+        taken = {id(p) for p in inner}
         # Phases of a schedule share their parameters: each once.
-        matrices = list(dict.fromkeys(m.weight for m in self.model.modules() if isinstance(m, nn.Linear)))
-        decayed = {id(p) for p in matrices}
-        others = [p for p in self.model.parameters() if id(p) not in decayed]
+        linear = dict.fromkeys(m.weight for m in self.model.modules() if isinstance(m, nn.Linear))
+        matrices = [weight for weight in linear if id(weight) not in taken]
+        taken |= {id(p) for p in matrices}
         groups = [
-            {"params": matrices, "weight_decay": self.optim.weight_decay},
-            {"params": others, "weight_decay": 0.0},
+            {"params": matrices, "weight_decay": optim.weight_decay},
+            {"params": [p for p in self.model.parameters() if id(p) not in taken], "weight_decay": 0.0},
         ]
-        optimizer = torch.optim.AdamW(groups, lr=self.optim.lr, betas=(self.optim.beta1, self.optim.beta2))
+        rates: dict[str, Any] = {"lr": optim.lr, "betas": (optim.beta1, optim.beta2)}
+        optimizer: torch.optim.Optimizer = (
+            MuonAdamW(inner, groups, muon_lr=optim.muon_lr, weight_decay=optim.weight_decay, **rates)
+            if muon
+            else torch.optim.AdamW(groups, **rates)
+        )
         total = float(self.trainer.estimated_stepping_batches)
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: self.optim.rate(step, total))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}

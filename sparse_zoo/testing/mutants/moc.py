@@ -92,7 +92,7 @@ class LaterCaptionsAreRead(Open):
 class CaptionsReadAhead(Open):
     """Under strict causality captions that read text alone read later ones too."""
 
-    def _text_reads_text(self, branch: Branch, call: Call) -> Plan:
+    def attended(self, branch: Branch, call: Call) -> Plan:
         return Plan(
             *branch.plan.keep(~call.layout.is_text).parts,
             *Plan.within(call.layout.partition(where=call.layout.is_text)).parts,
