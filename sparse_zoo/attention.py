@@ -12,7 +12,7 @@ from torch._compile import _disable_dynamo
 
 from sparse_zoo.cost import Cost
 from sparse_zoo.errors import ZooError, refuse, unknown
-from sparse_zoo.kernels import attend
+from sparse_zoo.kernels import attend, attend_sum
 from sparse_zoo.kernels import names as kernel_names
 from sparse_zoo.layout import Layout
 from sparse_zoo.plan import Plan
@@ -235,23 +235,32 @@ class Attention(nn.Module):
         """Attend, with everything given as one `Call`."""
         if call.features is None and call.hidden is not None:
             call = replace(call, features=self.features(call.hidden))
-        out: Tensor | None = None
+        terms: list[Tensor] = []
         plans, used = [], []
+        # Branches on the call's own q, k, v go to the kernel together, which then shares memory between them.
+        shared: list[Plan] = []
+        weights: list[Tensor | float] = []
         for branch in self.branches(call):
-            weight: Tensor | float = 1.0
             if isinstance(branch, Term):
-                value = branch.value
-            else:
-                plan = self._text_reads_text(branch, call) if self.text_reads == "text" else branch.plan
-                q, k, v = (getattr(branch, x) if getattr(branch, x) is not None else getattr(call, x) for x in "qkv")
-                value, _, kernel = attend(q, k, v, plan, kernel=self.kernel)
-                value = value if branch.rows is None else value[:, :, branch.rows]
-                weight = branch.weight
-                plans.append(plan)
-                used.append(kernel)
-            out = _plus(out, value, weight)
-        if out is None:
+                terms.append(branch.value)
+                continue
+            plan = self._text_reads_text(branch, call) if self.text_reads == "text" else branch.plan
+            plans.append(plan)
+            if branch.q is branch.k is branch.v is branch.rows is None:
+                shared.append(plan)
+                weights.append(branch.weight)
+                continue
+            q, k, v = (getattr(branch, x) if getattr(branch, x) is not None else getattr(call, x) for x in "qkv")
+            value, _, kernel = attend(q, k, v, plan, kernel=self.kernel)
+            terms.append(branch.weight * (value if branch.rows is None else value[:, :, branch.rows]))
+            used.append(kernel)
+        if shared:
+            value, kernel = attend_sum(call.q, call.k, call.v, shared, weights, kernel=self.kernel)
+            terms.append(value)
+            used.append(kernel)
+        if not terms:
             raise ZooError(f"{type(self).__name__}.branches gave nothing to attend with")
+        out = sum(terms[1:], terms[0])
         kernel = ",".join(dict.fromkeys(used))
         return Result(
             out.to(call.q.dtype), plans, self.losses(call), kernel, call.layout, call.q_rows, self.routing_flops(call)
@@ -265,15 +274,6 @@ class Attention(nn.Module):
             is_text, among = is_text[call.q_rows], among.narrow(call.q_rows)
         # Their queries are apart, so the parts cannot share a pair.
         return Plan(*branch.plan.keep(~is_text).parts, *among.parts)
-
-
-def _plus(out: Tensor | None, value: Tensor, weight: Tensor | float) -> Tensor:
-    """out + weight · value, the product never held beside the sum."""
-    if isinstance(weight, Tensor):
-        return weight * value if out is None else torch.addcmul(out, weight, value)
-    if out is None:
-        return value if weight == 1 else weight * value
-    return torch.add(out, value, alpha=weight)
 
 
 @remembered(32)

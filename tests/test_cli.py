@@ -97,6 +97,18 @@ def test_map_draws(here: Path) -> None:
     assert (here / "a" / "b.png").exists()
 
 
+def test_map_counts_loops(here: Path) -> None:
+    assert "9 <-> 11" in zoo("map", "moc", "causal=null").stdout
+    assert "<->" not in zoo("map", "moc").stdout
+    found = json.loads(zoo("map", "moc", "causal=null", "--json", "--out", "page.png").stdout)
+    assert found["loops"] == [[9, 11]]
+    assert found["settings"] == {"causal": None}
+    assert found["picture"] == str(here / "page.png")
+    assert len(found["branches"][0]["shots"]) == 12
+    assert "nothing routed" in zoo("map", "dense").stdout
+    assert "simulated" in zoo("map", "--help").stdout
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -138,7 +138,7 @@ def test_sampling_takes_the_steps_it_says():
     for start, end in zip(noise, drawn, strict=True):
         torch.testing.assert_close(end, start * 0.8**5)
     assert [round(float(call["time"][0, 0]), 6) for call in moving.calls] == [1.0, 0.8, 0.6, 0.4, 0.2]
-    assert [call["step"] for call in moving.calls] == [0, 1, 2, 3, 4]
+    assert {call["step"] for call in moving.calls} == {None}
     assert not any(call["training"] for call in moving.calls)
     shifted = Field(lambda at: at.x)
     Euler(2).sample(shifted, RectifiedFlow(shift=3.0), films)
