@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from functools import partial
+from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -139,9 +140,11 @@ def dense_engines(q: Tensor) -> dict[str, Callable[[Tensor, Tensor, Tensor], Ten
             continue
         found["sdpa " + backend.name.removesuffix("_ATTENTION").lower()] = engine
     if find_spec("flash_attn") and q.is_cuda:
-        from flash_attn import flash_attn_func  # type: ignore[import-not-found]
-
-        found["flash_attn"] = lambda q, k, v: flash_attn_func(*(x.transpose(1, 2) for x in (q, k, v))).transpose(1, 2)
+        flash_attn_func = getattr(import_module("flash_attn"), "flash_attn_func", None)  # generation 4 has it elsewhere
+        if flash_attn_func:
+            found["flash_attn"] = lambda q, k, v: flash_attn_func(*(x.transpose(1, 2) for x in (q, k, v))).transpose(
+                1, 2
+            )
     return found
 
 
@@ -223,6 +226,9 @@ class _Timed:
             if not self.memory:
                 self.memory["forward"] = self._peak(self._forward)
                 self.memory["forward+backward"] = self._peak(lambda: self.attend().backward(self.weight))
+        except ZooError as error:  # a kernel may refuse a plan of this size
+            self.failed = str(error)
+            return
         except (RuntimeError, MemoryError) as error:
             if not _out_of_memory(error):
                 raise

@@ -1,7 +1,5 @@
 """Kernels against an oracle written here: masked softmax in float64, with gradients."""
 
-from typing import Any
-
 import pytest
 import torch
 from hypothesis import given, settings
@@ -10,7 +8,7 @@ from test_plan import plans
 from torch import Tensor
 
 import sparse_zoo as zoo
-from sparse_zoo.kernels import grouped, varlen
+from sparse_zoo.kernels import grouped
 from sparse_zoo.kernels.rectangles import rectangles
 
 
@@ -161,60 +159,6 @@ def test_executed_pairs_are_never_fewer(film: zoo.Layout) -> None:
         assert plan.executed(kernel, batch=2, heads=3) >= plan.cost(8, batch=2, heads=3).pairs
 
 
-def segments(x: Tensor, ends: Tensor) -> list[Tensor]:
-    return [x[a:b] for a, b in zip(ends[:-1].tolist(), ends[1:].tolist(), strict=True)]
-
-
-def flash_forward(
-    q: Tensor, k: Tensor, v: Tensor, q_ends: Tensor, k_ends: Tensor, q_most: int, k_most: int, *_: Any, scale: float
-) -> tuple[Tensor, Tensor]:
-    """What the CUDA operator promises, segment by segment; checks what it demands."""
-    assert q.shape[1] == 1
-    assert q_most == int(q_ends.diff().max())
-    assert k_most == int(k_ends.diff().max())
-    outs, lses = [], []
-    for a, b, c in zip(segments(q, q_ends), segments(k, k_ends), segments(v, k_ends), strict=True):
-        scores = a[:, 0] @ b[:, 0].T * scale
-        outs.append(scores.softmax(-1) @ c[:, 0])
-        lses.append(scores.logsumexp(-1))
-    return torch.cat(outs)[:, None], torch.cat(lses)[None]
-
-
-def flash_backward(
-    grad: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    q_ends: Tensor,
-    k_ends: Tensor,
-    *_: Any,
-    scale: float,
-) -> tuple[Tensor, ...]:
-    parts = []
-    sides = [segments(x[:, 0], q_ends) for x in (grad, q, out)] + [segments(x[:, 0], k_ends) for x in (k, v)]
-    for g, a, o, b, c, total in zip(*sides, segments(lse[0], q_ends), strict=True):
-        p = (a @ b.T * scale - total[:, None]).exp()
-        ds = p * (g @ c.T - (g * o).sum(-1, keepdim=True)) * scale
-        parts.append((ds @ b, ds.T @ a, p.T @ g))
-    return tuple(torch.cat(x)[:, None] for x in zip(*parts, strict=True))
-
-
-@given(data=st.data())
-@settings(max_examples=25, deadline=None)
-def test_torch_engine_packs_its_segments_right(data: st.DataObject) -> None:
-    """Without a GPU: the engine's own work, with its two CUDA operators played by plain tensor code."""
-    plan = data.draw(plans()) | data.draw(plans())
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(varlen, "flash_forward", flash_forward)
-        patch.setattr(varlen, "flash_backward", flash_backward)
-        patch.setattr(varlen, "SEGMENTS", data.draw(st.sampled_from([1, 3, 1000])))
-        patch.setattr(varlen.TorchVarlen, "why_not", lambda *_: [])
-        torch.manual_seed(1)
-        check("torch", plan, inputs(23, 23, kv_heads=data.draw(st.sampled_from([1, 2]))), atol=1e-12)
-
-
 def test_a_kernel_that_cannot_run_tells_every_reason() -> None:
     film = zoo.Layout.film([zoo.Shot(1, 2, 2)])
     q, k, v = (torch.randn(1, 1, 4, 12) for _ in range(3))
@@ -261,4 +205,4 @@ def test_backward_through_compile_and_autocast() -> None:
 
 def test_engine_is_named_by_what_it_is() -> None:
     assert grouped.Cpu().why_not() == []
-    assert set(zoo.kernels()) == {"torch", "cpu", "reference"}
+    assert {"torch", "cpu", "reference"} <= set(zoo.kernels())

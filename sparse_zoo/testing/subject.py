@@ -103,10 +103,10 @@ def usable() -> Iterator[tuple[str, str, torch.dtype]]:
 
 
 def place(kernel: Kernel) -> tuple[str, torch.dtype] | None:
-    """The first device and widest dtype on which a kernel runs; None if it runs nowhere here."""
+    """The first device and widest dtype on which a kernel runs forward and backward; None if it does nowhere here."""
     for device in ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",):
         for dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
-            x = torch.empty(1, 1, 1, HEAD_DIM, dtype=dtype, device=device)
+            x = torch.empty(1, 1, 1, HEAD_DIM, dtype=dtype, device=device, requires_grad=True)
             if not kernel.why_not(x, x):
                 return device, dtype
     return None
