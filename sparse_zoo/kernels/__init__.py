@@ -14,10 +14,11 @@ from sparse_zoo.errors import refuse, unknown
 from sparse_zoo.kernels.base import Kernel
 from sparse_zoo.kernels.grouped import Cpu
 from sparse_zoo.kernels.reference import Reference
+from sparse_zoo.kernels.triton import Triton
 from sparse_zoo.kernels.varlen import TorchVarlen
 from sparse_zoo.plan import Plan
 
-_kernels: dict[str, Kernel] = {kernel.name: kernel for kernel in (TorchVarlen(), Cpu(), Reference())}
+_kernels: dict[str, Kernel] = {kernel.name: kernel for kernel in (TorchVarlen(), Triton(), Cpu(), Reference())}
 AUTO = ("torch", "cpu")
 """What "auto" tries, in this order. The oracle is never among them: it has to be asked for."""
 
