@@ -14,10 +14,11 @@ from importlib.util import find_spec
 import torch
 from torch import Tensor
 
+from sparse_zoo.errors import refuse
 from sparse_zoo.kernels.base import Kernel
 from sparse_zoo.kernels.triton import dense
-from sparse_zoo.kernels.triton.configs import CONFIGS, INTERPRETED, Config, choose, head_dims
-from sparse_zoo.kernels.triton.work import work_of
+from sparse_zoo.kernels.triton.configs import CONFIGS, HEAD_DIMS, INTERPRETED, Config, Tile, choose
+from sparse_zoo.kernels.triton.work import Work, work_of
 from sparse_zoo.plan import Plan
 
 OLDEST = (8, 0)
@@ -43,6 +44,7 @@ class Triton(Kernel):
         return reasons
 
     def run(self, q: Tensor, k: Tensor, v: Tensor, plan: Plan, scale: float) -> tuple[Tensor, Tensor]:
+        refuse("kernel 'triton'", [f"scale must be above 0, got {scale}" if scale <= 0 else ""])
         from sparse_zoo.kernels.triton.union import Union  # imports Triton
 
         out, lse = Union.apply(q, k, v, plan, scale, _config(q))
@@ -56,8 +58,8 @@ class Triton(Kernel):
             rectangles = dense.rectangles(part)
             if rectangles:
                 total += batch * heads * dense.executed(rectangles)
-            elif work := work_of(part, config.attend.rows, config.grad_keys.rows):
-                total += _multiplied(work.by_query.tiles, work.by_query.segments, config, batch, heads)
+            elif work := work_of(part, config):
+                total += _multiplied(work.by_query, work.tiles(config).attend, batch, heads)
         return total
 
 
@@ -74,7 +76,7 @@ def _unfit_tensors(q: Tensor, v: Tensor) -> list[str]:
     dim = q.shape[-1]
     # The interpreter computes in numpy, which has no bfloat16.
     where, dtypes = ("cpu", (torch.float32, torch.float16)) if interpreted() else ("cuda", (torch.bfloat16, torch.float16))
-    fits = dim > 0 and dim & (dim - 1) == 0 if interpreted() else dim in head_dims()
+    fits = dim > 0 and dim & (dim - 1) == 0 if interpreted() else dim in HEAD_DIMS
     return [
         reason
         for reason in (
@@ -84,20 +86,20 @@ def _unfit_tensors(q: Tensor, v: Tensor) -> list[str]:
             else "",
             ""
             if fits
-            else f"head dim {dim} is not {'a power of two' if interpreted() else ' or '.join(map(str, head_dims()))}",
+            else f"head dim {dim} is not {'a power of two' if interpreted() else ' or '.join(map(str, HEAD_DIMS))}",
             f"head dim of v ({v.shape[-1]}) differs from that of q ({dim})" if v.shape[-1] != dim else "",
         )
         if reason
     ]
 
 
-def _multiplied(tiles: Tensor, segments: Tensor, config: Config, batch: int, heads: int) -> int:
-    """Pairs that tiles (B|1, H|1, T, 4) multiply, given their segments (B|1, H|1, S, 2)."""
-    step = config.attend.step
-    steps = (segments[..., 1] - segments[..., 0] + step - 1).div(step, rounding_mode="floor")
-    before = torch.nn.functional.pad(steps.cumsum(-1), (1, 0))
-    lead = torch.broadcast_shapes(before.shape[:2], tiles.shape[:2])
-    before = before.expand(*lead, -1)
-    tiles = tiles.expand(*lead, -1, -1).long()
-    met = (before.gather(-1, tiles[..., 3]) - before.gather(-1, tiles[..., 2])).masked_fill(tiles[..., 1] == 0, 0)
-    return int(met.sum(-1).expand(batch, heads).sum()) * step * config.attend.rows
+def _multiplied(work: Work, tile: Tile, batch: int, heads: int) -> int:
+    """Pairs that the tiles of a part multiply, padding included."""
+    lengths = work.segments[..., 1] - work.segments[..., 0]
+    steps = (lengths + tile.step - 1).div(tile.step, rounding_mode="floor").cumsum(-1)
+    before = torch.nn.functional.pad(steps, (1, 0))
+    lead = torch.broadcast_shapes(before.shape[:2], work.tiles.shape[:2])
+    before, tiles = before.expand(*lead, -1), work.tiles.expand(*lead, -1, -1).long()
+    met = before.gather(-1, tiles[..., 3]) - before.gather(-1, tiles[..., 2])
+    met = met.masked_fill(tiles[..., 1] == 0, 0).sum(-1)
+    return int(met.expand(batch, heads).sum()) * tile.step * tile.rows

@@ -100,14 +100,13 @@ class _PlanWork:
 
 def _work(part: Part, config: Config) -> PartWork | None:
     """The work of a part, remembered where it is small: for pieces and edges that batch items and heads share."""
-    sizes = config.attend.rows, config.grad_keys.rows
     if part.batch_heads != (1, 1) or part.queries.is_singles:
-        return work_of(part, *sizes)
-    known: dict[tuple[int, int], PartWork | None] = part.__dict__.setdefault("_triton_work", {})
-    if sizes not in known:
+        return work_of(part, config)
+    known: dict[Config, PartWork | None] = part.__dict__.setdefault("_triton_work", {})
+    if config not in known:
         with torch.inference_mode(False):
-            known[sizes] = work_of(part, *sizes)
-    return known[sizes]
+            known[config] = work_of(part, config)
+    return known[config]
 
 
 def _dense_slots(rectangles: list[dense.Rectangle], length: int, where: torch.device) -> Tensor:
@@ -180,16 +179,16 @@ def _forward(slab: _Slab, tensors: tuple[Tensor, ...], work: _PlanWork, scale: f
         if part.work:
             tables, strides, number = _tables(slab, part.work.by_query)
             _launch(
-                device.attend, slab, number, config.attend,
+                device.attend, slab, number, part.work.tiles(config).attend,
                 q, k[slab.items], v[slab.items], own, own_lse, *tables, scale,
                 *_numbers(slab, number), slab.head.start, slab.share,
                 *_strides(q, k, v), own.stride(0), own_lse.stride(0), *strides,
-                DIM=dim, LISTED=part.work.by_query.others is not None,
+                DIM=dim, PIECES=part.work.pieces,
             )  # fmt: skip
     slots = slab.of(work.slots)
-    number = -(-length // LINES)
+    number = -(-length // LINES.rows)
     _launch(
-        device.merge, slab, number, Tile(LINES, 0, 4, 1),
+        device.merge, slab, number, LINES,
         rows, rows_lse, slots, out, lse, *_numbers(slab, number), length, slots.shape[-1],
         rows.stride(0), rows_lse.stride(0), *slots.stride()[:2], *_strides(out), *lse.stride()[:2], DIM=dim,
     )  # fmt: skip
@@ -209,9 +208,9 @@ def _backward(
     length, dim = q.shape[2:]
     lse = lse.contiguous()
     delta = torch.empty(lse.shape, dtype=torch.float32, device=q.device)
-    lines, line_tile = -(-length // LINES), Tile(LINES, 0, 4, 1)
+    lines = -(-length // LINES.rows)
     _launch(
-        device.row_dots, slab, lines, line_tile,
+        device.row_dots, slab, lines, LINES,
         out, grad, delta, *_numbers(slab, lines), length, *_strides(out, grad), DIM=dim,
     )  # fmt: skip
     rows = torch.empty(slab.groups, work.rows, dim, dtype=q.dtype, device=q.device)
@@ -230,20 +229,20 @@ def _backward(
             given = (q, k[slab.items], v[slab.items], grad, lse, delta)
             tables, strides, number = _tables(slab, part.work.by_query)
             _launch(
-                device.grad_queries, slab, number, config.grad_queries,
+                device.grad_queries, slab, number, part.work.tiles(config).grad_queries,
                 *given, own, *tables, scale, *_numbers(slab, number), slab.head.start, slab.share, length,
                 *_strides(q, k, v, grad), own.stride(0), *strides,
-                DIM=dim, LISTED=part.work.by_query.others is not None,
+                DIM=dim, PIECES=part.work.pieces,
             )  # fmt: skip
             tables, strides, number = _tables(slab, part.work.by_key)
             _launch(
-                device.grad_keys, slab, number, config.grad_keys,
+                device.grad_keys, slab, number, part.work.tiles(config).grad_keys,
                 *given, dk, dv, *tables, scale, *_numbers(slab, number), slab.head.start, slab.share,
-                length, k.shape[2], *_strides(q, k, v, grad), *strides, DIM=dim,
+                length, k.shape[2], *_strides(q, k, v, grad), *strides, DIM=dim, PIECES=part.work.pieces,
             )  # fmt: skip
     slots = slab.of(work.slots)
     _launch(
-        device.add_up, slab, lines, line_tile,
+        device.add_up, slab, lines, LINES,
         rows, slots, dq, *_numbers(slab, lines), length, slots.shape[-1], rows.stride(0),
         *slots.stride()[:2], *_strides(dq), DIM=dim,
     )  # fmt: skip
@@ -269,8 +268,7 @@ def _numbers(slab: _Slab, number: int) -> tuple[int, int]:
 
 def _tables(slab: _Slab, work: Work) -> tuple[list[Tensor], list[int], int]:
     """The tables of a slab, their strides over batch items and heads, and the number of tiles of a head."""
-    others = work.tokens if work.others is None else work.others
-    tables = [slab.of(x) for x in (work.tokens, work.tiles, others, work.segments)]
+    tables = [slab.of(x) for x in work]
     return tables, [stride for x in tables for stride in x.stride()[:2]], work.tiles.shape[2]
 
 

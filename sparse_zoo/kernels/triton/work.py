@@ -11,6 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from sparse_zoo.kernels.triton.configs import Config, Tiles
 from sparse_zoo.partition import Partition
 from sparse_zoo.plan import Part
 
@@ -21,13 +22,13 @@ class Work(NamedTuple):
     All int32, each shared by batch items or heads where it can be:
     tokens (B|1, H|1, n): the tiled side's, piece after piece;
     tiles (B|1, H|1, T, 4): first place in `tokens`, number of places (0: no such tile), first segment, end of segments;
-    others (B|1, H|1, m): the other side's tokens, or None where places in the stream itself are meant;
+    others (B|1, H|1, m): the other side's tokens;
     segments (B|1, H|1, S, 2): first place in `others`, end.
     """
 
     tokens: Tensor
     tiles: Tensor
-    others: Tensor | None
+    others: Tensor
     segments: Tensor
 
 
@@ -35,16 +36,21 @@ class PartWork(NamedTuple):
     """What kernels need to know of a part.
 
     by_query serves the forward and dq, which fill one partial row for each place of `by_query.tokens`; by_key serves dk
-    and dv, where every key is in one tile. slots, int32 (B|1, H|1, Lq, s), names the rows of each query, -1 for none.
+    and dv, where every key is in one tile. Without `pieces`, every tile meets one segment, and keys are places in the
+    stream itself. slots, int32 (B|1, H|1, Lq, s), names the rows of each query, -1 for none.
     """
 
     by_query: Work
     by_key: Work
     slots: Tensor
+    pieces: bool
+
+    def tiles(self, config: Config) -> Tiles:
+        return config.pieces if self.pieces else config.routed
 
 
-def work_of(part: Part, rows: int, key_rows: int) -> PartWork | None:
-    """The work of a part in tiles of `rows` queries and `key_rows` keys; None for a part without pieces or edges.
+def work_of(part: Part, config: Config) -> PartWork | None:
+    """The work of a part in a configuration's tiles; None for a part without pieces or edges.
 
     Queries that are single tokens are gathered: a tile holds queries that chose one key piece. Others are tiled piece by
     piece, and a tile meets all the key pieces of its piece.
@@ -53,18 +59,19 @@ def work_of(part: Part, rows: int, key_rows: int) -> PartWork | None:
     edges, number = _named(part)
     if not edges.numel() or not keys.count:
         return None
+    gathered, pieces = queries.is_singles, not (queries.is_singles and keys.order is None)
+    tiles = config.pieces if pieces else config.routed
+    rows, key_rows = tiles.attend.rows, tiles.grad_keys.rows
     readers, starts, places = _by_key(edges, keys.count)
-    if queries.is_singles:
-        by_query = Work(readers, _piece_tiles(starts, readers.shape[-1], rows), keys.order, _bounds(keys.offsets))
-        by_key = Work(
-            _tokens(keys), _piece_tiles(keys.offsets, _listed(keys), key_rows), readers, _bounds(starts)
-        )
-        return PartWork(by_query, by_key, places)
+    if gathered:
+        by_query = Work(readers, _piece_tiles(starts, readers.shape[-1], rows), _tokens(keys), _bounds(keys.offsets))
+        by_key = Work(_tokens(keys), _piece_tiles(keys.offsets, _listed(keys), key_rows), readers, _bounds(starts))
+        return PartWork(by_query, by_key, places, pieces)
     first = torch.arange(queries.count, device=edges.device) * edges.shape[-1]
     by_query = Work(
         _tokens(queries),
         _tiles(queries.offsets, _listed(queries), rows, first, first + number),
-        keys.order,
+        _tokens(keys),
         _bounds_at(keys.offsets, edges.flatten(2)),
     )
     by_key = Work(
@@ -73,7 +80,7 @@ def work_of(part: Part, rows: int, key_rows: int) -> PartWork | None:
         _tokens(queries),
         _bounds_at(queries.offsets, readers),
     )
-    return PartWork(by_query, by_key, _places(queries))
+    return PartWork(by_query, by_key, _places(queries), pieces)
 
 
 def _named(part: Part) -> tuple[Tensor, Tensor]:
@@ -154,7 +161,7 @@ def _bounds_at(starts: Tensor, pieces: Tensor) -> Tensor:
 
 def _tokens(pieces: Partition) -> Tensor:
     if pieces.order is not None:
-        return pieces.order
+        return pieces.order.contiguous()
     return torch.arange(pieces.length, dtype=torch.int32, device=pieces.device)[None, None]
 
 
