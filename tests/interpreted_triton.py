@@ -1,7 +1,5 @@
 """The kernels of `triton` in Triton's interpreter, on the CPU; test_triton.py runs this with TRITON_INTERPRET=1."""
 
-import itertools
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -12,11 +10,13 @@ from triton.runtime import interpreter
 
 import sparse_zoo as zoo
 from sparse_zoo import testing
+from sparse_zoo.kernels import get
 from sparse_zoo.kernels.triton import dense, device, union
 from sparse_zoo.testing import kernels as kernel_checks
 from sparse_zoo.testing import oracle
 
-pytestmark = pytest.mark.filterwarnings("ignore:divide by zero:RuntimeWarning")
+# numpy speaks of what a GPU does in silence: log(0), and numbers in rows that are never stored.
+pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 
 
 @pytest.fixture(autouse=True)
@@ -44,7 +44,7 @@ def _patch_the_language_once(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def _small(monkeypatch: pytest.MonkeyPatch) -> None:
     """The suite at a size that the interpreter can run: it takes milliseconds a step."""
-    for name, value in {"BATCH": 1, "HEADS": 2, "SEEDED": 4, "DRAWN": 4}.items():
+    for name, value in {"BATCH": 1, "HEADS": 2, "SEEDED": 3, "DRAWN": 4}.items():
         monkeypatch.setattr(kernel_checks, name, value)
 
 
@@ -134,7 +134,10 @@ def test_keys_past_the_end_are_masked_before_the_exponential() -> None:
         q.copy_(-(8 + q.abs()))
         k.copy_(8 + k.abs())
     labels = torch.arange(20) // 5
-    for plan in (zoo.Plan.groups(labels), zoo.Plan.routed(zoo.Partition.from_labels(labels, 4), labels[None, None, :, None])):
+    for plan in (
+        zoo.Plan.groups(labels),
+        zoo.Plan.routed(zoo.Partition.from_labels(labels, 4), labels[None, None, :, None]),
+    ):
         out, _, _ = zoo.attend(q, k, v, plan, kernel="triton")
         grads = torch.autograd.grad(out.sum(), [q, k, v])
         assert all(bool(x.isfinite().all()) for x in (out, *grads))
@@ -190,9 +193,8 @@ def test_half_precision_partials_err_no_more_than_eager_does() -> None:
 
 
 def test_what_the_interpreter_takes() -> None:
-    kernel = zoo.kernels()["triton"]
-    assert kernel == []
-    why_not = testing.kernels.get("triton").why_not
+    assert zoo.kernels()["triton"] == []
+    why_not = get("triton").why_not
     q = torch.zeros(1, 1, 4, 8)
     assert why_not(q, q) == []
     assert "dtype torch.bfloat16 is not float32 or float16" in why_not(q.bfloat16(), q.bfloat16())[0]

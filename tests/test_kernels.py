@@ -251,4 +251,4 @@ def test_backward_through_compile_and_autocast() -> None:
 
 def test_engine_is_named_by_what_it_is() -> None:
     assert grouped.Cpu().why_not() == []
-    assert set(zoo.kernels()) == {"torch", "cpu", "reference"}
+    assert set(zoo.kernels()) == {"torch", "triton", "cpu", "reference"}

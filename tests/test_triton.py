@@ -7,6 +7,7 @@ its own; that kernels compile for GPUs is test_triton_compile.py's.
 import os
 import subprocess
 import sys
+from collections.abc import Iterable
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -45,9 +46,7 @@ def test_in_the_interpreter(half: str) -> None:
 
 def pairs_of(work: Work, item: int, head: int, rows: int, columns: int) -> Tensor:
     """How often the tiles of a table meet each (token, other token): int64 (rows, columns)."""
-    tokens, tiles, others, segments = (
-        x[item if x.shape[0] > 1 else 0, head if x.shape[1] > 1 else 0].tolist() for x in work
-    )
+    tokens, tiles, others, segments = (x.tolist() for x in of(work, item, head))
     met = torch.zeros(rows, columns, dtype=torch.int64)
     for first, count, low, high in tiles:
         for begin, end in segments[low:high] if count else []:
@@ -87,21 +86,28 @@ def test_rows_have_one_writer_and_slots_find_them(plan: zoo.Plan) -> None:
         return
     mask = plan.dense_mask().expand(2, 2, -1, -1)
     for item, head in ((0, 0), (1, 1)):
-        at = lambda x: x[item if x.shape[0] > 1 else 0, head if x.shape[1] > 1 else 0]  # noqa: E731, B023
-        for table in (work.by_query, work.by_key):
-            places = [place for first, count, *_ in at(table.tiles).tolist() for place in range(first, first + count)]
-            assert len(set(places)) == len(places)
-        written = {place for first, count, *_ in at(work.by_query.tiles).tolist() for place in range(first, first + count)}
-        keys = [token for first, count, *_ in at(work.by_key.tiles).tolist() for token in at(work.by_key.tokens)[first : first + count].tolist()]
+        by_query, by_key = of(work.by_query, item, head), of(work.by_key, item, head)
+        (slots,) = of((work.slots,), item, head)
+        for _, tiles, *_ in (by_query, by_key):
+            assert len(set(places(tiles))) == len(places(tiles))
+        keys = by_key[0][places(by_key[1])].tolist()
         assert len(set(keys)) == len(keys)
-        tokens = at(work.by_query.tokens)
-        for query, slots in enumerate(at(work.slots).tolist()):
-            held = [place for place in slots if place >= 0]
-            assert set(held) <= written
-            assert all(int(tokens[place]) == query for place in held)
+        for query, row in enumerate(slots.tolist()):
+            held = [place for place in row if place >= 0]
+            assert set(held) <= set(places(by_query[1]))
+            assert all(int(by_query[0][place]) == query for place in held)
             assert held or not mask[item, head, query].any()
-        named = at(work.slots)
-        assert len(named[named >= 0].unique()) == int((named >= 0).sum())
+        named = slots[slots >= 0]
+        assert len(named.unique()) == len(named)
+
+
+def of(tables: Iterable[Tensor], item: int, head: int) -> list[Tensor]:
+    """Tables of one batch item and head."""
+    return [x[item if x.shape[0] > 1 else 0, head if x.shape[1] > 1 else 0] for x in tables]
+
+
+def places(tiles: Tensor) -> list[int]:
+    return [place for first, count, *_ in tiles.tolist() for place in range(first, first + count)]
 
 
 def test_routed_lists_ascend_and_need_no_count_from_the_device() -> None:
@@ -254,6 +260,4 @@ def test_backward_gets_the_layout_of_the_forwards_output(monkeypatch: pytest.Mon
 
 def test_an_operator_of_another_version_is_refused() -> None:
     with pytest.raises(zoo.ZooError, match=r"(?s)aten::_flash_attention_forward of torch.*'max_q' is not known"):
-        dense._call(
-            torch.ops.aten._flash_attention_forward, {name: None for name in ("query", "key", "value", "cum_seq_q")}
-        )
+        dense._call(torch.ops.aten._flash_attention_forward, dict.fromkeys(("query", "key", "value", "cum_seq_q")))

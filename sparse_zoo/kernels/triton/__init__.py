@@ -75,7 +75,9 @@ def _config(q: Tensor) -> Config:
 def _unfit_tensors(q: Tensor, v: Tensor) -> list[str]:
     dim = q.shape[-1]
     # The interpreter computes in numpy, which has no bfloat16.
-    where, dtypes = ("cpu", (torch.float32, torch.float16)) if interpreted() else ("cuda", (torch.bfloat16, torch.float16))
+    where, dtypes = (
+        ("cpu", (torch.float32, torch.float16)) if interpreted() else ("cuda", (torch.bfloat16, torch.float16))
+    )
     fits = dim > 0 and dim & (dim - 1) == 0 if interpreted() else dim in HEAD_DIMS
     return [
         reason

@@ -5,6 +5,7 @@ The backward takes the final output and log-sum-exp of the union, as every kerne
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import torch
@@ -34,8 +35,8 @@ class Rectangle(NamedTuple):
 def rectangles(part: Part) -> list[Rectangle] | None:
     """The rectangles of a part that is large and dense, None of any other. Waits for the device; remembered.
 
-    Large and dense: shared by batch items and heads, of at most CALLS pieces of queries that are not single tokens, with
-    at least PAIRS pairs in a rectangle on average.
+    Large and dense: shared by batch items and heads, of at most CALLS pieces of queries that are not single tokens,
+    with at least PAIRS pairs in a rectangle on average.
     """
     if part.batch_heads != (1, 1) or not 0 < part.queries.count <= CALLS or part.queries.is_singles:
         return None
@@ -62,7 +63,7 @@ def _listed(pieces: Partition) -> list[Tensor]:
     """The tokens of each piece of a partition that batch items and heads share."""
     tokens = torch.arange(pieces.length, device=pieces.device) if pieces.order is None else pieces.order[0, 0].long()
     offsets = pieces.offsets[0, 0].tolist()
-    return [tokens[a:b] for a, b in zip(offsets[:-1], offsets[1:], strict=True)]
+    return [tokens[a:b] for a, b in pairwise(offsets)]
 
 
 def _rows(tokens: Tensor) -> Rows:
@@ -96,13 +97,15 @@ def backward(
     """Gradients (dq, dk, dv) through this rectangle, given the union's final out and lse."""
     op = _engine(q)[1]
     unused = torch.empty((), dtype=torch.int64, device=q.device)  # the state of a dropout that is off
+    # cuDNN keeps lse with a last dimension of 1.
+    ranked = lse[..., None] if op is torch.ops.aten._scaled_dot_product_cudnn_attention_backward else lse
     given = {
         "grad_out": _like(q, grad),
         "query": q,
         "key": k,
         "value": v,
         "out": _like(q, out),
-        "logsumexp": lse.contiguous(),
+        "logsumexp": ranked.contiguous(),
         "philox_seed": unused,
         "philox_offset": unused,
         "attn_bias": None,
@@ -114,15 +117,16 @@ def backward(
         "is_causal": False,
         "scale": scale,
     }
-    if op is torch.ops.aten._scaled_dot_product_cudnn_attention_backward:
-        given["logsumexp"] = given["logsumexp"][..., None]
     dq, dk, dv = _call(op, given)
     return dq, dk, dv
 
 
 def _like(q: Tensor, x: Tensor) -> Tensor:
-    """x in the memory layout that the forward gives its output: cuDNN's plans are cached by the strides of q, k, v alone,
-    so that another layout of out or its gradient would be read by strides of an earlier call."""
+    """x in the memory layout that the forward gives its output.
+
+    torch caches cuDNN's plans by the strides of q, k and v alone: another layout of out, its gradient or lse would be
+    read by the strides of an earlier call.
+    """
     return torch.empty_like(q).copy_(x)
 
 
@@ -141,11 +145,12 @@ def _engine(q: Tensor) -> tuple[Any, Any]:
 
 
 def cudnn() -> bool:
-    return torch.backends.cudnn.is_available() and torch.backends.cuda.cudnn_sdp_enabled()
+    """Whether cuDNN's attention may be used."""
+    return bool(torch.backends.cudnn.is_available() and torch.backends.cuda.cudnn_sdp_enabled())
 
 
 def _call(op: Any, given: dict[str, Any]) -> Any:
-    """Call an operator by its schema, which differs between versions of torch: arguments by name, defaults left alone."""
+    """Call an operator by its schema, which differs between versions of torch: by name, defaults left alone."""
     schema = op.default._schema
     refuse(
         f"{schema.name} of torch {torch.__version__}",

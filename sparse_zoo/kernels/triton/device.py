@@ -1,8 +1,9 @@
-"""What runs on the device. Imports Triton: reached from inside functions only.
+"""What runs on the device. Imports Triton: imported from inside functions only.
 
-Programs are numbered in one grid dimension, (batch item, head) major. Tables say which tile of tokens a program owns and
-which segments of the other side it meets (`work.Work`); each may be shared by batch items or heads, its strides being 0.
-PIECES: a tile meets several segments, of listed keys; otherwise one, a slice of the stream. Softmax runs in base 2; log-sum-exps in memory are natural. Rows are addressed in 64 bits: assignments × head dim pass 2^31.
+Programs are numbered in one grid dimension, (batch item, head) major. Tables say which tile of tokens a program owns
+and which segments of the other side it meets (`work.Work`); what batch items or heads share has a stride of 0 there.
+PIECES: a tile meets several segments, of listed keys; otherwise one, a slice of the stream. Softmax runs in base 2;
+log-sum-exps in memory are natural. Rows are addressed in 64 bits: assignments × head dim pass 2^31.
 """
 
 import triton

@@ -1,8 +1,8 @@
 """A plan on the device: dense rectangles by the vendor's kernel, the rest gathered, merged in a fixed order.
 
-Partial rows are kept for a slab of heads at a time. The backward needs no partial outputs: for a softmax over a disjoint
-union, the gradients through one part are those of dense attention on it with the union's output and log-sum-exp in place
-of its own.
+Partial rows are kept for a slab of heads at a time. The backward needs no partial outputs: for a softmax over a
+disjoint union, the gradients through one part are those of dense attention on it with the union's output and
+log-sum-exp in place of its own.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ class _Listed:
 
 @dataclass(frozen=True)
 class _PlanWork:
-    """Parts, how many partial rows a head has, and which of them each query has: int32 (B|1, H|1, Lq, s), -1 for none."""
+    """Parts, how many partial rows a head has, and which are each query's: int32 (B|1, H|1, Lq, s), -1 for none."""
 
     parts: list[_Listed]
     rows: int
@@ -257,9 +257,7 @@ def _launch(kernel: Any, slab: _Slab, number: int, tile: Tile, *args: Any, **con
     """`number` programs for each head of the slab, in the first grid dimension: the others end at 65,535."""
     if tile.step:
         constants["STEP"] = tile.step
-    kernel[(slab.groups * number,)](
-        *args, ROWS=tile.rows, num_warps=tile.warps, num_stages=tile.stages, **constants
-    )
+    kernel[(slab.groups * number,)](*args, ROWS=tile.rows, num_warps=tile.warps, num_stages=tile.stages, **constants)
 
 
 def _numbers(slab: _Slab, number: int) -> tuple[int, int]:

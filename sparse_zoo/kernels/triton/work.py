@@ -52,8 +52,8 @@ class PartWork(NamedTuple):
 def work_of(part: Part, config: Config) -> PartWork | None:
     """The work of a part in a configuration's tiles; None for a part without pieces or edges.
 
-    Queries that are single tokens are gathered: a tile holds queries that chose one key piece. Others are tiled piece by
-    piece, and a tile meets all the key pieces of its piece.
+    Queries that are single tokens are gathered: a tile holds queries that chose one key piece. Others are tiled piece
+    by piece, and a tile meets all the key pieces of its piece.
     """
     queries, keys = part.queries, part.keys
     edges, number = _named(part)
@@ -125,7 +125,7 @@ def _by_key(edges: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _tiles(starts: Tensor, listed: int, size: int, low: Tensor, high: Tensor) -> Tensor:
-    """Tiles of `size` places of pieces that begin at `starts` (…, P + 1), with the segments low … high of each piece."""
+    """Tiles of `size` places of pieces that begin at `starts` (…, P + 1), with each piece's segments low … high."""
     lead = torch.broadcast_shapes(starts.shape[:-1], low.shape[:-1], high.shape[:-1])
     pieces = starts.shape[-1] - 1
     starts, low, high = (x.expand(*lead, -1).long() for x in (starts, low, high))
