@@ -197,5 +197,5 @@ def test_what_the_interpreter_takes() -> None:
     why_not = get("triton").why_not
     q = torch.zeros(1, 1, 4, 8)
     assert why_not(q, q) == []
-    assert "dtype torch.bfloat16 is not float32 or float16" in why_not(q.bfloat16(), q.bfloat16())[0]
+    assert "dtype torch.bfloat16 is not torch.float32 or torch.float16" in why_not(q.bfloat16(), q.bfloat16())[0]
     assert why_not(q[..., :6], q[..., :6]) == ["head dim 6 is not a power of two"]

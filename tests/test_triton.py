@@ -160,7 +160,7 @@ def test_it_tells_every_reason() -> None:
     for words in (
         "needs a CUDA device",
         "tensors are on cpu, not cuda",
-        "dtype torch.float32 is not bfloat16 or float16",
+        "dtype torch.float32 is not torch.bfloat16 or torch.float16",
         "head dim 48 is not 64 or 128",
         "head dim of v (16) differs from that of q (48)",
     ):

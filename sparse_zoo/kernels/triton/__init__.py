@@ -75,20 +75,15 @@ def _config(q: Tensor) -> Config:
 def _unfit_tensors(q: Tensor, v: Tensor) -> list[str]:
     dim = q.shape[-1]
     # The interpreter computes in numpy, which has no bfloat16.
-    where, dtypes = (
-        ("cpu", (torch.float32, torch.float16)) if interpreted() else ("cuda", (torch.bfloat16, torch.float16))
-    )
+    where, widest = ("cpu", torch.float32) if interpreted() else ("cuda", torch.bfloat16)
     fits = dim > 0 and dim & (dim - 1) == 0 if interpreted() else dim in HEAD_DIMS
+    allowed = "a power of two" if interpreted() else " or ".join(map(str, HEAD_DIMS))
     return [
         reason
         for reason in (
             f"tensors are on {q.device}, not {where}" if q.device.type != where else "",
-            f"dtype {q.dtype} is not {' or '.join(str(x).removeprefix('torch.') for x in dtypes)}"
-            if q.dtype not in dtypes
-            else "",
-            ""
-            if fits
-            else f"head dim {dim} is not {'a power of two' if interpreted() else ' or '.join(map(str, HEAD_DIMS))}",
+            f"dtype {q.dtype} is not {widest} or {torch.float16}" if q.dtype not in (widest, torch.float16) else "",
+            f"head dim {dim} is not {allowed}" if not fits else "",
             f"head dim of v ({v.shape[-1]}) differs from that of q ({dim})" if v.shape[-1] != dim else "",
         )
         if reason
