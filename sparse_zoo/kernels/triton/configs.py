@@ -1,0 +1,58 @@
+"""Tile sizes, warps and stages: one table, from which the launcher picks and which the compile test goes through."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+
+class Tile(NamedTuple):
+    """`rows` tokens are owned by a program, which meets `step` tokens of the other side at a time."""
+
+    rows: int
+    step: int
+    warps: int
+    stages: int
+
+
+class Tiles(NamedTuple):
+    """Of the three kernels that multiply. dq runs over the forward's tiles, so their rows agree."""
+
+    attend: Tile
+    grad_queries: Tile
+    grad_keys: Tile
+
+
+class Config(NamedTuple):
+    """`routed`: gathered queries × one slice of keys; `pieces`: a tile meets several segments of listed keys."""
+
+    routed: Tiles
+    pieces: Tiles
+
+
+# What compiles without spills; where several do, the larger tile. None has been timed on a GPU yet.
+_SM80_64 = Tiles(Tile(128, 64, 8, 2), Tile(128, 64, 8, 2), Tile(128, 32, 8, 2))
+_SM80_128 = Tiles(Tile(128, 64, 8, 2), Tile(128, 32, 8, 2), Tile(64, 64, 8, 2))
+_SM80_128_PIECES = Tiles(Tile(64, 64, 8, 2), Tile(64, 64, 8, 2), Tile(64, 64, 8, 2))
+_SM90_64 = Tiles(Tile(128, 128, 8, 2), Tile(128, 64, 8, 2), Tile(128, 64, 8, 2))
+_SM90_128 = Tiles(Tile(128, 128, 8, 2), Tile(128, 64, 8, 2), Tile(64, 64, 8, 2))
+_SM90_128_PIECES = Tiles(Tile(128, 64, 8, 3), Tile(128, 64, 8, 2), Tile(64, 64, 8, 2))
+
+CONFIGS = {
+    ((8, 0), 64): Config(_SM80_64, _SM80_64),
+    ((8, 0), 128): Config(_SM80_128, _SM80_128_PIECES),
+    ((9, 0), 64): Config(_SM90_64, _SM90_64),
+    ((9, 0), 128): Config(_SM90_128, _SM90_128_PIECES),
+}
+HEAD_DIMS = sorted({dim for _, dim in CONFIGS})
+
+# Small, so that small plans have several tiles, ragged ones among them.
+_SMALL = Tiles(Tile(16, 16, 1, 1), Tile(16, 8, 1, 1), Tile(8, 16, 1, 1))
+INTERPRETED = Config(_SMALL, _SMALL)
+
+LINES = Tile(32, 0, 4, 1)
+"""Of the kernels that merge, add up or dot rows."""
+
+
+def choose(capability: tuple[int, int], head_dim: int) -> Config:
+    """The configuration for a device: that of the newest capability in the table that it has."""
+    return CONFIGS[max(known for known, dim in CONFIGS if dim == head_dim and known <= capability), head_dim]

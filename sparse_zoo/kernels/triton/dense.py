@@ -1,0 +1,163 @@
+"""Large rectangles that heads and batch items share, by the vendor's dense attention on slices.
+
+The backward takes the final output and log-sum-exp of the union, as every kernel here does.
+"""
+
+from __future__ import annotations
+
+from itertools import pairwise
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from sparse_zoo.errors import refuse
+from sparse_zoo.partition import Partition
+from sparse_zoo.plan import Part
+
+PAIRS = 1 << 20
+"""Mean pairs of a part's rectangles from which the vendor's kernel takes them: a call costs tens of microseconds."""
+CALLS = 128
+"""Query pieces of a part up to which it may: each is a call."""
+TILE = 128
+
+Rows = slice | Tensor
+
+
+class Rectangle(NamedTuple):
+    """Tokens of a piece of queries × tokens of all the key pieces it attends to; int64 (n,) where they are no slice."""
+
+    queries: Rows
+    keys: Rows
+    pairs: int
+
+
+def rectangles(part: Part) -> list[Rectangle] | None:
+    """The rectangles of a part that is large and dense, None of any other. Waits for the device; remembered.
+
+    Large and dense: shared by batch items and heads, of at most CALLS pieces of queries that are not single tokens,
+    with at least PAIRS pairs in a rectangle on average.
+    """
+    if part.batch_heads != (1, 1) or not 0 < part.queries.count <= CALLS or part.queries.is_singles:
+        return None
+    known: list[list[Rectangle]] = part.__dict__.setdefault("_dense_rectangles", [])
+    if not known:
+        known.append(_rectangles(part))
+    total = sum(rectangle.pairs for rectangle in known[0])
+    return known[0] if total and total >= PAIRS * len(known[0]) else None
+
+
+@torch.inference_mode(False)  # remembered with the part
+def _rectangles(part: Part) -> list[Rectangle]:
+    queries, keys = _listed(part.queries), _listed(part.keys)
+    found = []
+    for query, edges in zip(queries, part.edges[0, 0], strict=True):
+        named = (edges.nonzero()[:, 0] if part.by_table else edges[edges >= 0]).tolist()
+        listed = torch.cat([keys[piece] for piece in named]) if named else keys[0][:0] if keys else query[:0]
+        if len(query) and len(listed):
+            found.append(Rectangle(_rows(query), _rows(listed), len(query) * len(listed)))
+    return found
+
+
+def _listed(pieces: Partition) -> list[Tensor]:
+    """The tokens of each piece of a partition that batch items and heads share."""
+    tokens = torch.arange(pieces.length, device=pieces.device) if pieces.order is None else pieces.order[0, 0].long()
+    offsets = pieces.offsets[0, 0].tolist()
+    return [tokens[a:b] for a, b in pairwise(offsets)]
+
+
+def _rows(tokens: Tensor) -> Rows:
+    first = int(tokens[0])
+    return slice(first, first + len(tokens)) if bool((tokens.diff() == 1).all()) else tokens
+
+
+def executed(found: list[Rectangle]) -> int:
+    """Pairs multiplied for one head, taking the vendor's tiles to be 128 × 128."""
+
+    def padded(rows: Rows) -> int:
+        length = rows.stop - rows.start if isinstance(rows, slice) else len(rows)
+        return -(-length // TILE) * TILE
+
+    return sum(padded(found.queries) * padded(found.keys) for found in found)
+
+
+# -- engines ----------------------------------------------------------------------------------------------------------
+
+
+def forward(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """q (B, H, n, D), k, v (B, H, m, D) -> out (B, H, n, D) and natural lse (B, H, n), float32."""
+    given = {"query": q, "key": k, "value": v, "attn_bias": None, "compute_log_sumexp": True, "scale": scale}
+    out, lse, *_ = _call(_engine(q)[0], given)
+    return out, lse.reshape(q.shape[:3])
+
+
+def backward(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients (dq, dk, dv) through this rectangle, given the union's final out and lse."""
+    op = _engine(q)[1]
+    unused = torch.empty((), dtype=torch.int64, device=q.device)  # the state of a dropout that is off
+    # cuDNN keeps lse with a last dimension of 1.
+    ranked = lse[..., None] if op is torch.ops.aten._scaled_dot_product_cudnn_attention_backward else lse
+    given = {
+        "grad_out": _like(q, grad),
+        "query": q,
+        "key": k,
+        "value": v,
+        "out": _like(q, out),
+        "logsumexp": ranked.contiguous(),
+        "philox_seed": unused,
+        "philox_offset": unused,
+        "attn_bias": None,
+        "cum_seq_q": None,
+        "cum_seq_k": None,
+        "max_q": q.shape[2],
+        "max_k": k.shape[2],
+        "dropout_p": 0.0,
+        "is_causal": False,
+        "scale": scale,
+    }
+    dq, dk, dv = _call(op, given)
+    return dq, dk, dv
+
+
+def _like(q: Tensor, x: Tensor) -> Tensor:
+    """x in the memory layout that the forward gives its output.
+
+    torch caches cuDNN's plans by the strides of q, k and v alone: another layout of out, its gradient or lse would be
+    read by the strides of an earlier call.
+    """
+    return torch.empty_like(q).copy_(x)
+
+
+def _engine(q: Tensor) -> tuple[Any, Any]:
+    """The forward and backward operators: cuDNN's where it may be used, flash attention's otherwise."""
+    aten = torch.ops.aten
+    if q.device.type == "cpu":
+        return (
+            aten._scaled_dot_product_flash_attention_for_cpu,
+            aten._scaled_dot_product_flash_attention_for_cpu_backward,
+        )
+    # cuDNN's backward adds dq up in the order in which blocks end.
+    if cudnn() and not torch.are_deterministic_algorithms_enabled():
+        return aten._scaled_dot_product_cudnn_attention, aten._scaled_dot_product_cudnn_attention_backward
+    return aten._scaled_dot_product_flash_attention, aten._scaled_dot_product_flash_attention_backward
+
+
+def cudnn() -> bool:
+    """Whether cuDNN's attention may be used."""
+    return bool(torch.backends.cudnn.is_available() and torch.backends.cuda.cudnn_sdp_enabled())
+
+
+def _call(op: Any, given: dict[str, Any]) -> Any:
+    """Call an operator by its schema, which differs between versions of torch: by name, defaults left alone."""
+    schema = op.default._schema
+    refuse(
+        f"{schema.name} of torch {torch.__version__}",
+        [
+            f"its argument {argument.name!r} is not known to sparse_zoo; known are: {', '.join(given)}"
+            for argument in schema.arguments
+            if argument.name not in given and not argument.has_default_value()
+        ],
+    )
+    return op(**{argument.name: given[argument.name] for argument in schema.arguments if argument.name in given})

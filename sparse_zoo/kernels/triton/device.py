@@ -1,0 +1,338 @@
+"""What runs on the device. Imports Triton: imported from inside functions only.
+
+Programs are numbered in one grid dimension, (batch item, head) major. Tables say which tile of tokens a program owns
+and which segments of the other side it meets (`work.Work`); what batch items or heads share has a stride of 0 there.
+PIECES: a tile meets several segments, of listed keys; otherwise one, a slice of the stream. Softmax runs in base 2;
+log-sum-exps in memory are natural. Rows are addressed in 64 bits: assignments × head dim pass 2^31.
+"""
+
+import triton
+import triton.language as tl
+
+LOG2_E = tl.constexpr(1.4426950408889634)
+LN_2 = tl.constexpr(0.6931471805599453)
+
+
+@triton.jit
+def _places(others, place, end, LISTED: tl.constexpr, MASKED: tl.constexpr):
+    """The tokens at some places of a list, or of the stream itself."""
+    if LISTED:
+        if MASKED:
+            return tl.load(others + place, mask=place < end, other=0).to(tl.int64)
+        return tl.load(others + place).to(tl.int64)
+    return place.to(tl.int64)
+
+
+@triton.jit
+def _rows(x, token, row_stride, live, DIM: tl.constexpr, MASKED: tl.constexpr):
+    """Rows of x at some tokens: (tokens, DIM)."""
+    at = x + token[:, None] * row_stride + tl.arange(0, DIM)[None, :]
+    if MASKED:
+        return tl.load(at, mask=live[:, None], other=0.0)
+    return tl.load(at)
+
+
+@triton.jit
+def _attend_step(
+    q, k, v, others, begin, end, k_row, v_row, scale, top, total, acc,
+    STEP: tl.constexpr, DIM: tl.constexpr, LISTED: tl.constexpr, MASKED: tl.constexpr,
+):  # fmt: skip
+    """One step of online softmax over STEP keys."""
+    place = begin + tl.arange(0, STEP)
+    token = _places(others, place, end, LISTED, MASKED)
+    keys = _rows(k, token, k_row, place < end, DIM, MASKED)
+    scores = tl.dot(q, tl.trans(keys), input_precision="ieee")
+    if MASKED:
+        scores = tl.where((place < end)[None, :], scores, float("-inf"))
+    higher = tl.maximum(top, tl.max(scores, 1) * scale)
+    weights = tl.math.exp2(scores * scale - higher[:, None])
+    shrink = tl.math.exp2(top - higher)
+    total = total * shrink + tl.sum(weights, 1)
+    values = _rows(v, token, v_row, place < end, DIM, MASKED)
+    acc = tl.dot(weights.to(values.dtype), values, acc * shrink[:, None], input_precision="ieee")
+    return higher, total, acc
+
+
+@triton.jit
+def _attend_segment(
+    q, k, v, others, segment, k_row, v_row, scale, top, total, acc,
+    STEP: tl.constexpr, DIM: tl.constexpr, PIECES: tl.constexpr,
+):  # fmt: skip
+    begin, end = tl.load(segment), tl.load(segment + 1)
+    whole = begin + (end - begin) // STEP * STEP
+    for at in tl.range(begin, whole, STEP):
+        top, total, acc = _attend_step(
+            q, k, v, others, at, end, k_row, v_row, scale, top, total, acc, STEP, DIM, PIECES, False
+        )
+    if whole < end:
+        top, total, acc = _attend_step(
+            q, k, v, others, whole, end, k_row, v_row, scale, top, total, acc, STEP, DIM, PIECES, True
+        )
+    return top, total, acc
+
+
+@triton.jit
+def attend(
+    q, k, v, rows, rows_lse, tokens, tiles, others, segments, scale,
+    heads, number, first_head, share,
+    q_item, q_head, q_row, k_item, k_head, k_row, v_item, v_head, v_row, rows_group, rows_lse_group,
+    tokens_item, tokens_head, tiles_item, tiles_head, others_item, others_head, segments_item, segments_head,
+    ROWS: tl.constexpr, STEP: tl.constexpr, DIM: tl.constexpr, PIECES: tl.constexpr,
+):  # fmt: skip
+    """One tile of queries × all its segments of keys -> one row of partial output and log-sum-exp for each query."""
+    group, tile = tl.program_id(0) // number, tl.program_id(0) % number
+    item, head = (group // heads).to(tl.int64), (group % heads).to(tl.int64)
+    record = tiles + item * tiles_item + head * tiles_head + tile * 4
+    first, count, low, high = tl.load(record), tl.load(record + 1), tl.load(record + 2), tl.load(record + 3)
+    if count == 0:
+        return
+    row, dim = tl.arange(0, ROWS), tl.arange(0, DIM)
+    live = row < count
+    place = first + row
+    token = tl.load(tokens + item * tokens_item + head * tokens_head + place, mask=live, other=0).to(tl.int64)
+    queries = _rows(q + item * q_item + head * q_head, token, q_row, live, DIM, True)
+    kv_head = (first_head + head) // share
+    k += item * k_item + kv_head * k_head
+    v += item * v_item + kv_head * v_head
+    others += item * others_item + head * others_head
+    segments += item * segments_item + head * segments_head
+    scale *= LOG2_E
+    top = tl.full([ROWS], float("-inf"), tl.float32)
+    total = tl.zeros([ROWS], tl.float32)
+    acc = tl.zeros([ROWS, DIM], tl.float32)
+    if PIECES:
+        for i in tl.range(low, high):
+            top, total, acc = _attend_segment(
+                queries, k, v, others, segments + i * 2, k_row, v_row, scale, top, total, acc, STEP, DIM, True
+            )
+    else:
+        top, total, acc = _attend_segment(
+            queries, k, v, others, segments + low * 2, k_row, v_row, scale, top, total, acc, STEP, DIM, False
+        )
+    # Without keys: 0 / 1, and -inf + log(0).
+    acc = acc / tl.where(total == 0, 1.0, total)[:, None]
+    to = rows + group.to(tl.int64) * rows_group + place.to(tl.int64)[:, None] * DIM + dim[None, :]
+    tl.store(to, acc.to(rows.dtype.element_ty), mask=live[:, None])
+    tl.store(rows_lse + group.to(tl.int64) * rows_lse_group + place, (top + tl.math.log2(total)) * LN_2, mask=live)
+
+
+@triton.jit
+def _grad_queries_step(
+    queries, grads, lse, delta, k, v, others, begin, end, k_row, v_row, scale, acc,
+    STEP: tl.constexpr, DIM: tl.constexpr, LISTED: tl.constexpr, MASKED: tl.constexpr,
+):  # fmt: skip
+    place = begin + tl.arange(0, STEP)
+    token = _places(others, place, end, LISTED, MASKED)
+    keys = _rows(k, token, k_row, place < end, DIM, MASKED)
+    values = _rows(v, token, v_row, place < end, DIM, MASKED)
+    scores = tl.dot(queries, tl.trans(keys), input_precision="ieee")
+    if MASKED:
+        # Zero keys are not enough: with an lse near -200, exp2(0 - lse) is inf, and inf * 0 a NaN in every row.
+        scores = tl.where((place < end)[None, :], scores, float("-inf"))
+    weights = tl.math.exp2(scores * scale - lse[:, None])
+    grad_scores = weights * (tl.dot(grads, tl.trans(values), input_precision="ieee") - delta[:, None])
+    return tl.dot(grad_scores.to(keys.dtype), keys, acc, input_precision="ieee")
+
+
+@triton.jit
+def _grad_queries_segment(
+    queries, grads, lse, delta, k, v, others, segment, k_row, v_row, scale, acc,
+    STEP: tl.constexpr, DIM: tl.constexpr, PIECES: tl.constexpr,
+):  # fmt: skip
+    begin, end = tl.load(segment), tl.load(segment + 1)
+    whole = begin + (end - begin) // STEP * STEP
+    for at in tl.range(begin, whole, STEP):
+        acc = _grad_queries_step(
+            queries, grads, lse, delta, k, v, others, at, end, k_row, v_row, scale, acc, STEP, DIM, PIECES, False
+        )
+    if whole < end:
+        acc = _grad_queries_step(
+            queries, grads, lse, delta, k, v, others, whole, end, k_row, v_row, scale, acc, STEP, DIM, PIECES, True
+        )
+    return acc
+
+
+@triton.jit
+def grad_queries(
+    q, k, v, grad, lse, delta, rows, tokens, tiles, others, segments, scale,
+    heads, number, first_head, share, length,
+    q_item, q_head, q_row, k_item, k_head, k_row, v_item, v_head, v_row, grad_item, grad_head, grad_row, rows_group,
+    tokens_item, tokens_head, tiles_item, tiles_head, others_item, others_head, segments_item, segments_head,
+    ROWS: tl.constexpr, STEP: tl.constexpr, DIM: tl.constexpr, PIECES: tl.constexpr,
+):  # fmt: skip
+    """The tiles of `attend` again -> one row of partial dq for each query. lse and delta are those of the union."""
+    group, tile = tl.program_id(0) // number, tl.program_id(0) % number
+    item, head = (group // heads).to(tl.int64), (group % heads).to(tl.int64)
+    record = tiles + item * tiles_item + head * tiles_head + tile * 4
+    first, count, low, high = tl.load(record), tl.load(record + 1), tl.load(record + 2), tl.load(record + 3)
+    if count == 0:
+        return
+    row, dim = tl.arange(0, ROWS), tl.arange(0, DIM)
+    live = row < count
+    place = first + row
+    token = tl.load(tokens + item * tokens_item + head * tokens_head + place, mask=live, other=0).to(tl.int64)
+    queries = _rows(q + item * q_item + head * q_head, token, q_row, live, DIM, True)
+    grads = _rows(grad + item * grad_item + head * grad_head, token, grad_row, live, DIM, True)
+    known = group.to(tl.int64) * length + token
+    row_lse = tl.load(lse + known, mask=live, other=float("inf")) * LOG2_E
+    row_delta = tl.load(delta + known, mask=live, other=0.0)
+    kv_head = (first_head + head) // share
+    k += item * k_item + kv_head * k_head
+    v += item * v_item + kv_head * v_head
+    others += item * others_item + head * others_head
+    segments += item * segments_item + head * segments_head
+    acc = tl.zeros([ROWS, DIM], tl.float32)
+    if PIECES:
+        for i in tl.range(low, high):
+            acc = _grad_queries_segment(
+                queries, grads, row_lse, row_delta, k, v, others, segments + i * 2, k_row, v_row, scale * LOG2_E, acc,
+                STEP, DIM, True,
+            )  # fmt: skip
+    else:
+        acc = _grad_queries_segment(
+            queries, grads, row_lse, row_delta, k, v, others, segments + low * 2, k_row, v_row, scale * LOG2_E, acc,
+            STEP, DIM, False,
+        )  # fmt: skip
+    to = rows + group.to(tl.int64) * rows_group + place.to(tl.int64)[:, None] * DIM + dim[None, :]
+    tl.store(to, (acc * scale).to(rows.dtype.element_ty), mask=live[:, None])
+
+
+@triton.jit
+def _grad_keys_segment(
+    keys, values, q, grad, lse, delta, others, segment, q_row, grad_row, scale, grad_k, grad_v,
+    STEP: tl.constexpr, DIM: tl.constexpr,
+):  # fmt: skip
+    begin, end = tl.load(segment), tl.load(segment + 1)
+    for at in tl.range(begin, end, STEP):
+        place = at + tl.arange(0, STEP)
+        there = place < end
+        query = tl.load(others + place, mask=there, other=0).to(tl.int64)
+        queries = _rows(q, query, q_row, there, DIM, True)
+        # An lse of +inf makes the weights of rows past the end 0.
+        row_lse = tl.load(lse + query, mask=there, other=float("inf")) * LOG2_E
+        scores = tl.dot(keys, tl.trans(queries), input_precision="ieee")
+        weights = tl.math.exp2(scores * scale - row_lse[None, :])
+        grads = _rows(grad, query, grad_row, there, DIM, True)
+        grad_v = tl.dot(weights.to(grads.dtype), grads, grad_v, input_precision="ieee")
+        row_delta = tl.load(delta + query, mask=there, other=0.0)
+        grad_weights = tl.dot(values, tl.trans(grads), input_precision="ieee")
+        grad_scores = weights * (grad_weights - row_delta[None, :])
+        grad_k = tl.dot(grad_scores.to(queries.dtype), queries, grad_k, input_precision="ieee")
+    return grad_k, grad_v
+
+
+@triton.jit
+def grad_keys(
+    q, k, v, grad, lse, delta, dk, dv, tokens, tiles, others, segments, scale,
+    heads, number, first_head, share, length, keys_length,
+    q_item, q_head, q_row, k_item, k_head, k_row, v_item, v_head, v_row, grad_item, grad_head, grad_row,
+    tokens_item, tokens_head, tiles_item, tiles_head, others_item, others_head, segments_item, segments_head,
+    ROWS: tl.constexpr, STEP: tl.constexpr, DIM: tl.constexpr, PIECES: tl.constexpr,
+):  # fmt: skip
+    """One tile of keys × all its segments of queries, added to its rows of dk and dv: no other program writes them."""
+    group, tile = tl.program_id(0) // number, tl.program_id(0) % number
+    item, head = (group // heads).to(tl.int64), (group % heads).to(tl.int64)
+    record = tiles + item * tiles_item + head * tiles_head + tile * 4
+    first, count, low, high = tl.load(record), tl.load(record + 1), tl.load(record + 2), tl.load(record + 3)
+    if count == 0:
+        return
+    row, dim = tl.arange(0, ROWS), tl.arange(0, DIM)
+    live = row < count
+    tokens += item * tokens_item + head * tokens_head
+    token = tl.load(tokens + first + row, mask=live, other=0).to(tl.int64)
+    kv_head = (first_head + head) // share
+    keys = _rows(k + item * k_item + kv_head * k_head, token, k_row, live, DIM, True)
+    values = _rows(v + item * v_item + kv_head * v_head, token, v_row, live, DIM, True)
+    q += item * q_item + head * q_head
+    grad += item * grad_item + head * grad_head
+    others += item * others_item + head * others_head
+    segments += item * segments_item + head * segments_head
+    lse += group.to(tl.int64) * length
+    delta += group.to(tl.int64) * length
+    grad_k = tl.zeros([ROWS, DIM], tl.float32)
+    grad_v = tl.zeros([ROWS, DIM], tl.float32)
+    if PIECES:
+        for i in tl.range(low, high):
+            grad_k, grad_v = _grad_keys_segment(
+                keys, values, q, grad, lse, delta, others, segments + i * 2, q_row, grad_row, scale * LOG2_E,
+                grad_k, grad_v, STEP, DIM,
+            )  # fmt: skip
+    else:
+        grad_k, grad_v = _grad_keys_segment(
+            keys, values, q, grad, lse, delta, others, segments + low * 2, q_row, grad_row, scale * LOG2_E,
+            grad_k, grad_v, STEP, DIM,
+        )  # fmt: skip
+    # Read again: kept, the tokens would take registers through the loop.
+    token = tl.load(tokens + first + row, mask=live, other=0, cache_modifier=".cg").to(tl.int64)
+    to = group.to(tl.int64) * keys_length * DIM + token[:, None] * DIM + dim[None, :]
+    tl.store(dk + to, tl.load(dk + to, mask=live[:, None], other=0.0) + grad_k * scale, mask=live[:, None])
+    tl.store(dv + to, tl.load(dv + to, mask=live[:, None], other=0.0) + grad_v, mask=live[:, None])
+
+
+@triton.jit
+def merge(
+    rows, rows_lse, slots, out, lse, heads, number, length, width, rows_group, rows_lse_group,
+    slots_item, slots_head, out_item, out_head, out_row, lse_item, lse_head, ROWS: tl.constexpr, DIM: tl.constexpr,
+):  # fmt: skip
+    """The partial rows of each query, in the order of its slots -> output and log-sum-exp."""
+    group, tile = tl.program_id(0) // number, tl.program_id(0) % number
+    item, head = (group // heads).to(tl.int64), (group % heads).to(tl.int64)
+    token, dim = (tile * ROWS + tl.arange(0, ROWS)).to(tl.int64), tl.arange(0, DIM)
+    live = token < length
+    rows += group.to(tl.int64) * rows_group
+    rows_lse += group.to(tl.int64) * rows_lse_group
+    slots += item * slots_item + head * slots_head
+    top = tl.full([ROWS], float("-inf"), tl.float32)
+    total = tl.zeros([ROWS], tl.float32)
+    acc = tl.zeros([ROWS, DIM], tl.float32)
+    for i in tl.range(0, width):
+        place = tl.load(slots + token * width + i, mask=live, other=-1).to(tl.int64)
+        there = place >= 0
+        partial_lse = tl.load(rows_lse + place, mask=there, other=float("-inf")) * LOG2_E
+        partial = _rows(rows, place, DIM, there, DIM, True).to(tl.float32)
+        higher = tl.maximum(top, partial_lse)
+        # -inf - -inf is no number: rows without keys so far weigh 0.
+        base = tl.where(higher == float("-inf"), 0.0, higher)
+        shrink, weight = tl.math.exp2(top - base), tl.math.exp2(partial_lse - base)
+        acc = acc * shrink[:, None] + partial * weight[:, None]
+        total = total * shrink + weight
+        top = higher
+    acc = acc / tl.where(total == 0, 1.0, total)[:, None]
+    to = out + item * out_item + head * out_head + token[:, None] * out_row + dim[None, :]
+    tl.store(to, acc.to(out.dtype.element_ty), mask=live[:, None])
+    tl.store(lse + item * lse_item + head * lse_head + token, (top + tl.math.log2(total)) * LN_2, mask=live)
+
+
+@triton.jit
+def add_up(
+    rows, slots, out, heads, number, length, width, rows_group, slots_item, slots_head, out_item, out_head, out_row,
+    ROWS: tl.constexpr, DIM: tl.constexpr,
+):  # fmt: skip
+    """The sum of the partial rows of each query, in the order of its slots."""
+    group, tile = tl.program_id(0) // number, tl.program_id(0) % number
+    item, head = (group // heads).to(tl.int64), (group % heads).to(tl.int64)
+    token, dim = (tile * ROWS + tl.arange(0, ROWS)).to(tl.int64), tl.arange(0, DIM)
+    live = token < length
+    rows += group.to(tl.int64) * rows_group
+    slots += item * slots_item + head * slots_head
+    acc = tl.zeros([ROWS, DIM], tl.float32)
+    for i in tl.range(0, width):
+        place = tl.load(slots + token * width + i, mask=live, other=-1).to(tl.int64)
+        acc += _rows(rows, place, DIM, place >= 0, DIM, True).to(tl.float32)
+    to = out + item * out_item + head * out_head + token[:, None] * out_row + dim[None, :]
+    tl.store(to, acc.to(out.dtype.element_ty), mask=live[:, None])
+
+
+@triton.jit
+def row_dots(
+    a, b, out, heads, number, length, a_item, a_head, a_row, b_item, b_head, b_row,
+    ROWS: tl.constexpr, DIM: tl.constexpr,
+):  # fmt: skip
+    """Σ a · b over the head dim, in float32: the delta of the softmax's backward."""
+    group, tile = tl.program_id(0) // number, tl.program_id(0) % number
+    item, head = (group // heads).to(tl.int64), (group % heads).to(tl.int64)
+    token = (tile * ROWS + tl.arange(0, ROWS)).to(tl.int64)
+    live = token < length
+    left = _rows(a + item * a_item + head * a_head, token, a_row, live, DIM, True).to(tl.float32)
+    right = _rows(b + item * b_item + head * b_head, token, b_row, live, DIM, True).to(tl.float32)
+    tl.store(out + group.to(tl.int64) * length + token, tl.sum(left * right, 1), mask=live)

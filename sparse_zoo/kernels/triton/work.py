@@ -1,0 +1,180 @@
+"""A part as work for device kernels: tiles of one side × segments of the other. torch alone.
+
+Nothing here reads a count on the host, so that building never waits for the device: tables have their largest possible
+size, and tiles past the last hold no token. The one exception is a bool table over single tokens, see `_named`.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from sparse_zoo.kernels.triton.configs import Config, Tiles
+from sparse_zoo.partition import Partition
+from sparse_zoo.plan import Part
+
+
+class Work(NamedTuple):
+    """Tiles of tokens of one side and, for each, the segments of tokens of the other side that it meets.
+
+    All int32, each shared by batch items or heads where it can be:
+    tokens (B|1, H|1, n): the tiled side's, piece after piece;
+    tiles (B|1, H|1, T, 4): first place in `tokens`, number of places (0: no such tile), first segment, end of segments;
+    others (B|1, H|1, m): the other side's tokens;
+    segments (B|1, H|1, S, 2): first place in `others`, end.
+    """
+
+    tokens: Tensor
+    tiles: Tensor
+    others: Tensor
+    segments: Tensor
+
+
+class PartWork(NamedTuple):
+    """What kernels need to know of a part.
+
+    by_query serves the forward and dq, which fill one partial row for each place of `by_query.tokens`; by_key serves dk
+    and dv, where every key is in one tile. Without `pieces`, every tile meets one segment, and keys are places in the
+    stream itself. slots, int32 (B|1, H|1, Lq, s), names the rows of each query, -1 for none.
+    """
+
+    by_query: Work
+    by_key: Work
+    slots: Tensor
+    pieces: bool
+
+    def tiles(self, config: Config) -> Tiles:
+        return config.pieces if self.pieces else config.routed
+
+
+def work_of(part: Part, config: Config) -> PartWork | None:
+    """The work of a part in a configuration's tiles; None for a part without pieces or edges.
+
+    Queries that are single tokens are gathered: a tile holds queries that chose one key piece. Others are tiled piece
+    by piece, and a tile meets all the key pieces of its piece.
+    """
+    queries, keys = part.queries, part.keys
+    edges, number = _named(part)
+    if not edges.numel() or not keys.count:
+        return None
+    gathered, pieces = queries.is_singles, not (queries.is_singles and keys.order is None)
+    tiles = config.pieces if pieces else config.routed
+    rows, key_rows = tiles.attend.rows, tiles.grad_keys.rows
+    readers, starts, places = _by_key(edges, keys.count)
+    if gathered:
+        by_query = Work(readers, _piece_tiles(starts, readers.shape[-1], rows), _tokens(keys), _bounds(keys.offsets))
+        by_key = Work(_tokens(keys), _piece_tiles(keys.offsets, _listed(keys), key_rows), readers, _bounds(starts))
+        return PartWork(by_query, by_key, places, pieces)
+    first = torch.arange(queries.count, device=edges.device) * edges.shape[-1]
+    by_query = Work(
+        _tokens(queries),
+        _tiles(queries.offsets, _listed(queries), rows, first, first + number),
+        _tokens(keys),
+        _bounds_at(keys.offsets, edges.flatten(2)),
+    )
+    by_key = Work(
+        _tokens(keys),
+        _tiles(keys.offsets, _listed(keys), key_rows, starts[..., :-1], starts[..., 1:]),
+        _tokens(queries),
+        _bounds_at(queries.offsets, readers),
+    )
+    return PartWork(by_query, by_key, _places(queries), pieces)
+
+
+def _named(part: Part) -> tuple[Tensor, Tensor]:
+    """Edges as indices (B|1, H|1, Q, k), -1 for none, and the number of columns that count, (B|1, H|1, Q).
+
+    A table keeps its width, rather than wait for the device to count: what is named stands first. Over single tokens,
+    whose partial rows would be as many as the table has entries, it is cut to the longest row, which waits.
+    """
+    edges = part.edges
+    if not part.by_table:
+        return edges, torch.full((1, 1, 1), edges.shape[-1], device=edges.device)
+    number = edges.sum(-1)
+    width = int(number.max()) if part.queries.is_singles and number.numel() else edges.shape[-1]
+    named = edges.byte().sort(dim=-1, descending=True, stable=True).indices[..., :width]
+    return named.masked_fill(torch.arange(width, device=edges.device) >= number[..., None], -1), number
+
+
+def _by_key(edges: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Edges (B, H, Q, k) -> the query pieces that name each key piece, one list after the other: int32 (B, H, Q · k).
+
+    Also where the list of each key piece begins, int32 (B, H, count + 1), and where in the lists each edge is, int32
+    (B, H, Q, k), -1 for none. Queries ascend within a list. Stable, so that sums over a list have one order.
+    """
+    batch, heads, pieces, k = edges.shape
+    groups, width = batch * heads, pieces * k
+    # One radix sort for all groups, over as few bytes as hold the keys.
+    most = groups * (count + 1)
+    dtype = torch.int16 if most < 1 << 15 else torch.int32 if most < 1 << 31 else torch.int64
+    flat = edges.reshape(groups, width)
+    base = (torch.arange(groups, device=edges.device) * (count + 1))[:, None]
+    ordered = (torch.where(flat < 0, count, flat) + base).to(dtype).flatten().sort(stable=True)
+    place = torch.arange(width, dtype=torch.int32, device=edges.device).expand(groups, -1)
+    places = torch.empty_like(flat, dtype=torch.int32).flatten().scatter_(0, ordered.indices, place.flatten())
+    bounds = (base + torch.arange(count + 1, device=edges.device)).to(dtype)
+    starts = torch.searchsorted(ordered.values.view(groups, width), bounds, out_int32=True)
+    readers = torch.div(ordered.indices % width, k, rounding_mode="floor").int()
+    return (
+        readers.view(batch, heads, width),
+        starts.view(batch, heads, count + 1),
+        places.view(edges.shape).masked_fill_(edges < 0, -1),
+    )
+
+
+def _tiles(starts: Tensor, listed: int, size: int, low: Tensor, high: Tensor) -> Tensor:
+    """Tiles of `size` places of pieces that begin at `starts` (…, P + 1), with each piece's segments low … high."""
+    lead = torch.broadcast_shapes(starts.shape[:-1], low.shape[:-1], high.shape[:-1])
+    pieces = starts.shape[-1] - 1
+    starts, low, high = (x.expand(*lead, -1).long() for x in (starts, low, high))
+    number = (starts.diff(dim=-1) + size - 1).div(size, rounding_mode="floor")
+    ends = number.cumsum(-1)
+    # Each piece's last tile may be ragged: no more than this, whatever the pieces are.
+    tile = torch.arange(listed // size + pieces, device=starts.device).expand(*lead, -1).contiguous()
+    piece = torch.searchsorted(ends, tile, right=True).clamp(max=pieces - 1)
+    first = starts.gather(-1, piece) + (tile - (ends - number).gather(-1, piece)) * size
+    count = (starts[..., 1:].gather(-1, piece) - first).clamp(0, size)
+    return torch.stack([first, count, low.gather(-1, piece), high.gather(-1, piece)], dim=-1).int()
+
+
+def _piece_tiles(starts: Tensor, listed: int, size: int) -> Tensor:
+    """Tiles whose segments are one: that of their own piece."""
+    piece = torch.arange(starts.shape[-1] - 1, device=starts.device)[None, None]
+    return _tiles(starts, listed, size, piece, piece + 1)
+
+
+def _bounds(starts: Tensor) -> Tensor:
+    """(…, P + 1) -> where each piece begins and ends, (…, P, 2)."""
+    return torch.stack([starts[..., :-1], starts[..., 1:]], dim=-1)
+
+
+def _bounds_at(starts: Tensor, pieces: Tensor) -> Tensor:
+    """Where some pieces (…, n) begin and end: (…, n, 2), 0 and 0 for piece -1."""
+    lead = torch.broadcast_shapes(starts.shape[:-1], pieces.shape[:-1])
+    pieces = pieces.expand(*lead, -1).long()
+    bounds = _bounds(starts).expand(*lead, -1, -1)
+    at = pieces.clamp(min=0)[..., None].expand(*pieces.shape, 2)
+    return bounds.gather(-2, at).masked_fill_((pieces < 0)[..., None], 0)
+
+
+def _tokens(pieces: Partition) -> Tensor:
+    if pieces.order is not None:
+        return pieces.order.contiguous()
+    return torch.arange(pieces.length, dtype=torch.int32, device=pieces.device)[None, None]
+
+
+def _listed(pieces: Partition) -> int:
+    return pieces.length if pieces.order is None else pieces.order.shape[-1]
+
+
+def _places(pieces: Partition) -> Tensor:
+    """The place of each token in the list of pieces, -1 where it is in none: int32 (B|1, H|1, L, 1)."""
+    tokens = _tokens(pieces)
+    lead = torch.broadcast_shapes(tokens.shape[:2], pieces.offsets.shape[:2])
+    place = torch.arange(tokens.shape[-1], dtype=torch.int32, device=tokens.device)
+    held = (place >= pieces.offsets[..., :1]) & (place < pieces.offsets[..., -1:])
+    places = torch.full((*lead, pieces.length), -1, dtype=torch.int32, device=tokens.device)
+    source = torch.where(held, place, -1).expand(*lead, -1)
+    return places.scatter_(-1, tokens.long().expand(*lead, -1), source)[..., None]

@@ -1,0 +1,201 @@
+"""The kernels of `triton` in Triton's interpreter, on the CPU; test_triton.py runs this with TRITON_INTERPRET=1."""
+
+from typing import Any
+
+import pytest
+import torch
+from conftest import FILMS
+from torch import Tensor
+from triton.runtime import interpreter
+
+import sparse_zoo as zoo
+from sparse_zoo import testing
+from sparse_zoo.kernels import get
+from sparse_zoo.kernels.triton import dense, device, union
+from sparse_zoo.testing import kernels as kernel_checks
+from sparse_zoo.testing import oracle
+
+# numpy speaks of what a GPU does in silence: log(0), and numbers in rows that are never stored.
+pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
+
+
+@pytest.fixture(autouse=True)
+def _patch_the_language_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The interpreter patches triton.language again at every call of a device function, which is half its time."""
+    patch, patched = interpreter._patch_lang, set[int]()
+
+    class Scope:
+        def __init__(self, inner: Any) -> None:
+            self.inner = inner
+
+        def restore(self) -> None:
+            patched.clear()
+            self.inner.restore()
+
+    def once(fn: Any) -> Any:
+        if id(fn.__globals__) in patched:
+            return None
+        patched.add(id(fn.__globals__))
+        return Scope(patch(fn))
+
+    monkeypatch.setattr(interpreter, "_patch_lang", once)
+
+
+@pytest.fixture
+def _small(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The suite at a size that the interpreter can run: it takes milliseconds a step."""
+    for name, value in {"BATCH": 1, "HEADS": 2, "SEEDED": 3, "DRAWN": 4}.items():
+        monkeypatch.setattr(kernel_checks, name, value)
+
+
+# 66,560 programs would take minutes; that grids have one dimension is tested below.
+@pytest.mark.usefixtures("_small")
+@pytest.mark.parametrize("check", [name for name in testing.kernel_checks() if name != "kernel_many_rectangles"])
+def test_conforms(check: str) -> None:
+    (outcome,) = testing.check_kernel("triton", only=[check])
+    assert outcome.status == "passed", outcome
+
+
+def inputs(shape: tuple[int, int, int], keys: int, kv_heads: int, dim: int = 8) -> list[Tensor]:
+    batch, heads, queries = shape
+    shapes = [(batch, heads, queries, dim)] + [(batch, kv_heads, keys, dim)] * 2
+    return [torch.randn(shape, requires_grad=True) for shape in shapes]
+
+
+def compare(plan: zoo.Plan, tensors: list[Tensor], atol: float = 3e-6) -> None:
+    out, lse, name = zoo.attend(*tensors, plan, kernel="triton")
+    assert name == "triton"
+    exact = [x.detach().double().requires_grad_() for x in tensors]
+    want, want_lse = oracle.masked_softmax(*exact, oracle.mask_of(plan))
+    weight = torch.randn(out.shape)
+    grads = torch.autograd.grad(out, tensors, weight)
+    want_grads = torch.autograd.grad(want, exact, weight.double())
+    torch.testing.assert_close(out.double(), want, rtol=0, atol=atol)
+    torch.testing.assert_close(lse.double(), want_lse, rtol=0, atol=atol)
+    for grad, expected in zip(grads, want_grads, strict=True):
+        torch.testing.assert_close(grad.double(), expected, rtol=0, atol=4 * atol)
+
+
+METHODS: list[tuple[str, dict[str, Any], str]] = [
+    ("moc", {"top_k": 2}, "captioned"),
+    ("moc", {"top_k": 20, "causal": None}, "packed"),  # more than there are candidates
+    ("moc", {"top_k": 2, "anchors": ()}, "one_frame_shots"),  # queries without keys
+    ("moc", {"top_k": 1, "chunk": "shot"}, "plain"),  # no candidates
+    ("moc_fixed", {"top_k": 2, "chunk_tokens": 7}, "captioned"),  # chunks cut by the anchors
+    ("moga", {"groups": 3}, "packed"),
+    ("window", {"tile": (2, 2, 3), "window": (1, 3, 1)}, "captioned"),
+]
+
+
+@pytest.mark.parametrize("anchors", ["dense", "gathered"])
+@pytest.mark.parametrize(("method", "settings", "film"), METHODS, ids=str)
+def test_plans_of_methods(
+    method: str, settings: dict[str, Any], film: str, anchors: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(dense, "PAIRS", 1 if anchors == "dense" else 1 << 30)
+    layout = FILMS[film]
+    q, k, v = tensors = inputs((1, 2, len(layout)), len(layout), 1)
+    attention = zoo.build(method, heads=2, head_dim=8, dim=6, **settings)
+    call = zoo.Call(q, k, v, layout, hidden=torch.randn(1, len(layout), 6))
+    branches = [branch for branch in attention.branches(call) if isinstance(branch, zoo.Branch)]
+    compare(branches[-1].plan, tensors)
+
+
+def test_slabs_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Four query heads on two of keys; own frames by the dense kernel, a chosen frame by the gather kernel."""
+    monkeypatch.setattr(dense, "PAIRS", 81)
+    film = zoo.Layout.film([zoo.Shot(1, 3, 3) for _ in range(3)])
+    length = len(film)
+    chunks = film.chunks("frame")
+    plan = zoo.Plan.within(chunks) | zoo.Plan.routed(chunks, torch.randint(-1, chunks.count, (2, 4, length, 1)))
+    assert dense.rectangles(plan.parts[0])
+    tensors = inputs((2, 4, length), length, 2)
+    whole = zoo.attend(*tensors, plan, kernel="triton")
+    grads = torch.autograd.grad(whole.out.sum(), tensors)
+    monkeypatch.setattr(union, "SLAB_BYTES", 1)
+    slabs = list(union._slabs(tensors[0], tensors[1], 1 << 20))
+    assert [(slab.items.start, slab.head.start, slab.head.stop) for slab in slabs] == [
+        (0, 0, 2),
+        (0, 2, 4),
+        (1, 0, 2),
+        (1, 2, 4),
+    ]
+    again = zoo.attend(*tensors, plan, kernel="triton")
+    assert torch.equal(again.out, whole.out)
+    assert torch.equal(again.lse, whole.lse)
+    assert all(map(torch.equal, torch.autograd.grad(again.out.sum(), tensors), grads))
+    compare(plan, tensors)
+
+
+def test_keys_past_the_end_are_masked_before_the_exponential() -> None:
+    """Pieces of 5 keys, scores near -200: an unmasked score of 0 is exp(200) times too heavy."""
+    q, k, v = inputs((1, 2, 20), 20, 2)
+    with torch.no_grad():
+        q.copy_(-(8 + q.abs()))
+        k.copy_(8 + k.abs())
+    labels = torch.arange(20) // 5
+    for plan in (
+        zoo.Plan.groups(labels),
+        zoo.Plan.routed(zoo.Partition.from_labels(labels, 4), labels[None, None, :, None]),
+    ):
+        out, _, _ = zoo.attend(q, k, v, plan, kernel="triton")
+        grads = torch.autograd.grad(out.sum(), [q, k, v])
+        assert all(bool(x.isfinite().all()) for x in (out, *grads))
+        compare(plan, [q, k, v], atol=1e-3)
+
+
+class Recorder:
+    """Stands for a kernel: notes the grid it is launched in."""
+
+    def __init__(self) -> None:
+        self.grids: list[tuple[int, ...]] = []
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Any:
+        self.grids.append(grid)
+        return lambda *_, **__: None
+
+
+def test_grids_have_one_dimension(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Others end at 65,535."""
+    recorders = {name: Recorder() for name in ("attend", "grad_queries", "grad_keys", "merge", "add_up", "row_dots")}
+    for name, recorder in recorders.items():
+        monkeypatch.setattr(device, name, recorder)
+    length = 70_000
+    q = torch.zeros(1, 1, length, 8, requires_grad=True)
+    out, _, _ = zoo.attend(q, q, q, zoo.Plan.groups(torch.arange(length)), kernel="triton")
+    out.sum().backward()
+    for recorder in recorders.values():
+        assert [len(grid) for grid in recorder.grids] == [1]
+    assert min(recorders[name].grids[0][0] for name in ("attend", "grad_queries", "grad_keys")) >= length
+
+
+def test_it_runs_the_vendors_kernel_on_anchors_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dense, "PAIRS", 200)
+    shapes = []
+    forward = dense.forward
+    monkeypatch.setattr(dense, "forward", lambda q, *rest: (shapes.append(tuple(q.shape)), forward(q, *rest))[1])
+    film = zoo.Layout.film([zoo.Shot(2, 4, 4), zoo.Shot(3, 4, 4)])
+    chosen = torch.zeros(1, 2, len(film), 1, dtype=torch.int64).masked_fill(film.shot[:, None] == 0, -1)
+    plan = zoo.Plan.within(film.partition("shot")) | zoo.Plan.routed(film.partition("frame"), chosen)
+    compare(plan, inputs((1, 2, len(film)), len(film), 2))
+    assert shapes == [(1, 2, 32, 8), (1, 2, 48, 8)]
+
+
+def test_half_precision_partials_err_no_more_than_eager_does() -> None:
+    q, k, v = (x.detach().half() for x in inputs((1, 2, 90), 90, 2))
+    labels = torch.arange(90) % 3
+    plan = zoo.Plan.groups(labels) | zoo.Plan.groups(torch.arange(90) // 30)
+    mask = plan.dense_mask()
+    want, _ = oracle.masked_softmax(q.double(), k.double(), v.double(), mask)
+    eager = (q @ k.transpose(-1, -2) * 8**-0.5).masked_fill(~mask, -torch.inf).softmax(-1) @ v
+    ours = zoo.attend(q, k, v, plan, kernel="triton").out
+    assert (ours.double() - want).abs().max() <= 1.5 * (eager.double() - want).abs().max()
+
+
+def test_what_the_interpreter_takes() -> None:
+    assert zoo.kernels()["triton"] == []
+    why_not = get("triton").why_not
+    q = torch.zeros(1, 1, 4, 8)
+    assert why_not(q, q) == []
+    assert "dtype torch.bfloat16 is not torch.float32 or torch.float16" in why_not(q.bfloat16(), q.bfloat16())[0]
+    assert why_not(q[..., :6], q[..., :6]) == ["head dim 6 is not a power of two"]

@@ -1,0 +1,263 @@
+"""The `triton` kernel without a GPU: its tables, its operators' arguments, and its kernels in Triton's interpreter.
+
+The interpreter is chosen when Triton is imported, so what needs it is in interpreted_triton.py and runs in processes of
+its own; that kernels compile for GPUs is test_triton_compile.py's.
+"""
+
+import os
+import subprocess
+import sys
+from collections.abc import Iterable
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from test_plan import plans
+from torch import Tensor
+
+import sparse_zoo as zoo
+from sparse_zoo.kernels import triton as kernel
+from sparse_zoo.kernels.triton import dense
+from sparse_zoo.kernels.triton.configs import CONFIGS, INTERPRETED, choose
+from sparse_zoo.kernels.triton.work import Work, work_of
+
+HERE = Path(__file__).parent
+
+
+@pytest.mark.skipif(find_spec("triton") is None, reason="needs the package triton")
+@pytest.mark.parametrize("half", ["conforms", "not conforms"])
+def test_in_the_interpreter(half: str) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-k", half, HERE / "interpreted_triton.py"],
+        capture_output=True,
+        text=True,
+        check=False,
+        env=os.environ | {"TRITON_INTERPRET": "1"},
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+# -- tables -----------------------------------------------------------------------------------------------------------
+
+
+def pairs_of(work: Work, item: int, head: int, rows: int, columns: int) -> Tensor:
+    """How often the tiles of a table meet each (token, other token): int64 (rows, columns)."""
+    tokens, tiles, others, segments = (x.tolist() for x in of(work, item, head))
+    met = torch.zeros(rows, columns, dtype=torch.int64)
+    for first, count, low, high in tiles:
+        for begin, end in segments[low:high] if count else []:
+            for token in tokens[first : first + count]:
+                met[token, others[begin:end]] += 1
+    return met
+
+
+@given(data=st.data())
+@settings(max_examples=60, deadline=None)
+def test_tiles_meet_each_pair_once_from_both_sides(data: st.DataObject) -> None:
+    plan = data.draw(plans(k_length=17)) | data.draw(plans(k_length=17))
+    mask = plan.dense_mask().expand(2, 2, -1, -1)
+    tiles = INTERPRETED.pieces
+    for item, head in ((0, 0), (0, 1), (1, 0), (1, 1)):
+        by_query, by_key = torch.zeros(23, 17, dtype=torch.int64), torch.zeros(17, 23, dtype=torch.int64)
+        for part in plan.parts:
+            work = work_of(part, INTERPRETED)
+            if work is None:
+                assert not part.mask().any()
+                continue
+            by_query += pairs_of(work.by_query, item, head, 23, 17)
+            by_key += pairs_of(work.by_key, item, head, 17, 23)
+            for table, most in ((work.by_query, tiles.attend.rows), (work.by_key, tiles.grad_keys.rows)):
+                assert int(table.tiles[..., 1].max()) <= most
+                assert all(x.dtype == torch.int32 for x in table)
+        assert torch.equal(by_query, mask[item, head].long())
+        assert torch.equal(by_key, mask[item, head].T.long())
+
+
+@given(plan=plans(k_length=17))
+@settings(max_examples=60, deadline=None)
+def test_rows_have_one_writer_and_slots_find_them(plan: zoo.Plan) -> None:
+    (part,) = plan.parts
+    work = work_of(part, INTERPRETED)
+    if work is None:
+        return
+    mask = plan.dense_mask().expand(2, 2, -1, -1)
+    for item, head in ((0, 0), (1, 1)):
+        by_query, by_key = of(work.by_query, item, head), of(work.by_key, item, head)
+        (slots,) = of((work.slots,), item, head)
+        for _, tiles, *_ in (by_query, by_key):
+            assert len(set(places(tiles))) == len(places(tiles))
+        keys = by_key[0][places(by_key[1])].tolist()
+        assert len(set(keys)) == len(keys)
+        for query, row in enumerate(slots.tolist()):
+            held = [place for place in row if place >= 0]
+            assert set(held) <= set(places(by_query[1]))
+            assert all(int(by_query[0][place]) == query for place in held)
+            assert held or not mask[item, head, query].any()
+        named = slots[slots >= 0]
+        assert len(named.unique()) == len(named)
+
+
+def of(tables: Iterable[Tensor], item: int, head: int) -> list[Tensor]:
+    """Tables of one batch item and head."""
+    return [x[item if x.shape[0] > 1 else 0, head if x.shape[1] > 1 else 0] for x in tables]
+
+
+def places(tiles: Tensor) -> list[int]:
+    return [place for first, count, *_ in tiles.tolist() for place in range(first, first + count)]
+
+
+def test_routed_lists_ascend_and_need_no_count_from_the_device() -> None:
+    """On tensors without values every size has to follow from shapes."""
+    chosen = torch.randint(-1, 9, (2, 3, 50, 1))
+    chunks = zoo.Partition.from_labels(torch.arange(50) // 6, 9)
+    work = work_of(zoo.Plan.routed(chunks, chosen).parts[0], INTERPRETED)
+    assert work is not None
+    for item in range(2):
+        for head in range(3):
+            for chunk in range(9):
+                first, end = work.by_key.segments[item, head, chunk].tolist()
+                want = (chosen[item, head, :, 0] == chunk).nonzero()[:, 0].tolist()
+                assert work.by_key.others[item, head, first:end].tolist() == want
+    singles = zoo.Partition.singles(50)
+    assert singles.is_singles
+    empty = zoo.Partition(None, chunks.offsets.to("meta"), 50)
+    asked = zoo.Part(singles, empty, chosen.to("meta"))
+    table = zoo.Part(empty, empty, torch.empty(1, 1, 9, 9, dtype=torch.bool, device="meta"))
+    assert work_of(asked, INTERPRETED)
+    assert work_of(table, INTERPRETED)
+
+
+def test_executed_counts_padded_tiles() -> None:
+    tile = CONFIGS[max(CONFIGS)].pieces.attend
+    labels = torch.arange(3 * tile.rows) // tile.rows
+    exact = zoo.Plan.groups(labels)
+    assert exact.executed("triton", batch=2, heads=3) == 6 * 3 * tile.rows**2
+    ragged = zoo.Plan.groups(torch.arange(2 * tile.rows + 2) // (tile.rows + 1))
+    steps = -(-(tile.rows + 1) // tile.step)
+    assert ragged.executed("triton", batch=1, heads=1) == 2 * 2 * steps * tile.step * tile.rows
+
+
+def test_configurations_follow_the_capability() -> None:
+    assert choose((8, 6), 128) == CONFIGS[(8, 0), 128]
+    assert choose((9, 0), 64) == CONFIGS[(9, 0), 64]
+    assert choose((10, 0), 64) == CONFIGS[(9, 0), 64]
+    for config in (*CONFIGS.values(), INTERPRETED):
+        for tiles in config:
+            assert tiles.attend.rows == tiles.grad_queries.rows
+
+
+# -- what it takes ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a CUDA device")
+def test_it_tells_every_reason() -> None:
+    q, v = torch.zeros(1, 1, 4, 48), torch.zeros(1, 1, 4, 16)
+    reasons = "; ".join(kernel.Triton().why_not(q, v))
+    for words in (
+        "needs a CUDA device",
+        "tensors are on cpu, not cuda",
+        "dtype torch.float32 is not torch.bfloat16 or torch.float16",
+        "head dim 48 is not 64 or 128",
+        "head dim of v (16) differs from that of q (48)",
+    ):
+        assert words in reasons
+    assert zoo.kernels()["triton"] == [kernel.Triton().why_not()[0]]
+
+
+def test_old_devices_and_a_missing_package_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (7, 5))
+    monkeypatch.setattr(kernel, "find_spec", lambda _: None)
+    package, capability = kernel.Triton().why_not()
+    assert "needs the package triton" in package
+    assert "8.0 or newer, this device has (7, 5)" in capability
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (9, 0))
+    monkeypatch.setattr(kernel, "find_spec", lambda _: object())
+    assert kernel.Triton().why_not() == []
+
+
+def test_scales_that_are_not_above_0_are_refused() -> None:
+    q = torch.zeros(1, 1, 4, 64)
+    with pytest.raises(zoo.ZooError, match=r"scale must be above 0, got -1\.0"):
+        kernel.Triton().run(q, q, q, zoo.Plan.groups(torch.zeros(4, dtype=torch.int64)), -1.0)
+
+
+def test_nothing_imports_triton_before_it_is_asked_for() -> None:
+    code = "import sys, sparse_zoo as zoo; zoo.kernels(); print('triton' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=HERE.parent)
+    assert done.stdout.strip() == "False"
+
+
+# -- dense rectangles -------------------------------------------------------------------------------------------------
+
+
+def test_which_parts_are_dense(monkeypatch: pytest.MonkeyPatch) -> None:
+    film = zoo.Layout.film([zoo.Shot(2, 4, 4, 3), zoo.Shot(3, 4, 4, 2)], caption=2)
+    text = zoo.Plan.blocks(film.partition(), film.partition(where=film.is_text), torch.ones(1, 1, dtype=torch.bool))
+    own = zoo.Plan.within(film.partition("shot", where=film.shot >= 0))
+    plan = text | own
+    monkeypatch.setattr(dense, "PAIRS", 1)
+    mask = torch.zeros(len(film), len(film), dtype=torch.int64)
+    for part in plan.parts:
+        found = dense.rectangles(part)
+        assert found
+        for queries, keys, pairs in found:
+            block = mask[queries][:, keys]
+            assert block.numel() == pairs
+            rows = torch.arange(len(film))
+            mask[rows[queries][:, None], rows[keys]] += 1
+    assert torch.equal(mask, plan.dense_mask()[0, 0].long())
+    # The film's own rows and each shot's are slices; captions lie apart.
+    (everyone,), shots = dense.rectangles(plan.parts[0]) or [], dense.rectangles(plan.parts[1]) or []
+    assert everyone.queries == slice(0, len(film))
+    assert isinstance(everyone.keys, Tensor)
+    assert [type(keys) for _, keys, _ in shots] == [slice, slice]
+    singles = zoo.Plan.routed(film.chunks("frame"), torch.zeros(1, 1, len(film), 1, dtype=torch.int64))
+    heads = zoo.Plan.groups(film.shot.clamp(min=0).expand(1, 2, -1))
+    for other in (singles, heads):
+        assert dense.rectangles(other.parts[0]) is None
+    monkeypatch.setattr(dense, "PAIRS", len(film) ** 2)
+    assert dense.rectangles(own.parts[0]) is None
+    monkeypatch.setattr(dense, "PAIRS", 1)
+    monkeypatch.setattr(dense, "CALLS", 1)
+    assert dense.rectangles(own.parts[0]) is None
+
+
+@pytest.mark.parametrize("has_cudnn", [True, False])
+def test_operators_take_what_they_are_given(has_cudnn: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By torch's own shape functions: names, order and ranks of this version's arguments."""
+    monkeypatch.setattr(dense, "cudnn", lambda: has_cudnn)
+    called: list[str] = []
+    call = dense._call
+    monkeypatch.setattr(dense, "_call", lambda op, given: (called.append(str(op)), call(op, given))[1])
+    q = torch.empty(2, 3, 10, 64, dtype=torch.bfloat16, device="meta")
+    k = torch.empty(2, 3, 7, 64, dtype=torch.bfloat16, device="meta")
+    out, lse = dense.forward(q, k, k, 0.1)
+    assert (out.shape, lse.shape, lse.dtype) == (q.shape, q.shape[:3], torch.float32)
+    shapes = [x.shape for x in dense.backward(out, q, k, k, out, lse, 0.1)]
+    assert shapes == [q.shape, k.shape, k.shape]
+    assert all(("cudnn" in name) == has_cudnn for name in called)
+    monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: True)
+    called.clear()
+    dense.backward(out, q, k, k, out, lse, 0.1)
+    assert "flash" in called[0]
+
+
+def test_backward_gets_the_layout_of_the_forwards_output(monkeypatch: pytest.MonkeyPatch) -> None:
+    """cuDNN caches plans by the strides of q, k and v alone."""
+    given: dict[str, Any] = {}
+    monkeypatch.setattr(dense, "_call", lambda _, arguments: given.update(arguments) or (None, None, None))
+    q, k = (torch.randn(1, 2, n, 8) for n in (10, 7))
+    wide = torch.randn(1, 10, 2, 9)[..., :8].transpose(1, 2)
+    dense.backward(wide, q, k, k, wide, torch.randn(1, 2, 20)[:, :, ::2], 0.1)
+    assert given["grad_out"].stride() == given["out"].stride() == torch.empty_like(q).stride()
+    assert given["logsumexp"].is_contiguous()
+
+
+def test_an_operator_of_another_version_is_refused() -> None:
+    with pytest.raises(zoo.ZooError, match=r"(?s)aten::_flash_attention_forward of torch.*'max_q' is not known"):
+        dense._call(torch.ops.aten._flash_attention_forward, dict.fromkeys(("query", "key", "value", "cum_seq_q")))

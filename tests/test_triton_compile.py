@@ -1,0 +1,120 @@
+"""Every configuration that `triton` can pick, compiled ahead of time for its GPU: no GPU is needed, and none is used.
+
+What is compiled is what the launcher launches: its calls are recorded, and their arguments give the signatures.
+"""
+
+import re
+import subprocess
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import sparse_zoo as zoo
+from sparse_zoo.kernels.triton.configs import CONFIGS, Config
+
+triton = pytest.importorskip("triton", reason="needs the package triton")
+from triton.backends.compiler import GPUTarget  # noqa: E402
+from triton.compiler import ASTSource, CompiledKernel  # noqa: E402
+
+from sparse_zoo.kernels.triton import device, union  # noqa: E402
+
+SHARED_MEMORY = {80: 163 << 10, 90: 227 << 10}
+MULTIPLY = ("attend", "grad_queries", "grad_keys")
+OTHERS = ("merge", "add_up", "row_dots")
+TYPES = {torch.bfloat16: "bf16", torch.float32: "fp32", torch.int32: "i32"}
+
+
+@dataclass(frozen=True)
+class Launch:
+    """A recorded launch: positional arguments, compile-time constants, and options such as num_warps."""
+
+    args: tuple[Any, ...]
+    constants: dict[str, Any]
+    options: dict[str, int]
+
+
+@dataclass
+class Recorder:
+    """Stands for a kernel of the device module."""
+
+    launches: list[Launch]
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Any:
+        def launch(*args: Any, num_warps: int, num_stages: int, **constants: Any) -> None:
+            self.launches.append(Launch(args, constants, {"num_warps": num_warps, "num_stages": num_stages}))
+
+        return launch
+
+
+def recorded(config: Config, dim: int) -> dict[str, list[Launch]]:
+    """The launches, forward and backward, of a plan with a routed part and one of pieces."""
+    length = 64
+    chunks = zoo.Partition.from_labels(torch.arange(length) // 16, 4)
+    routed = zoo.Plan.routed(chunks, torch.zeros(1, 4, length, 1, dtype=torch.int64))
+    plan = zoo.Plan(*routed.parts, *zoo.Plan.groups(torch.arange(length) % 2).parts)
+    q, k, v = (torch.zeros(2, heads, length, dim, dtype=torch.bfloat16, requires_grad=True) for heads in (4, 2, 2))
+    recorders = {name: Recorder([]) for name in (*MULTIPLY, *OTHERS)}
+    with pytest.MonkeyPatch.context() as patch:
+        for name, recorder in recorders.items():
+            patch.setattr(device, name, recorder)
+        out, _ = union.Union.apply(q, k, v, plan, 0.1, config)
+        out.backward(torch.zeros_like(out))
+    return {name: recorder.launches for name, recorder in recorders.items()}
+
+
+def compiled(name: str, launch: Launch, capability: int) -> CompiledKernel:
+    kernel = getattr(device, name)
+    signature, attributes = dict.fromkeys(kernel.arg_names, "constexpr"), {}
+    assert set(kernel.arg_names[len(launch.args) :]) == set(launch.constants)
+    for i, (argument, value) in enumerate(zip(kernel.arg_names, launch.args, strict=False)):
+        if isinstance(value, Tensor):
+            signature[argument] = f"*{TYPES[value.dtype]}"
+        else:
+            signature[argument] = "fp32" if isinstance(value, float) else "i32"
+        # Triton assumes of pointers and integers that multiples of 16 stay so.
+        if (value.data_ptr() if isinstance(value, Tensor) else value if isinstance(value, int) else 1) % 16 == 0:
+            attributes[(i,)] = [["tt.divisibility", 16]]
+    source = ASTSource(fn=kernel, signature=signature, constexprs=launch.constants, attrs=attributes)
+    return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=launch.options)
+
+
+@pytest.mark.parametrize("name", [*MULTIPLY, *OTHERS])
+@pytest.mark.parametrize(("capability", "dim"), sorted(CONFIGS), ids=str)
+def test_no_spills_no_warnings_and_shared_memory_that_fits(
+    name: str,
+    capability: tuple[int, int],
+    dim: int,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+    tmp_path: Path,
+) -> None:
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    monkeypatch.setenv("TRITON_ALWAYS_COMPILE", "1")  # what is taken from the cache leaves no log
+    monkeypatch.setenv("TRITON_DUMP_PTXAS_LOG", "1")
+    target = capability[0] * 10 + capability[1]
+    launches = recorded(CONFIGS[capability, dim], dim)[name]
+    assert [launch.constants.get("PIECES") for launch in launches] == ([False, True] if name in MULTIPLY else [None])
+    for launch in launches:
+        capfd.readouterr()
+        kernel = compiled(name, launch, target)
+        log = capfd.readouterr().out
+        spills = re.findall(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", log)
+        assert spills == [("0", "0", "0")], log
+        assert "warning" not in log.lower(), log
+        assert "C75" not in log, log
+        assert kernel.metadata.shared <= SHARED_MEMORY[target]
+        # Row offsets pass 2^31: what is multiplied by a stride has 64 bits.
+        assert not re.search(r"arith\.muli .* : tensor<\d+x1xi32>", kernel.asm["ttir"])
+        if name in MULTIPLY:
+            assert ("HGMMA" if target == 90 else "HMMA") in sass(kernel, tmp_path)
+
+
+def sass(kernel: CompiledKernel, folder: Path) -> str:
+    binary = folder / "kernel.cubin"
+    binary.write_bytes(kernel.asm["cubin"])
+    tool = Path(triton.__file__).parent / "backends/nvidia/bin/nvdisasm"
+    return subprocess.run([tool, "-c", binary], capture_output=True, text=True, check=True).stdout
