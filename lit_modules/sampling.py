@@ -123,10 +123,10 @@ class Euler:
         else:
             self._warn_of_short_films(layout)
             for film in _films(layout):
-                alone = range(len(text)) if self.context is not None else None  # items may choose differently
-                rows = [slice(None)] if alone is None else [slice(i, i + 1) for i in alone]
+                # Where there is a choice, each batch item has its own.
+                rows = [slice(None)] if self.context is None else [slice(i, i + 1) for i in range(len(text))]
                 chosen = [run.shot_by_shot(x[row], text[row], film, given.tolist()) for row in rows]
-                taken.append(chosen if alone is not None else chosen * len(text))
+                taken.append(chosen * len(text) if self.context is None else chosen)
         model.train(was_training)
         return Drawn(model.unpatchify(x, layout), taken)
 
