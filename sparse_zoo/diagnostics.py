@@ -63,7 +63,7 @@ class Routing:
         """
         share = self.load / self.load.sum(-1, keepdim=True)
         entropy: Tensor = torch.special.entr(share.double()).sum(-1)
-        return entropy / self.counted.sum(-1).log()
+        return entropy / self.counted.sum(-1).double().log()
 
     @property
     def starved(self) -> Tensor:

@@ -127,7 +127,7 @@ def slow(call: Call, plan: Plan, batch: int, head: int, rows: list[int]) -> dict
     }
 
 
-@pytest.mark.parametrize("rows", [None, torch.tensor([30, 3, 17, 8, 29, 21])], ids=["all queries", "some queries"])
+@pytest.mark.parametrize("rows", [None, torch.tensor([30, 3, 45, 8, 50, 21])], ids=["all queries", "some queries"])
 @pytest.mark.parametrize("case", CASES)
 def test_every_figure_is_the_slow_one(case: str, rows: torch.Tensor | None) -> None:
     call = call_on(PACKED, rows=rows)
@@ -147,12 +147,12 @@ def test_sampled_queries_are_the_middles_of_equal_stretches(monkeypatch: pytest.
     call = call_on(STORY)
     plan = plan_of("moc, any chunk", call)
     length = len(STORY)
-    middles = [int((n + 0.5) * length / 5) for n in range(5)]
-    want = slow(call, plan, 1, 2, middles)
-    for block in (diagnostics.BLOCK, 1):  # in one go, then query by query
+    for rows, block in ((5, diagnostics.BLOCK), (5, 1), (1, 1)):  # in one go, query by query, one alone
+        middles = [int((n + 0.5) * length / rows) for n in range(rows)]
+        want = slow(call, plan, 1, 2, middles)
         monkeypatch.setattr(diagnostics, "BLOCK", block)
-        figures = diagnose(call, [plan], rows=5)[0].by_head()
-        for name in ("mass", "mass_best", "mass_best_pieces", "mass_random_pieces", "starved"):
+        figures = diagnose(call, [plan], rows=rows)[0].by_head()
+        for name in ("mass", "mass_best", "mass_best_pieces", "mass_random_pieces", "starved", "load_entropy"):
             assert float(figures[name][1, 2]) == pytest.approx(want[name], abs=1e-9), name
 
 

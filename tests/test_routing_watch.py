@@ -203,6 +203,19 @@ def test_a_method_that_routes_nothing_has_masses_alone(tmp_path: Path) -> None:
         RoutingWatch(tmp_path, every=0)
 
 
+def test_the_probe_is_in_eval_mode_and_leaves_no_hook(tmp_path: Path) -> None:
+    module = lit(attention=attention("moc"))
+    modes = []
+    module.model.blocks[0].attention.register_forward_pre_hook(
+        lambda attention, _: modes.append((torch.is_grad_enabled(), attention.training))
+    )
+    fit(module, 1, RoutingWatch(tmp_path))
+    # The first step, the probe; validation follows.
+    assert modes[: 1 + len(TIMES)] == [(True, True), *[(False, False)] * len(TIMES)]
+    assert module.model.training
+    assert [len(block.attention._forward_hooks) for block in module.model.blocks] == [0, 0]
+
+
 def test_accumulated_batches_are_probed_once_a_step(tmp_path: Path) -> None:
     logged = fit(lit(attention=attention("moc")), 2, RoutingWatch(tmp_path, every=1), accumulate_grad_batches=3).found
     assert list(logged) == [1, 2]
