@@ -236,6 +236,8 @@ def image(result: Result, name: str) -> str:
 
 
 def _plain(value: Any) -> str:
+    if isinstance(value, dict):
+        return "(" + ", ".join(f"{key}: {_plain(inner)}" for key, inner in value.items()) + ")"
     if isinstance(value, list | tuple):
         return ("×" if value and isinstance(value[0], int) else "+").join(map(str, value)) or "none"
     return "off" if value is None else str(value)

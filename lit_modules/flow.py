@@ -1,4 +1,4 @@
-"""Rectified flow: what the model learns, and how films are drawn from it.
+"""Rectified flow: what the model learns; `sampling` draws films from it.
 
 x_t = (1 - t)·x + t·noise, velocity = noise - x; t = 0 is the clean film, t = 1 is noise.
 Every draw comes from a generator seeded by what it is for, so that a resumed run repeats it.
@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import Any, Literal
 
 import torch
@@ -133,7 +132,9 @@ class RectifiedFlow:
         return FlowLoss((per_token * learnt).sum() / learnt.sum(), per_token.detach(), output)
 
     @torch.no_grad()
-    def denoise(self, model: VideoDiT, batch: Mapping[str, Any], at: float, *, seed: int = 0) -> list[Tensor]:
+    def denoise(
+        self, model: VideoDiT, batch: Mapping[str, Any], at: float, *, step: int | None = None, seed: int = 0
+    ) -> list[Tensor]:
         """The model's guess of the batch's clips in one step, from themselves with noise of time `at` in (0, 1]."""
         text: Tensor = batch["text"]
         layout = batch["layout"].to(text.device)
@@ -143,66 +144,6 @@ class RectifiedFlow:
         time = torch.full((len(text), len(stream(layout).film_of_shot)), at, device=text.device)
         was_training = model.training
         model.eval()
-        guess = noisy - at * model(noisy, text, time, layout, seed=seed).velocity.float()
+        guess = noisy - at * model(noisy, text, time, layout, step=step, seed=seed).velocity.float()
         model.train(was_training)
         return model.unpatchify(guess, layout)
-
-
-@dataclass(frozen=True)
-class Euler:
-    """Sampler: `steps` Euler steps from noise to film, evenly spaced before the flow's shift.
-
-    guidance: 1 follows the captions as they are; g > 1 goes g times as far from the velocity without captions, at
-    the price of a second forward pass.
-    """
-
-    steps: int = 12
-    guidance: float = 1.0
-
-    def __post_init__(self) -> None:
-        refuse("sampling", [f"steps must be at least 1, got {self.steps}"] if self.steps < 1 else [])
-
-    @torch.no_grad()
-    def sample(
-        self,
-        model: VideoDiT,
-        flow: RectifiedFlow,
-        batch: Mapping[str, Any],
-        *,
-        seed: int = 0,
-        known: Tensor | None = None,
-    ) -> list[Tensor]:
-        """Clips (B, F, C, H, W), one per shot in stream order, for the batch's layout and captions.
-
-        `known`: bool (S,), shots that are given: they keep the batch's clips, clean and at time 0, throughout.
-        """
-        text: Tensor = batch["text"]
-        layout = batch["layout"].to(text.device)
-        table = stream(layout)
-        shape = (text.shape[0], len(table.video), model.patch_size)
-        x = torch.randn(shape, generator=generator("sample", seed)).to(layout.device)
-        given = torch.zeros_like(table.film_of_shot, dtype=torch.bool) if known is None else known.to(layout.device)
-        refuse(
-            "sample",
-            [f"known is for {len(given)} shots, the layout has {len(table.film_of_shot)}"]
-            if given.shape != table.film_of_shot.shape
-            else [],
-        )
-        held = given[table.shot_of_video][:, None]  # (Nv, 1)
-        if known is not None:
-            x = torch.where(held, model.patchify(batch["clips"]).to(x), x)
-
-        grid = flow.warp(torch.linspace(1, 0, self.steps + 1)).tolist()
-        memories: tuple[dict[Any, Any], dict[Any, Any]] = ({}, {})  # with and without captions
-        was_training = model.training
-        model.eval()
-        for i, (now, then) in enumerate(pairwise(grid)):
-            time = torch.where(given, 0.0, now).expand(text.shape[0], -1)
-            velocity = model(x, text, time, layout, step=i, seed=seed, memory=memories[0]).velocity.float()
-            if self.guidance != 1 and text.shape[1]:
-                unguided = torch.full_like(text, model.null_id)
-                plain = model(x, unguided, time, layout, step=i, seed=seed, memory=memories[1]).velocity.float()
-                velocity = plain + self.guidance * (velocity - plain)
-            x = torch.where(held, x, x + (then - now) * velocity)
-        model.train(was_training)
-        return model.unpatchify(x, layout)

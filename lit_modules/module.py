@@ -15,11 +15,13 @@ from torch import nn
 from torchmetrics import Metric, MetricCollection
 from typing_extensions import override
 
+import sparse_zoo as zoo
 from lit_modules.callbacks import EMA
 from lit_modules.dit import Block, VideoDiT
-from lit_modules.flow import Euler, RectifiedFlow, generator
+from lit_modules.flow import RectifiedFlow, generator
 from lit_modules.metrics import LossByTime
 from lit_modules.muon import MuonAdamW
+from lit_modules.sampling import Euler
 from lit_modules.stream import stream
 from sparse_zoo.errors import refuse, unknown
 
@@ -94,10 +96,13 @@ class LitVideoDiT(LightningModule):
         sample_metrics: Metrics by name, whose `update(clips, batch)` judges films that are generated at validation:
             the last shot of each film, the earlier ones given. Not kept in checkpoints.
 
-    Logs `train/loss` = `train/flow` + every `train/aux/<name>`, `train/grad_norm`, and in validation, with EMA
-    weights, `val/loss`: the flow loss at `VALIDATION_TIMES` with noise that depends on the number of the validation
-    batch alone, so that it compares between steps, methods and seeds; `val/loss_t<time>` are its parts. Raises
-    `NonFiniteLoss` before a bad loss or gradient reaches the weights.
+    Attention is told the number of optimizer steps taken, by which schedules go, in training, validation and sampling
+    alike; its seed differs between batches and ranks.
+
+    Logs `train/loss` = `train/flow` + every `train/aux/<name>`, `train/grad_norm`, the scheduled settings in force
+    (see `schedules`), and in validation, with EMA weights, `val/loss`: the flow loss at `VALIDATION_TIMES` with noise
+    that depends on the number of the validation batch alone, so that it compares between steps, methods and seeds;
+    `val/loss_t<time>` are its parts. Raises `NonFiniteLoss` before a bad loss or gradient reaches the weights.
     """
 
     def __init__(
@@ -141,9 +146,10 @@ class LitVideoDiT(LightningModule):
         optim = self.optim
         muon = optim.optimizer == "muon"
         inner = [p for block in self.model.blocks for p in cast("Block", block).matrices()] if muon else []
-        taken = {id(p) for p in inner}
-        matrices = [m.weight for m in self.model.modules() if isinstance(m, nn.Linear) and id(m.weight) not in taken]
-        taken |= {id(p) for p in matrices}
+        # Phases of a schedule share their parameters: each once.
+        linear = dict.fromkeys(m.weight for m in self.model.modules() if isinstance(m, nn.Linear))
+        matrices = [p for p in linear if id(p) not in {id(q) for q in inner}]
+        taken = {id(p) for p in (*inner, *matrices)}
         groups = [
             {"params": matrices, "weight_decay": optim.weight_decay},
             {"params": [p for p in self.model.parameters() if id(p) not in taken], "weight_decay": 0.0},
@@ -160,10 +166,10 @@ class LitVideoDiT(LightningModule):
 
     @override
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> dict[str, Any]:
-        # Batches seen, not optimizer steps: accumulated batches must not share their noise. Resuming restores it.
-        step = self.trainer.fit_loop.total_batch_idx
-        draws = generator("train", self.seed, self.global_rank, step)
-        found = self.flow.training_loss(self.model, batch, draws, step=step, seed=self.seed)
+        # Batches seen, not optimizer steps: accumulated batches must not share their draws. Resuming restores it.
+        purpose = (self.seed, self.global_rank, self.trainer.fit_loop.total_batch_idx)
+        draws, attention = generator("train", *purpose), generator("attention", *purpose).initial_seed()
+        found = self.flow.training_loss(self.model, batch, draws, step=self.global_step, seed=attention)
         losses = {"flow": found.loss} | {f"aux/{name}": loss for name, loss in found.output.losses.items()}
         loss = torch.stack(list(losses.values())).sum()
         if not torch.isfinite(loss):
@@ -172,6 +178,7 @@ class LitVideoDiT(LightningModule):
         size = len(batch["layout"].films) * len(batch["text"])
         self.log("train/loss", loss, prog_bar=True, batch_size=size)
         self.log_dict({f"train/{name}": part for name, part in losses.items()}, batch_size=size)
+        self.log_dict(schedules(self.model, self.global_step), batch_size=size)
         return {"loss": loss, "flow": found.loss.detach(), "results": found.output.results}
 
     @override
@@ -191,11 +198,13 @@ class LitVideoDiT(LightningModule):
         for which, at in enumerate(VALIDATION_TIMES):
             time = torch.full((text.shape[0], shots), at, device=text.device)
             draws = generator("validation", self.global_rank, batch_idx, which)
-            found = self.flow.loss(self.model, batch["clips"], text, time, layout, draws)
+            found = self.flow.loss(self.model, batch["clips"], text, time, layout, draws, step=self.global_step)
             self.val_loss.update(found.per_token, which)
         if len(self.sample_metrics) and not self.trainer.sanity_checking:
             known = ~stream(layout).last_shots
-            clips = self.sampling.sample(self.model, self.flow, batch, seed=batch_idx, known=known)
+            clips = self.sampling.sample(
+                self.model, self.flow, batch, seed=batch_idx, known=known, step=self.global_step
+            )
             self.sample_metrics.update(clips, batch)
 
     @override
@@ -210,6 +219,23 @@ class LitVideoDiT(LightningModule):
         if len(self.sample_metrics) and not self.trainer.sanity_checking:
             self.log_dict(self.sample_metrics.compute())
             self.sample_metrics.reset()
+
+
+def schedules(model: VideoDiT, step: int) -> dict[str, float]:
+    """What is scheduled, as it stands at a step: `schedule/phase`, from 0, and `schedule/<setting>` for numbers.
+
+    `schedule/layer_<i>/...` where layers have schedules of their own.
+    """
+    attentions = [cast(Block, block).attention for block in model.blocks]
+    planned = {i: layer for i, layer in enumerate(attentions) if isinstance(layer, zoo.Scheduled)}
+    alike = len(planned) == len(attentions) and len({repr((x.starts, x.settings)) for x in planned.values()}) == 1
+    found: dict[str, float] = {}
+    for i, layer in planned.items():
+        phase = layer.phase(step)
+        for name, value in {"phase": phase, **layer.settings[phase]}.items():
+            if isinstance(value, int | float) and not isinstance(value, bool):
+                found[f"schedule/{name}" if alike else f"schedule/layer_{i}/{name}"] = float(value)
+    return found
 
 
 def _plain(part: Mapping[str, Any] | None) -> dict[str, Any]:

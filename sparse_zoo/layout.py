@@ -187,9 +187,10 @@ class Layout:
 
         "shot": one chunk per shot. "frame": `frames` frames each, restarting at each shot. "tokens": each shot in the
         fewest chunks of whole frames that hold at most `tokens` tokens each (but at least one frame), as even as whole
-        frames allow: 24 frames, of which 11 would fit, make 8 + 8 + 8. These keep captions as chunks of their own, or,
-        with `captions="inside"` (shots only), join each caption to its shot. "fixed": every `tokens` tokens, blind to
-        shots, frames and text, restarting at each sample. More frames or tokens than there are make one chunk.
+        frames allow: frame f of F is in chunk f·n // F, so 24 frames, of which 11 would fit, make 8 + 8 + 8. All three
+        keep captions as chunks of their own, or, with `captions="inside"` (shots only), join each caption to its shot.
+        "fixed": every `tokens` tokens, blind to shots, frames and text, restarting at each sample. More frames or
+        tokens than there are make one chunk.
         """
         refuse(
             "Layout.chunks",

@@ -22,11 +22,11 @@ FEW = 16
 
 @dataclass(frozen=True)
 class Drops:
-    """MoC's random changes of a choice in training, the same for all batch items that chose from as many chunks.
+    """MoC's random changes of a choice in training, by draws that all batch items share.
 
-    Of a query's n chosen chunks floor(p·n), p uniform in [0, `off`), are taken off, never all; then m more, Poisson of
-    mean `into`, come from the legal chunks that were not chosen, or all of these if they are fewer. The paper's: both
-    rules. Ours: what was taken off does not come back.
+    Of a query's n chosen chunks floor(p·n) are taken off, p uniform in [0, `off`): never all, since p < 1. Then m more
+    come in from the legal chunks that were not chosen, m Poisson of mean `into`: all of these, where they are fewer.
+    The paper's: both rules. Ours: what was taken off does not come back.
     """
 
     call: Call
@@ -38,8 +38,8 @@ class Drops:
         return min(len(_poisson_table(self.into, torch.device("cpu"))), count) if self.into else 0
 
     def __call__(self, chosen: Tensor, legal: Tensor, rows: slice) -> Tensor:
-        """The choice of the queries at `rows`, int64 (B, H, rows, k), -1 last, out of `legal`, bool (rows, C), changed:
-        -1 where one was taken off; then `most(C)` columns of what came in."""
+        """What becomes of a choice, int64 (B, H, rows, k), -1 last, out of `legal`, bool (rows, C), of the queries at
+        `rows`: -1 where one was taken off, then `most(C)` columns of what came in."""
         changed = chosen
         if self.off:
             number = (chosen >= 0).sum(-1, keepdim=True)

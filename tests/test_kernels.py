@@ -11,6 +11,7 @@ from torch import Tensor
 
 import sparse_zoo as zoo
 from sparse_zoo.kernels import grouped, varlen
+from sparse_zoo.kernels.rectangles import rectangles
 
 
 def oracle(q: Tensor, k: Tensor, v: Tensor, plan: zoo.Plan) -> tuple[Tensor, Tensor]:
@@ -131,6 +132,15 @@ def test_slabs_and_batches_change_nothing(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(grouped, "SLAB_BYTES", 1)
     monkeypatch.setattr(grouped, "BATCH_BYTES", 1)
     check("cpu", plan, tensors, atol=1e-12)
+
+
+def test_queries_of_the_same_keys_share_one_rectangle() -> None:
+    film = zoo.Layout.film([zoo.Shot(4, 3, 5, text=2)])  # 4 x 3 x 5 tiles of one token; windows are pushed inside
+    plan = zoo.build("window", heads=1, head_dim=8, tile=(1, 1, 1), window=(3, 3, 3)).plan(*inputs(62, 62)[:2], film)
+    video = rectangles(plan, 1, 1)[0]
+    assert len(video) == 2 * 1 * 3
+    assert int((video.q_size * video.k_size).sum()) == int(zoo.Plan(plan.parts[0]).dense_mask().sum())
+    check("cpu", plan, inputs(62, 62), 1e-12)
 
 
 def test_merge_is_exact() -> None:

@@ -85,16 +85,43 @@ def attend(
     refuse("attend", _mismatches(q, k, v, plan))
     if check:
         plan.validate()
-    if kernel == "auto":
-        reasons = {name: _kernels[name].why_not(q, v) for name in AUTO}
-        chosen = next((name for name in AUTO if not reasons[name]), "")
-        if not chosen:
-            refuse("no kernel can run this", [f"{name}: {'; '.join(why)}" for name, why in reasons.items()])
-    else:
-        chosen = kernel
-        refuse(f"kernel {kernel!r}", get(kernel).why_not(q, v))
+    chosen = _choose(kernel, q, v)
     out, lse = _kernels[chosen].run(q, k, v, plan, q.shape[-1] ** -0.5 if scale is None else scale)
     return Attended(out, lse, chosen)
+
+
+@_disable_dynamo
+def attend_sum(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    plans: Sequence[Plan],
+    weights: Sequence[Tensor | float],
+    *,
+    kernel: str = "auto",
+    scale: float | None = None,
+) -> tuple[Tensor, str]:
+    """Σ weight · attend(q, k, v, plan).out over the plans, (B, H, Lq, D), and the kernel that ran.
+
+    Weights are numbers or tensors that broadcast to the output. Arguments and errors are those of `attend`.
+    """
+    for plan in plans:
+        refuse("attend", _mismatches(q, k, v, plan))
+    chosen = _choose(kernel, q, v)
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    return _kernels[chosen].run_sum(q, k, v, plans, weights, scale), chosen
+
+
+def _choose(kernel: str, q: Tensor, v: Tensor) -> str:
+    """The kernel for these tensors; raises `ZooError` with every reason where none is."""
+    if kernel != "auto":
+        refuse(f"kernel {kernel!r}", get(kernel).why_not(q, v))
+        return kernel
+    reasons = {name: _kernels[name].why_not(q, v) for name in AUTO}
+    chosen = next((name for name in AUTO if not reasons[name]), "")
+    if not chosen:
+        refuse("no kernel can run this", [f"{name}: {'; '.join(why)}" for name, why in reasons.items()])
+    return chosen
 
 
 def merge(outs: Sequence[Tensor], lses: Sequence[Tensor]) -> tuple[Tensor, Tensor]:

@@ -29,6 +29,7 @@ from sparse_zoo.methods.dense import Dense
 from sparse_zoo.methods.moc import MoC
 from sparse_zoo.methods.moga import MoGA
 from sparse_zoo.methods.window import Window
+from sparse_zoo.schedule import Scheduled
 from sparse_zoo.testing import oracle, slow
 from sparse_zoo.testing.plans import branches
 from sparse_zoo.testing.subject import FILMS, Subject, make
@@ -153,7 +154,7 @@ def routing_is_the_papers(subject: Subject) -> None:
             call.q.zero_()
         if "close" in how:  # half precision cannot tell these means apart
             call.k.mul_(0.1).add_(1.0)
-        expected = rule(attention, call)
+        expected = rule(attention.at(call.step) if isinstance(attention, Scheduled) else attention, call)
         made = branches(attention, call)
         expect(len(made) == len(expected), f"{len(expected)} branches", f"{len(made)}", "branches(call)")
         want = torch.zeros_like(call.q)

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from itertools import accumulate
+from fractions import Fraction
+from itertools import accumulate, pairwise
 from typing import Any
 
 import torch
@@ -39,9 +40,10 @@ def dense(layout: Layout) -> list[set[int]]:
 
 
 def even_chunks(frames: int, per_frame: int, size: int) -> list[int]:
-    """The number of frames in each chunk of a shot: the fewest chunks of at most `size` tokens, one frame at least."""
+    """The frames in each chunk of a shot: the fewest chunks of at most `size` tokens, of one frame at least."""
     fewest = next(n for n in range(1, frames + 1) if n == frames or -(-frames // n) * per_frame <= size)
-    return sorted((len(range(i, frames, fewest)) for i in range(fewest)), reverse=True)
+    starts = [math.ceil(Fraction(frames * i, fewest)) for i in range(fewest + 1)]
+    return [after - start for start, after in pairwise(starts)]
 
 
 def chunk_names(layout: Layout, chunk: str, frames: int, size: int) -> list[tuple[Any, ...]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from types import MappingProxyType
 from typing import Any
 
@@ -14,6 +15,7 @@ from sparse_zoo.attention import Attention, Call
 from sparse_zoo.kernels import get, kernels
 from sparse_zoo.kernels.base import Kernel
 from sparse_zoo.layout import Layout, Shot
+from sparse_zoo.registry import build
 
 BATCH, HEADS, KV_HEADS, HEAD_DIM, DIM = 2, 4, 2, 8, 6
 
@@ -58,7 +60,9 @@ class Subject:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(start)
             given = dict(self.cls.small) | dict(self.settings) | dict(changes)
-            attention = self.cls(heads=HEADS, head_dim=head_dim, dim=DIM, **given)
+            # A schedule is no setting of the class: the registry makes one of its classes for each phase.
+            make = partial(build, self.name) if "schedule" in given else self.cls
+            attention = make(heads=HEADS, head_dim=head_dim, dim=DIM, **given)
             with torch.no_grad():
                 for parameter in attention.parameters():
                     parameter.add_(0.5 * torch.randn_like(parameter))

@@ -55,6 +55,15 @@ class OffByOneChunkBound(Open):
         return replace(static, chunks=Partition.from_labels(late, static.chunks.count, layout), straddles=True)
 
 
+@mutant("routing_is_the_papers", chunk="tokens", chunk_tokens=84, top_k=1)
+class FillsChunksUp(Open):
+    """Chunks by tokens are filled one after the other: the last of a shot holds what is left."""
+
+    def static(self, layout: Layout) -> moc._Static:
+        fit = (self.cut.tokens // (layout.rows * layout.cols)).clamp(min=1)
+        return replace(super().static(layout), chunks=layout.partition("shot", "is_text", layout.shot_frame // fit))
+
+
 @mutant("causality_holds", "routing_is_the_papers")
 class LeakedFutureChunk(Open):
     """Chunks after the query's own are candidates too."""
