@@ -146,11 +146,10 @@ class LitVideoDiT(LightningModule):
         optim = self.optim
         muon = optim.optimizer == "muon"
         inner = [p for block in self.model.blocks for p in cast("Block", block).matrices()] if muon else []
-        taken = {id(p) for p in inner}
         # Phases of a schedule share their parameters: each once.
         linear = dict.fromkeys(m.weight for m in self.model.modules() if isinstance(m, nn.Linear))
-        matrices = [weight for weight in linear if id(weight) not in taken]
-        taken |= {id(p) for p in matrices}
+        matrices = [p for p in linear if id(p) not in {id(q) for q in inner}]
+        taken = {id(p) for p in (*inner, *matrices)}
         groups = [
             {"params": matrices, "weight_decay": optim.weight_decay},
             {"params": [p for p in self.model.parameters() if id(p) not in taken], "weight_decay": 0.0},

@@ -59,9 +59,10 @@ def test_uniform_times_are_uniform_before_the_shift():
 @pytest.mark.parametrize("per_shot", [False, True])
 def test_history_gives_the_first_shots_clean(per_shot):
     batch, share = 4000, 0.7
-    drawn = RectifiedFlow(per_shot=per_shot, history=share).draw_times(batch, PACKED, generator("times"))
-    for film, shots in enumerate(stream(PACKED).shots_of_film.tolist()):
-        time = drawn[:, stream(PACKED).film_of_shot == film]
+    layout = zoo.Layout.pack([PACKED, zoo.Layout.film([zoo.Shot(1, 2, 2)])])  # a film of one shot too
+    drawn = RectifiedFlow(per_shot=per_shot, history=share).draw_times(batch, layout, generator("times"))
+    for film, shots in enumerate(stream(layout).shots_of_film.tolist()):
+        time = drawn[:, stream(layout).film_of_shot == film]
         given = (time == 0).sum(-1)
         assert torch.equal(time == 0, torch.arange(shots) < given[:, None])  # the first ones, and no others
         rates = [(given == count).double().mean() for count in range(shots)]
