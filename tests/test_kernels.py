@@ -106,6 +106,11 @@ def test_nobody_attends_to_anything() -> None:
     assert bool((lse == -torch.inf).all())
 
 
+def test_pieces_of_nothing() -> None:
+    nothing = zoo.Plan.groups(torch.full((5,), -1), count=0)
+    assert bool((zoo.attend(*inputs(5, 5), nothing, kernel="cpu").out == 0).all())
+
+
 def test_more_rectangles_than_a_grid_dimension_holds() -> None:
     length = 70_000
     q, k, v = (torch.randn(1, 1, length, 8, dtype=torch.float64) for _ in range(3))
