@@ -10,6 +10,7 @@ from torch import Tensor
 import sparse_zoo as zoo
 from sparse_zoo.kernels import grouped
 from sparse_zoo.kernels.rectangles import rectangles
+from sparse_zoo.partition import Partition
 
 
 def oracle(q: Tensor, k: Tensor, v: Tensor, plan: zoo.Plan) -> tuple[Tensor, Tensor]:
@@ -107,7 +108,8 @@ def test_nobody_attends_to_anything() -> None:
 
 
 def test_pieces_of_nothing() -> None:
-    nothing = zoo.Plan.groups(torch.full((5,), -1), count=0)
+    pieces = Partition.from_labels(torch.full((5,), -1), 0)
+    nothing = zoo.Plan.blocks(pieces, pieces, torch.zeros(0, 0, dtype=torch.bool))
     assert bool((zoo.attend(*inputs(5, 5), nothing, kernel="cpu").out == 0).all())
 
 
