@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any, Literal, cast
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback, WeightAveraging
-from matplotlib import image
 from torch import Tensor
 from typing_extensions import override
 
@@ -252,6 +251,8 @@ def film_pictures(layout: zoo.Layout, rows: Sequence[Sequence[Tensor]], item: in
 def write_picture(path: Path, picture: Tensor) -> Path:
     """Write uint8 (H, W, 3) as PNG, its folder too, and return the path."""
     path.parent.mkdir(parents=True, exist_ok=True)
+    from matplotlib import image  # here: only pictures need it
+
     image.imsave(path, picture.numpy())
     return path
 

@@ -10,7 +10,6 @@ from typing import Any, Literal, cast
 import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.callbacks import Callback
-from omegaconf import OmegaConf
 from torch import nn
 from torchmetrics import Metric, MetricCollection
 from typing_extensions import override
@@ -239,5 +238,7 @@ def schedules(model: VideoDiT, step: int) -> dict[str, float]:
 
 
 def _plain(part: Mapping[str, Any] | None) -> dict[str, Any]:
+    from omegaconf import OmegaConf  # here: the model and its flow are used where it is not installed
+
     plain: Any = OmegaConf.to_container(OmegaConf.create(dict(part or {})), resolve=True)
     return dict(plain)

@@ -121,6 +121,8 @@ def test_what_it_refuses(monkeypatch: pytest.MonkeyPatch) -> None:
         zoo.attend(q, q, q, routed, kernel="flex")
     assert routed.executed("flex", batch=2, heads=3) == 2 * 3 * 18 * 18
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(zoo.ZooError, match="'flex' cannot be checked here: needs a CUDA device for a backward pass"):
+        list(run_kernel_checks("flex"))
     assert zoo.kernels()["flex"] == ["needs a CUDA device for a backward pass, torch sees none"]
     assert "float64 is not float32" in flex.Flex().why_not(q.detach().double(), q.detach().double())[0]
 

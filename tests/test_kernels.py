@@ -10,6 +10,7 @@ from torch import Tensor
 import sparse_zoo as zoo
 from sparse_zoo.kernels import grouped
 from sparse_zoo.kernels.rectangles import rectangles
+from sparse_zoo.partition import Partition
 
 
 def oracle(q: Tensor, k: Tensor, v: Tensor, plan: zoo.Plan) -> tuple[Tensor, Tensor]:
@@ -104,6 +105,12 @@ def test_nobody_attends_to_anything() -> None:
     out, lse, _ = zoo.attend(*inputs(5, 5), zoo.Plan.groups(torch.full((5,), -1), count=1), kernel="cpu")
     assert bool((out == 0).all())
     assert bool((lse == -torch.inf).all())
+
+
+def test_pieces_of_nothing() -> None:
+    pieces = Partition.from_labels(torch.full((5,), -1), 0)
+    nothing = zoo.Plan.blocks(pieces, pieces, torch.zeros(0, 0, dtype=torch.bool))
+    assert bool((zoo.attend(*inputs(5, 5), nothing, kernel="cpu").out == 0).all())
 
 
 def test_more_rectangles_than_a_grid_dimension_holds() -> None:

@@ -16,6 +16,8 @@ class Kernel(ABC):
     """Computes any plan exactly, or tells every reason why it cannot."""
 
     name: ClassVar[str]
+    compiles_each_shape: ClassVar[bool] = False
+    """Whether a new shape costs seconds: such a kernel is judged by its own suite, not on every method's films."""
 
     @abstractmethod
     def why_not(self, q: Tensor | None = None, v: Tensor | None = None) -> list[str]:

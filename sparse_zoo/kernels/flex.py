@@ -33,6 +33,7 @@ class Flex(Kernel):
     """
 
     name = "flex"
+    compiles_each_shape = True
 
     def why_not(self, q: Tensor | None = None, v: Tensor | None = None) -> list[str]:
         if q is None or v is None:

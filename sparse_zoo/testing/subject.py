@@ -95,10 +95,13 @@ def make(
 
 
 def usable() -> Iterator[tuple[str, str, torch.dtype]]:
-    """Every kernel that runs here, with the device and the widest dtype that it takes."""
+    """Every kernel that runs here, with the device and the widest dtype that it takes.
+
+    But for those that compile for each shape: on films of all sizes that would take minutes.
+    """
     for name in kernels():
         found = place(get(name))
-        if found is not None:
+        if found is not None and not get(name).compiles_each_shape:
             yield name, *found
 
 
