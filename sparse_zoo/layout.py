@@ -168,8 +168,7 @@ class Layout:
         labels = torch.full((len(self),), -1, device=self.device)
         count = 0
         if len(kept):
-            table = torch.stack([column[kept].long() for column in columns], dim=-1)
-            pieces, inverse = torch.unique(table, dim=0, return_inverse=True)
+            pieces, inverse = torch.unique(_folded([column[kept].long() for column in columns]), return_inverse=True)
             count = len(pieces)
             first = torch.full((count,), len(self), device=self.device).scatter_reduce(0, inverse, kept, "amin")
             labels[kept] = first.argsort().argsort()[inverse]
@@ -213,6 +212,18 @@ class Layout:
         """
         refuse("Layout.tiles", [f"tile must be three sizes of at least 1, got {tile}"] if not _three(tile) else [])
         return _tiles(self, tuple(tile), stop_at_shots)
+
+
+def _folded(columns: list[Tensor]) -> Tensor:
+    """int64 columns (n,) -> one (n,) that tells the same rows apart: sorting numbers is faster than sorting rows."""
+    key, size = torch.zeros_like(columns[0]), 1
+    for column in columns:
+        low, high = (int(x) for x in column.aminmax())
+        if size * (high - low + 1) >= 1 << 62:
+            key = torch.unique(key, return_inverse=True)[1]
+            size = len(key)
+        key, size = key * (high - low + 1) + (column - low), size * (high - low + 1)
+    return key
 
 
 def _three(sizes: Sequence[int]) -> bool:

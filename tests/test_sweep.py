@@ -223,7 +223,12 @@ def test_only_what_is_missing_runs(runs: Path) -> None:
     assert one.data.tags["zoo.kernel"] == results[0].kernel
     assert one.data.metrics["result/density"] == 1.0
     assert {"train/loss", "val/loss", "attention/flops"} <= one.data.metrics.keys()
-    assert {file.path for file in client.list_artifacts(one.info.run_id)} == {"config.json", "films", "plans"}
+    assert {file.path for file in client.list_artifacts(one.info.run_id)} == {
+        "config.json",
+        "films",
+        "plans",
+        "diagnostics.jsonl",
+    }
 
 
 def test_a_changed_config_runs_anew_and_loses_nothing(runs: Path) -> None:
