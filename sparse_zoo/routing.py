@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from sparse_zoo.kernels.triton import routing as fused
 from sparse_zoo.partition import Partition
 
 BLOCK_SCORES = 1 << 20
@@ -19,6 +20,8 @@ def top_chunks(q: Tensor, k: Tensor, chunks: Partition, legal: Tensor, kind: Ten
     kind of query may choose, `kind`, int64 (Lq,), of which kind each query is. Returns int32 (B, H, Lq, min(top_k, C)),
     best first, -1 where there are fewer.
     """
+    if q.device.type == "cuda" and fused.fits(q, chunks, top_k):
+        return fused.top_chunks(q, k, chunks, legal, kind, top_k)
     batch, heads, length, _ = q.shape
     share = heads // k.shape[1]
     means = chunks.mean(k.float()).repeat_interleave(share, dim=1).transpose(-1, -2)
