@@ -391,7 +391,7 @@ def choose(
     allowed = tl.load(legal + of_kind[:, None] * count + column[None, :], mask=there, other=0)
     scores = tl.where(allowed != 0, scores, float("-inf"))
     to = chosen + (group.to(tl.int64) * length + token) * TOP_K
-    for i in tl.static_range(TOP_K):
+    for i in tl.range(0, TOP_K):
         best, index = tl.max(scores, 1, return_indices=True)
         tl.store(to + i, tl.where(best == float("-inf"), -1, index), mask=live)
         scores = tl.where(column[None, :] == index[:, None], float("-inf"), scores)
