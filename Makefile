@@ -1,7 +1,8 @@
 PYTHON ?= python3
+GPU_PYTHON ?= $(PYTHON)
 BIN := .venv/bin
 
-.PHONY: help install sweep test lint coverage ui
+.PHONY: help install sweep test lint coverage gpu ui
 
 help:  ## what can be made
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/'
@@ -26,6 +27,9 @@ lint: install
 
 coverage: install  ## the tests of sparse_zoo, and which of its lines they run (at least 95 %)
 	$(BIN)/pytest --numprocesses 2 --cov sparse_zoo --cov-report term:skip-covered
+
+gpu:  ## what only a GPU can tell: checks, speed, a training step; ten minutes, with the system's torch
+	$(GPU_PYTHON) -m experiments.gpu
 
 ui: install  ## open MLflow's page on the quickstart's store
 	$(BIN)/zoo ui

@@ -72,8 +72,8 @@ class Identities:
         return torch.tensor(list(BACKGROUNDS.values())[: self.backgrounds])
 
     @cached_property
-    def sprites(self) -> Tensor:
-        """Every identity on every background, float32 (backgrounds, identities, 3, pixels, pixels) in [-1, 1]."""
+    def outlines(self) -> Tensor:
+        """Where each identity covers its background, bool (identities, 1, pixels, pixels)."""
         place = (torch.arange(self.pixels) + 0.5) / self.pixels * 2 - 1
         y, x = torch.meshgrid(place, place, indexing="ij")
         radius = (x**2 + y**2).sqrt()
@@ -85,20 +85,25 @@ class Identities:
             "cross": (x.abs() <= 0.4) | (y.abs() <= 0.4),
             "ring": (radius <= 1) & (radius > 0.55),
         }
+        mask = torch.stack([masks[shape] for shape in SHAPES[: self.shapes]])
+        return mask.repeat_interleave(self.colours * self.textures, dim=0)[:, None]
+
+    @cached_property
+    def sprites(self) -> Tensor:
+        """Every identity on every background, float32 (backgrounds, identities, 3, pixels, pixels) in [-1, 1]."""
         bar = torch.arange(self.pixels) * 4 // self.pixels % 2 == 1
+        rows, columns = bar[:, None].expand(-1, len(bar)), bar.expand(len(bar), -1)
         dark = {
-            "plain": torch.zeros_like(x, dtype=torch.bool),
-            "rows": bar[:, None].expand_as(x),
-            "columns": bar[None, :].expand_as(x),
-            "checks": bar[:, None] ^ bar[None, :],
+            "plain": torch.zeros_like(columns),
+            "rows": rows,
+            "columns": columns,
+            "checks": rows ^ columns,
         }
-        mask = torch.stack([masks[shape] for shape in SHAPES[: self.shapes]])[:, None, None, None]
-        dim = torch.stack([dark[texture] for texture in TEXTURES[: self.textures]])[None, None, :, None]
-        colour = torch.tensor(list(COLOURS.values())[: self.colours])[None, :, None, :, None, None]
+        dim = torch.stack([dark[texture] for texture in TEXTURES[: self.textures]])[:, None]
+        colour = torch.tensor(list(COLOURS.values())[: self.colours])[:, None, :, None, None]
         # The dark half of a texture is half as bright as its colour.
-        subject = torch.where(dim, (colour + 1) / 2 - 1, colour).expand(self.shapes, -1, -1, -1, -1, -1)
-        ground = self.grounds[:, None, None, None, :, None, None]
-        return torch.where(mask, subject, ground).flatten(1, 3)
+        subject = torch.where(dim, (colour + 1) / 2 - 1, colour).flatten(0, 1).repeat(self.shapes, 1, 1, 1)
+        return torch.where(self.outlines, subject, self.grounds[:, None, :, None, None])
 
     def render(self, identity: Tensor, position: Tensor, background: Tensor, size: tuple[int, int]) -> Tensor:
         """Frames (N, 3, *size), each with one subject: its identity (N,), top left pixel (N, 2), background (N,)."""
@@ -114,13 +119,34 @@ class Identities:
 
         `position` (B, F, 2), the subject's top left pixel (row, col) in each frame, and `background` (B,) are known.
         """
-        batch, frames = clip.shape[:2]
-        row, col = self._window(position.flatten(0, 1))
-        seen = clip.flatten(0, 1)[torch.arange(batch * frames, device=clip.device)[:, None, None], :, row, col]
-        seen = seen.view(batch, frames, self.pixels, self.pixels, 3).float().mean(1).permute(0, 3, 1, 2).flatten(1)
+        seen = self.crop(clip, position).mean(1).flatten(1)
         known = self.sprites.to(clip.device).flatten(2)[background]
         # Over the frames the sum of squared errors and that of the mean differ by what no identity can change.
         return (seen[:, None] - known).square().sum(-1).argmin(-1)
+
+    def crop(self, clip: Tensor, position: Tensor) -> Tensor:
+        """The window of the subject, float32 (B, F, 3, pixels, pixels), of a clip (B, F, 3, H, W) at (B, F, 2)."""
+        frames = clip.flatten(0, 1)
+        row, col = self._window(position.flatten(0, 1))
+        seen: Tensor = frames[torch.arange(len(frames), device=clip.device)[:, None, None], :, row, col].float()
+        return seen.permute(0, 3, 1, 2).reshape(*clip.shape[:2], 3, self.pixels, self.pixels)
+
+    def locate(self, clip: Tensor, background: Tensor, places: Tensor) -> Tensor:
+        """Where a clip (B, F, 3, H, W) on known backgrounds (B,) shows a subject: one of `places` (P, 2) in each frame.
+
+        The place, int64 (B, F, 2), at which the nearest rendering of any identity in squared error has it.
+        """
+        batch, frames = clip.shape[:2]
+        places = places.to(clip.device)
+        known = self.sprites.to(clip.device)[background].flatten(2)  # (B, identities, 3·pixels²)
+        ground = self.grounds.to(clip)[background][:, None, :, None, None]
+        gains = []
+        for place in places:
+            window = self.crop(clip, place.expand(batch, frames, 2))
+            # Outside the window all identities leave the ground, so two renderings differ within their windows.
+            bare = (window - ground).square().sum((-3, -2, -1))
+            gains.append(bare - torch.cdist(window.flatten(2), known).square().amin(-1))
+        return places[torch.stack(gains).argmax(0)]
 
     def _window(self, position: Tensor) -> tuple[Tensor, Tensor]:
         """Rows (N, pixels, 1) and columns (N, 1, pixels) that a subject covers."""

@@ -9,6 +9,7 @@ from torch import Tensor
 from torchmetrics import Metric
 
 from datamodules.identities import Identities
+from datamodules.last_shots import last_shots
 
 
 class IdentityRecall(Metric):
@@ -46,16 +47,9 @@ class IdentityRecall(Metric):
 
     def update(self, clips: list[Tensor], batch: dict[str, Any]) -> None:
         """`clips`, generated, are shaped as `batch["clips"]`; the batch is one of `ShotWorld`'s."""
-        truth = batch["truth"]
-        shots = frames = 0
-        for film in batch["layout"].films:
-            own = truth["identity"][:, shots : shots + len(film.shots)]
-            frames += sum(clip.shape[1] for clip in clips[shots : shots + len(film.shots)])
-            shots += len(film.shots)
-            last = clips[shots - 1]
-            position = truth["position"][:, frames - last.shape[1] : frames]
-            seen = self.identities.decode(last, position, truth["background"][:, shots - 1])
-            self._score(seen, own[:, -1], own)
+        for last in last_shots(clips, batch):
+            seen = self.identities.decode(last.shot.clip, last.shot.position, last.shot.background)
+            self._score(seen, last.identity, last.identities)
 
     def _score(self, seen: Tensor, true: Tensor, in_film: Tensor) -> None:
         saw, is_ = self.identities.attributes(seen), self.identities.attributes(true)

@@ -15,6 +15,7 @@ from torchmetrics import Metric
 
 from datamodules.identities import Identities
 from datamodules.loading import Batch, ResumableLoader, train_loader, val_loader
+from datamodules.quality import ShotQuality
 from datamodules.recall import IdentityRecall
 from sparse_zoo.errors import refuse
 from sparse_zoo.layout import Layout, Shot
@@ -49,7 +50,7 @@ class ShotWorld(LightningDataModule):
     they differ in shape, and `batch_size` films are packed into one stream (B = 1).
 
     A batch's "truth", in stream order: "identity" and "background", int64 (B, shots); "position", int64 (B, frames, 2),
-    the subject's top left pixel in each frame. It is what `IdentityRecall` needs.
+    the subject's top left pixel in each frame. It is what the sample metrics need.
 
     Args:
         subjects: subjects, and so introductions, per film; or a range [least, most], drawn per film.
@@ -150,7 +151,9 @@ class ShotWorld(LightningDataModule):
         return val_loader(_Films(self, "validation", self.val_films), self.batch_size, self.num_workers)
 
     def sample_metrics(self) -> dict[str, Metric]:
-        return {"identity": IdentityRecall(self.identities)}
+        cell = torch.arange(self.cells[0] * self.cells[1])
+        places = torch.stack([cell // self.cells[1], cell % self.cells[1]], dim=-1) * self.patch[1]
+        return {"identity": IdentityRecall(self.identities), "quality": ShotQuality(self.identities, places)}
 
     def summary(self) -> dict[str, Any]:
         """Sizes, ready for JSON; the shots and frames of a range are counted over the films themselves."""

@@ -16,6 +16,7 @@ from rich.table import Table
 from typer.core import TyperGroup
 
 if TYPE_CHECKING:
+    from experiments.sampling import Sampled
     from experiments.store import Result
     from sparse_zoo import Setting
 
@@ -103,6 +104,9 @@ def train(
 def sweep(
     file: Annotated[str, typer.Argument(help="A sweep file, or the name of one in experiments/sweeps.")],
     max_steps: Annotated[int | None, typer.Option(min=1, help="Train every cell for this many steps at most.")] = None,
+    size: Annotated[
+        str | None, typer.Option(help="One of the file's `sizes`; its results are those of the sweep NAME-SIZE.")
+    ] = None,
     fresh: Annotated[bool, typer.Option("--fresh", help="Run finished cells again too.")] = False,
     plugin: Plugin = [],  # noqa: B006
 ) -> None:
@@ -116,7 +120,7 @@ def sweep(
     from experiments.report import Report
     from experiments.sweep import execute, find, read
 
-    loaded = read(find(file), [] if max_steps is None else [{"trainer.max_steps": max_steps}])
+    loaded = read(find(file), [] if max_steps is None else [{"trainer.max_steps": max_steps}], size)
     interrupted = False
     try:
         with Bar(errors, len(loaded.cells)) as bar:
@@ -125,7 +129,7 @@ def sweep(
         interrupted = True
     report = Report.of(loaded.name)
     page = report.write()
-    console.print(report.table())
+    console.print(*report.tables(), sep="\n")
     for result in report.unfinished:
         console.print(f"[red]{result.name}[/red], {result.status}: {_escape(result.reason or '')}", soft_wrap=True)
     console.print(f"Report: {page}", soft_wrap=True)
@@ -137,7 +141,11 @@ def sweep(
 
 
 @app.command(epilog="Example: [bold]zoo report quickstart[/bold]")
-def report(name: Annotated[str, typer.Argument(help="A sweep that has run.")], as_json: AsJson = False) -> None:
+def report(
+    name: Annotated[str, typer.Argument(help="A sweep that has run.")],
+    runs: Annotated[bool, typer.Option("--runs", help="Show single runs, not their means over seeds.")] = False,
+    as_json: AsJson = False,
+) -> None:
     """Write the report of a sweep (report.html, report.json) and show its leaderboard."""
     from experiments.report import Report
 
@@ -146,8 +154,53 @@ def report(name: Annotated[str, typer.Argument(help="A sweep that has run.")], a
     if as_json:
         print(json.dumps(found.to_json()))
         return
-    console.print(found.table())
+    console.print(*found.tables(runs=runs), sep="\n")
     console.print(f"Report: {page}", soft_wrap=True)
+
+
+@app.command(
+    epilog="Example: [bold]zoo sample runs/train/moc-0123456789ab data.returns=9 --order shots --context 3[/bold]"
+)
+def sample(
+    run: Annotated[Path, typer.Argument(help="A run's folder, or a .ckpt in one.")],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(help="data.key=value over the run's config: other films, longer ones.")
+    ] = None,
+    films: Annotated[int, typer.Option(min=1, help="How many validation films to draw.")] = 4,
+    given: Annotated[int, typer.Option(min=0, help="How many first shots of each film are given, not drawn.")] = 0,
+    order: Annotated[str | None, typer.Option(help="film: all shots at once; shots: one after the other.")] = None,
+    context: Annotated[
+        int | None, typer.Option(min=0, help="Draw by shots, beside so many earlier ones, chosen by their means.")
+    ] = None,
+    steps: Annotated[int | None, typer.Option(min=1, help="Euler steps.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Folder for the strips; a new one in the run if not given.")] = None,
+    plugin: Plugin = [],  # noqa: B006
+    as_json: AsJson = False,
+) -> None:
+    """Draw films with a trained model, of more shots than it was trained on if the data has them, and judge them.
+
+    What is not asked for is as in the run's config.
+    """
+    _load_plugins(plugin)
+    from experiments.progress import counting
+    from experiments.report import number
+    from experiments.sampling import Drawing
+
+    asked = {
+        key: value for key, value in {"order": order, "context": context, "steps": steps}.items() if value is not None
+    }
+    drawing = Drawing(run, overrides or [], films=films, given=given, sampling=asked)
+    with counting(errors, "steps", drawing.steps) as told:
+        sampled = drawing.draw(out, lambda: told(""))
+    if as_json:
+        print(json.dumps(asdict(sampled)))
+        return
+    for note in sampled.notes:
+        errors.print(_escape(note), soft_wrap=True)
+    console.print(_drawn(sampled))
+    for name, value in sampled.metrics.items():
+        console.print(f"{name} {number(value)}")
+    console.print(f"The strips lie in {sampled.folder}", soft_wrap=True)
 
 
 @app.command(epilog="Example: [bold]zoo ui --port 5001[/bold]")
@@ -211,14 +264,14 @@ def check(
     """
     _load_plugins(plugin)
     import sparse_zoo as zoo
-    from experiments.progress import checking
+    from experiments.progress import counting
     from sparse_zoo.testing import Outcome, checks, run_checks
 
     names = list(dict.fromkeys(methods or zoo.names()))
     for name in names:
         zoo.get(name)  # an unknown one is refused before the others take their time
     outcomes: list[Outcome] = []
-    with checking(errors, len(names) * len(checks())) as told:
+    with counting(errors, "checks", len(names) * len(checks())) as told:
         for name in names:
             for outcome in run_checks(name):
                 outcomes.append(outcome)
@@ -250,22 +303,127 @@ def map_(
     settings: Annotated[list[str] | None, typer.Argument(help="Its settings, key=value.")] = None,
     out: Annotated[Path | None, typer.Option(help="Where to write the PNG; map-METHOD.png if not given.")] = None,
     plugin: Plugin = [],  # noqa: B006
+    as_json: AsJson = False,
 ) -> None:
-    """Draw who attends to whom in a small film of four captioned shots, with random queries and keys."""
+    """Draw who attends to whom in a small film of twelve shots, and which shot routes to which.
+
+    Queries and keys are simulated, the same for every method: shots share subjects and scenes, and the late shots 9 and
+    11 show what no other does. Without causal routing they choose each other and lose the shots before: a loop. Compare
+    `zoo map moc causal=null` with `zoo map moc`. Where a method sorts tokens into groups, as moga does, these are
+    painted over the frames.
+    """
     _load_plugins(plugin)
     from experiments.config import parse
-    from experiments.pictures import sample_map, save
+    from experiments.pictures import loop_text, sample_map
+    from experiments.report import percent
 
     drawn = sample_map(method, dict(parse(text) for text in settings or []))
-    path = save(drawn.image, out or Path(f"map-{method}.png"))
-    table = Table(title=f"{method} on a film of {drawn.tokens} tokens", title_justify="left")
-    for title in ("branch", "density"):
-        table.add_column(title, justify="right")
-    for i, density in enumerate(drawn.densities):
-        table.add_row(str(i + 1), f"{100 * density:.1f} %")
-    table.add_row("all", f"{100 * drawn.density:.1f} %")
+    path = drawn.save(out or Path(f"map-{method}.png"))
+    if as_json:
+        print(json.dumps({**drawn.to_json(), "picture": str(path.absolute())}))
+        return
+    found = drawn.to_json()
+    table = Table(title=f"{method} on a film of {found['tokens']} tokens", title_justify="left")
+    for title in ("branch", "density", "softmax kept", "at best", "loops"):
+        table.add_column(title, justify="left" if title == "loops" else "right")
+    for row in found["branches"]:
+        shares = (percent(row.get(key)) for key in ("density", "mass", "mass_best"))
+        told = "nothing routed" if row["loops"] is None else ", ".join(map(loop_text, row["loops"])) or "none"
+        table.add_row(str(row["branch"]), *shares, told)
+    table.add_row("all", percent(drawn.density), "", "", str(len(found["loops"])))
     console.print(table)
     console.print(f"Map: {path.absolute()}", soft_wrap=True)
+
+
+@app.command(
+    epilog="Example: [bold]zoo cost moc top_k=5 --shots 8 --frames 25 --rows 30 --cols 30[/bold]; "
+    "[bold]zoo cost --paper moga[/bold]"
+)
+def cost(
+    ctx: typer.Context,
+    method: Annotated[str | None, typer.Argument(help="A method, see zoo list.")] = None,
+    settings: Annotated[list[str] | None, typer.Argument(help="Its settings, key=value.")] = None,
+    paper: Annotated[
+        str | None,
+        typer.Option(help="Instead: recompute every sparsity and FLOPs figure that a paper prints, moc or moga."),
+    ] = None,
+    shots: Annotated[int, typer.Option(help="Shots of the film.")] = 8,
+    frames: Annotated[int, typer.Option(help="Frames of a shot, in tokens: latent frames.")] = 6,
+    rows: Annotated[int, typer.Option(help="Rows of a frame, in tokens.")] = 16,
+    cols: Annotated[int, typer.Option(help="Columns of a frame, in tokens.")] = 16,
+    text: Annotated[int, typer.Option(help="Tokens of each shot's caption.")] = 64,
+    caption: Annotated[int, typer.Option(help="Tokens of the film's global caption.")] = 64,
+    dim: Annotated[int, typer.Option(help="Width of the model.")] = 1536,
+    depth: Annotated[int, typer.Option(help="Its layers.")] = 30,
+    heads: Annotated[int, typer.Option(help="Its attention heads.")] = 12,
+    mlp_ratio: Annotated[float, typer.Option(help="Width of its MLPs, in dims.")] = 4.0,
+    text_mode: Annotated[str, typer.Option(help="Captions in the stream (joint) or by cross-attention (cross).")] = (
+        "joint"
+    ),
+    batch: Annotated[int, typer.Option(help="Films at once.")] = 1,
+    kernel: Annotated[str, typer.Option(help="Whose tiles to count; it need not run here.")] = "torch",
+    every_head: Annotated[
+        bool, typer.Option("--every-head", help="Simulate every head, for methods whose heads differ; two, if not.")
+    ] = False,
+    plugin: Plugin = [],  # noqa: B006
+    as_json: AsJson = False,
+) -> None:
+    """Count what a method costs beside dense attention, without running it: pairs, FLOPs, bytes, padding.
+
+    The method's own plan is built at the size asked for, on random queries and keys; no weights, no GPU and no L × L
+    table are needed. FLOPs are of the whole VideoDiT. With --paper, the published figures are recomputed the same way
+    and each is marked: it agrees, agrees under a reading that is named, or does not follow.
+    """
+    from sparse_zoo.errors import refuse
+
+    if paper is not None:
+        from experiments.papers import PAPERS, Ledger
+        from experiments.progress import counting
+        from sparse_zoo.errors import unknown
+
+        given = [
+            parameter.opts[0]
+            for parameter in ctx.command.params
+            if (source := ctx.get_parameter_source(parameter.name or "")) is not None
+            and source.name == "COMMANDLINE"
+            and parameter.name not in ("paper", "as_json")
+        ]
+        refuse(
+            "zoo cost --paper",
+            [
+                unknown("paper", paper, PAPERS) if paper not in PAPERS else "",
+                f"has the paper's methods and sizes; leave out {', '.join(given)}" if given else "",
+            ],
+        )
+        with counting(errors, "figures", len(PAPERS[paper].figures)) as told:
+            ledger = Ledger.of(paper, told)
+        if as_json:
+            print(json.dumps(ledger.to_json()))
+        else:
+            ledger.show(console)
+        return
+    refuse("zoo cost", ["name a method, see zoo list, or a paper with --paper"] if method is None else [])
+    assert method is not None
+    _load_plugins(plugin)
+    from experiments.config import parse
+    from experiments.costs import NOTES, Films, compare
+    from lit_modules.flops import ModelShape
+
+    found = compare(
+        method,
+        dict(parse(text) for text in settings or []),
+        Films(shots, frames, rows, cols, text, caption),
+        ModelShape(dim, depth, heads, mlp_ratio, text_mode),
+        batch=batch,
+        kernel=kernel,
+        every_head=every_head,
+    )
+    if as_json:
+        print(json.dumps(found.to_json()))
+        return
+    console.print(found.table())
+    for note in NOTES:
+        console.print(f"[dim]{_escape(note)}[/dim]")
 
 
 def main() -> None:
@@ -307,6 +465,19 @@ def _one_run(result: Result, title: str) -> Table:
         *(("skipped", f"{bad['path']}: {bad['reason']}") for bad in result.data.get("skipped", [])),
     ):
         table.add_row(key, _escape(value))
+    return table
+
+
+def _drawn(sampled: Sampled) -> Table:
+    settings = " · ".join(f"{key} {value}" for key, value in sampled.sampling.items() if value is not None)
+    table = Table(title=f"{Path(sampled.checkpoint).name} · {settings}", title_justify="left")
+    chosen = sampled.sampling["context"] is not None
+    for title in ("film", "shots", "given", *(["each shot beside"] if chosen else []), "strip"):
+        table.add_column(title, overflow="fold")
+    for film in sampled.films:
+        beside = [f"{shot}: {' '.join(map(str, taken)) or '–'}" for shot, taken in (film["taken"] or {}).items()]
+        row = [film["name"], str(film["shots"]), str(film["given"]), *(["; ".join(beside)] if chosen else [])]
+        table.add_row(*map(_escape, row), _escape(Path(film["strip"]).name))
     return table
 
 

@@ -6,6 +6,7 @@ import inspect
 import types
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from copy import deepcopy
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
@@ -15,6 +16,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 import sparse_zoo as zoo
 from sparse_zoo.errors import ZooError, refuse, unknown
+from sparse_zoo.schedule import phases as phases_of
 
 CONFIGS = Path(__file__).parent / "configs"
 Config = dict[str, Any]
@@ -140,32 +142,50 @@ def _attention(config: Config, dim: int, heads: int) -> list[str]:
 
 
 def _attends(settings: Mapping[str, Any], dim: int, heads: int, trainer: Mapping[str, Any]) -> list[str]:
+    """Why a layer's method cannot be built or attend, in every phase where its settings are scheduled."""
     import torch
 
-    name = settings.get("name")
-    if name not in zoo.names():
-        return [unknown("method", name, zoo.names())]
-    own = {key: value for key, value in settings.items() if key != "name"}
-    hints: dict[str, Any] = {}
-    for cls in reversed(zoo.get(name).__mro__[:-1]):
-        hints |= get_type_hints(inspect.getattr_static(cls, "__init__"))
-    misfits = [_misfit(f"attention.{key}", value, hints[key]) for key, value in own.items() if key in hints]
-    if any(misfits):
-        return [reason for reason in misfits if reason]
+    own = {key: value for key, value in settings.items() if key != "schedule"}
+    try:
+        phases = {0: own} if settings.get("schedule") is None else phases_of(own, settings["schedule"])
+    except ZooError as error:
+        return [f"attention.{error}"]
+    misfits = {reason: start for start, phase in reversed(phases.items()) for reason in _misfits_of_method(phase)}
+    if misfits:
+        return [_since(start, reason) for reason, start in misfits.items()]
     layout = zoo.Layout.film([zoo.Shot(2, 2, 2, 1), zoo.Shot(1, 2, 2)], caption=1)
     cuda = torch.cuda.is_available() and trainer.get("accelerator", "auto") in ("auto", "gpu", "cuda")
     precision = str(trainer.get("precision", 32))
     dtype = torch.bfloat16 if "bf16" in precision else torch.float16 if "16" in precision else torch.float32
+    device = "cuda" if cuda else "cpu"
+    try:
+        attention = zoo.build(**settings, heads=heads, head_dim=dim // heads, dim=dim).to(device)
+    except ZooError as error:
+        return [str(error)]
 
-    def attend() -> None:
-        attention = zoo.build(name, heads=heads, head_dim=dim // heads, dim=dim, **own)
-        device = "cuda" if cuda else "cpu"
+    def attend(step: int) -> None:
         x = torch.zeros(1, heads, len(layout), dim // heads, device=device, dtype=dtype)
         hidden = torch.zeros(1, len(layout), dim, device=device)
         with torch.no_grad():
-            attention.to(device)(x, x, x, layout, hidden=hidden, step=0)
+            attention(x, x, x, layout, hidden=hidden, step=step)
 
-    return _refusals(attend)
+    return [_since(start, reason) for start in phases for reason in _refusals(partial(attend, start))]
+
+
+def _misfits_of_method(settings: Mapping[str, Any]) -> list[str]:
+    """An unknown name, or values of a wrong type."""
+    name = settings.get("name")
+    if name not in zoo.names():
+        return [unknown("method", name, zoo.names())]
+    hints: dict[str, Any] = {}
+    for cls in reversed(zoo.get(name).__mro__[:-1]):
+        hints |= get_type_hints(inspect.getattr_static(cls, "__init__"))
+    found = [_misfit(f"attention.{key}", value, hints[key]) for key, value in settings.items() if key in hints]
+    return [reason for reason in found if reason]
+
+
+def _since(step: int, reason: str) -> str:
+    return f"from step {step}: {reason}" if step else reason
 
 
 def parse(override: str) -> tuple[str, Any]:
@@ -182,6 +202,7 @@ def parse(override: str) -> tuple[str, Any]:
 
 def _assign(config: Config, path: list[str], value: Any) -> str:
     """Set one value; the reason why it cannot be set, or nothing."""
+    value = _keyed_by_text(value)
     if path == ["attention"]:
         return _assign_attention(config, value)
     if path == ["data"] and (isinstance(value, str) or (isinstance(value, dict) and "name" in value)):
@@ -202,6 +223,13 @@ def _assign(config: Config, path: list[str], value: Any) -> str:
         return "; ".join(filter(None, [_assign(node, [last, str(key)], inner) for key, inner in value.items()]))
     node[last] = value
     return ""
+
+
+def _keyed_by_text(value: Any) -> Any:
+    """Keys as JSON has them: a step given as 20 in YAML and one given as "20" on the command line are one key."""
+    if isinstance(value, Mapping):
+        return {str(key): _keyed_by_text(inner) for key, inner in value.items()}
+    return [_keyed_by_text(inner) for inner in value] if isinstance(value, list) else value
 
 
 def _assign_attention(config: Config, value: Any) -> str:

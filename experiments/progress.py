@@ -1,4 +1,4 @@
-"""What a user sees while something long runs: of a sweep its cells and the steps of the present one, or checks."""
+"""What a user sees while something long runs: of a sweep its cells and the present one's steps, or a count."""
 
 from __future__ import annotations
 
@@ -56,10 +56,10 @@ class Bar:
 
 
 @contextmanager
-def checking(console: Console, total: int) -> Iterator[Callable[[str], None]]:
-    """One line that moves on with each check; call what this gives with a note."""
+def counting(console: Console, what: str, total: int) -> Iterator[Callable[[str], None]]:
+    """One line that moves on with each of `total` steps; call what this gives with a note."""
     columns = (
-        TextColumn("checks"),
+        TextColumn(what),
         BarColumn(),
         MofNCompleteColumn(),
         TimeElapsedColumn(),

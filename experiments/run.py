@@ -29,7 +29,7 @@ from experiments.config import Config
 from experiments.data import build
 from experiments.store import Cell, Result
 from experiments.tracking import Tracker
-from lit_modules import AttentionCost, LitVideoDiT, SampleFilms, StepTimer
+from lit_modules import AttentionCost, LitVideoDiT, RoutingWatch, SampleFilms, StepTimer
 
 FIRST, LAST = 3, 20  # steps whose mean is the first and the last training loss
 CURVE_POINTS = 500
@@ -46,8 +46,9 @@ class Watch(Protocol):
 def run(cell: Cell, sweep: str, tracker: Tracker, watch: Watch, *, parent: str | None = None) -> Result:
     """Train one cell and write its folder; whatever it raises is recorded as its failure.
 
-    The folder holds `result.json`, `checkpoints` (the last one whose validation loss was finite), pictures of the plans
-    and film strips. Only Ctrl-C comes through, as KeyboardInterrupt.
+    The folder holds `result.json`, `checkpoints` (the last one whose validation loss was finite), `diagnostics.jsonl`,
+    pictures of the plans and of who routed to which shot, and film strips. Only Ctrl-C comes through, as
+    KeyboardInterrupt.
     """
     folder = cell.folder(sweep)
     shutil.rmtree(folder, ignore_errors=True)
@@ -152,7 +153,7 @@ def _train(config: Config, folder: Path, result: Result, logger: Any, watch: Wat
     data.setup("fit")
     result.data = data.summary()
     shape = {"channels": data.channels, "patch": list(data.patch), "vocabulary": data.vocabulary}
-    sampling = {key: value for key, value in config["sampling"].items() if key in ("steps", "guidance")}
+    sampling = {key: value for key, value in config["sampling"].items() if key != "every"}
     module = LitVideoDiT(
         {**config["model"], **shape, "attention": config["attention"]},
         config["flow"],
@@ -163,14 +164,14 @@ def _train(config: Config, folder: Path, result: Result, logger: Any, watch: Wat
     )
     logger.log_hyperparams(config)
     history, cost, timer = History(result, watch), AttentionCost(every=10), StepTimer()
-    films = SampleFilms(folder, **config["sampling"])
+    films, routing = SampleFilms(folder, **config["sampling"]), RoutingWatch(folder)
     # After validation, which raises on a loss that is not finite: what is kept is good.
     keep = ModelCheckpoint(folder / "checkpoints", filename="{step}", save_on_train_epoch_end=False)
     trainer = pl.Trainer(
         **config["trainer"],
         logger=logger,
         default_root_dir=folder,
-        callbacks=[history, cost, timer, films, keep, LearningRateMonitor("step")],
+        callbacks=[history, cost, timer, routing, films, keep, LearningRateMonitor("step")],
         enable_progress_bar=False,
         enable_model_summary=False,
     )
@@ -189,7 +190,8 @@ def _train(config: Config, folder: Path, result: Result, logger: Any, watch: Wat
             for key, value in trainer.callback_metrics.items()
             if key.startswith("val/") and not key.startswith("val/loss")
         }
-        result.pictures = pictures.of_results(cost.results, folder)
+        result.diagnostics = routing.summary()
+        result.pictures = pictures.of_results(cost.results, folder) + pictures.of_routing(routing.layers, folder)
         last = max((path.name.rpartition("_film_")[0] for path in films.paths), default="")
         result.strips = [path.name for path in films.paths if path.name.rpartition("_film_")[0] == last]
 
@@ -204,6 +206,8 @@ def _record(tracker: Tracker, result: Result, folder: Path) -> None:
     tracker.tags(
         run_id, {"zoo.kernel": result.kernel or "", "zoo.status": result.status, "zoo.reason": result.reason or ""}
     )
+    if result.diagnostics:
+        tracker.file(run_id, folder / "diagnostics.jsonl")
     for name in [picture["file"] for picture in result.pictures]:
         tracker.file(run_id, folder / name, "plans")
     for name in result.strips:

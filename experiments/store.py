@@ -35,10 +35,12 @@ def config_id(config: Mapping[str, Any]) -> str:
 
 @dataclass(frozen=True)
 class Cell:
-    """One run of a sweep: a readable name, unique in the sweep, and its resolved config."""
+    """One run of a sweep: a readable name, unique in the sweep, its resolved config, and, if others differ from it by
+    their seed alone, the name that they share."""
 
     name: str
     config: dict[str, Any]
+    group: str | None = None
 
     @property
     def id(self) -> str:
@@ -55,8 +57,9 @@ class Result:
     `first_loss` and `last_loss` are means of the training flow loss, auxiliary losses left out, over the first 3 and
     the last 20 steps; `val_loss` is the last validation's. `density` and `flops` (attention, one forward, all layers)
     are those of the plans that ran; `costs` is the whole ledger. `peak_memory` is in bytes; what it is the peak of
-    stands in `costs`. `curves` maps a loss to (step, value) pairs. `pictures`, {"file", "label"} each, and `strips`
-    name files in the cell's folder.
+    stands in `costs`. `diagnostics` is what routing did at the last probe, see `lit_modules.RoutingWatch`. `curves`
+    maps a loss to (step, value) pairs. `pictures`, {"file", "label"} each, and `strips` name files in the cell's
+    folder.
     """
 
     name: str
@@ -77,6 +80,7 @@ class Result:
     peak_memory: int | None = None
     costs: dict[str, Any] = field(default_factory=dict)
     metrics: dict[str, float] = field(default_factory=dict)
+    diagnostics: dict[str, Any] = field(default_factory=dict)
     curves: dict[str, list[tuple[int, float]]] = field(default_factory=dict)
     pictures: list[dict[str, str]] = field(default_factory=list)
     strips: list[str] = field(default_factory=list)

@@ -8,7 +8,8 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-from experiments.config import Override, load, read_yaml
+import sparse_zoo as zoo
+from experiments.config import Override, fits, load, read_yaml
 from experiments.progress import Bar
 from experiments.run import run
 from experiments.store import Asked, Cell, Result, home, read_sweep, write_sweep
@@ -17,7 +18,18 @@ from experiments.tracking import Tracker
 from sparse_zoo.errors import ZooError, refuse, unknown
 
 SWEEPS = Path(__file__).parent / "sweeps"
-KEYS = ("name", "about", "base", "axes", "cells")
+KINDS: dict[str, type] = {
+    "name": str,
+    "about": str,
+    "extends": str,
+    "plugins": list,
+    "seeds": int,
+    "base": dict,
+    "sizes": dict,
+    "axes": dict,
+    "cells": dict,
+}
+NAMES = {str: "text", list: "list", int: "whole number", dict: "mapping"}
 
 
 @dataclass(frozen=True)
@@ -37,54 +49,83 @@ def find(name: str) -> Path:
     raise ZooError(f"sweep: {unknown('file or sweep', name, (path.stem for path in SWEEPS.glob('*.yaml')))}")
 
 
-def read(path: Path, overrides: Sequence[Override] = ()) -> Sweep:
+def read(path: Path, overrides: Sequence[Override] = (), size: str | None = None) -> Sweep:
     """The sweep in a file, every cell resolved, checked and its method built; raises `ZooError` with all reasons.
 
-    The file's keys: `name`; `about`, one line; `base`, overrides of every cell; `axes`, a mapping of dotted key ->
-    values, whose product makes cells; `cells`, a mapping of cell name -> overrides, for single cells besides. The
-    values of an axis are a list, or a mapping of label -> value where the values themselves are too long for a name.
+    The file's keys:
+
+    - `name` (by default the file's) and `about`, one line.
+    - `base`: overrides of every cell.
+    - `axes`: a mapping of dotted key -> values, whose product makes cells. The values are a list, or a mapping of
+      label -> value where the values themselves are too long for a name.
+    - `cells`: a mapping of cell name -> overrides, for single cells besides.
+    - `seeds`: how many runs of each cell, with seeds 0, 1, ...; their names end in -s0, -s1, ...
+    - `sizes`: a mapping of size -> overrides, of which `size` lays one between `base` and the cells. The sweep of a
+      size is another one, named NAME-SIZE.
+    - `plugins`: files of methods, beside this file.
+    - `extends`: a sweep file beside this one, of which all but the cells holds here too: its `seeds`, `plugins` and
+      `about` where this one has none, its `base` and `sizes` below this one's.
+
     `overrides` go on top of all.
     """
-    plain = read_yaml(path)
-    name, base, axes = plain.get("name", path.stem), plain.get("base", {}), plain.get("axes", {})
-    singles = plain.get("cells", {})
-    refuse(
-        str(path),
-        [unknown("key", key, KEYS) for key in plain if key not in KEYS]
-        + [
-            f"{key} must be a mapping, got {value!r}"
-            for key, value in (("base", base), ("axes", axes), ("cells", singles))
-            if not isinstance(value, dict)
-        ],
-    )
-    refuse(
-        str(path),
-        [
-            f"axis {key!r} must be a list or a mapping of values, and not empty, got {values!r}"
-            for key, values in axes.items()
-            if not isinstance(values, list | dict) or not values
-        ]
-        + [
-            f"cell {key!r} must be a mapping of overrides, got {value!r}"
-            for key, value in singles.items()
-            if not isinstance(value, dict)
-        ],
-    )
-    wanted = [*_grid(axes), *((str(label), value) for label, value in singles.items())] or [(str(name), {})]
+    own = _file(path)
+    files = [_file(path.parent / own["extends"]), own] if "extends" in own else [own]
+    merged = {key: value for file in files for key, value in file.items()}
+    name, seeds = own.get("name", path.stem), merged.get("seeds")
+    axes, singles = own.get("axes", {}), own.get("cells", {})
+    sizes = {key for file in files for key in file.get("sizes", {})}
+    refuse(str(path), [unknown("size", size, sizes)] if size is not None and size not in sizes else [])
+    for plugin in merged.get("plugins", []):
+        zoo.load_plugin(path.parent / plugin)
+    below = [file.get("base", {}) for file in files] + [file.get("sizes", {}).get(size, {}) for file in files]
+    labelled = [*_grid(axes), *((str(label), of) for label, of in singles.items())] or [(name, {})]
+    wanted: list[tuple[str, str | None, dict[str, Any]]] = [(label, None, of) for label, of in labelled]
+    if seeds is not None:
+        wanted = [(f"{label}-s{n}", label, {**of, "seed": n}) for label, of in labelled for n in range(seeds)]
     reasons, cells = [], []
-    for label, own in wanted:
+    for label, group, settings in wanted:
         try:
-            cells.append(Cell(label, load([base, own, *overrides])))
+            cells.append(Cell(label, load([*below, settings, *overrides]), group))
         except ZooError as error:
             reasons.append(f"cell {label}: {error}")
-    labels = [label for label, _ in wanted]
+    labels = [label for label, _, _ in wanted]
     reasons += [f"two cells are named {label!r}" for label in dict.fromkeys(labels) if labels.count(label) > 1]
     by_id: dict[str, str] = {}
     for cell in cells:
         if by_id.setdefault(cell.id, cell.name) != cell.name:
             reasons.append(f"cells {by_id[cell.id]!r} and {cell.name!r} are the same config")
     refuse(f"sweep {name}", reasons)
-    return Sweep(str(name), str(plain.get("about", "")), tuple(cells))
+    return Sweep(name if size is None else f"{name}-{size}", merged.get("about", ""), tuple(cells))
+
+
+def _file(path: Path) -> dict[str, Any]:
+    """One sweep file, its keys known and of their kinds."""
+    plain = read_yaml(path)
+    refuse(
+        str(path),
+        [unknown("key", key, KINDS) for key in plain if key not in KINDS]
+        + [
+            f"{key} must be a {NAMES[kind]}, got {plain[key]!r}"
+            for key, kind in KINDS.items()
+            if key in plain and not fits(plain[key], kind)
+        ],
+    )
+    refuse(
+        str(path),
+        [
+            f"axis {key!r} must be a list or a mapping of values, and not empty, got {values!r}"
+            for key, values in plain.get("axes", {}).items()
+            if not isinstance(values, list | dict) or not values
+        ]
+        + [
+            f"{kind} {key!r} must be a mapping of overrides, got {value!r}"
+            for kind in ("cell", "size")
+            for key, value in plain.get(f"{kind}s", {}).items()
+            if not isinstance(value, dict)
+        ]
+        + ([f"seeds must be at least 1, got {plain['seeds']}"] if plain.get("seeds", 1) < 1 else []),
+    )
+    return plain
 
 
 def _grid(axes: Mapping[str, list[Any] | dict[str, Any]]) -> list[tuple[str, dict[str, Any]]]:

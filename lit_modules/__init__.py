@@ -2,14 +2,17 @@
 
 from lit_modules.callbacks import EMA, AttentionCost, SampleFilms, StepTimer, film_strip
 from lit_modules.dit import DiTOutput, VideoDiT
-from lit_modules.flow import Euler, FlowLoss, RectifiedFlow
+from lit_modules.flow import FlowLoss, RectifiedFlow
 from lit_modules.metrics import LossByTime
 from lit_modules.module import LitVideoDiT, NonFiniteLoss, Optim
+from lit_modules.routing_watch import RoutingWatch
+from lit_modules.sampling import Drawn, Euler
 
 __all__ = [
     "EMA",
     "AttentionCost",
     "DiTOutput",
+    "Drawn",
     "Euler",
     "FlowLoss",
     "LitVideoDiT",
@@ -17,6 +20,7 @@ __all__ = [
     "NonFiniteLoss",
     "Optim",
     "RectifiedFlow",
+    "RoutingWatch",
     "SampleFilms",
     "StepTimer",
     "VideoDiT",

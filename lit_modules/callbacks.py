@@ -8,17 +8,16 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback, WeightAveraging
-from matplotlib import image
 from torch import Tensor
 from typing_extensions import override
 
 import sparse_zoo as zoo
-from lit_modules.flow import Euler
+from lit_modules.sampling import Euler
 from sparse_zoo.errors import refuse
 
 if TYPE_CHECKING:
@@ -117,14 +116,14 @@ class StepTimer(Callback):
 
     @override
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        _synchronize(pl_module.device)
+        synchronize(pl_module.device)
         self._start = time.perf_counter()
 
     @override
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        _synchronize(pl_module.device)
+        synchronize(pl_module.device)
         self.seconds.append(time.perf_counter() - self._start)
 
     def summary(self) -> dict[str, Any]:
@@ -138,7 +137,7 @@ class StepTimer(Callback):
         }
 
 
-def _synchronize(device: torch.device) -> None:
+def synchronize(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
@@ -173,11 +172,10 @@ class SampleFilms(Callback):
 
     A strip shows a film's shots from left to right with gaps at the cuts, at most four frames of a shot, in three
     rows: the real film; the model's guess of it in one step from noise of time `GUESS_FROM`, which shows early in
-    training what was learnt; the film generated from its captions alone. Weights are the averaged ones. `on_image` is
-    called with each path, to hand it to a logger.
+    training what was learnt; the film generated from its captions alone, as `Euler` does with `steps`, `guidance`,
+    `order` and `context`. Weights are the averaged ones. `on_image` is called with each path, to hand it to a logger.
     """
 
-    FRAMES = 4
     GUESS_FROM = 0.5
 
     def __init__(
@@ -186,12 +184,14 @@ class SampleFilms(Callback):
         *,
         steps: int = 12,
         guidance: float = 1.0,
+        order: Literal["film", "shots"] = "film",
+        context: int | None = None,
         every: int = 1,
         seed: int = 0,
         on_image: Callable[[Path], object] | None = None,
     ) -> None:
         refuse("SampleFilms", [f"every must be at least 1, got {every}"] if every < 1 else [])
-        self.folder, self.euler = Path(folder), Euler(steps, guidance)
+        self.folder, self.euler = Path(folder), Euler(steps, guidance, order, context)
         self.every, self.seed, self.on_image = every, seed, on_image
         self.paths: list[Path] = []
         self._validations = 0
@@ -220,23 +220,41 @@ class SampleFilms(Callback):
         self._validations += 1
         if self._validations % self.every:
             return
+        step = trainer.global_step
         with trainer.precision_plugin.forward_context():
-            guessed = trained.flow.denoise(trained.model, batch, self.GUESS_FROM, seed=self.seed)
-            drawn = self.euler.sample(trained.model, trained.flow, batch, seed=self.seed)
-        self.folder.mkdir(parents=True, exist_ok=True)
-        shot = 0
-        for number, film in enumerate(batch["layout"].films):
-            shots = slice(shot, shot + len(film.shots))
-            shot = shots.stop
-            rows = [
-                film_strip([clip[0] for clip in clips[shots]], self.FRAMES)
-                for clips in (batch["clips"], guessed, drawn)
-            ]
-            path = self.folder / f"step_{trainer.global_step:06d}_film_{number}.png"
-            image.imsave(path, _stack(rows).numpy())
+            guessed = trained.flow.denoise(trained.model, batch, self.GUESS_FROM, step=step, seed=self.seed)
+            drawn = self.euler.sample(trained.model, trained.flow, batch, step=step, seed=self.seed)
+        rows = (batch["clips"], guessed, drawn)
+        for number, picture in enumerate(film_pictures(batch["layout"], rows)):
+            path = write_picture(self.folder / f"step_{step:06d}_film_{number}.png", picture)
             self.paths.append(path)
             if self.on_image is not None:
                 self.on_image(path)
+
+
+FRAMES = 4  # of a shot that a strip shows at most
+
+
+def film_pictures(layout: zoo.Layout, rows: Sequence[Sequence[Tensor]], item: int = 0) -> list[Tensor]:
+    """For each film of a stream its strips, one under the other, uint8 (H, W, 3).
+
+    `rows`: clips (B, F, C, H, W), one per shot in stream order, in versions of equal sizes; `item` of each is shown.
+    """
+    pictures, shot = [], 0
+    for film in layout.films:
+        shots = slice(shot, shot + len(film.shots))
+        shot = shots.stop
+        pictures.append(_stack([film_strip([clip[item] for clip in clips[shots]], FRAMES) for clips in rows]))
+    return pictures
+
+
+def write_picture(path: Path, picture: Tensor) -> Path:
+    """Write uint8 (H, W, 3) as PNG, its folder too, and return the path."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    from matplotlib import image  # here: only pictures need it
+
+    image.imsave(path, picture.numpy())
+    return path
 
 
 def film_strip(clips: Sequence[Tensor], frames: int) -> Tensor:

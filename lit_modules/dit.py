@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 import torch.nn.functional as F
@@ -28,12 +28,26 @@ class DiTOutput:
     """velocity (B, Nv, P); losses by name, summed over layers, already weighted; one result per layer.
 
     The results hold what is needed to say what ran, not the graph: `out` is on the meta device (a shape without
-    data), losses are detached.
+    data), losses are detached. `past` is the given one and what this pass adds to it, None if none was given.
     """
 
     velocity: Tensor
     losses: dict[str, Tensor]
     results: list[zoo.Result]
+    past: Past | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class Past:
+    """What later tokens need of the first `tokens` tokens of a stream, `video` of them video, layer by layer.
+
+    Each layer keeps keys and values (B, H, tokens, D) and the hidden state (B, tokens, dim) that they were projected
+    from, by which some methods route. Empty at the start.
+    """
+
+    tokens: int = 0
+    video: int = 0
+    layers: tuple[tuple[Tensor, Tensor, Tensor], ...] = ()
 
 
 @dataclass(frozen=True, eq=False)
@@ -50,14 +64,16 @@ class Context:
     """What every block of one forward pass reads."""
 
     layout: zoo.Layout  # of the stream that the blocks see
-    row_of: Tensor  # (L,)
+    rows: Tensor | None  # (Lq,) the tokens of it that run; None: all
+    row_of: Tensor  # (Lq,)
     condition: Tensor  # (B, S + F, dim)
-    rotation: tuple[Tensor, Tensor]  # cos, sin: (L, head_dim / 2)
+    rotation: tuple[Tensor, Tensor]  # cos, sin: (Lq, head_dim / 2)
     captions: Captions | None  # with cross-attention only
     noise: Tensor  # (B, S)
     step: int | None
     seed: int
     memory: dict[Any, Any] | None
+    past: Past | None
 
 
 class VideoDiT(nn.Module):
@@ -73,10 +89,11 @@ class VideoDiT(nn.Module):
         (x_t - film) / t: for patches of more numbers than `dim`, whose noise cannot pass through the model.
     checkpoint: recompute each block in the backward pass instead of keeping its activations.
 
-    Each token is conditioned (adaLN-zero) by the time and pooled captions of its shot; a global caption by the mean
-    over its film's shots. Positions are rotary, see `stream`; of head_dim / 2 rotated pairs a third each (rounded
-    down) tells rows and columns, the rest tells time. Token id `vocabulary` is the learned null token that stands
-    for a dropped caption. At the start the last layer says 0 everywhere.
+    Each token is conditioned (adaLN-zero) by the time and pooled captions of its shot; a global caption, which is
+    always clean, by time 0 and its own pooled words. So no token depends on later shots but through attention.
+    Positions are rotary, see `stream`; of head_dim / 2 rotated pairs a third each (rounded down) tells rows and
+    columns, the rest tells time. Token id `vocabulary` is the learned null token that stands for a dropped caption. At
+    the start the last layer says 0 everywhere.
 
     Raises ZooError for sizes that do not fit together, and whatever `sparse_zoo.build` refuses.
     """
@@ -165,6 +182,24 @@ class VideoDiT(nn.Module):
             clips.append(grid.permute(0, 1, 5, 4, 2, 6, 3, 7).flatten(6, 7).flatten(4, 5).flatten(1, 2).contiguous())
         return clips
 
+    @property
+    def strict(self) -> bool:
+        """Whether no token reads later shots in any layer: the shots so far are what they are in the whole film."""
+        return all(cast(Block, block).attention.causality == "strict" for block in self.blocks)
+
+    def embed(self, video: Tensor, words: Tensor, layout: zoo.Layout) -> tuple[Tensor, zoo.Layout]:
+        """What enters the first block, (B, L, dim), and its layout: the given one, or with "cross" that of the video.
+
+        video (B, Nv, P), words (B, Nt, dim) as `self.words` embeds them.
+        """
+        table = stream(layout)
+        x = self.patches(video)  # (B, Nv, dim)
+        if self.pooled is not None:
+            x = x + self.pooled(_pool(words, table)[:, table.shot_of_video])
+        if self.text == "cross":
+            return x, video_only(layout)
+        return torch.cat([words, x], dim=1)[:, table.merge], layout
+
     def forward(
         self,
         video: Tensor,
@@ -175,64 +210,73 @@ class VideoDiT(nn.Module):
         step: int | None = None,
         seed: int = 0,
         memory: dict[Any, Any] | None = None,
+        past: Past | None = None,
     ) -> DiTOutput:
         """video (B, Nv, P), text int64 (B, Nt), time in [0, 1] (B, S), one per shot of the stream, or (B,).
 
-        `layout` is the joint one, captions included. `step`, `seed` and `memory` go to the attention. Raises ZooError
-        where a tensor does not match the layout.
+        `layout` is the joint one, captions included. `step` (of training, by which schedules go), `seed` and `memory`
+        go to the attention. With `past`, of the first tokens of this stream in earlier passes, only the tokens after
+        them run, and the velocity is that of their video; this is the same where the model is `strict`. Raises
+        ZooError where a tensor does not match the layout, or the model is not strict and `past` is given.
         """
         layout = layout.to(video.device)
         table = stream(layout)
         shots = len(table.film_of_shot)
         time = time[:, None].expand(-1, shots) if time.dim() == 1 else time
-        refuse("VideoDiT", self._mismatches(video, text, time, table))
+        refuse("VideoDiT", self._mismatches(video, text, time, table, past))
 
         words = self.words(text)  # (B, Nt, dim)
-        pooled = _pool(words, table)  # (B, S, dim)
-        shot_condition = self.time(_sinusoid(time, self.dim).to(words.dtype))  # (B, S, dim)
+        x, inner = self.embed(video, words, layout)  # (B, L, dim)
+        clean = time.new_zeros(len(time), len(layout.films))  # a film's global caption
+        condition = self.time(_sinusoid(torch.cat([time, clean], dim=1), self.dim).to(words.dtype))  # (B, S + F, dim)
         if self.pooled_text != "none":
-            shot_condition = shot_condition + pooled
-        x = self.patches(video)  # (B, Nv, dim)
-        if self.pooled is not None:
-            x = x + self.pooled(pooled)[:, table.shot_of_video]
+            condition = condition + _pool(words, table)
+        seen = table if inner is layout else stream(inner)
 
-        joint = self.text == "joint"
-        inner = layout if joint else video_only(layout)
-        seen = table if joint else stream(inner)
-        if joint:
-            x = torch.cat([words, x], dim=1)[:, table.merge]  # (B, L, dim)
+        start, first_video = (0, 0) if past is None else (past.tokens, past.video)
+        row_of = seen.row_of[start:]
+        own_video = seen.video[first_video:] - start  # (Nv', ): of the tokens that run
+        rows = None if past is None else torch.arange(start, len(inner), device=inner.device)
         captions = None
-        if not joint and len(table.text):
+        if self.text == "cross" and len(table.text):
+            plan = own_captions(layout, inner, table)
             rotation = _rotation(table.positions[table.text], self.head_dim)
-            captions = Captions(words, rotation, _own_captions(layout, inner, table))
+            captions = Captions(words, rotation, plan if rows is None else plan.narrow(rows))
         context = Context(
             layout=inner,
-            row_of=seen.row_of,
-            condition=F.silu(_with_film_means(shot_condition, table)),
-            rotation=_rotation(seen.positions, self.head_dim),
+            rows=rows,
+            row_of=row_of,
+            condition=F.silu(condition),
+            rotation=_rotation(seen.positions[start:], self.head_dim),
             captions=captions,
             noise=time,
             step=step,
             seed=seed,
             memory=memory,
+            past=past,
         )
+        x = x[:, start:]
         losses: dict[str, Tensor] = {}
-        results = []
+        results, kept = [], []
         for i, block in enumerate(self.blocks):
             if self.checkpoint and torch.is_grad_enabled():
-                x, result = checkpoint(block, x, context, i, len(self.blocks), use_reentrant=False)
+                x, result, keys = checkpoint(block, x, context, i, len(self.blocks), use_reentrant=False)
             else:
-                x, result = block(x, context, i, len(self.blocks))
+                x, result, keys = block(x, context, i, len(self.blocks))
             for name, loss in result.losses.items():
                 losses[name] = losses[name] + loss if name in losses else loss
             results.append(replace(result, losses={name: loss.detach() for name, loss in result.losses.items()}))
+            kept.append(keys)
 
-        x = x[:, seen.video]  # (B, Nv, dim)
-        scale, shift = self.modulation(context.condition)[:, seen.shot_of_video].chunk(2, dim=-1)
-        out = self.final(_modulate(x, scale, shift))  # (B, Nv, P)
+        x = x[:, own_video]  # (B, Nv', dim)
+        shot_of_video = row_of[own_video]
+        scale, shift = self.modulation(context.condition)[:, shot_of_video].chunk(2, dim=-1)
+        out = self.final(_modulate(x, scale, shift))  # (B, Nv', P)
         if self.predicts == "clean":
-            out = (video - out) / time[:, seen.shot_of_video, None].clamp(min=LEAST_TIME).to(video.dtype)
-        return DiTOutput(out, losses, results)
+            t = time[:, shot_of_video, None].clamp(min=LEAST_TIME).to(video.dtype)
+            out = (video[:, first_video:] - out) / t
+        grown = None if past is None else Past(len(inner), len(seen.video), tuple(kept))
+        return DiTOutput(out, losses, results, grown)
 
     def _bad_clips(self, clips: Sequence[Tensor]) -> list[str]:
         f, h, w = self.patch
@@ -246,7 +290,7 @@ class VideoDiT(nn.Module):
                 reasons.append(f"clip {i} must be {want}, got {shape}")
         return reasons
 
-    def _mismatches(self, video: Tensor, text: Tensor, time: Tensor, table: Stream) -> list[str]:
+    def _mismatches(self, video: Tensor, text: Tensor, time: Tensor, table: Stream, past: Past | None) -> list[str]:
         batches = {"video": video.shape[0], "text": text.shape[0], "time": time.shape[0]}
         return [
             _mismatch("video tokens", video.shape[1], len(table.video)),
@@ -256,6 +300,9 @@ class VideoDiT(nn.Module):
             if video.shape[2] != self.patch_size
             else "",
             f"batch sizes differ: {batches}" if len(set(batches.values())) > 1 else "",
+            "keys of earlier shots can be kept only where every layer's attention is strictly causal"
+            if past is not None and not self.strict
+            else "",
         ]
 
 
@@ -275,19 +322,36 @@ class Block(nn.Module):
         nn.init.zeros_(self.modulation.weight)
         nn.init.zeros_(self.modulation.bias)
 
-    def forward(self, x: Tensor, context: Context, layer: int, layers: int) -> tuple[Tensor, zoo.Result]:
-        modulation = self.modulation(context.condition)[:, context.row_of]  # (B, L, 6·dim)
+    def matrices(self) -> list[Tensor]:
+        """What maps tokens to tokens: the weights of attention and MLP, not of the modulation."""
+        maps: list[nn.Module] = [self.qkv, self.out, *self.mlp]
+        if self.captions is not None:
+            maps += [self.captions.q, self.captions.kv, self.captions.out]
+        return [layer.weight for layer in maps if isinstance(layer, nn.Linear)]
+
+    def forward(
+        self, x: Tensor, context: Context, layer: int, layers: int
+    ) -> tuple[Tensor, zoo.Result, tuple[Tensor, Tensor, Tensor] | None]:
+        """x (B, Lq, dim) after this block, what attention did, and, where there is a past, this layer of the next."""
+        modulation = self.modulation(context.condition)[:, context.row_of]  # (B, Lq, 6·dim)
         scale_a, shift_a, gate_a, scale_m, shift_m, gate_m = modulation.chunk(6, dim=-1)
 
-        hidden = _modulate(x, scale_a, shift_a)  # (B, L, dim)
-        q, k, v = self.qkv(hidden).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)  # (B, H, L, D) each
+        hidden = _modulate(x, scale_a, shift_a)  # (B, Lq, dim)
+        q, k, v = self.qkv(hidden).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)  # (B, H, Lq, D) each
         q = _rotate(self.q_norm(q), context.rotation).to(v.dtype)
         k = _rotate(self.k_norm(k), context.rotation).to(v.dtype)
+        kept = None
+        if context.past is not None:
+            if context.past.layers:
+                before = context.past.layers[layer]
+                k, v, hidden = (torch.cat(pair, dim=-2) for pair in zip(before, (k, v, hidden), strict=True))
+            kept = k, v, hidden
         result = self.attention(
             q,
             k,
             v,
             context.layout,
+            q_rows=context.rows,
             hidden=hidden,
             layer=layer,
             layers=layers,
@@ -300,7 +364,7 @@ class Block(nn.Module):
         if self.captions is not None and context.captions is not None:
             x = x + self.captions(x, context.rotation, context.captions)
         x = x + gate_m * self.mlp(_modulate(x, scale_m, shift_m))
-        return x, replace(result, out=result.out.detach().to("meta"))
+        return x, replace(result, out=result.out.detach().to("meta")), kept
 
 
 class CaptionAttention(nn.Module):
@@ -392,21 +456,18 @@ def _rotate(x: Tensor, rotation: tuple[Tensor, Tensor]) -> Tensor:
 
 
 def _pool(words: Tensor, table: Stream) -> Tensor:
-    """(B, Nt, dim) -> (B, S, dim): for each shot the sum of its caption's and its film's global caption's words."""
+    """(B, Nt, dim) -> (B, S + F, dim): sums of words.
+
+    For each shot of its caption's and its film's global caption's; then for each film of the global caption's alone.
+    """
     shots, films = len(table.film_of_shot), len(table.shots_of_film)
     total = words.new_zeros(words.shape[0], shots + films, words.shape[2])
     total = total.index_add(1, table.row_of[table.text], words)
-    return total[:, :shots] + total[:, shots:][:, table.film_of_shot]
+    film = total[:, shots:]
+    return torch.cat([total[:, :shots] + film[:, table.film_of_shot], film], dim=1)
 
 
-def _with_film_means(shots: Tensor, table: Stream) -> Tensor:
-    """(B, S, dim) -> (B, S + F, dim): the mean over each film's shots follows (0 for a film without shots)."""
-    total = shots.new_zeros(shots.shape[0], len(table.shots_of_film), shots.shape[2])
-    total = total.index_add(1, table.film_of_shot, shots)
-    return torch.cat([shots, total / table.shots_of_film.clamp(min=1)[:, None]], dim=1)
-
-
-def _own_captions(layout: zoo.Layout, video: zoo.Layout, table: Stream) -> zoo.Plan:
+def own_captions(layout: zoo.Layout, video: zoo.Layout, table: Stream) -> zoo.Plan:
     """Video tokens × text tokens: each shot reads its own caption and its film's global caption."""
     shots = video.partition("shot")
     captions = layout.partition("shot", where=layout.is_text)

@@ -1,4 +1,4 @@
-"""Rectified flow: what the model learns, and how films are drawn from it.
+"""Rectified flow: what the model learns; `sampling` draws films from it.
 
 x_t = (1 - t)·x + t·noise, velocity = noise - x; t = 0 is the clean film, t = 1 is noise.
 Every draw comes from a generator seeded by what it is for, so that a resumed run repeats it.
@@ -9,8 +9,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
-from itertools import pairwise
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -18,7 +17,9 @@ from torch import Tensor
 import sparse_zoo as zoo
 from lit_modules.dit import DiTOutput, VideoDiT
 from lit_modules.stream import stream
-from sparse_zoo.errors import refuse
+from sparse_zoo.errors import refuse, unknown
+
+TIMES = ("logistic", "uniform")
 
 
 def generator(*purpose: object) -> torch.Generator:
@@ -38,25 +39,35 @@ class FlowLoss:
 
 @dataclass(frozen=True)
 class RectifiedFlow:
-    """Training times are logistic(mean + std·z), z normal, then t -> shift·t / (1 + (shift - 1)·t).
+    """Training times are drawn from `times`, then moved: t -> shift·t / (1 + (shift - 1)·t).
 
+    times: "logistic", logistic(mean + std·z) with z normal, or "uniform", between 0 and 1.
     per_shot: a time for each shot, where otherwise all shots of a film share one.
+    history: share of the films whose first shots are given clean, at time 0, as when a film is drawn shot by shot. How
+        many, from one to all but the last, is drawn evenly; the others keep their times. A film of one shot has none.
     drop_text: how often a film's captions are all replaced by the null token, for guidance.
     """
 
+    times: Literal["logistic", "uniform"] = "logistic"
     mean: float = 0.0
     std: float = 1.0
     shift: float = 1.0
     per_shot: bool = False
+    history: float = 0.0
     drop_text: float = 0.1
 
     def __post_init__(self) -> None:
         refuse(
             "flow",
             [
+                unknown("times", self.times, TIMES) if self.times not in TIMES else "",
                 f"std must be at least 0, got {self.std}" if self.std < 0 else "",
                 f"shift must be above 0, got {self.shift}" if self.shift <= 0 else "",
-                f"drop_text must be in [0, 1], got {self.drop_text}" if not 0 <= self.drop_text <= 1 else "",
+                *(
+                    f"{name} must be in [0, 1], got {share}"
+                    for name, share in (("history", self.history), ("drop_text", self.drop_text))
+                    if not 0 <= share <= 1
+                ),
             ],
         )
 
@@ -64,13 +75,24 @@ class RectifiedFlow:
         """Times in [0, 1], moved towards noise by `shift`."""
         return self.shift * time / (1 + (self.shift - 1) * time)
 
-    def times(self, batch: int, layout: zoo.Layout, draws: torch.Generator) -> Tensor:
-        """Training times (B, S), one per shot of the stream."""
+    def draw_times(self, batch: int, layout: zoo.Layout, draws: torch.Generator) -> Tensor:
+        """Training times (B, S), one per shot of the stream; 0 where a shot is given."""
         table = stream(layout)
-        count = len(table.film_of_shot) if self.per_shot else len(table.shots_of_film)
-        normal = torch.randn(batch, count, generator=draws)
-        time = self.warp(torch.sigmoid(self.mean + self.std * normal)).to(layout.device)
-        return time if self.per_shot else time[:, table.film_of_shot]
+        films = len(table.shots_of_film)
+        count = len(table.film_of_shot) if self.per_shot else films
+        if self.times == "uniform":
+            time = torch.rand(batch, count, generator=draws)
+        else:
+            time = torch.sigmoid(self.mean + self.std * torch.randn(batch, count, generator=draws))
+        time = self.warp(time).to(layout.device)
+        time = time if self.per_shot else time[:, table.film_of_shot]
+        if not self.history:
+            return time
+        chosen, how_many = torch.rand(2, batch, films, generator=draws).to(layout.device)
+        # From 1 to S - 1 shots of S; of a film of one shot, none.
+        given = (1 + how_many * (table.shots_of_film - 1)).long().clamp(max=table.shots_of_film - 1)
+        given = torch.where(chosen < self.history, given, 0)
+        return time.masked_fill(table.shot_in_film < given[:, table.film_of_shot], 0.0)
 
     def training_loss(
         self, model: VideoDiT, batch: Mapping[str, Any], draws: torch.Generator, *, step: int | None, seed: int
@@ -78,7 +100,7 @@ class RectifiedFlow:
         """The loss of a batch at drawn times, noise and dropped captions."""
         text: Tensor = batch["text"]
         layout = batch["layout"].to(text.device)
-        time = self.times(text.shape[0], layout, draws)
+        time = self.draw_times(text.shape[0], layout, draws)
         films = len(layout.films)
         dropped = torch.rand(text.shape[0], films, generator=draws).to(text.device) < self.drop_text
         text = text.masked_fill(dropped[:, stream(layout).film_of_text], model.null_id)
@@ -96,16 +118,23 @@ class RectifiedFlow:
         step: int | None = None,
         seed: int = 0,
     ) -> FlowLoss:
-        """The loss of clips at given times (B, S), every token weighing the same."""
+        """The loss of clips at given times (B, S).
+
+        Every token weighs the same, but for those at time 0: of a clean token nothing tells the velocity, so they are
+        left out of the mean.
+        """
         clean = model.patchify(clips)
         noise = torch.randn(clean.shape, generator=draws).to(clean)
         t = time[:, stream(layout).shot_of_video, None].to(clean)  # (B, Nv, 1)
         output = model((1 - t) * clean + t * noise, text, time, layout, step=step, seed=seed)
         per_token = (output.velocity.float() - (noise - clean).float()).square().mean(-1)
-        return FlowLoss(per_token.mean(), per_token.detach(), output)
+        learnt = (t[..., 0] > 0).to(per_token)
+        return FlowLoss((per_token * learnt).sum() / learnt.sum(), per_token.detach(), output)
 
     @torch.no_grad()
-    def denoise(self, model: VideoDiT, batch: Mapping[str, Any], at: float, *, seed: int = 0) -> list[Tensor]:
+    def denoise(
+        self, model: VideoDiT, batch: Mapping[str, Any], at: float, *, step: int | None = None, seed: int = 0
+    ) -> list[Tensor]:
         """The model's guess of the batch's clips in one step, from themselves with noise of time `at` in (0, 1]."""
         text: Tensor = batch["text"]
         layout = batch["layout"].to(text.device)
@@ -115,66 +144,6 @@ class RectifiedFlow:
         time = torch.full((len(text), len(stream(layout).film_of_shot)), at, device=text.device)
         was_training = model.training
         model.eval()
-        guess = noisy - at * model(noisy, text, time, layout, seed=seed).velocity.float()
+        guess = noisy - at * model(noisy, text, time, layout, step=step, seed=seed).velocity.float()
         model.train(was_training)
         return model.unpatchify(guess, layout)
-
-
-@dataclass(frozen=True)
-class Euler:
-    """Sampler: `steps` Euler steps from noise to film, evenly spaced before the flow's shift.
-
-    guidance: 1 follows the captions as they are; g > 1 goes g times as far from the velocity without captions, at
-    the price of a second forward pass.
-    """
-
-    steps: int = 12
-    guidance: float = 1.0
-
-    def __post_init__(self) -> None:
-        refuse("sampling", [f"steps must be at least 1, got {self.steps}"] if self.steps < 1 else [])
-
-    @torch.no_grad()
-    def sample(
-        self,
-        model: VideoDiT,
-        flow: RectifiedFlow,
-        batch: Mapping[str, Any],
-        *,
-        seed: int = 0,
-        known: Tensor | None = None,
-    ) -> list[Tensor]:
-        """Clips (B, F, C, H, W), one per shot in stream order, for the batch's layout and captions.
-
-        `known`: bool (S,), shots that are given: they keep the batch's clips, clean and at time 0, throughout.
-        """
-        text: Tensor = batch["text"]
-        layout = batch["layout"].to(text.device)
-        table = stream(layout)
-        shape = (text.shape[0], len(table.video), model.patch_size)
-        x = torch.randn(shape, generator=generator("sample", seed)).to(layout.device)
-        given = torch.zeros_like(table.film_of_shot, dtype=torch.bool) if known is None else known.to(layout.device)
-        refuse(
-            "sample",
-            [f"known is for {len(given)} shots, the layout has {len(table.film_of_shot)}"]
-            if given.shape != table.film_of_shot.shape
-            else [],
-        )
-        held = given[table.shot_of_video][:, None]  # (Nv, 1)
-        if known is not None:
-            x = torch.where(held, model.patchify(batch["clips"]).to(x), x)
-
-        grid = flow.warp(torch.linspace(1, 0, self.steps + 1)).tolist()
-        memories: tuple[dict[Any, Any], dict[Any, Any]] = ({}, {})  # with and without captions
-        was_training = model.training
-        model.eval()
-        for i, (now, then) in enumerate(pairwise(grid)):
-            time = torch.where(given, 0.0, now).expand(text.shape[0], -1)
-            velocity = model(x, text, time, layout, step=i, seed=seed, memory=memories[0]).velocity.float()
-            if self.guidance != 1 and text.shape[1]:
-                unguided = torch.full_like(text, model.null_id)
-                plain = model(x, unguided, time, layout, step=i, seed=seed, memory=memories[1]).velocity.float()
-                velocity = plain + self.guidance * (velocity - plain)
-            x = torch.where(held, x, x + (then - now) * velocity)
-        model.train(was_training)
-        return model.unpatchify(x, layout)

@@ -5,23 +5,26 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import Any, Literal, cast
 
 import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.callbacks import Callback
-from omegaconf import OmegaConf
 from torch import nn
 from torchmetrics import Metric, MetricCollection
 from typing_extensions import override
 
+import sparse_zoo as zoo
 from lit_modules.callbacks import EMA
-from lit_modules.dit import VideoDiT
-from lit_modules.flow import Euler, RectifiedFlow, generator
+from lit_modules.dit import Block, VideoDiT
+from lit_modules.flow import RectifiedFlow, generator
 from lit_modules.metrics import LossByTime
+from lit_modules.muon import MuonAdamW
+from lit_modules.sampling import Euler
 from lit_modules.stream import stream
 from sparse_zoo.errors import refuse, unknown
 
+OPTIMIZERS = ("adamw", "muon")
 VALIDATION_TIMES = (0.125, 0.375, 0.625, 0.875)  # the middles of four equal strata
 
 
@@ -35,13 +38,17 @@ class NonFiniteLoss(RuntimeError):
 
 @dataclass(frozen=True)
 class Optim:
-    """AdamW, linear warm-up over `warmup_steps`, then a cosine down to `floor`·lr at the last step; EMA of weights.
+    """Optimizer, linear warm-up over `warmup_steps`, then a cosine down to `floor`·lr at the last step; EMA of weights.
 
-    Weight decay is for the matrices of linear layers alone. `ema_decay` is approached from below over the first
-    steps; 0 turns the average off.
+    optimizer: "adamw", or "muon": Muon at `muon_lr` for the matrices of the blocks' attention and MLP, AdamW at `lr`
+        for all others. The betas are AdamW's; Muon has torch's default momentum, .95.
+    weight_decay: for the matrices of linear layers alone.
+    ema_decay: approached from below over the first steps; 0 turns the average off.
     """
 
+    optimizer: Literal["adamw", "muon"] = "adamw"
     lr: float = 1e-3
+    muon_lr: float = 0.02
     weight_decay: float = 0.01
     beta1: float = 0.9
     beta2: float = 0.99
@@ -55,7 +62,9 @@ class Optim:
             "optim",
             [f"{name} must be in [0, 1), got {value}" for name, value in unit.items() if not 0 <= value < 1]
             + [
+                unknown("optimizer", self.optimizer, OPTIMIZERS) if self.optimizer not in OPTIMIZERS else "",
                 f"lr must be above 0, got {self.lr}" if self.lr <= 0 else "",
+                f"muon_lr must be above 0, got {self.muon_lr}" if self.muon_lr <= 0 else "",
                 f"weight_decay must be at least 0, got {self.weight_decay}" if self.weight_decay < 0 else "",
                 f"warmup_steps must be at least 0, got {self.warmup_steps}" if self.warmup_steps < 0 else "",
                 f"floor must be in [0, 1], got {self.floor}" if not 0 <= self.floor <= 1 else "",
@@ -86,10 +95,13 @@ class LitVideoDiT(LightningModule):
         sample_metrics: Metrics by name, whose `update(clips, batch)` judges films that are generated at validation:
             the last shot of each film, the earlier ones given. Not kept in checkpoints.
 
-    Logs `train/loss` = `train/flow` + every `train/aux/<name>`, `train/grad_norm`, and in validation, with EMA
-    weights, `val/loss`: the flow loss at `VALIDATION_TIMES` with noise that depends on the number of the validation
-    batch alone, so that it compares between steps, methods and seeds; `val/loss_t<time>` are its parts. Raises
-    `NonFiniteLoss` before a bad loss or gradient reaches the weights.
+    Attention is told the number of optimizer steps taken, by which schedules go, in training, validation and sampling
+    alike; its seed differs between batches and ranks.
+
+    Logs `train/loss` = `train/flow` + every `train/aux/<name>`, `train/grad_norm`, the scheduled settings in force
+    (see `schedules`), and in validation, with EMA weights, `val/loss`: the flow loss at `VALIDATION_TIMES` with noise
+    that depends on the number of the validation batch alone, so that it compares between steps, methods and seeds;
+    `val/loss_t<time>` are its parts. Raises `NonFiniteLoss` before a bad loss or gradient reaches the weights.
     """
 
     def __init__(
@@ -130,24 +142,33 @@ class LitVideoDiT(LightningModule):
 
     @override
     def configure_optimizers(self) -> Any:
-        matrices = [m.weight for m in self.model.modules() if isinstance(m, nn.Linear)]
-        decayed = {id(p) for p in matrices}
-        others = [p for p in self.model.parameters() if id(p) not in decayed]
+        optim = self.optim
+        muon = optim.optimizer == "muon"
+        inner = [p for block in self.model.blocks for p in cast("Block", block).matrices()] if muon else []
+        # Phases of a schedule share their parameters: each once.
+        linear = dict.fromkeys(m.weight for m in self.model.modules() if isinstance(m, nn.Linear))
+        matrices = [p for p in linear if id(p) not in {id(q) for q in inner}]
+        taken = {id(p) for p in (*inner, *matrices)}
         groups = [
-            {"params": matrices, "weight_decay": self.optim.weight_decay},
-            {"params": others, "weight_decay": 0.0},
+            {"params": matrices, "weight_decay": optim.weight_decay},
+            {"params": [p for p in self.model.parameters() if id(p) not in taken], "weight_decay": 0.0},
         ]
-        optimizer = torch.optim.AdamW(groups, lr=self.optim.lr, betas=(self.optim.beta1, self.optim.beta2))
+        rates: dict[str, Any] = {"lr": optim.lr, "betas": (optim.beta1, optim.beta2)}
+        optimizer: torch.optim.Optimizer = (
+            MuonAdamW(inner, groups, muon_lr=optim.muon_lr, weight_decay=optim.weight_decay, **rates)
+            if muon
+            else torch.optim.AdamW(groups, **rates)
+        )
         total = float(self.trainer.estimated_stepping_batches)
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: self.optim.rate(step, total))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     @override
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> dict[str, Any]:
-        # Batches seen, not optimizer steps: accumulated batches must not share their noise. Resuming restores it.
-        step = self.trainer.fit_loop.total_batch_idx
-        draws = generator("train", self.seed, self.global_rank, step)
-        found = self.flow.training_loss(self.model, batch, draws, step=step, seed=self.seed)
+        # Batches seen, not optimizer steps: accumulated batches must not share their draws. Resuming restores it.
+        purpose = (self.seed, self.global_rank, self.trainer.fit_loop.total_batch_idx)
+        draws, attention = generator("train", *purpose), generator("attention", *purpose).initial_seed()
+        found = self.flow.training_loss(self.model, batch, draws, step=self.global_step, seed=attention)
         losses = {"flow": found.loss} | {f"aux/{name}": loss for name, loss in found.output.losses.items()}
         loss = torch.stack(list(losses.values())).sum()
         if not torch.isfinite(loss):
@@ -156,6 +177,7 @@ class LitVideoDiT(LightningModule):
         size = len(batch["layout"].films) * len(batch["text"])
         self.log("train/loss", loss, prog_bar=True, batch_size=size)
         self.log_dict({f"train/{name}": part for name, part in losses.items()}, batch_size=size)
+        self.log_dict(schedules(self.model, self.global_step), batch_size=size)
         return {"loss": loss, "flow": found.loss.detach(), "results": found.output.results}
 
     @override
@@ -175,11 +197,13 @@ class LitVideoDiT(LightningModule):
         for which, at in enumerate(VALIDATION_TIMES):
             time = torch.full((text.shape[0], shots), at, device=text.device)
             draws = generator("validation", self.global_rank, batch_idx, which)
-            found = self.flow.loss(self.model, batch["clips"], text, time, layout, draws)
+            found = self.flow.loss(self.model, batch["clips"], text, time, layout, draws, step=self.global_step)
             self.val_loss.update(found.per_token, which)
         if len(self.sample_metrics) and not self.trainer.sanity_checking:
             known = ~stream(layout).last_shots
-            clips = self.sampling.sample(self.model, self.flow, batch, seed=batch_idx, known=known)
+            clips = self.sampling.sample(
+                self.model, self.flow, batch, seed=batch_idx, known=known, step=self.global_step
+            )
             self.sample_metrics.update(clips, batch)
 
     @override
@@ -196,6 +220,25 @@ class LitVideoDiT(LightningModule):
             self.sample_metrics.reset()
 
 
+def schedules(model: VideoDiT, step: int) -> dict[str, float]:
+    """What is scheduled, as it stands at a step: `schedule/phase`, from 0, and `schedule/<setting>` for numbers.
+
+    `schedule/layer_<i>/...` where layers have schedules of their own.
+    """
+    attentions = [cast(Block, block).attention for block in model.blocks]
+    planned = {i: layer for i, layer in enumerate(attentions) if isinstance(layer, zoo.Scheduled)}
+    alike = len(planned) == len(attentions) and len({repr((x.starts, x.settings)) for x in planned.values()}) == 1
+    found: dict[str, float] = {}
+    for i, layer in planned.items():
+        phase = layer.phase(step)
+        for name, value in {"phase": phase, **layer.settings[phase]}.items():
+            if isinstance(value, int | float) and not isinstance(value, bool):
+                found[f"schedule/{name}" if alike else f"schedule/layer_{i}/{name}"] = float(value)
+    return found
+
+
 def _plain(part: Mapping[str, Any] | None) -> dict[str, Any]:
+    from omegaconf import OmegaConf  # here: the model and its flow are used where it is not installed
+
     plain: Any = OmegaConf.to_container(OmegaConf.create(dict(part or {})), resolve=True)
     return dict(plain)

@@ -26,6 +26,7 @@ class Stream:
     merge: Tensor  # (L,) int64: where each token lies in [text, video]
     row_of: Tensor  # (L,) int64
     film_of_shot: Tensor  # (S,) int64
+    shot_in_film: Tensor  # (S,) int64: its number within its film
     film_of_text: Tensor  # (Nt,) int64
     shots_of_film: Tensor  # (F,) int64: how many
     positions: Tensor  # (L, 3) float32: time, row, column
@@ -73,6 +74,7 @@ def stream(layout: Layout) -> Stream:
         merge=torch.cat([text, video]).argsort(),
         row_of=row_of,
         film_of_shot=torch.arange(films, device=device).repeat_interleave(counts),
+        shot_in_film=torch.arange(shots, device=device) - firsts.repeat_interleave(counts),
         film_of_text=layout.sample[text],
         shots_of_film=counts,
         positions=torch.stack([time, row, col], dim=-1).float(),

@@ -10,6 +10,7 @@ from sparse_zoo.layout import Film, Layout, Shot
 from sparse_zoo.partition import Partition
 from sparse_zoo.plan import Part, Plan
 from sparse_zoo.registry import Setting, build, get, load_plugin, names, register, settings, summary
+from sparse_zoo.schedule import Scheduled
 
 __all__ = [
     "Attended",
@@ -26,6 +27,7 @@ __all__ = [
     "Partition",
     "Plan",
     "Result",
+    "Scheduled",
     "Setting",
     "Shot",
     "Term",

@@ -12,7 +12,7 @@ from torch._compile import _disable_dynamo
 
 from sparse_zoo.cost import Cost
 from sparse_zoo.errors import ZooError, refuse, unknown
-from sparse_zoo.kernels import attend
+from sparse_zoo.kernels import attend, attend_sum
 from sparse_zoo.kernels import names as kernel_names
 from sparse_zoo.layout import Layout
 from sparse_zoo.plan import Plan
@@ -235,29 +235,41 @@ class Attention(nn.Module):
         """Attend, with everything given as one `Call`."""
         if call.features is None and call.hidden is not None:
             call = replace(call, features=self.features(call.hidden))
-        out: Tensor | None = None
+        terms: list[Tensor] = []
         plans, used = [], []
+        # Branches on the call's own q, k, v go to the kernel together, which then shares memory between them.
+        shared: list[Plan] = []
+        weights: list[Tensor | float] = []
         for branch in self.branches(call):
             if isinstance(branch, Term):
-                value = branch.value
-            else:
-                plan = self._text_reads_text(branch, call) if self.text_reads == "text" else branch.plan
-                q, k, v = (getattr(branch, x) if getattr(branch, x) is not None else getattr(call, x) for x in "qkv")
-                attended = attend(q, k, v, plan, kernel=self.kernel)
-                value = attended.out if branch.rows is None else attended.out[:, :, branch.rows]
-                if not (isinstance(branch.weight, float | int) and branch.weight == 1):
-                    value = branch.weight * value
-                plans.append(plan)
-                used.append(attended.kernel)
-            out = value if out is None else out + value
-        if out is None:
+                terms.append(branch.value)
+                continue
+            plan = self.attended(branch, call)
+            plans.append(plan)
+            if branch.q is branch.k is branch.v is branch.rows is None:
+                shared.append(plan)
+                weights.append(branch.weight)
+                continue
+            q, k, v = (getattr(branch, x) if getattr(branch, x) is not None else getattr(call, x) for x in "qkv")
+            value, _, kernel = attend(q, k, v, plan, kernel=self.kernel)
+            terms.append(branch.weight * (value if branch.rows is None else value[:, :, branch.rows]))
+            used.append(kernel)
+        if shared:
+            value, kernel = attend_sum(call.q, call.k, call.v, shared, weights, kernel=self.kernel)
+            terms.append(value)
+            used.append(kernel)
+        if not terms:
             raise ZooError(f"{type(self).__name__}.branches gave nothing to attend with")
+        out = sum(terms[1:], terms[0])
         kernel = ",".join(dict.fromkeys(used))
         return Result(
             out.to(call.q.dtype), plans, self.losses(call), kernel, call.layout, call.q_rows, self.routing_flops(call)
         )
 
-    def _text_reads_text(self, branch: Branch, call: Call) -> Plan:
+    def attended(self, branch: Branch, call: Call) -> Plan:
+        """The plan that runs for a branch: its own, unless `text_reads` says otherwise for text queries."""
+        if self.text_reads == "method":
+            return branch.plan
         if branch.rows is not None:
             raise ZooError(f"{type(self).__name__}: text_reads='text' has no meaning for a branch with pooled queries")
         is_text, among = call.layout.is_text, _text_among_itself(call.layout, self.causality == "strict")

@@ -22,12 +22,14 @@ class Part:
     """Pieces of queries, pieces of keys, and which attends to which.
 
     `edges` is a bool table (B|1, H|1, Q, K) over pieces, or the indices (B|1, H|1, Q, k) of the key pieces that each
-    query piece attends to, -1 for none, without repeats.
+    query piece attends to, -1 for none, without repeats. `routed` says that the edges, or who is in which piece, were
+    chosen by values (q, k, hidden), not by the layout: nothing is computed differently for it, diagnostics look there.
     """
 
     queries: Partition
     keys: Partition
     edges: Tensor
+    routed: bool = False
 
     def __post_init__(self) -> None:
         want = (self.queries.count, self.keys.count)
@@ -110,24 +112,25 @@ class Part:
         rows, children = queries.of_b[..., None], keys.children
         if self.by_table or children is None:
             table = _take(_take(self.table, queries.of_a, 2, False), keys.of_a, 3, False)
-            return Part(queries.pieces, keys.pieces, table & ~other.at(rows, keys.of_b[:, :, None]))
+            return Part(queries.pieces, keys.pieces, table & ~other.at(rows, keys.of_b[:, :, None]), self.routed)
         children = torch.nn.functional.pad(children, (0, 0, 1, 0), value=-1)  # row 0: the children of "none"
         cut = children[edges.long() + 1].flatten(3)
         taken = other.at(rows, torch.nn.functional.pad(keys.of_b[0, 0], (1, 0), value=-1)[cut + 1])
-        return Part(queries.pieces, keys.pieces, cut.masked_fill(taken, -1))
+        return Part(queries.pieces, keys.pieces, cut.masked_fill(taken, -1), self.routed)
 
     def narrow(self, rows: Tensor) -> Part:
         """The queries at `rows` only, int64 (n,), in that order."""
         edges = self.edges[:, :, rows] if self.queries.is_singles else self.edges
-        return Part(self.queries.narrow(rows), self.keys, edges)
+        return Part(self.queries.narrow(rows), self.keys, edges, self.routed)
 
     def keep(self, where: Tensor) -> Part:
         """The queries where `where`, bool (Lq,), holds; the others have no edge."""
         if self.queries.is_singles:
             edges = self.edges & where[:, None] if self.by_table else self.edges.masked_fill(~where[:, None], -1)
-            return Part(self.queries, self.keys, edges)
+            return Part(self.queries, self.keys, edges, self.routed)
         labels = self.queries.piece_of.masked_fill(~where, -1)
-        return Part(Partition.from_labels(labels, self.queries.count, self.queries.layout), self.keys, self.edges)
+        queries = Partition.from_labels(labels, self.queries.count, self.queries.layout)
+        return Part(queries, self.keys, self.edges, self.routed)
 
 
 @dataclass(frozen=True, eq=False, init=False)
@@ -153,18 +156,20 @@ class Plan:
         return Plan(Part(pieces, pieces, torch.arange(pieces.count, device=pieces.device)[None, None, :, None]))
 
     @staticmethod
-    def groups(q_labels: Tensor, k_labels: Tensor | None = None, count: int | None = None) -> Plan:
+    def groups(
+        q_labels: Tensor, k_labels: Tensor | None = None, count: int | None = None, *, routed: bool = False
+    ) -> Plan:
         """Queries attend to the keys of the same label.
 
         Labels: int (L,) or (B|1, H|1, L), 0 … count - 1, -1 for none; `count` is found when not given. Labels do not
-        tell samples apart by themselves: a label that two films share joins them.
+        tell samples apart by themselves: a label that two films share joins them. `routed`: see `Part`.
         """
         k_labels = q_labels if k_labels is None else k_labels
         if count is None:
             count = max(int(labels.max()) + 1 if labels.numel() else 0 for labels in (q_labels, k_labels))
         queries = Partition.from_labels(q_labels, count)
         keys = queries if k_labels is q_labels else Partition.from_labels(k_labels, count)
-        return Plan(Part(queries, keys, torch.arange(count, device=queries.device)[None, None, :, None]))
+        return Plan(Part(queries, keys, torch.arange(count, device=queries.device)[None, None, :, None], routed))
 
     @staticmethod
     def routed(chunks: Partition, chosen: Tensor) -> Plan:
@@ -172,12 +177,12 @@ class Plan:
 
         `chosen`: int (B|1, H|1, Lq, k), -1 for none, without repeats; or bool (B|1, H|1, Lq, chunks).
         """
-        return Plan(Part(Partition.singles(chosen.shape[2], chosen.device), chunks, chosen))
+        return Plan(Part(Partition.singles(chosen.shape[2], chosen.device), chunks, chosen, routed=True))
 
     @staticmethod
-    def blocks(query_pieces: Partition, key_pieces: Partition, wanted: Tensor) -> Plan:
-        """Query pieces attend to key pieces where `wanted`: bool (Q, K) or (B|1, H|1, Q, K)."""
-        return Plan(Part(query_pieces, key_pieces, wanted[None, None] if wanted.dim() == 2 else wanted))
+    def blocks(query_pieces: Partition, key_pieces: Partition, wanted: Tensor, *, routed: bool = False) -> Plan:
+        """Query pieces attend to key pieces where `wanted`: bool (Q, K) or (B|1, H|1, Q, K). `routed`: see `Part`."""
+        return Plan(Part(query_pieces, key_pieces, wanted[None, None] if wanted.dim() == 2 else wanted, routed))
 
     def __or__(self, other: Plan) -> Plan:
         """Exact union: all of this plan, then what `other` adds."""

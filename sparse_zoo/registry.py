@@ -6,7 +6,7 @@ import importlib.util
 import inspect
 import re
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import entry_points
@@ -14,9 +14,12 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, TypeVar
 
+import torch
+
 from sparse_zoo.attention import Attention
 from sparse_zoo.errors import ZooError, refuse, unknown
 from sparse_zoo.kernels import _kernels
+from sparse_zoo.schedule import Schedule, Scheduled, phases
 
 ENTRY_POINTS = "sparse_zoo.methods"
 SHAPE = ("heads", "head_dim", "dim")
@@ -38,6 +41,15 @@ class Setting:
     required: bool = False
 
 
+SCHEDULE = Setting(
+    "schedule",
+    None,
+    "Mapping[str, Mapping[int, Any]] | None",
+    'Settings that change as training goes, {setting: {step: value}}, "name" (the method) among them.',
+)
+"""The one setting that is not a class's own: `build` makes a `Scheduled` of it."""
+
+
 def register(name: str) -> Callable[[Method], Method]:
     """Class decorator: make a method known by `name`.
 
@@ -56,6 +68,9 @@ def register(name: str) -> Callable[[Method], Method]:
                 else "",
                 f"the name is taken by {_methods[name].__module__}.{_methods[name].__qualname__}"
                 if name in _methods
+                else "",
+                "every method has a setting 'schedule'; call its own another name"
+                if "schedule" in inspect.signature(cls).parameters
                 else "",
             ],
         )
@@ -84,7 +99,7 @@ def summary(name: str) -> str:
 
 
 def settings(name: str) -> dict[str, Setting]:
-    """A method's settings, its own first; the model's shape (heads, head_dim, dim) is left out."""
+    """A method's settings, its own first, `schedule` last; the model's shape (heads, head_dim, dim) is left out."""
     found: dict[str, Setting] = {}
     for cls in get(name).__mro__:
         if not issubclass(cls, Attention):
@@ -104,11 +119,20 @@ def settings(name: str) -> dict[str, Setting]:
                 found[parameter.name] = own
         if not any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):
             break  # it takes nothing from its bases
-    return found
+    return found | {SCHEDULE.name: SCHEDULE}
 
 
-def build(name: str, *, heads: int, head_dim: int, dim: int | None = None, **given: Any) -> Attention:
-    """Make a method. Raises `ZooError` for an unknown name or setting and for values out of range."""
+def build(
+    name: str, *, heads: int, head_dim: int, dim: int | None = None, schedule: Schedule | None = None, **given: Any
+) -> Attention:
+    """Make a method; with a `schedule`, {setting: {step: value}}, one whose settings change at these training steps.
+
+    A scheduled setting has its value of `given`, or its default, before its first step. The "name" may be scheduled
+    too: each phase takes those settings that its method knows. Raises `ZooError` for an unknown name or setting and for
+    values out of range, in any phase.
+    """
+    if schedule is not None:
+        return _scheduled({"name": name, **given}, schedule, heads=heads, head_dim=head_dim, dim=dim)
     cls, allowed = get(name), settings(name)
     refuse(
         name,
@@ -116,6 +140,33 @@ def build(name: str, *, heads: int, head_dim: int, dim: int | None = None, **giv
         + [f"setting {key!r} is needed" for key, s in allowed.items() if s.required and key not in given],
     )
     return cls(heads=heads, head_dim=head_dim, dim=dim, **given)
+
+
+def _scheduled(given: Mapping[str, Any], schedule: Schedule, **shape: Any) -> Scheduled:
+    found = phases(given, schedule)
+    named = dict.fromkeys(own["name"] for own in found.values())
+    refuse("schedule", [unknown("method", name, names()) for name in named if name not in names()])
+    known = {name: {key: s for key, s in settings(name).items() if key != SCHEDULE.name} for name in named}
+    allowed = {"name"}.union(*known.values())
+    reasons = [unknown("setting", key, allowed) for key in dict.fromkeys([*given, *schedule]) if key not in allowed]
+    built: dict[int, Attention] = {}
+    refused: dict[str, int] = {}
+    for start, own in found.items():
+        mine = {key: value for key, value in own.items() if key in known[own["name"]]}
+        try:
+            # Parameters that are shared are drawn once, so that the model starts as it would without a schedule.
+            with torch.random.fork_rng(devices=[], enabled=get(own["name"]) in map(type, built.values())):
+                built[start] = build(own["name"], **shape, **mine)
+        except ZooError as error:
+            refused.setdefault(str(error), start)
+    reasons += [f"from step {start}: {reason}".replace("\n", "\n  ") for reason, start in refused.items()]
+    refuse("schedule", reasons)
+    return Scheduled(built, [_in_force(own, schedule, known[own["name"]]) for own in found.values()])
+
+
+def _in_force(own: Mapping[str, Any], schedule: Schedule, known: Mapping[str, Setting]) -> dict[str, Any]:
+    """The scheduled settings that a phase's method knows, its defaults too."""
+    return {key: own[key] if key in own else known[key].default for key in schedule if key in known or key == "name"}
 
 
 def load_plugin(path: str | Path) -> list[str]:

@@ -1,38 +1,106 @@
-"""Choosing chunks by the mean of their keys, without the (L × C) table of scores in memory."""
+"""Choosing by means: chunks for a query, without the (L × C) table of scores in memory, and shots for a shot."""
 
 from __future__ import annotations
+
+import math
+import warnings
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from sparse_zoo.attention import Call
+from sparse_zoo.draws import BITS, uniform
+from sparse_zoo.errors import refuse
 from sparse_zoo.kernels.triton import routing as fused
+from sparse_zoo.layout import Layout
 from sparse_zoo.partition import Partition
+from sparse_zoo.remember import remembered
 
 BLOCK_SCORES = 1 << 20
 FEW = 16
 
 
+@dataclass(frozen=True)
+class Drops:
+    """MoC's random changes of a choice in training, by draws that all batch items share.
+
+    Of a query's n chosen chunks floor(p·n) are taken off, p uniform in [0, `off`): never all, since p < 1. Then m more
+    come in from the legal chunks that were not chosen, m Poisson of mean `into`: all of these, where they are fewer.
+    The paper's: both rules. Ours: what was taken off does not come back.
+    """
+
+    call: Call
+    off: float
+    into: float
+
+    def most(self, count: int) -> int:
+        """The most chunks that come in, of `count`: fixed by `into` alone, so that shapes do not depend on draws."""
+        return min(len(_poisson_table(self.into, torch.device("cpu"))), count) if self.into else 0
+
+    def __call__(self, chosen: Tensor, legal: Tensor, rows: slice) -> Tensor:
+        """What becomes of a choice, int64 (B, H, rows, k), -1 last, out of `legal`, bool (rows, C), of the queries at
+        `rows`: -1 where one was taken off, then `most(C)` columns of what came in."""
+        changed = chosen
+        if self.off:
+            number = (chosen >= 0).sum(-1, keepdim=True)
+            fewer = (number * (self.off * uniform(self.call, "drop-off: share", 1, rows).double())).floor()
+            order = uniform(self.call, "drop-off: which", chosen.shape[-1], rows).expand(chosen.shape)
+            place = order.masked_fill(chosen < 0, 1.0).argsort(dim=-1, stable=True).argsort(dim=-1)
+            changed = chosen.masked_fill(place < fewer, -1)
+        if self.into:
+            rest = torch.nn.functional.pad(legal, (1, 0)).repeat(*chosen.shape[:2], 1, 1)
+            rest = rest.scatter_(-1, chosen + 1, False)[..., 1:]
+            order = uniform(self.call, "drop-in: which", rest.shape[-1], rows)
+            came = _top((-order).expand(rest.shape).masked_fill(~rest, -torch.inf), self.most(rest.shape[-1]))
+            table = _poisson_table(self.into, chosen.device)
+            more = torch.searchsorted(table, uniform(self.call, "drop-in: number", 1, rows).double(), right=True)
+            late = torch.arange(came.shape[-1], device=came.device) >= more
+            changed = torch.cat([changed, came.masked_fill(late, -1)], dim=-1)
+        return changed
+
+
+@remembered(16)
+def _poisson_table(mean: float, device: torch.device) -> Tensor:
+    """P(m <= 0), P(m <= 1), … of a Poisson number m, float64, up to the last that a draw of `BITS` bits can pass.
+
+    The number for a draw u is how many of these are at most u.
+    """
+    chances: list[float] = []
+    while len(chances) <= mean or chances[-1] >= 2.0**-BITS:
+        m = len(chances)
+        chances.append(math.exp(m * math.log(mean) - mean - math.lgamma(m + 1)))
+    below = torch.tensor(chances, dtype=torch.float64).cumsum(0)
+    return below[below <= 1 - 2.0**-BITS].to(device)
+
+
 @torch.no_grad()
-def top_chunks(q: Tensor, k: Tensor, chunks: Partition, legal: Tensor, kind: Tensor, top_k: int) -> Tensor:
-    """The `top_k` legal chunks c of largest q · mean(K_c), ties to the earlier chunk.
+def top_chunks(
+    q: Tensor, k: Tensor, chunks: Partition, legal: Tensor, kind: Tensor, top_k: int, drops: Drops | None = None
+) -> Tensor:
+    """The `top_k` legal chunks c of largest q · mean(K_c), ties to the earlier chunk, changed by `drops` if given.
 
     q (B, H, Lq, D), k (B, Hk, Lk, D); scores are float32 and unscaled. `legal`, bool (kinds, C), says which chunks a
     kind of query may choose, `kind`, int64 (Lq,), of which kind each query is. Returns int32 (B, H, Lq, min(top_k, C)),
-    best first, -1 where there are fewer.
+    best first, -1 where there are fewer; with `drops` -1 also where one was taken off, and what came in after them.
     """
-    if q.device.type == "cuda" and fused.fits(q, chunks, top_k):
+    if drops is None and fused.fits(q, chunks, top_k):
         return fused.top_chunks(q, k, chunks, legal, kind, top_k)
     batch, heads, length, _ = q.shape
     share = heads // k.shape[1]
     means = chunks.mean(k.float()).repeat_interleave(share, dim=1).transpose(-1, -2)
     top_k = min(top_k, chunks.count)
-    chosen = torch.empty(batch, heads, length, top_k, dtype=torch.int32, device=q.device)
+    width = top_k + (drops.most(chunks.count) if drops else 0)
+    chosen = torch.empty(batch, heads, length, width, dtype=torch.int32, device=q.device)
     rows = max(1, BLOCK_SCORES // max(1, batch * heads * chunks.count))
     for start in range(0, length, rows):
         block = slice(start, start + rows)
         scores = q[:, :, block].float() @ means
         scores.masked_fill_(~legal[kind[block]], -torch.inf)
-        chosen[:, :, block] = _top(scores, top_k).int()
+        best = _top(scores, top_k)
+        if drops:
+            best = drops(best, legal[kind[block]], block)
+        chosen[:, :, block] = best.int()
     return chosen
 
 
@@ -48,3 +116,35 @@ def _top(scores: Tensor, top_k: int) -> Tensor:
         found.append(index.masked_fill(best == -torch.inf, -1))
         scores.scatter_(-1, index, -torch.inf)
     return torch.cat(found, dim=-1)
+
+
+@torch.no_grad()
+def top_shots(x: Tensor, layout: Layout, shot: int, count: int) -> Tensor:
+    """The `count` shots before `shot` whose mean has the largest product with its own: MoC's outer loop.
+
+    The paper's appendix: what of a long film enters the context at all is chosen before any attention, by
+    mean(X of the shot) · mean(X of an earlier shot). Ours: X is whatever enters the first block, captions of the shots
+    included; products are float32; ties go to the earlier shot.
+
+    x (B, L, dim), `layout` of one film and L tokens. Returns int64 (B, min(count, shot)), for each batch item in the
+    film's order. Warns where fewer shots precede than were asked for; raises `ZooError` for what does not fit.
+    """
+    shots = len(layout.films[0].shots)
+    refuse(
+        "top_shots",
+        [
+            f"the layout must hold one film, got {len(layout.films)}" if len(layout.films) != 1 else "",
+            f"x must be (B, {len(layout)}, dim), got {tuple(x.shape)}"
+            if x.dim() != 3 or x.shape[1] != len(layout)
+            else "",
+            f"shot must be 0 … {shots - 1}, got {shot}" if not 0 <= shot < shots else "",
+            f"count must be at least 0, got {count}" if count < 0 else "",
+        ],
+    )
+    if count > shot:
+        warnings.warn(f"top_shots: {count} shots before shot {shot} were asked for, there are {shot}", stacklevel=2)
+    pieces = layout.to(x.device).chunks("shot", captions="inside")
+    means = pieces.mean(x.float()[:, None])[:, 0, pieces.count - shots :]  # the global caption comes first
+    scores = (means[:, :shot] @ means[:, shot, :, None])[..., 0]
+    best = scores.argsort(dim=-1, descending=True, stable=True)[:, :count]
+    return best.sort(dim=-1).values

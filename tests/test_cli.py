@@ -80,7 +80,7 @@ def test_list_is_quick_to_import() -> None:
     assert done.stdout.strip() == "[]"
 
 
-@pytest.mark.parametrize("command", [[], ["train"], ["sweep"], ["report"], ["ui"], ["list"], ["map"]])
+@pytest.mark.parametrize("command", [[], ["train"], ["sweep"], ["report"], ["ui"], ["list"], ["map"], ["cost"]])
 def test_help_teaches(command: list[str]) -> None:
     text = zoo(*command, "--help").stdout
     assert "Usage" in text
@@ -95,6 +95,18 @@ def test_map_draws(here: Path) -> None:
     assert (here / "map-moc.png").read_bytes().startswith(b"\x89PNG")
     assert zoo("map", "moga", "--out", here / "a" / "b.png").exit_code == 0
     assert (here / "a" / "b.png").exists()
+
+
+def test_map_counts_loops(here: Path) -> None:
+    assert "9 <-> 11" in zoo("map", "moc", "causal=null").stdout
+    assert "<->" not in zoo("map", "moc").stdout
+    found = json.loads(zoo("map", "moc", "causal=null", "--json", "--out", "page.png").stdout)
+    assert found["loops"] == [[9, 11]]
+    assert found["settings"] == {"causal": None}
+    assert found["picture"] == str(here / "page.png")
+    assert len(found["branches"][0]["shots"]) == 12
+    assert "nothing routed" in zoo("map", "dense").stdout
+    assert "simulated" in zoo("map", "--help").stdout
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ from typing import Any, Literal
 import pytest
 
 from experiments.config import fits, load, parse, read_yaml
+from experiments.store import config_id
 from sparse_zoo.errors import ZooError
 
 
@@ -53,6 +54,16 @@ def test_interpolation_resolves() -> None:
         (["attention=moc", "attention.kernel=flx"], r"unknown kernel 'flx'"),
         (["attention=[dense, moc]"], r"a list of 2, model.depth is 4"),
         (["attention=[dense, dense, dense, moc]", "attention.top_k=1"], r"attention is a list, one mapping per layer"),
+        (["attention=moc", "attention.schedule.top_k.20=two"], r"from step 20: attention.top_k must be int, got 'two'"),
+        (["attention=moc", "attention.schedule.top_k.20=0"], r"from step 20: MoC: top_k .*at least 1, got 0"),
+        (["attention=moc", "attention.schedule.topk.20=2"], r"unknown setting 'topk'; did you mean 'top_k'\?"),
+        (["attention=moc", "attention.schedule.top_k.1e3=2"], r"top_k: a step must be a whole number .* got '1e3'"),
+        (["attention=moc", "attention.schedule={}"], r"attention.schedule: must be .* got {}"),
+        (["attention=dense", "attention.schedule.name.9=mocc"], r"from step 9: unknown method 'mocc'"),
+        (
+            ["attention.schedule.kernel.9=torch", "trainer.accelerator=cpu"],
+            r"from step 9: .*kernel 'torch'",
+        ),
         (["data=shotworld"], r"unknown data 'shotworld'; did you mean 'shot_world'\?"),
         (["data.fsp=3"], r"unknown key of data 'fsp'; did you mean 'fps'\?"),
         (["data.size=[41, 64]"], r"size \[41, 64\] is not in whole patches"),
@@ -76,6 +87,29 @@ def test_interpolation_resolves() -> None:
 def test_refusals(overrides: list[str], message: str) -> None:
     with pytest.raises(ZooError, match=message):
         load(overrides)
+
+
+def test_a_schedule_is_one_config_however_its_steps_are_written() -> None:
+    wanted = {"name": "moc", "chunk": "fixed", "schedule": {"chunk_tokens": {"0": 64, "20": 32}, "top_k": {"5": 3}}}
+    dotted = ["attention.schedule.top_k.5=3", "attention.schedule.chunk_tokens.0=64", "attention.chunk=fixed"]
+    last = "attention.schedule.chunk_tokens.20=32"
+    plain = {**wanted, "schedule": {"chunk_tokens": {20: 32, 0: 64}, "top_k": {5: 3}}}
+    other = {**wanted, "schedule": {"chunk_tokens": {20: 16, 0: 64}, "top_k": {5: 3}}}
+    asked: list[list[str | Mapping[str, Any]]] = [
+        ["attention=moc", "attention.chunk=fixed", "attention.schedule={chunk_tokens: {0: 64, 20: 32}, top_k: {5: 3}}"],
+        ["attention=moc", *dotted, last],
+        [{"attention": plain}],
+        [{"attention": other}, last],
+    ]
+    configs = [load(overrides) for overrides in asked]
+    assert all(config["attention"] == wanted for config in configs)
+    assert len({config_id(config) for config in configs}) == 1
+
+
+def test_each_layer_may_have_its_own_schedule() -> None:
+    layers = "[{name: moc, schedule: {top_k: {5: 1}}}, {name: dense, schedule: {name: {3: moc}}, top_k: 2}]"
+    config = load(["model.depth=2", f"attention={layers}"])
+    assert config["attention"][1] == {"name": "dense", "schedule": {"name": {"3": "moc"}}, "top_k": 2}
 
 
 def test_all_reasons_come_at_once() -> None:

@@ -58,7 +58,7 @@ def test_what_is_skipped_has_a_reason() -> None:
     ("method", "settings"),
     [
         ("moc", {"causal": "strict", "anchors": ["text", "shot", "chunk"], "chunk": "shot"}),
-        ("moc", {"causal": None, "anchors": ["chunk"], "frames_per_chunk": 2}),
+        ("moc", {"causal": None, "anchors": ["chunk"], "chunk": "tokens", "chunk_tokens": 33, "drop_off": 1.0}),
         ("moc", {"anchors": [], "causal": "routing"}),
         ("moc_fixed", {"causal": "strict", "anchors": ["shot", "chunk"], "top_k": 1}),
         ("moga", {"mix": ["group", "frame"], "balance": "switch", "windows": [3, 1]}),

@@ -144,7 +144,7 @@ def test_films_without_any_text_work(text):
     assert output.velocity.isfinite().all()
 
 
-def test_shot_conditions_pool_own_and_global_caption_and_films_their_shots():
+def test_conditions_pool_own_and_global_caption_of_shots_and_the_latter_of_films():
     table = stream(PACKED)
     words = torch.randn(2, len(table.text), 5, generator=torch.Generator().manual_seed(0))
     captions = {(0, -1): words[:, 0:3], (0, 0): words[:, 3:7], (0, 1): words[:, 7:9], (1, 1): words[:, 9:10]}
@@ -152,10 +152,8 @@ def test_shot_conditions_pool_own_and_global_caption_and_films_their_shots():
     shots = [(0, 0), (0, 1), (1, 0), (1, 1), (1, 2), (2, 0), (2, 1)]
     none = words[:, :0]
     wanted = [captions.get(at, none).sum(1) + captions.get((at[0], -1), none).sum(1) for at in shots]
-    pooled = dit._pool(words, table)
-    torch.testing.assert_close(pooled, torch.stack(wanted, dim=1))
-    means = dit._with_film_means(pooled, table)[:, 7:]
-    torch.testing.assert_close(means, torch.stack([pooled[:, a:b].mean(1) for a, b in ((0, 2), (2, 5), (5, 7))], dim=1))
+    wanted += [captions.get((film, -1), none).sum(1) for film in range(3)]
+    torch.testing.assert_close(dit._pool(words, table), torch.stack(wanted, dim=1))
 
 
 def test_attention_is_told_all_it_may_look_at():

@@ -31,6 +31,7 @@ BY_TITLE = {section.partition("\n")[0]: section for section in SECTIONS}
 TESTED = {
     "A method": "test_a_method",
     "Several branches, a gate, an auxiliary loss": "test_several_branches",
+    "A schedule": "test_a_schedule",
     "A kernel": "test_a_kernel",
     "A datamodule": "test_a_datamodule",
     "A metric": "test_a_metric",
@@ -106,6 +107,15 @@ def test_several_branches() -> None:
     near, whole = (zoo.attend(q, q, q, plan).out for plan in result.plans)
     torch.testing.assert_close(result.out, (1 - far) * near + far * whole)
     torch.testing.assert_close(result.losses, {"far": 0.5 * far.mean()})
+
+
+@pytest.mark.usefixtures("here")
+def test_a_schedule(capsys: pytest.CaptureFixture[str]) -> None:
+    results = follow("A schedule")
+    shown = [line.split() for line in capsys.readouterr().out.splitlines() if line[:1].isdigit()]
+    assert [(step, round(float(density) * 9)) for step, density in shown] == [("0", 6), ("2000", 5), ("4000", 3)]
+    schedules = [result["attention"]["schedule"] for result in results]
+    assert sorted(map(str, schedules)) == ["{'name': {'1': 'own_and_previous_shots'}}", "{'reach': {'1': 0}}"]
 
 
 @pytest.mark.usefixtures("here")
@@ -250,7 +260,7 @@ def test_a_kernel_is_known_by_its_name_and_never_taken_unasked() -> None:
 @pytest.mark.parametrize(
     ("kernel", "said"),
     [
-        (Named("cpu"), r"the name 'cpu' is taken; taken are: auto, torch, cpu, reference"),
+        (Named("cpu"), r"the name 'cpu' is taken; taken are: auto, torch, "),
         (Named("auto"), r"the name 'auto' is taken"),
         (Named("My kernel"), r"name must be lower-case letters, digits and underscores, got 'My kernel'"),
         (Named(None), r"got None"),

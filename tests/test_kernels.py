@@ -1,7 +1,5 @@
 """Kernels against an oracle written here: masked softmax in float64, with gradients."""
 
-from typing import Any
-
 import pytest
 import torch
 from hypothesis import given, settings
@@ -10,7 +8,9 @@ from test_plan import plans
 from torch import Tensor
 
 import sparse_zoo as zoo
-from sparse_zoo.kernels import grouped, varlen
+from sparse_zoo.kernels import grouped
+from sparse_zoo.kernels.rectangles import rectangles
+from sparse_zoo.partition import Partition
 
 
 def oracle(q: Tensor, k: Tensor, v: Tensor, plan: zoo.Plan) -> tuple[Tensor, Tensor]:
@@ -107,6 +107,12 @@ def test_nobody_attends_to_anything() -> None:
     assert bool((lse == -torch.inf).all())
 
 
+def test_pieces_of_nothing() -> None:
+    pieces = Partition.from_labels(torch.full((5,), -1), 0)
+    nothing = zoo.Plan.blocks(pieces, pieces, torch.zeros(0, 0, dtype=torch.bool))
+    assert bool((zoo.attend(*inputs(5, 5), nothing, kernel="cpu").out == 0).all())
+
+
 def test_more_rectangles_than_a_grid_dimension_holds() -> None:
     length = 70_000
     q, k, v = (torch.randn(1, 1, length, 8, dtype=torch.float64) for _ in range(3))
@@ -133,6 +139,15 @@ def test_slabs_and_batches_change_nothing(monkeypatch: pytest.MonkeyPatch) -> No
     check("cpu", plan, tensors, atol=1e-12)
 
 
+def test_queries_of_the_same_keys_share_one_rectangle() -> None:
+    film = zoo.Layout.film([zoo.Shot(4, 3, 5, text=2)])  # 4 x 3 x 5 tiles of one token; windows are pushed inside
+    plan = zoo.build("window", heads=1, head_dim=8, tile=(1, 1, 1), window=(3, 3, 3)).plan(*inputs(62, 62)[:2], film)
+    video = rectangles(plan, 1, 1)[0]
+    assert len(video) == 2 * 1 * 3
+    assert int((video.q_size * video.k_size).sum()) == int(zoo.Plan(plan.parts[0]).dense_mask().sum())
+    check("cpu", plan, inputs(62, 62), 1e-12)
+
+
 def test_merge_is_exact() -> None:
     q, k, v = (torch.randn(1, 2, 9, 8, dtype=torch.float64) for _ in range(3))
     labels = [torch.tensor([0] * 4 + [-1] * 5), torch.tensor([-1] * 4 + [0] * 3 + [-1] * 2)]
@@ -149,60 +164,6 @@ def test_executed_pairs_are_never_fewer(film: zoo.Layout) -> None:
     plan = zoo.Plan.dense(film) | zoo.Plan.within(film.chunks("frame"))
     for kernel in zoo.kernels():
         assert plan.executed(kernel, batch=2, heads=3) >= plan.cost(8, batch=2, heads=3).pairs
-
-
-def segments(x: Tensor, ends: Tensor) -> list[Tensor]:
-    return [x[a:b] for a, b in zip(ends[:-1].tolist(), ends[1:].tolist(), strict=True)]
-
-
-def flash_forward(
-    q: Tensor, k: Tensor, v: Tensor, q_ends: Tensor, k_ends: Tensor, q_most: int, k_most: int, *_: Any, scale: float
-) -> tuple[Tensor, Tensor]:
-    """What the CUDA operator promises, segment by segment; checks what it demands."""
-    assert q.shape[1] == 1
-    assert q_most == int(q_ends.diff().max())
-    assert k_most == int(k_ends.diff().max())
-    outs, lses = [], []
-    for a, b, c in zip(segments(q, q_ends), segments(k, k_ends), segments(v, k_ends), strict=True):
-        scores = a[:, 0] @ b[:, 0].T * scale
-        outs.append(scores.softmax(-1) @ c[:, 0])
-        lses.append(scores.logsumexp(-1))
-    return torch.cat(outs)[:, None], torch.cat(lses)[None]
-
-
-def flash_backward(
-    grad: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    q_ends: Tensor,
-    k_ends: Tensor,
-    *_: Any,
-    scale: float,
-) -> tuple[Tensor, ...]:
-    parts = []
-    sides = [segments(x[:, 0], q_ends) for x in (grad, q, out)] + [segments(x[:, 0], k_ends) for x in (k, v)]
-    for g, a, o, b, c, total in zip(*sides, segments(lse[0], q_ends), strict=True):
-        p = (a @ b.T * scale - total[:, None]).exp()
-        ds = p * (g @ c.T - (g * o).sum(-1, keepdim=True)) * scale
-        parts.append((ds @ b, ds.T @ a, p.T @ g))
-    return tuple(torch.cat(x)[:, None] for x in zip(*parts, strict=True))
-
-
-@given(data=st.data())
-@settings(max_examples=25, deadline=None)
-def test_torch_engine_packs_its_segments_right(data: st.DataObject) -> None:
-    """Without a GPU: the engine's own work, with its two CUDA operators played by plain tensor code."""
-    plan = data.draw(plans()) | data.draw(plans())
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(varlen, "flash_forward", flash_forward)
-        patch.setattr(varlen, "flash_backward", flash_backward)
-        patch.setattr(varlen, "SEGMENTS", data.draw(st.sampled_from([1, 3, 1000])))
-        patch.setattr(varlen.TorchVarlen, "why_not", lambda *_: [])
-        torch.manual_seed(1)
-        check("torch", plan, inputs(23, 23, kv_heads=data.draw(st.sampled_from([1, 2]))), atol=1e-12)
 
 
 def test_a_kernel_that_cannot_run_tells_every_reason() -> None:
@@ -251,4 +212,4 @@ def test_backward_through_compile_and_autocast() -> None:
 
 def test_engine_is_named_by_what_it_is() -> None:
     assert grouped.Cpu().why_not() == []
-    assert set(zoo.kernels()) == {"torch", "triton", "cpu", "reference"}
+    assert {"torch", "cpu", "reference"} <= set(zoo.kernels())

@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from sparse_zoo import Layout, Shot, ZooError
+from sparse_zoo.testing import slow
 
 
 def test_stream_order() -> None:
@@ -61,9 +62,45 @@ def test_chunks_never_cross_bounds(film: Layout) -> None:
     assert fixed.sizes[0, 0].tolist() == [min(7, n - i) for n in lengths for i in range(0, n, 7)]
 
 
+@pytest.mark.parametrize("tokens", [1, 5, 12, 17, 33, 48, 200])
+def test_chunks_by_tokens_are_even_whole_frames_of_a_shot(tokens: int, film: Layout) -> None:
+    chunks = film.chunks("tokens", tokens=tokens)
+    want = slow.chunk_names(film, "tokens", 1, tokens)
+    order = list(dict.fromkeys(want))
+    assert chunks.piece_of[0, 0].tolist() == [order.index(name) for name in want]
+    per_frame, video = chunks.of(film.rows * film.cols), chunks.is_text == 0
+    size = chunks.sizes[0, 0]
+    assert bool((size[video] % per_frame[video] == 0).all())
+    assert bool((size[video] <= per_frame[video].clamp(min=tokens)).all())
+
+
+@pytest.mark.parametrize(
+    ("frames", "tokens", "sizes"),
+    [
+        (24, 11 * 6, [8, 8, 8]),
+        (24, 11 * 6 + 5, [8, 8, 8]),
+        (24, 12 * 6 - 1, [8, 8, 8]),
+        (24, 12 * 6, [12, 12]),
+        (10, 4 * 6, [4, 3, 3]),
+        (7, 2 * 6, [2, 2, 2, 1]),
+        (23, 5 * 6, [5, 5, 4, 5, 4]),
+        (3, 5, [1, 1, 1]),
+        (3, 999, [3]),
+    ],
+)
+def test_chunks_by_tokens_are_the_fewest_and_as_even_as_frames_allow(
+    frames: int, tokens: int, sizes: list[int]
+) -> None:
+    film = Layout.film([Shot(frames, 2, 3, 4), Shot(1, 1, 1)], caption=3)
+    video = [6 * size for size in sizes]
+    assert slow.even_chunks(frames, 6, tokens) == sizes
+    assert film.chunks("tokens", tokens=tokens).sizes[0, 0].tolist() == [3, 4, *video, 1]
+
+
 def test_chunk_longer_than_the_film_is_one_chunk() -> None:
     film = Layout.film([Shot(2, 2, 2)])
     assert film.chunks("frame", frames=99).count == 1
+    assert film.chunks("tokens", tokens=9999).count == 1
     assert film.chunks("fixed", tokens=9999).count == 1
 
 
@@ -97,6 +134,7 @@ def test_partition_by_tensor_and_where() -> None:
         (lambda: Layout.film([Shot(1, 1, 1)], caption=-1), ["caption must be at least 0, got -1"]),
         (lambda: Layout.film([Shot(1, 1, 1)]).chunks("frames"), ["did you mean 'frame'"]),
         (lambda: Layout.film([Shot(1, 1, 1)]).chunks("fixed"), ["tokens must be at least 1, got None"]),
+        (lambda: Layout.film([Shot(1, 1, 1)]).chunks("tokens", tokens=0), ["tokens must be at least 1, got 0"]),
         (lambda: Layout.film([Shot(1, 1, 1)]).partition("shots"), ["did you mean 'shot'"]),
         (lambda: Layout.film([Shot(1, 1, 1)]).tiles((1, 0, 1)), ["got (1, 0, 1)"]),
         (lambda: Layout.pack([]), ["at least one layout"]),

@@ -1,7 +1,9 @@
 """Training with Lightning: every method learns, resuming and accumulating change nothing, what is logged is true."""
 
 import math
+import re
 import warnings
+from copy import deepcopy
 
 import pytest
 import torch
@@ -25,14 +27,15 @@ pytestmark = pytest.mark.filterwarnings("ignore")
 
 
 class Record(Callback):
-    """Training losses by step, gradients at each update."""
+    """Training losses by step, gradients and rates at each update, the weights after the last."""
 
     def __init__(self):
-        self.losses, self.gradients, self.rates = [], [], []
+        self.losses, self.gradients, self.rates, self.weights = [], [], [], {}
 
     @override
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
         self.losses.append(float(outputs["loss"]))
+        self.weights = {name: p.detach().clone() for name, p in pl_module.model.named_parameters()}
 
     @override
     def on_before_optimizer_step(self, trainer, pl_module, optimizer):
@@ -91,19 +94,23 @@ def world(**changes):
     return ShotWorld(**(settings | changes))
 
 
-@pytest.mark.parametrize("accumulate", [1, 2])
-@pytest.mark.parametrize("at", [3, 4], ids=["mid-epoch", "after an epoch"])
-def test_a_resumed_run_repeats_the_uninterrupted_one(tmp_path, at, accumulate):
+@pytest.mark.parametrize(
+    ("at", "accumulate", "optimizer"),
+    [(3, 1, "adamw"), (3, 2, "adamw"), (4, 1, "adamw"), (4, 2, "adamw"), (3, 1, "muon")],
+    ids=["mid-epoch", "mid-epoch accumulated", "after an epoch", "after an epoch accumulated", "muon"],
+)
+def test_a_resumed_run_repeats_the_uninterrupted_one(tmp_path, at, accumulate, optimizer):
     model = {"attention": attention("moc"), "channels": 3, "patch": (1, 4, 4), "vocabulary": world().vocabulary}
     whole, rest = Record(), Record()
     keep = ModelCheckpoint(tmp_path, filename="{step}", every_n_train_steps=at // accumulate, save_top_k=-1)
-    first = lit(flow={"drop_text": 0.5, "per_shot": True}, **model)
+    flow, optim = {"drop_text": 0.5, "per_shot": True, "history": 0.5}, {"optimizer": optimizer}
+    first = lit(flow=flow, optim=optim, **model)
     trainer(6 // accumulate, whole, keep, accumulate_grad_batches=accumulate).fit(first, world())
     path = tmp_path / f"step={at // accumulate}.ckpt"
     seen = at // accumulate * accumulate
 
     torch.manual_seed(99)
-    second = lit(seed=0, flow={"drop_text": 0.5, "per_shot": True}, **model)
+    second = lit(seed=0, flow=flow, optim=optim, **model)
     trainer(6 // accumulate, rest, accumulate_grad_batches=accumulate).fit(second, world(), ckpt_path=path)
     assert len(whole.losses) == 6
     assert rest.losses == whole.losses[seen:]
@@ -154,14 +161,23 @@ def test_noise_does_not_repeat_between_epochs_and_differs_between_seeds():
     assert min(abs(a - b) for i, a in enumerate(losses) for b in losses[:i]) > 1e-4
 
 
-def test_gradients_are_clipped_and_their_norm_logged_before():
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_gradients_are_clipped_and_their_norm_logged_before(optimizer):
+    clipped = []
+
+    class After(Callback):
+        @override
+        def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+            clipped.extend(p.grad.clone() for p in pl_module.model.parameters() if p.grad is not None)
+
     record = Record()
-    run = trainer(1, record, gradient_clip_val=1e-3)
-    run.fit(lit(), loader(batch(PACKED)))
+    run = trainer(1, record, After(), gradient_clip_val=1e-3)
+    run.fit(lit(optim={"optimizer": optimizer}), loader(batch(PACKED)))
     # The hook runs before clipping; the logged norm is of the same gradients.
     norm = torch.nn.utils.get_total_norm(record.gradients[0])
     assert run.callback_metrics["train/grad_norm"] == pytest.approx(float(norm))
     assert norm > 1e-3
+    assert torch.nn.utils.get_total_norm(clipped) == pytest.approx(1e-3, rel=1e-3)
 
 
 def test_validation_and_checkpoints_use_the_averaged_weights(tmp_path):
@@ -276,6 +292,46 @@ def test_only_matrices_of_linear_layers_decay():
     plain = {id(p) for p in others["params"]}
     assert id(module.model.words.weight) in plain
     assert {id(p) for p in module.model.parameters()} == plain | {id(p) for p in decayed["params"]}
+
+
+@pytest.mark.parametrize("text", ["joint", "cross"])
+def test_muon_turns_the_blocks_matrices_and_adamw_the_rest(text):
+    optim = {"optimizer": "muon", "muon_lr": 0.02, "weight_decay": 0.1, "warmup_steps": 2}
+    fitted, films = lit(text=text, optim=optim), batch(PACKED)
+    with torch.no_grad():  # adaLN-zero would leave most gradients at zero
+        for block in fitted.model.blocks:
+            block.modulation.bias.normal_()
+        fitted.model.final.weight.normal_()
+    by_hand, record = deepcopy(fitted.model), Record()
+    trainer(3, record).fit(fitted, loader(films, times=3))
+
+    named = dict(by_hand.named_parameters())
+    inside = [name for name in named if re.match(r"blocks.*(qkv|out|mlp.\d|captions.(q|kv))\.weight", name)]
+    assert len(inside) == 2 * (4 if text == "joint" else 7)
+    linear = [f"{name}.weight" for name, part in by_hand.named_modules() if isinstance(part, torch.nn.Linear)]
+    decayed = [name for name in linear if name not in inside]
+    plain = [name for name in named if name not in linear]
+    muon = torch.optim.Muon([named[name] for name in inside], lr=0.02, weight_decay=0.1)
+    adamw = torch.optim.AdamW(
+        [
+            {"params": [named[name] for name in decayed], "weight_decay": 0.1},
+            {"params": [named[name] for name in plain], "weight_decay": 0.0},
+        ],
+        betas=(0.9, 0.99),
+    )
+    for step, gradients in enumerate(record.gradients):
+        for p, gradient in zip(named.values(), gradients, strict=True):
+            p.grad = gradient
+        factor = fitted.optim.rate(step, 3)
+        for part, rate in ((muon, 0.02), (adamw, 5e-3)):
+            for group in part.param_groups:
+                group["lr"] = factor * rate
+            part.step()
+    assert [group["lr"] for group in fitted.optimizers().param_groups] == pytest.approx(
+        [rate * fitted.optim.rate(3, 3) for rate in (0.02, 5e-3, 5e-3)]
+    )
+    for name, p in named.items():
+        torch.testing.assert_close(record.weights[name], p, msg=lambda text, name=name: f"{name}: {text}")
 
 
 def test_attention_cost_is_counted_from_what_ran():
@@ -401,6 +457,14 @@ def test_unknown_settings_are_all_named():
     for part in ("unknown flow setting 'shfit'", "'shift'", "'learning_rate'", "'steps'"):
         assert part in str(error.value)
     with pytest.raises(zoo.ZooError) as error:
-        Optim(lr=0, weight_decay=-1, beta1=1.0, warmup_steps=-1, floor=2)
-    for part in ("lr must be above 0", "weight_decay", "beta1 must be in [0, 1), got 1.0", "warmup_steps", "floor"):
+        Optim("sgd", lr=0, muon_lr=0, weight_decay=-1, beta1=1.0, warmup_steps=-1, floor=2)
+    for part in (
+        "unknown optimizer 'sgd'",
+        "muon_lr must be above 0",
+        "lr must be above 0",
+        "weight_decay",
+        "beta1 must be in [0, 1), got 1.0",
+        "warmup_steps",
+        "floor",
+    ):
         assert part in str(error.value)

@@ -9,7 +9,7 @@ from sparse_zoo import testing
 from sparse_zoo.testing import kernels, methods
 from sparse_zoo.testing.mutants import MUTANTS, Mutant
 from sparse_zoo.testing.mutants.kernels import Plain
-from sparse_zoo.testing.mutants.moc import Noisy, Open
+from sparse_zoo.testing.mutants.moc import Dropping, Noisy, Open
 
 
 @pytest.mark.parametrize("mutant", MUTANTS, ids=lambda mutant: mutant.name)
@@ -29,7 +29,7 @@ def test_every_check_has_a_mutant() -> None:
     assert all(mutant.broken.endswith(".") for mutant in MUTANTS)
 
 
-@pytest.mark.parametrize("base", [Open, Noisy])
+@pytest.mark.parametrize("base", [Open, Dropping, Noisy])
 def test_what_mutants_are_made_of_is_unbroken(base: type[Open]) -> None:
     assert {outcome.status for outcome in testing.check_method(base)} <= {"passed", "skipped"}
 

@@ -13,7 +13,7 @@ import torch
 from rich.console import Console
 
 from experiments import pictures
-from experiments.report import Report, settings, smooth
+from experiments.report import Figure, Report, settings, smooth
 from experiments.store import Asked, Cell, Result, write_sweep
 from sparse_zoo.errors import ZooError
 
@@ -75,7 +75,7 @@ def sweep(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
 
 def test_json_has_what_was_promised(sweep: str) -> None:
     plain = json.loads(json.dumps(Report.of(sweep).to_json(), allow_nan=False))
-    assert list(plain) == ["name", "cells"]
+    assert list(plain) == ["name", "cells", "groups"]
     assert plain["name"] == "s"
     by_name = {cell["name"]: cell for cell in plain["cells"]}
     assert list(by_name) == ["better", "worse", "broken", "later"]
@@ -121,11 +121,78 @@ def test_page_without_any_finished_cell(tmp_path: Path, monkeypatch: pytest.Monk
 
 def test_table_fits_a_terminal(sweep: str) -> None:
     console = Console(width=80, record=True, file=io.StringIO())
-    console.print(Report.of(sweep).table())
+    console.print(*Report.of(sweep).tables())
     text = console.export_text()
     assert "…" not in text
     assert re.search(r"better +0\.800 +1\.250 +1\.000 +25\.0 % +2 +0\.500 +cpu", text)
     assert re.search(r"broken +failed", text)
+
+
+@pytest.fixture
+def seeded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Two methods with three seeds each, of which one has not finished, and a method with one run."""
+    monkeypatch.setenv("ZOO_HOME", str(tmp_path))
+    runs = {"dense": (0.9, 0.7, 0.8), "moc": (0.5, None, 0.6), "alone": (0.3,)}
+    cells = []
+    for method, losses in runs.items():
+        for seed, loss in enumerate(losses):
+            name, group = (f"{method}-s{seed}", method) if len(losses) > 1 else (method, None)
+            cell = Cell(name, {"attention": {"name": method}, "seed": seed}, group)
+            cells.append(cell)
+            if loss is not None:
+                metrics = {"identity_recall": 1 - loss} if method != "alone" else {}
+                found = replace(finished(cell, "seeded", loss), metrics=metrics, density=loss / 2)
+                found.write(cell.folder("seeded"))
+    write_sweep("seeded", Asked("", tuple(cells)))
+    return "seeded"
+
+
+def test_runs_that_differ_by_seed_alone_are_one_group(seeded: str) -> None:
+    report = Report.of(seeded)
+    assert [group.name for group in report.groups] == ["alone", "moc", "dense"]
+    alone, moc, dense = report.groups
+    assert [len(group.results) for group in report.groups] == [1, 3, 3]
+    assert dense.figure("val_loss") == Figure(pytest.approx(0.8), pytest.approx(0.1), 3)  # n - 1 below the line
+    assert moc.figure("val_loss") == Figure(pytest.approx(0.55), pytest.approx(0.05 * 2**0.5), 2)
+    assert moc.figure("identity_recall") == Figure(pytest.approx(0.45), pytest.approx(0.05 * 2**0.5), 2)
+    assert alone.figure("val_loss") == Figure(0.3, None, 1)
+    assert alone.figure("identity_recall") is None
+    plain = json.loads(json.dumps(report.to_json(), allow_nan=False))
+    assert len(plain["cells"]) == 7
+    by_name = {group["name"]: group for group in plain["groups"]}
+    assert by_name["dense"]["cells"] == ["dense-s0", "dense-s1", "dense-s2"]
+    assert by_name["dense"]["figures"]["density"] == {"mean": pytest.approx(0.4), "sd": pytest.approx(0.05), "n": 3}
+    assert by_name["alone"]["figures"]["identity_recall"] is None
+
+
+def test_terminal_shows_means_and_single_runs_on_demand(seeded: str) -> None:
+    def shown(**options: bool) -> str:
+        console = Console(width=80, record=True, file=io.StringIO())
+        console.print(*Report.of(seeded).tables(**options))
+        return console.export_text()
+
+    text = shown()
+    assert "…" not in text
+    assert "5 of 7" not in text
+    assert "6 of 7 cells finished" in text
+    assert re.search(r"dense +\.800±\.100", text)
+    assert re.search(r"moc +\.550±\.071", text)
+    assert re.search(r"moc +missing", text)
+    assert re.search(r"dense +\.200±\.100", text)  # of the drawn shots
+    single = shown(runs=True)
+    assert "±" not in single
+    assert re.search(r"dense-s1 +0\.700", single)
+    assert re.search(r"dense-s1 +0\.300", single)
+
+
+def test_page_shows_spread_measures_and_single_runs(seeded: str) -> None:
+    html = Report.of(seeded).html()
+    assert "0.800 ± 0.100" in html
+    assert "mean ± sample standard deviation of n runs" in html
+    assert "<th>identity recall</th>" in html
+    assert html.count("0.200 ± 0.100") == 1
+    assert "moc-s0" in html[html.index("single runs") :]
+    assert "1 of 7 cells did not finish" in html
 
 
 @pytest.mark.usefixtures("sweep")

@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import platform
 from pathlib import Path
+from typing import Any
 
 import mlflow
 import pytest
 import torch
+import yaml  # type: ignore[import-untyped]
 from rich.console import Console
-from tiny import DIVERGES, write_sweep
+from tiny import DIVERGES, OWN_AND_PREVIOUS, write_sweep
 
 import sparse_zoo as zoo
 from experiments import store
@@ -82,6 +84,54 @@ def test_no_axes_make_one_cell(tmp_path: Path) -> None:
     assert [cell.name for cell in read(write_sweep(tmp_path / "one.yaml")).cells] == ["one"]
 
 
+def test_seeds_make_runs_of_one_group(tmp_path: Path) -> None:
+    sweep = read(write_sweep(tmp_path / "s.yaml", seeds=3, axes=METHODS, cells={"long": {"trainer.max_steps": 9}}))
+    names = [cell.name for cell in sweep.cells]
+    assert names == [f"{label}-s{seed}" for label in ("dense", "moc", "long") for seed in range(3)]
+    assert [cell.group for cell in sweep.cells] == [name[:-3] for name in names]
+    assert [cell.config["seed"] for cell in sweep.cells] == [0, 1, 2] * 3
+    assert [cell.config["data"]["seed"] for cell in sweep.cells] == [0, 1, 2] * 3  # other films too
+    assert [cell.group for cell in read(write_sweep(tmp_path / "t.yaml", axes=METHODS)).cells] == [None, None]
+
+
+def test_a_size_lies_between_base_and_cells(tmp_path: Path) -> None:
+    large = {"model.dim": 32, "trainer.max_steps": 50}
+    parts: dict[str, Any] = {"axes": METHODS, "cells": {"own": {"attention": "window", "trainer.max_steps": 7}}}
+    path = write_sweep(tmp_path / "s.yaml", sizes={"gpu": large}, **parts)
+    small, big = read(path), read(path, size="gpu")
+    assert (small.name, big.name) == ("s", "s-gpu")
+    assert [cell.config["model"]["dim"] for cell in big.cells] == [32] * 3
+    assert [cell.config["trainer"]["max_steps"] for cell in big.cells] == [50, 50, 7]
+    assert [cell.config["model"]["dim"] for cell in small.cells] == [16] * 3
+    cut = read(path, [{"trainer.max_steps": 1}], "gpu")
+    assert [cell.config["trainer"]["max_steps"] for cell in cut.cells] == [1, 1, 1]
+    with pytest.raises(ZooError, match="unknown size 'gqu'; did you mean 'gpu'"):
+        read(path, size="gqu")
+
+
+def test_a_file_extends_another(tmp_path: Path) -> None:
+    (tmp_path / "mine.py").write_text(OWN_AND_PREVIOUS)
+    own = {"attention": "own_and_previous_shots"}
+    write_sweep(
+        tmp_path / "below.yaml",
+        about="Below.",
+        name="other",
+        seeds=2,
+        plugins=["mine.py"],
+        cells={"own": own},
+        sizes={"gpu": {"model.dim": 32, "optim.lr": 0.5}},
+    )
+    above = {"extends": "below.yaml", "axes": METHODS, "sizes": {"gpu": {"optim.lr": 0.25}}, "base": {"model.dim": 24}}
+    (tmp_path / "above.yaml").write_text(yaml.safe_dump(above))
+    sweep = read(tmp_path / "above.yaml", size="gpu")
+    assert (sweep.name, sweep.about) == ("above-gpu", "Below.")
+    assert [cell.group for cell in sweep.cells[::2]] == ["dense", "moc"]
+    assert read(tmp_path / "below.yaml").cells[0].config["attention"] == {"name": "own_and_previous_shots"}
+    assert {(cell.config["model"]["dim"], cell.config["optim"]["lr"]) for cell in sweep.cells} == {(32, 0.25)}
+    assert {cell.config["model"]["dim"] for cell in read(tmp_path / "above.yaml").cells} == {24}
+    assert sweep.cells[0].config["data"]["name"] == "shot_world"
+
+
 def test_an_id_follows_the_content() -> None:
     assert store.config_id({"a": 1, "b": {"c": 2}}) == store.config_id({"b": {"c": 2}, "a": 1})
     assert store.config_id({"a": 1}) != store.config_id({"a": 2})
@@ -104,6 +154,12 @@ def test_every_cell_is_refused_at_once(tmp_path: Path) -> None:
         ({"axes": {"seed": []}}, "axis 'seed' must be a list or a mapping of values, and not empty"),
         ({"axes": {"sead": [1]}}, "unknown config key 'sead'; did you mean 'seed'"),
         ({"cells": {"a": "dense"}}, "cell 'a' must be a mapping"),
+        ({"sizes": {"a": 3}}, "size 'a' must be a mapping"),
+        ({"seeds": 0}, "seeds must be at least 1, got 0"),
+        ({"seeds": [0, 1]}, "seeds must be a whole number, got"),
+        ({"plugins": "mine.py"}, "plugins must be a list, got 'mine.py'"),
+        ({"plugins": ["none.py"]}, "none.py: no such file"),
+        ({"extends": "none.yaml"}, "none.yaml: no such file"),
         ({"cells": {"a": {"seed": 1}, "b": {"seed": 1}}}, "'a' and 'b' are the same config"),
     ],
 )
@@ -167,7 +223,12 @@ def test_only_what_is_missing_runs(runs: Path) -> None:
     assert one.data.tags["zoo.kernel"] == results[0].kernel
     assert one.data.metrics["result/density"] == 1.0
     assert {"train/loss", "val/loss", "attention/flops"} <= one.data.metrics.keys()
-    assert {file.path for file in client.list_artifacts(one.info.run_id)} == {"config.json", "films", "plans"}
+    assert {file.path for file in client.list_artifacts(one.info.run_id)} == {
+        "config.json",
+        "films",
+        "plans",
+        "diagnostics.jsonl",
+    }
 
 
 def test_a_changed_config_runs_anew_and_loses_nothing(runs: Path) -> None:

@@ -12,13 +12,18 @@ from torch._compile import _disable_dynamo
 
 from sparse_zoo.errors import refuse, unknown
 from sparse_zoo.kernels.base import Kernel
+from sparse_zoo.kernels.flash_attn import FlashAttn
+from sparse_zoo.kernels.flex import Flex
 from sparse_zoo.kernels.grouped import Cpu
 from sparse_zoo.kernels.reference import Reference
 from sparse_zoo.kernels.triton import Triton
 from sparse_zoo.kernels.varlen import TorchVarlen
+from sparse_zoo.kernels.xformers import XFormers
 from sparse_zoo.plan import Plan
 
-_kernels: dict[str, Kernel] = {kernel.name: kernel for kernel in (TorchVarlen(), Triton(), Cpu(), Reference())}
+_kernels: dict[str, Kernel] = {
+    kernel.name: kernel for kernel in (TorchVarlen(), Triton(), FlashAttn(), XFormers(), Flex(), Cpu(), Reference())
+}
 AUTO = ("torch", "cpu")
 """What "auto" tries, in this order. The oracle is never among them: it has to be asked for."""
 
@@ -86,16 +91,43 @@ def attend(
     refuse("attend", _mismatches(q, k, v, plan))
     if check:
         plan.validate()
-    if kernel == "auto":
-        reasons = {name: _kernels[name].why_not(q, v) for name in AUTO}
-        chosen = next((name for name in AUTO if not reasons[name]), "")
-        if not chosen:
-            refuse("no kernel can run this", [f"{name}: {'; '.join(why)}" for name, why in reasons.items()])
-    else:
-        chosen = kernel
-        refuse(f"kernel {kernel!r}", get(kernel).why_not(q, v))
+    chosen = _choose(kernel, q, v)
     out, lse = _kernels[chosen].run(q, k, v, plan, q.shape[-1] ** -0.5 if scale is None else scale)
     return Attended(out, lse, chosen)
+
+
+@_disable_dynamo
+def attend_sum(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    plans: Sequence[Plan],
+    weights: Sequence[Tensor | float],
+    *,
+    kernel: str = "auto",
+    scale: float | None = None,
+) -> tuple[Tensor, str]:
+    """Σ weight · attend(q, k, v, plan).out over the plans, (B, H, Lq, D), and the kernel that ran.
+
+    Weights are numbers or tensors that broadcast to the output. Arguments and errors are those of `attend`.
+    """
+    for plan in plans:
+        refuse("attend", _mismatches(q, k, v, plan))
+    chosen = _choose(kernel, q, v)
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    return _kernels[chosen].run_sum(q, k, v, plans, weights, scale), chosen
+
+
+def _choose(kernel: str, q: Tensor, v: Tensor) -> str:
+    """The kernel for these tensors; raises `ZooError` with every reason where none is."""
+    if kernel != "auto":
+        refuse(f"kernel {kernel!r}", get(kernel).why_not(q, v))
+        return kernel
+    reasons = {name: _kernels[name].why_not(q, v) for name in AUTO}
+    chosen = next((name for name in AUTO if not reasons[name]), "")
+    if not chosen:
+        refuse("no kernel can run this", [f"{name}: {'; '.join(why)}" for name, why in reasons.items()])
+    return chosen
 
 
 def merge(outs: Sequence[Tensor], lses: Sequence[Tensor]) -> tuple[Tensor, Tensor]:

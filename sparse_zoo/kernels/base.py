@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from typing import ClassVar
 
+import torch
 from torch import Tensor
 
 from sparse_zoo.plan import Plan
@@ -14,6 +16,8 @@ class Kernel(ABC):
     """Computes any plan exactly, or tells every reason why it cannot."""
 
     name: ClassVar[str]
+    compiles_each_shape: ClassVar[bool] = False
+    """Whether a new shape costs seconds: such a kernel is judged by its own suite, not on every method's films."""
 
     @abstractmethod
     def why_not(self, q: Tensor | None = None, v: Tensor | None = None) -> list[str]:
@@ -26,6 +30,28 @@ class Kernel(ABC):
         A query without keys gets out 0, lse -inf and no gradient.
         """
 
+    def run_sum(
+        self, q: Tensor, k: Tensor, v: Tensor, plans: Sequence[Plan], weights: Sequence[Tensor | float], scale: float
+    ) -> Tensor:
+        """Σ weight · run(…, plan)[0] over the plans, (B, H, Lq, D), differentiable in the weights too.
+
+        Weights are numbers or broadcast to the output. A kernel that can do this in less memory overrides it.
+        """
+        out: Tensor | None = None
+        for plan, weight in zip(plans, weights, strict=True):
+            out = plus(out, self.run(q, k, v, plan, scale)[0], weight)
+        assert out is not None
+        return out
+
     @abstractmethod
     def executed(self, plan: Plan, batch: int, heads: int) -> int:
         """Pairs that are multiplied for this plan, padding included."""
+
+
+def plus(out: Tensor | None, value: Tensor, weight: Tensor | float) -> Tensor:
+    """out + weight · value, the product never held beside the sum."""
+    if isinstance(weight, Tensor):
+        return weight * value if out is None else torch.addcmul(out, weight, value)
+    if out is None:
+        return value if weight == 1 else weight * value
+    return torch.add(out, value, alpha=weight)

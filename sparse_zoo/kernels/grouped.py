@@ -7,21 +7,22 @@ are those of dense attention on it with the union's output and log-sum-exp in pl
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn.functional import embedding
 
-from sparse_zoo.kernels.base import Kernel
+from sparse_zoo.kernels.base import Kernel, plus
 from sparse_zoo.kernels.rectangles import Rectangles, rectangles, slabs
 from sparse_zoo.plan import Plan
 
 SLAB_BYTES = 64 << 20
 BATCH_BYTES = 16 << 20
+LEAST_BYTES = 2 << 20
 PAIRS_OF_A_CALL = 1 << 16
 """Padded pairs that cost about what one more call of the CPU engine costs, 0.2 ms."""
 
@@ -49,8 +50,16 @@ class Grouped(Kernel, ABC):
     """A kernel made of a dense engine on gathered rectangles."""
 
     def run(self, q: Tensor, k: Tensor, v: Tensor, plan: Plan, scale: float) -> tuple[Tensor, Tensor]:
-        out, lse = _Union.apply(q, k, v, plan, self, scale)
+        out, lse = _Sum.apply(q, k, v, self, scale, (plan,), 1.0)
         return out, lse
+
+    def run_sum(
+        self, q: Tensor, k: Tensor, v: Tensor, plans: Sequence[Plan], weights: Sequence[Tensor | float], scale: float
+    ) -> Tensor:
+        if not torch.is_grad_enabled():  # nothing is kept for a backward pass: each result is added and let go
+            return super().run_sum(q, k, v, plans, weights, scale)
+        out, _ = _Sum.apply(q, k, v, self, scale, tuple(plans), *weights)
+        return cast(Tensor, out)
 
     @abstractmethod
     def forward(
@@ -65,73 +74,124 @@ class Grouped(Kernel, ABC):
         """From saved = (q, k, v, final out, final lse), yield (rows of queries, dq, rows of keys, dk, dv) to add."""
 
 
-class _Union(torch.autograd.Function):
+class _Sum(torch.autograd.Function):
+    """Σ weight · softmax attention over a plan; also the lse of the first. One node, so that gradients share memory."""
+
     @staticmethod
     def forward(
-        ctx: Any, q: Tensor, k: Tensor, v: Tensor, plan: Plan, engine: Grouped, scale: float
+        ctx: Any,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        engine: Grouped,
+        scale: float,
+        plans: tuple[Plan, ...],
+        *weights: Tensor | float,
     ) -> tuple[Tensor, Tensor]:
         batch, heads, length, dim = q.shape
         at = Rows(heads, k.shape[1], length, k.shape[2])
         flat = [x.detach().reshape(-1, dim) for x in (q, k, v)]
-        lists = rectangles(plan, batch, heads)
-        out = torch.empty_like(flat[0])
-        lse = q.new_empty(len(out), dtype=torch.promote_types(q.dtype, torch.float32))
-        for low, high in slabs(lists, batch * heads, SLAB_BYTES // (dim * q.element_size())):
-            parts = [
-                partial
-                for rects in lists
-                if len(some := rects.of_groups(low, high))
-                for partial in engine.forward(some, at, flat[0], flat[1], flat[2], scale)
-            ]
-            rows = slice(low * length, high * length)
-            _merge_into(out[rows], lse[rows], parts, low * length)
-        ctx.save_for_backward(*flat, out, lse)
-        ctx.plan, ctx.engine, ctx.scale, ctx.shapes, ctx.at = plan, engine, scale, (q.shape, k.shape), at
-        lse = lse.view(q.shape[:3])
+        outs, lses = zip(*(_softmax(engine, plan, at, flat, batch, scale) for plan in plans), strict=True)
+        total: Tensor | None = None
+        for out, weight in zip(outs, weights, strict=True):
+            total = plus(total, out.view(q.shape), weight.detach() if isinstance(weight, Tensor) else weight)
+        gates = [weight for weight in weights if isinstance(weight, Tensor)]
+        ctx.save_for_backward(*flat, *outs, *lses, *gates)
+        ctx.engine, ctx.scale, ctx.plans, ctx.at, ctx.shapes = engine, scale, plans, at, (q.shape, k.shape)
+        ctx.weights = [None if isinstance(weight, Tensor) else weight for weight in weights]
+        lse: Tensor = lses[0].view(q.shape[:3])
         ctx.mark_non_differentiable(lse)
-        return out.view(q.shape), lse
+        assert total is not None
+        return total, lse
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         q_shape, k_shape = ctx.shapes
-        saved = ctx.saved_tensors
-        grad = grad.reshape(-1, q_shape[-1])
+        count = len(ctx.plans)
+        q, k, v, *rest = ctx.saved_tensors
+        outs, lses, gates = rest[:count], rest[count : 2 * count], iter(rest[2 * count :])
         # Half precision would lose the small terms of long sums.
         wide = torch.promote_types(grad.dtype, torch.float32)
-        dq, dk, dv = (torch.zeros_like(x, dtype=wide) for x in saved[:3])
-        for rects in rectangles(ctx.plan, q_shape[0], q_shape[1]):
-            for q_rows, q_part, k_rows, k_part, v_part in ctx.engine.backward(rects, ctx.at, saved, grad, ctx.scale):
-                dq.index_add_(0, q_rows, q_part.to(wide))
-                dk.index_add_(0, k_rows, k_part.to(wide))
-                dv.index_add_(0, k_rows, v_part.to(wide))
-        dtype = saved[0].dtype
-        return dq.to(dtype).view(q_shape), dk.to(dtype).view(k_shape), dv.to(dtype).view(k_shape), None, None, None
+        dq, dk, dv = (torch.zeros_like(x, dtype=wide) for x in (q, k, v))
+        to_weights: list[Tensor | None] = []
+        for plan, out, lse, weight in zip(ctx.plans, outs, lses, ctx.weights, strict=True):
+            share, to_weight, factor = grad, None, weight
+            if weight is None:
+                gate = next(gates)
+                share, factor = gate * grad, 1.0
+                to_weight = _dots(grad, out.view(q_shape), gate)
+            to_weights.append(to_weight)
+            flat = share.reshape(-1, q_shape[-1])
+            saved = (q, k, v, out, lse)
+            for rects in rectangles(plan, q_shape[0], q_shape[1]):
+                for q_rows, q_part, k_rows, k_part, v_part in ctx.engine.backward(
+                    rects, ctx.at, saved, flat, ctx.scale
+                ):
+                    # Gradients are linear in what comes in, so a number can be multiplied here.
+                    dq.index_add_(0, q_rows, q_part.to(wide), alpha=factor)
+                    dk.index_add_(0, k_rows, k_part.to(wide), alpha=factor)
+                    dv.index_add_(0, k_rows, v_part.to(wide), alpha=factor)
+        given = (dq.to(q.dtype).view(q_shape), dk.to(q.dtype).view(k_shape), dv.to(q.dtype).view(k_shape))
+        return *given, None, None, None, *to_weights
 
 
-def _merge_into(out: Tensor, lse: Tensor, parts: list[tuple[Tensor, Tensor, Tensor]], first: int) -> None:
-    """Fill out (n, D) and lse (n,) from partials of rows first … first + n - 1; without any, 0 and -inf."""
-    if not parts:
-        out.zero_()
-        lse.fill_(-torch.inf)
-        return
-    rows, partial, part_lse = (torch.cat(list(x)) if len(parts) > 1 else x[0] for x in zip(*parts, strict=True))
-    rows = rows.long() - first
-    part_lse = part_lse.to(lse.dtype)
-    top = torch.full_like(lse, -torch.inf).scatter_reduce_(0, rows, part_lse, "amax")
-    base = top.masked_fill(top == -torch.inf, 0)
-    weight = (part_lse - base[rows]).exp()
-    total = torch.zeros_like(lse).scatter_add_(0, rows, weight)
-    torch.add(base, total.log(), out=lse)
-    weight = weight / total[rows]
-    order = rows.argsort(stable=True)
-    offsets = torch.nn.functional.pad(torch.bincount(rows, minlength=len(out)).cumsum(0), (1, 0))
-    # A bag sums the weighted partials of one row: gather, scale and add in one pass.
-    out.copy_(
-        torch.embedding_bag(
-            partial.to(lse.dtype), order, offsets, mode=0, per_sample_weights=weight[order], include_last_offset=True
-        )[0]
-    )
+def _softmax(
+    engine: Grouped, plan: Plan, at: Rows, flat: list[Tensor], batch: int, scale: float
+) -> tuple[Tensor, Tensor]:
+    """out (rows, D) and lse (rows,) over one plan."""
+    q, k, v = flat
+    lists = rectangles(plan, batch, at.heads)
+    total = _Softmax(len(q), q.shape[1], q)
+    for low, high in slabs(lists, batch * at.heads, SLAB_BYTES // (q.shape[1] * q.element_size())):
+        for rects in lists:
+            if len(some := rects.of_groups(low, high)):
+                for partial in engine.forward(some, at, q, k, v, scale):
+                    total.add(*partial)
+    return total.result(q.dtype)
+
+
+def _dots(grad: Tensor, out: Tensor, gate: Tensor) -> Tensor:
+    """The gradient of a gate that broadcasts to grad and out (B, H, L, D)."""
+    narrow = gate.shape[-1] == 1  # most gates: no product of the whole size is made
+    dots: Tensor = torch.linalg.vecdot(grad, out)[..., None] if narrow else grad * out
+    return dots.sum_to_size(gate.shape)
+
+
+class _Softmax:
+    """The running softmax of n rows, to which partial results are added in any order, in float32 or wider.
+
+    Sums are kept relative to a base for each row, which is moved only when a partial's lse passes it by `RISE`: what
+    is summed stays in range, and the sums are seldom scaled again.
+    """
+
+    RISE = 20.0
+
+    def __init__(self, n: int, dim: int, like: Tensor) -> None:
+        wide = torch.promote_types(like.dtype, torch.float32)
+        self.sum = like.new_zeros(n, dim, dtype=wide)
+        self.weight = like.new_zeros(n, dtype=wide)
+        self.base = torch.full_like(self.weight, -torch.inf)
+
+    def add(self, rows: Tensor, out: Tensor, lse: Tensor) -> None:
+        """Partial outputs (m, D), which may be overwritten, and lse (m,), -inf for what means nothing, of rows (m,)."""
+        rows, out, lse = rows.long(), out.to(self.sum.dtype), lse.to(self.weight.dtype)
+        top = self.base.scatter_reduce(0, rows, lse, "amax")
+        risen = ((top > self.base + self.RISE) & (self.base > -torch.inf)).nonzero()[:, 0]
+        if len(risen):
+            scale = (self.base[risen] - top[risen]).exp()
+            self.sum[risen] *= scale[:, None]
+            self.weight[risen] *= scale
+        self.base = torch.where(top > self.base + self.RISE, top, self.base)
+        weight = (lse - self.base[rows].clamp(min=torch.finfo(lse.dtype).min)).exp()
+        self.sum.index_add_(0, rows, out.mul_(weight[:, None]))
+        self.weight.index_add_(0, rows, weight)
+
+    def result(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """out (n, D) and lse (n,); rows that nothing was added to have 0 and -inf."""
+        lse = self.base + self.weight.log()
+        self.sum /= self.weight.masked_fill(self.weight == 0, 1)[:, None]
+        return self.sum.to(dtype), lse
 
 
 class Cpu(Grouped):
@@ -158,13 +218,13 @@ class Cpu(Grouped):
         return sum(
             len(group) * int(group.q_size.max()) * int(group.k_size.max())
             for rects in rectangles(plan, batch, heads)
-            for group in _alike(rects, 1, 1)
+            for group in _alike(rects, 1, BATCH_BYTES)
         )
 
     def forward(
         self, rects: Rectangles, at: Rows, q: Tensor, k: Tensor, v: Tensor, scale: float
     ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        for batch in _alike(rects, q.shape[-1], q.element_size()):
+        for batch in _alike(rects, q.shape[-1] * q.element_size(), _budget(q)):
             q_rows, q_pad, k_rows, k_mask = _padded(batch, at, q.dtype)
             out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
                 *(embedding(rows, x)[:, None] for rows, x in ((q_rows, q), (k_rows, k), (k_rows, v))),
@@ -178,7 +238,7 @@ class Cpu(Grouped):
         self, rects: Rectangles, at: Rows, saved: tuple[Tensor, ...], grad: Tensor, scale: float
     ) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor, Tensor]]:
         q, k, v, out, lse = saved
-        for batch in _alike(rects, q.shape[-1], q.element_size()):
+        for batch in _alike(rects, q.shape[-1] * q.element_size(), _budget(q)):
             q_rows, q_pad, k_rows, k_mask = _padded(batch, at, q.dtype)
             some_grad = embedding(q_rows, grad)
             if q_pad is not None:  # a row that is there for padding passes nothing on
@@ -199,8 +259,13 @@ class Cpu(Grouped):
 CPU_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
-def _alike(rects: Rectangles, dim: int, item: int) -> Iterator[Rectangles]:
-    """Batches of rectangles of about one size, of bounded memory.
+def _budget(q: Tensor) -> int:
+    """Bytes for one batch: what is gathered at a time should be small beside what is held anyway."""
+    return min(BATCH_BYTES, max(LEAST_BYTES, q.nbytes))
+
+
+def _alike(rects: Rectangles, row: int, budget: int) -> Iterator[Rectangles]:
+    """Batches of rectangles of about one size, which gathered in rows of `row` bytes take about `budget` bytes.
 
     Sides differ by at most an eighth, or by as little as makes one batch cheaper than two.
     """
@@ -215,7 +280,7 @@ def _alike(rects: Rectangles, dim: int, item: int) -> Iterator[Rectangles]:
         zip(number.tolist(), queries.tolist(), keys.tolist(), strict=True), order
     ):
         rows = 4 * (most_queries + most_keys)
-        for some in which.split(max(2, BATCH_BYTES // (rows * dim * item))):
+        for some in which.split(max(1, budget // (rows * row))):
             yield rects.select(some)
 
 

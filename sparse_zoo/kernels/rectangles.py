@@ -71,10 +71,24 @@ def _of_part(part: Part, batch: int, heads: int) -> Rectangles:
 
 
 def _shared(part: Part, groups: int) -> Rectangles:
-    one = _each(part, 1, 1)
+    one = _each(_coarse(part) if part.by_table else part, 1, 1)
     again = {name: getattr(one, name).repeat(groups) for name in ("q_start", "q_size", "k_start", "k_size")}
     group = torch.arange(groups, device=one.group.device).repeat_interleave(len(one))
     return replace(one, **again, group=group)
+
+
+def _coarse(part: Part) -> Part:
+    """The same pairs, with query pieces that attend to the same keys made one: those keys are then gathered once."""
+    if not part.edges.numel():  # which `unique` refuses
+        return part
+    if not part.edges.numel():
+        return part
+    rows, row = torch.unique(part.edges[0, 0], dim=0, return_inverse=True)
+    if len(rows) == part.queries.count:
+        return part
+    piece = part.queries.piece_of
+    labels = torch.where(piece < 0, -1, row[piece.clamp(min=0)])
+    return Part(Partition.from_labels(labels, len(rows)), part.keys, rows[None, None])
 
 
 def _each(part: Part, batch: int, heads: int) -> Rectangles:

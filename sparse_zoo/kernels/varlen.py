@@ -1,8 +1,10 @@
-"""The `torch` engine: torch's own variable-length flash attention on CUDA, rectangles as segments."""
+"""Rectangles as segments of one long stream, for variable-length flash attention; and the engine that torch has."""
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Iterator
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -12,27 +14,53 @@ from sparse_zoo.kernels.grouped import Grouped, Rows
 from sparse_zoo.kernels.rectangles import Rectangles, rectangles
 from sparse_zoo.plan import Plan
 
-SEGMENTS = 32_768
-"""Segments a call: flash attention numbers them in a grid dimension that stops at 65,535."""
 TILE = 128
+ROWS_OF_A_CALL = 1 << 20
+"""Rows of queries and keys in one call, a tile of padding for each side of each segment counted in.
+
+Bounds the copies (at head dim 128 about 1.5 GB, backward included), and keeps segments below the 65,535 that the
+grid of flash attention 2 ends at.
+"""
 
 flash_forward = torch.ops.aten._flash_attention_forward
 flash_backward = torch.ops.aten._flash_attention_backward
 
 
-class TorchVarlen(Grouped):
-    """Rectangles are gathered and go through `aten._flash_attention_forward` and `_backward` as segments."""
+class Segments(NamedTuple):
+    """Bounds of S segments, int32 (S + 1,) from 0 on, of queries and of keys, and the longest of each."""
 
-    name = "torch"
+    q_ends: Tensor
+    k_ends: Tensor
+    q_most: int
+    k_most: int
+
+
+class Varlen(Grouped):
+    """Rectangles are gathered and attended as segments. Engines differ in the two calls and in what they need."""
+
+    lowest = (8, 0)
+    """The compute capability that it needs."""
+
+    def missing(self) -> list[str]:
+        """Why its package cannot be used."""
+        return []
+
+    @abstractmethod
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, segments: Segments, scale: float) -> tuple[Tensor, Tensor]:
+        """q (n, 1, D), k, v (m, 1, D) -> out (n, 1, D), lse (1, n) natural log, float32."""
+
+    @abstractmethod
+    def gradients(
+        self, grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, segments: Segments, scale: float
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """dq, dk, dv, shaped as q, k, v, from the out and lse of all keys of each query, not of this segment alone."""
 
     def why_not(self, q: Tensor | None = None, v: Tensor | None = None) -> list[str]:
-        reasons = []
+        reasons = self.missing()
         if not torch.cuda.is_available():
             reasons.append("needs a CUDA device, torch sees none")
-        elif torch.cuda.get_device_capability() < (8, 0):
-            reasons.append(
-                f"needs compute capability 8.0 or newer, this device has {torch.cuda.get_device_capability()}"
-            )
+        elif (capability := torch.cuda.get_device_capability()) < self.lowest:
+            reasons.append(f"needs compute capability {self.lowest} or newer, this device has {capability}")
         if q is None or v is None:
             return reasons
         dim = q.shape[-1]
@@ -56,48 +84,59 @@ class TorchVarlen(Grouped):
     def forward(
         self, rects: Rectangles, at: Rows, q: Tensor, k: Tensor, v: Tensor, scale: float
     ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        for some in _segments(rects):
-            q_rows, k_rows, ends = _flat(some, at)
-            out, lse, *_ = flash_forward(
-                *(x[rows][:, None] for rows, x in ((q_rows, q), (k_rows, k), (k_rows, v))),
-                *ends,
-                0.0,
-                False,
-                False,
-                scale=scale,
-            )
+        for some in _calls(rects):
+            q_rows, k_rows, segments = _packed(some, at)
+            out, lse = self.attend(q[q_rows, None], k[k_rows, None], v[k_rows, None], segments, scale)
             yield q_rows, out[:, 0], lse[0]
 
     def backward(
         self, rects: Rectangles, at: Rows, saved: tuple[Tensor, ...], grad: Tensor, scale: float
     ) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor, Tensor]]:
         q, k, v, out, lse = saved
-        for some in _segments(rects):
-            q_rows, k_rows, ends = _flat(some, at)
-            unused = torch.empty(0, dtype=torch.int64, device=q.device)  # the state of a dropout that is off
-            dq, dk, dv = flash_backward(
-                *(
-                    x[rows][:, None]
-                    for rows, x in ((q_rows, grad), (q_rows, q), (k_rows, k), (k_rows, v), (q_rows, out))
-                ),
-                lse[q_rows][None],
-                *ends,
-                0.0,
-                False,
-                unused,
-                unused,
-                scale=scale,
+        for some in _calls(rects):
+            q_rows, k_rows, segments = _packed(some, at)
+            some_grad, some_q, some_out = (x[q_rows, None] for x in (grad, q, out))
+            dq, dk, dv = self.gradients(
+                some_grad, some_q, k[k_rows, None], v[k_rows, None], some_out, lse[None, q_rows], segments, scale
             )
             yield q_rows, dq[:, 0], k_rows, dk[:, 0], dv[:, 0]
 
 
-def _segments(rects: Rectangles) -> Iterator[Rectangles]:
-    for start in range(0, len(rects), SEGMENTS):
-        yield rects.select(slice(start, start + SEGMENTS))
+class TorchVarlen(Varlen):
+    """Torch's own: `aten._flash_attention_forward` and `_backward`, which the public `varlen_attn` calls too.
+
+    That function is no choice here: its backward takes no lse but its own.
+    """
+
+    name = "torch"
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, segments: Segments, scale: float) -> tuple[Tensor, Tensor]:
+        out, lse, *_ = flash_forward(q, k, v, *segments, 0.0, False, False, scale=scale)
+        return out, lse
+
+    def gradients(
+        self, grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, segments: Segments, scale: float
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        random = torch.zeros(2, dtype=torch.uint64, device=q.device)  # read with dropout only, which is off
+        unused = torch.empty(0, device=q.device)
+        dq, dk, dv = flash_backward(grad, q, k, v, out, lse, *segments, 0.0, False, random, unused, scale=scale)
+        return dq, dk, dv
 
 
-def _flat(rects: Rectangles, at: Rows) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor, int, int]]:
-    """Rows of all segments one after the other, and (ends of queries, ends of keys, longest, longest)."""
+def _calls(rects: Rectangles) -> Iterator[Rectangles]:
+    """Runs of rectangles of bounded size; one that passes the bound alone goes alone."""
+    start, held = 0, 0
+    for place, size in enumerate((rects.q_size + rects.k_size + 2 * TILE).tolist()):
+        if held and held + size > ROWS_OF_A_CALL:
+            yield rects.select(slice(start, place))
+            start, held = place, 0
+        held += size
+    if held:
+        yield rects.select(slice(start, len(rects)))
+
+
+def _packed(rects: Rectangles, at: Rows) -> tuple[Tensor, Tensor, Segments]:
+    """Rows of queries and of keys of all segments one after the other, and the segments' bounds."""
     rows, ends = [], []
     for listed, start, size, to_row in (
         (rects.q_list, rects.q_start, rects.q_size, at.of_queries),
@@ -109,4 +148,4 @@ def _flat(rects: Rectangles, at: Rows) -> tuple[Tensor, Tensor, tuple[Tensor, Te
         place = shift + torch.arange(total, device=size.device)
         rows.append(to_row(rects.group.repeat_interleave(size, output_size=total), listed[place].long()))
         ends.append(end.int())
-    return rows[0], rows[1], (ends[0], ends[1], int(rects.q_size.max()), int(rects.k_size.max()))
+    return rows[0], rows[1], Segments(ends[0], ends[1], int(rects.q_size.max()), int(rects.k_size.max()))

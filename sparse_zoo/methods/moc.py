@@ -5,6 +5,7 @@ Paper: Mixture of Contexts for Long Video Generation, arXiv 2508.21058.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
@@ -19,9 +20,9 @@ from sparse_zoo.partition import Partition, refine
 from sparse_zoo.plan import Plan
 from sparse_zoo.registry import register
 from sparse_zoo.remember import remembered
-from sparse_zoo.routing import top_chunks
+from sparse_zoo.routing import Drops, top_chunks
 
-Chunk = Literal["shot", "frame", "fixed"]
+Chunk = Literal["shot", "frame", "tokens", "fixed"]
 Causal = Literal["routing", "strict"]
 CAUSAL = (None, "routing", "strict")
 
@@ -32,25 +33,33 @@ class MoC(Attention):
 
     The paper's: scores by mean-pooled keys without parameters, top-k per query and head, chunks that end at frame, shot
     and caption bounds, text and own shot attended always and never routed to, and chunk-level causality that breaks
-    loops between shots (its section on causal routing). Ours, where the paper is silent: a chunk that the anchors hold
-    whole is no candidate, one held in part is scored over all its keys, costs one of k and adds the rest; with fewer
-    candidates than k all are taken; ties go to the earlier chunk; text queries follow the same rule, the global caption
-    having no shot. With fixed chunks and causality, what lies of the own chunk in another shot cannot be reached.
+    loops between shots (its section on causal routing), random drop-off and drop-in of chunks in training. Its films of
+    many shots: chunk_tokens 10240, then 5120, 2560 and at last 1280, top_k 5, anchors text and shot, causal "routing".
+    Its single shots: chunk_tokens 256, top_k 3, anchors text and chunk, causal null. Ours, where the paper is silent:
+    how a token target becomes whole frames; a chunk that the anchors hold whole is no candidate, one held in part is
+    scored over all its keys, costs one of k and adds the rest; with fewer candidates than k all are taken; ties go to
+    the earlier chunk; text queries follow the same rule, the global caption having no shot. With fixed chunks and
+    causality, what lies of the own chunk in another shot cannot be reached.
 
     Args:
         top_k: Chunks each query chooses; anchors are not counted.
-        chunk: How the stream is cut: by "shot", by "frame" (frames_per_chunk), or "fixed" (chunk_tokens).
+        chunk: How the stream is cut: by "shot", by "frame" (frames_per_chunk), by "tokens" (as many whole frames of a
+            shot as chunk_tokens hold, evenly), or "fixed" (chunk_tokens, blind to shots, frames and text).
         frames_per_chunk: Frames in a chunk cut by frame; restarts at each shot.
-        chunk_tokens: Tokens in a fixed chunk, blind to shots, frames and text.
+        chunk_tokens: The most tokens in a chunk cut by tokens (but at least one frame); all tokens in a fixed one.
         anchors: Attended always: any of "text" (of the film), "shot" (the own one, caption too), "chunk" (the own one).
         causal: "routing": only chunks before the own one are candidates, anchors stay bidirectional; "strict": text
             of later shots is unseen too, so that a prefix of shots is attended as alone; null: every chunk of the film.
+        drop_off: In training, of the n chosen chunks of a query and head floor(p·n) at random are left out, p uniform
+            between 0 and this (the paper's p_max, whose value it does not tell), 0 … 1.
+        drop_in: In training, as many more chunks as a Poisson number of this mean (the paper's λ, not told either) come
+            in at random from the candidates that were not chosen; what was left out does not come back.
     """
 
     limits = Limit({"top_k": 1 << 30, "causal": None})
     strict = {"causal": "strict"}
     knob = Knob("top_k", 1, 64)
-    small: ClassVar[Mapping[str, Any]] = {"top_k": 2}
+    small: ClassVar[Mapping[str, Any]] = {"top_k": 2, "drop_off": 0.9, "drop_in": 0.7}
 
     def __init__(
         self,
@@ -61,6 +70,8 @@ class MoC(Attention):
         chunk_tokens: int = 1280,
         anchors: Sequence[str] = ("text", "shot"),
         causal: Causal | None = "routing",
+        drop_off: float = 0.0,
+        drop_in: float = 0.0,
         **base: Any,
     ) -> None:
         super().__init__(**base)
@@ -71,12 +82,14 @@ class MoC(Attention):
             [f"{name} must be a whole number of at least 1, got {x!r}" for name, x in counts.items() if not is_count(x)]
             + ([unknown("chunk", chunk, CHUNKS)] if chunk not in CHUNKS else [])
             + [unknown("anchor", anchor, ANCHORS) for anchor in anchors if anchor not in ANCHORS]
-            + ([f"causal must be null, 'routing' or 'strict', got {causal!r}"] if causal not in CAUSAL else []),
+            + ([f"causal must be null, 'routing' or 'strict', got {causal!r}"] if causal not in CAUSAL else [])
+            + ([f"drop_off must be in [0, 1], got {drop_off!r}"] if not 0 <= drop_off <= 1 else [])
+            + ([f"drop_in must be at least 0 and finite, got {drop_in!r}"] if not 0 <= drop_in < math.inf else []),
         )
-        self.top_k = top_k
+        self.top_k, self.drop_off, self.drop_in = top_k, float(drop_off), float(drop_in)
         self.cut = _Cut(chunk, frames_per_chunk, chunk_tokens, tuple(a for a in ANCHORS if a in anchors), causal)
         self.causality, self.anchors = causal, self.cut.anchors
-        # The first chunk has no chunk before it; the global caption has no shot.
+        # The first chunk has no chunk before it; the global caption has no shot. Drop-off leaves at least one chunk.
         self.may_be_empty = causal is not None and "chunk" not in anchors and not {"text", "shot"} <= set(anchors)
 
     def branches(self, call: Call) -> list[Branch | Term]:
@@ -84,7 +97,8 @@ class MoC(Attention):
         kind, anchors = static.kind, static.anchors
         if call.q_rows is not None:
             kind, anchors = kind[call.q_rows], anchors and anchors.narrow(call.q_rows)
-        chosen = top_chunks(call.q, call.k, static.chunks, static.legal, kind, self.top_k)
+        drops = Drops(call, self.drop_off, self.drop_in) if self.training and (self.drop_off or self.drop_in) else None
+        chosen = top_chunks(call.q, call.k, static.chunks, static.legal, kind, self.top_k, drops)
         routed = Plan.routed(static.chunks, chosen)
         if anchors is None:
             return [Branch(routed)]
@@ -108,12 +122,14 @@ class MoCFixed(MoC):
         anchors: Attended always: any of "text" (of the film), "shot" (the own one, caption too), "chunk" (the own one).
         causal: "routing": only chunks before the own one are candidates; "strict": text of later shots is unseen too;
             null: every chunk of the film.
+        drop_off: In training, of a query's n chosen chunks floor(p·n) are left out, p uniform between 0 and this.
+        drop_in: In training, a Poisson number of this mean of further candidates comes in at random.
         kernel: Kernel by name, or "auto".
         text_reads: "method": as the method says; "text": text queries attend to the text of their film alone.
     """
 
     knob: ClassVar[Knob] = Knob("top_k", 1, 64)
-    small = {"top_k": 2, "chunk_tokens": 7}
+    small = {"top_k": 2, "chunk_tokens": 7, "drop_off": 0.9, "drop_in": 0.7}
 
     def __init__(
         self,
@@ -125,6 +141,8 @@ class MoCFixed(MoC):
         chunk_tokens: int = 1280,
         anchors: Sequence[str] = ("text", "shot"),
         causal: Causal | None = "routing",
+        drop_off: float = 0.0,
+        drop_in: float = 0.0,
         kernel: str = "auto",
         text_reads: Literal["method", "text"] = "method",
     ) -> None:
@@ -137,6 +155,8 @@ class MoCFixed(MoC):
             chunk_tokens=chunk_tokens,
             anchors=anchors,
             causal=causal,
+            drop_off=drop_off,
+            drop_in=drop_in,
             kernel=kernel,
             text_reads=text_reads,
         )

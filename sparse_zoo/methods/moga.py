@@ -100,7 +100,7 @@ class MoGA(Attention):
             layout, group = call.layout, self._routing(call)["group"]
             labels = torch.where(layout.is_text, -1, group + self.groups * layout.sample)[:, None]
             queries = labels if call.q_rows is None else labels[:, :, call.q_rows]
-            plan = Plan.groups(queries, labels, count=self.groups * len(layout.films))
+            plan = Plan.groups(queries, labels, count=self.groups * len(layout.films), routed=True)
         else:
             plan = _frames(call.layout) if name == "frame" else _stga(call.layout, self.windows, self.frames_per_group)
             plan = plan if call.q_rows is None else plan.narrow(call.q_rows)

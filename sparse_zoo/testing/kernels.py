@@ -51,7 +51,7 @@ def run_kernel_checks(
     """The outcome of each check, one by one as they end; `Outcome.method` is the kernel's name."""
     kernel = get(kernel) if isinstance(kernel, str) else kernel
     found = place(kernel)
-    reasons = [] if found else kernel.why_not() or ["it takes no dtype on any device"]
+    reasons = [] if found else kernel.why_not() or ["it runs no dtype forward and backward on any device"]
     refuse(f"kernel {kernel.name!r} cannot be checked here", reasons)
     assert found is not None
     yield from _all.run(kernel.name, KernelSubject(kernel, *found), known_failures=known_failures, only=only)

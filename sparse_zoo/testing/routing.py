@@ -9,9 +9,10 @@ A method of one's own gets its rule by `slow_routing`, next to the class or in i
         same = call.layout.sample[:, None] == call.layout.sample
         return [(same & (gap >= 0) & (gap <= attention.reach), 1.0)]
 
-It answers for eval mode, one (mask, weight) a branch: mask bool, broadcasting to (B, H, Lq, Lk), and weight a number
-or a tensor that broadcasts to (B, H, Lq, D). Subclasses are judged by the rule of their nearest base that has one.
-Branches with pooled q, k, v have no such masks: a method that has them goes without a rule, and its check is skipped.
+It answers for the mode that the attention is in, one (mask, weight) a branch: mask bool, broadcasting to
+(B, H, Lq, Lk), and weight a number or a tensor that broadcasts to (B, H, Lq, D). Subclasses are judged by the rule of
+their nearest base that has one. Branches with pooled q, k, v have no such masks: a method that has them goes without a
+rule, and its check is skipped.
 """
 
 from __future__ import annotations
@@ -23,10 +24,12 @@ import torch
 from torch import Tensor
 
 from sparse_zoo.attention import Attention, Call
+from sparse_zoo.draws import uniform
 from sparse_zoo.methods.dense import Dense
 from sparse_zoo.methods.moc import MoC
 from sparse_zoo.methods.moga import MoGA
 from sparse_zoo.methods.window import Window
+from sparse_zoo.schedule import Scheduled
 from sparse_zoo.testing import oracle, slow
 from sparse_zoo.testing.plans import branches
 from sparse_zoo.testing.subject import FILMS, Subject, make
@@ -57,13 +60,13 @@ def dense(attention: Dense, call: Call) -> list[tuple[Tensor, Tensor | float]]: 
 
 @slow_routing(MoC)
 def moc(attention: MoC, call: Call) -> list[tuple[Tensor, Tensor | float]]:
-    share = call.q.shape[1] // call.k.shape[1]
-    cut = attention.cut
+    (batch, heads), share = call.q.shape[:2], call.q.shape[1] // call.k.shape[1]
+    cut, drops = attention.cut, _drops(attention, call)
     masks = [
         slow.as_mask(
             slow.moc(
-                q,
-                k,
+                call.q[b, h],
+                call.k[b, h // share],
                 call.layout,
                 top_k=attention.top_k,
                 chunk=cut.chunk,
@@ -71,11 +74,38 @@ def moc(attention: MoC, call: Call) -> list[tuple[Tensor, Tensor | float]]:
                 size=cut.tokens,
                 anchors=attention.anchors,
                 causal=attention.causality,
+                drops=drops[h],
             )
         )
-        for q, k in zip(call.q.flatten(0, 1), call.k.repeat_interleave(share, dim=1).flatten(0, 1), strict=True)
+        for b in range(batch)
+        for h in range(heads)
     ]
-    return [(torch.stack(masks).unflatten(0, call.q.shape[:2]), 1.0)]
+    return [(torch.stack(masks).unflatten(0, (batch, heads)), 1.0)]
+
+
+def _drops(attention: MoC, call: Call) -> list[slow.Drops | None]:
+    """One a head. The numbers are the method's; what is made of them is slow's."""
+    heads, length = call.q.shape[1:3]
+    if not attention.training:
+        return [None] * heads
+
+    def drawn(purpose: str, n: int) -> list[list[list[float]]]:
+        found: list[list[list[float]]] = uniform(call, purpose, n).tolist()
+        return found
+
+    share, number = drawn("drop-off: share", 1), drawn("drop-in: number", 1)
+    which_off, which_in = drawn("drop-off: which", attention.top_k), drawn("drop-in: which", length)
+    return [
+        slow.Drops(
+            attention.drop_off,
+            attention.drop_in,
+            [u for (u,) in share[h]],
+            which_off[h],
+            [u for (u,) in number[h]],
+            which_in[h],
+        )
+        for h in range(heads)
+    ]
 
 
 @slow_routing(MoGA)
@@ -115,26 +145,28 @@ def routing_is_the_papers(subject: Subject) -> None:
     if rule is None:
         raise Skip(f"no rule is given for {subject.name}: see sparse_zoo.testing.slow_routing")
     attention = subject.build({"text_reads": "method"})
-    for film, layout in FILMS.items():
-        for how in ("", ", scores tied,", ", scores close,") if film == "story" else ("", ", scores tied,"):
-            call = make(layout)
-            if "tied" in how:
-                call.q.zero_()
-            if "close" in how:  # half precision cannot tell these means apart
-                call.k.mul_(0.1).add_(1.0)
-            expected = rule(attention, call)
-            made = branches(attention, call)
-            expect(len(made) == len(expected), f"{len(expected)} branches", f"{len(made)}", "branches(call)")
-            want = torch.zeros_like(call.q)
-            for number, (branch, (mask, weight)) in enumerate(zip(made, expected, strict=True)):
-                got = oracle.mask_of(branch.plan)
-                for wrong, came in ((got & ~mask, "pairs too many"), (mask & ~got, "pairs missing")):
-                    expect(
-                        ~wrong.any(),
-                        f"branch {number} on {film}{how} to attend as the rule says",
-                        f"{came} {some(wrong)} (batch item, head, query, key)",
-                        "the routing, or the rule",
-                    )
-                want = want + weight * oracle.masked_softmax(call.q, call.k, call.v, mask)[0]
-            change = "weights of the branches: a gate, or the share of each in a mean"
-            same(attention.run(call).out, want, 1e-6, f"outputs and the rule's on {film}", change)
+    cases = [(film, how, False) for film in FILMS for how in ("", ", scores tied,")]
+    cases += [("story", ", scores close,", False), ("story", " in training", True), ("packed", " in training", True)]
+    for film, how, training in cases:
+        call = make(FILMS[film], step=5, layer=1, layers=3, head_offset=2)
+        attention.train(training)
+        if "tied" in how:
+            call.q.zero_()
+        if "close" in how:  # half precision cannot tell these means apart
+            call.k.mul_(0.1).add_(1.0)
+        expected = rule(attention.at(call.step) if isinstance(attention, Scheduled) else attention, call)
+        made = branches(attention, call)
+        expect(len(made) == len(expected), f"{len(expected)} branches", f"{len(made)}", "branches(call)")
+        want = torch.zeros_like(call.q)
+        for number, (branch, (mask, weight)) in enumerate(zip(made, expected, strict=True)):
+            got = oracle.mask_of(branch.plan)
+            for wrong, came in ((got & ~mask, "pairs too many"), (mask & ~got, "pairs missing")):
+                expect(
+                    ~wrong.any(),
+                    f"branch {number} on {film}{how} to attend as the rule says",
+                    f"{came} {some(wrong)} (batch item, head, query, key)",
+                    "the routing, or the rule",
+                )
+            want = want + weight * oracle.masked_softmax(call.q, call.k, call.v, mask)[0]
+        change = "weights of the branches: a gate, or the share of each in a mean"
+        same(attention.run(call).out, want, 1e-6, f"outputs and the rule's on {film}", change)

@@ -6,7 +6,10 @@ set of keys.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
+from fractions import Fraction
+from itertools import accumulate, pairwise
 from typing import Any
 
 import torch
@@ -36,19 +39,61 @@ def dense(layout: Layout) -> list[set[int]]:
     return [{j for j, b in enumerate(all_tokens) if b.sample == a.sample} for a in all_tokens]
 
 
-def chunk_names(all_tokens: list[Token], chunk: str, frames: int, size: int) -> list[tuple[Any, ...]]:
+def even_chunks(frames: int, per_frame: int, size: int) -> list[int]:
+    """The frames in each chunk of a shot: the fewest chunks of at most `size` tokens, of one frame at least."""
+    fewest = next(n for n in range(1, frames + 1) if n == frames or -(-frames // n) * per_frame <= size)
+    starts = [math.ceil(Fraction(frames * i, fewest)) for i in range(fewest + 1)]
+    return [after - start for start, after in pairwise(starts)]
+
+
+def chunk_names(layout: Layout, chunk: str, frames: int, size: int) -> list[tuple[Any, ...]]:
     position: dict[int, int] = {}
     found: list[tuple[Any, ...]] = []
-    for t in all_tokens:
+    for t in tokens(layout):
         n = position.setdefault(t.sample, 0)
         position[t.sample] += 1
         if chunk == "fixed":
             found.append((t.sample, n // size))
         elif t.text:
             found.append((t.sample, t.shot, "caption"))
+        elif chunk == "tokens":
+            shot = layout.films[t.sample].shots[t.shot]
+            bounds = list(accumulate(even_chunks(shot.frames, shot.rows * shot.cols, size)))
+            found.append((t.sample, t.shot, "video", sum(t.in_shot >= bound for bound in bounds)))
         else:
             found.append((t.sample, t.shot, "video", t.in_shot // frames if chunk == "frame" else 0))
     return found
+
+
+@dataclass(frozen=True)
+class Drops:
+    """Drop-off and drop-in for one head in training: p_max, λ, and the draws of each token."""
+
+    off: float
+    into: float
+    share: list[float]
+    which_off: list[list[float]]  # by rank among the chosen
+    number: list[float]
+    which_in: list[list[float]]  # by chunk
+
+    def change(self, token: int, chosen: list[int], rest: list[int]) -> list[int]:
+        """The chunks that are left of `chosen`, best first, and those that come in from `rest`."""
+        fewer = math.floor(len(chosen) * (self.off * self.share[token]))
+        ranks = sorted(range(len(chosen)), key=lambda rank: self.which_off[token][rank])
+        more = poisson(self.into, self.number[token])
+        came = sorted(sorted(rest), key=lambda chunk: self.which_in[token][chunk])[:more]
+        return [chosen[rank] for rank in ranks[fewer:]] + came
+
+
+def poisson(mean: float, u: float) -> int:
+    """The least m with P(at most m) > u."""
+    m, chance = 0, math.exp(-mean)
+    below = chance
+    while below <= u:
+        m += 1
+        chance *= mean / m
+        below += chance
+    return m
 
 
 def moc(
@@ -62,10 +107,11 @@ def moc(
     size: int,
     anchors: tuple[str, ...],
     causal: str | None,
+    drops: Drops | None = None,
 ) -> list[set[int]]:
     """q, k (L, D) of one batch item and head."""
     all_tokens = tokens(layout)
-    names = chunk_names(all_tokens, chunk, frames, size)
+    names = chunk_names(layout, chunk, frames, size)
     order = list(dict.fromkeys(names))
     members = {name: [j for j, other in enumerate(names) if other == name] for name in order}
     means = {name: k[members[name]].detach().float().mean(0) for name in order}
@@ -88,7 +134,9 @@ def moc(
             if causal is not None and number >= order.index(names[i]):
                 continue
             candidates.append((-float(q[i].detach().float() @ means[name]), number))
-        for _, number in sorted(candidates)[:top_k]:
+        ranked = [number for _, number in sorted(candidates)]
+        chosen, rest = ranked[:top_k], ranked[top_k:]
+        for number in drops.change(i, chosen, rest) if drops else chosen:
             kept |= set(members[order[number]])
         result.append(kept)
     return result

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from types import MappingProxyType
 from typing import Any
 
@@ -14,6 +15,7 @@ from sparse_zoo.attention import Attention, Call
 from sparse_zoo.kernels import get, kernels
 from sparse_zoo.kernels.base import Kernel
 from sparse_zoo.layout import Layout, Shot
+from sparse_zoo.registry import build
 
 BATCH, HEADS, KV_HEADS, HEAD_DIM, DIM = 2, 4, 2, 8, 6
 
@@ -58,7 +60,9 @@ class Subject:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(start)
             given = dict(self.cls.small) | dict(self.settings) | dict(changes)
-            attention = self.cls(heads=HEADS, head_dim=head_dim, dim=DIM, **given)
+            # A schedule is no setting of the class: the registry makes one of its classes for each phase.
+            make = partial(build, self.name) if "schedule" in given else self.cls
+            attention = make(heads=HEADS, head_dim=head_dim, dim=DIM, **given)
             with torch.no_grad():
                 for parameter in attention.parameters():
                     parameter.add_(0.5 * torch.randn_like(parameter))
@@ -91,18 +95,21 @@ def make(
 
 
 def usable() -> Iterator[tuple[str, str, torch.dtype]]:
-    """Every kernel that runs here, with the device and the widest dtype that it takes."""
+    """Every kernel that runs here, with the device and the widest dtype that it takes.
+
+    But for those that compile for each shape: on films of all sizes that would take minutes.
+    """
     for name in kernels():
         found = place(get(name))
-        if found is not None:
+        if found is not None and not get(name).compiles_each_shape:
             yield name, *found
 
 
 def place(kernel: Kernel) -> tuple[str, torch.dtype] | None:
-    """The first device and widest dtype on which a kernel runs; None if it runs nowhere here."""
+    """The first device and widest dtype on which a kernel runs forward and backward; None if it does nowhere here."""
     for device in ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",):
         for dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
-            x = torch.empty(1, 1, 1, HEAD_DIM, dtype=dtype, device=device)
+            x = torch.empty(1, 1, 1, HEAD_DIM, dtype=dtype, device=device, requires_grad=True)
             if not kernel.why_not(x, x):
                 return device, dtype
     return None

@@ -14,8 +14,8 @@ MOST_K = 16
 
 
 def fits(q: Tensor, chunks: Partition, top_k: int) -> bool:
-    """Whether `top_chunks` here can choose for these queries."""
-    return chunks.count <= MOST_CHUNKS and top_k <= MOST_K and not Triton().why_not(q, q)
+    """Whether `top_chunks` here can choose for these queries: on CUDA, what the kernels take, few chunks, a small k."""
+    return q.device.type == "cuda" and chunks.count <= MOST_CHUNKS and top_k <= MOST_K and not Triton().why_not(q, q)
 
 
 def top_chunks(q: Tensor, k: Tensor, chunks: Partition, legal: Tensor, kind: Tensor, top_k: int) -> Tensor:

@@ -191,7 +191,7 @@ class PieceGoesBack(OneByOne):
 class TextReadsOn(Dense):
     """text_reads="text" is accepted and changes nothing."""
 
-    def _text_reads_text(self, branch: Branch, call: Call) -> Plan:  # noqa: ARG002
+    def attended(self, branch: Branch, call: Call) -> Plan:  # noqa: ARG002
         return branch.plan
 
 

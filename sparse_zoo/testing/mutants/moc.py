@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 from unittest.mock import patch
@@ -9,14 +10,18 @@ from unittest.mock import patch
 import torch
 from torch import Tensor
 
+from sparse_zoo import routing
 from sparse_zoo.attention import Branch, Call, Knob, Term
+from sparse_zoo.draws import uniform
 from sparse_zoo.layout import Layout
 from sparse_zoo.methods import moc
 from sparse_zoo.methods.moc import MoC
 from sparse_zoo.partition import Partition
 from sparse_zoo.plan import Plan
-from sparse_zoo.routing import top_chunks
+from sparse_zoo.routing import Drops, top_chunks
 from sparse_zoo.testing.mutants.base import mutant
+from sparse_zoo.testing.routing import moc as slow_moc
+from sparse_zoo.testing.routing import slow_routing
 
 static_of = moc._static
 
@@ -50,6 +55,15 @@ class OffByOneChunkBound(Open):
         return replace(static, chunks=Partition.from_labels(late, static.chunks.count, layout), straddles=True)
 
 
+@mutant("routing_is_the_papers", chunk="tokens", chunk_tokens=84, top_k=1)
+class FillsChunksUp(Open):
+    """Chunks by tokens are filled one after the other: the last of a shot holds what is left."""
+
+    def static(self, layout: Layout) -> moc._Static:
+        fit = (self.cut.tokens // (layout.rows * layout.cols)).clamp(min=1)
+        return replace(super().static(layout), chunks=layout.partition("shot", "is_text", layout.shot_frame // fit))
+
+
 @mutant("causality_holds", "routing_is_the_papers")
 class LeakedFutureChunk(Open):
     """Chunks after the query's own are candidates too."""
@@ -78,7 +92,7 @@ class LaterCaptionsAreRead(Open):
 class CaptionsReadAhead(Open):
     """Under strict causality captions that read text alone read later ones too."""
 
-    def _text_reads_text(self, branch: Branch, call: Call) -> Plan:
+    def attended(self, branch: Branch, call: Call) -> Plan:
         return Plan(
             *branch.plan.keep(~call.layout.is_text).parts,
             *Plan.within(call.layout.partition(where=call.layout.is_text)).parts,
@@ -143,17 +157,17 @@ class OneTooFew(Open):
     """top_k - 1 chunks are chosen."""
 
     def choose(self, *given: Any) -> Tensor:
-        *rest, top_k = given
-        return super().choose(*rest, top_k - 1)
+        *rest, top_k, drops = given
+        return super().choose(*rest, top_k - 1, drops)
 
 
 @mutant("routing_is_the_papers")
 class TiesToTheLater(Open):
     """Equal scores go to the later chunk."""
 
-    def choose(self, q: Tensor, k: Tensor, chunks: Partition, legal: Tensor, kind: Tensor, top_k: int) -> Tensor:
+    def choose(self, q: Tensor, k: Tensor, chunks: Partition, legal: Tensor, *rest: Any) -> Tensor:
         turned = Partition.from_labels(chunks.count - 1 - chunks.piece_of[0, 0], chunks.count)
-        chosen = top_chunks(q, k, turned, legal.flip(-1), kind, top_k)
+        chosen = super().choose(q, k, turned, legal.flip(-1), *rest)
         return torch.where(chosen < 0, -1, chunks.count - 1 - chosen)
 
 
@@ -261,6 +275,94 @@ class FirstQueriesForAny(MoC):
         return [Branch(whole if call.q_rows is None else whole.narrow(torch.arange(len(call.q_rows))))]
 
 
+@mutant("eval_draws_nothing", "routing_is_the_papers")
+class DropsInEval(Open):
+    """Chunks are dropped off and in without training, too."""
+
+    def branches(self, call: Call) -> list[Branch | Term]:
+        with patch.object(self, "training", True):
+            return super().branches(call)
+
+
+@mutant("routing_is_the_papers")
+class DropsOfTheFirstHead(Open):
+    """All heads draw what the first draws."""
+
+    def branches(self, call: Call) -> list[Branch | Term]:
+        def first(*given: Any) -> Tensor:
+            return uniform(*given)[:1].expand(call.q.shape[1], -1, -1)
+
+        with patch.object(routing, "uniform", first):
+            return super().branches(call)
+
+
+class Dropping(Open):
+    """MoC, unbroken, with its drops laid open."""
+
+    def choose(self, *given: Any) -> Tensor:
+        *rest, drops = given
+        return super().choose(*rest, drops and Changed(drops, self.drop))
+
+    def drop(self, drops: Drops, chosen: Tensor, legal: Tensor, rows: slice) -> Tensor:
+        """Arguments as those of `Drops`."""
+        return drops(chosen, legal, rows)
+
+
+class Changed:
+    """Drops by another rule, as wide."""
+
+    def __init__(self, drops: Drops, rule: Callable[..., Tensor]) -> None:
+        self.drops, self.rule, self.most = drops, rule, drops.most
+
+    def __call__(self, *given: Any) -> Tensor:
+        return self.rule(self.drops, *given)
+
+
+@mutant("routing_is_the_papers")
+class DropsInWhatIsIllegal(Dropping):
+    """Anchored and later chunks may come in."""
+
+    def drop(self, drops: Drops, chosen: Tensor, legal: Tensor, rows: slice) -> Tensor:
+        return drops(chosen, torch.ones_like(legal), rows)
+
+
+@mutant("routing_is_the_papers")
+class DropsOffEmptyPlaces(Dropping):
+    """What is taken off is drawn among the top_k places, chosen or not."""
+
+    def drop(self, drops: Drops, chosen: Tensor, legal: Tensor, rows: slice) -> Tensor:
+        changed = drops(chosen.clamp(min=0), legal, rows)
+        came = drops(chosen, legal, rows)[..., chosen.shape[-1] :]
+        left = torch.where(chosen < 0, -1, changed[..., : chosen.shape[-1]])
+        return torch.cat([left, came], dim=-1)
+
+
+@mutant("routing_is_the_papers")
+class DroppedOffComesBack(Dropping):
+    """What was taken off is a candidate to come in."""
+
+    def drop(self, drops: Drops, chosen: Tensor, legal: Tensor, rows: slice) -> Tensor:
+        left = replace(drops, into=0.0)(chosen, legal, rows)
+        return replace(drops, off=0.0)(left, legal, rows)
+
+
+@mutant("routing_is_the_papers")
+class NeverDropsIn(Dropping):
+    """Nothing comes in."""
+
+    def drop(self, drops: Drops, chosen: Tensor, legal: Tensor, rows: slice) -> Tensor:
+        changed = drops(chosen, legal, rows)
+        return torch.cat([changed[..., : chosen.shape[-1]], torch.full_like(changed[..., chosen.shape[-1] :], -1)], -1)
+
+
+@mutant("routing_is_the_papers")
+class NeverDropsOff(Dropping):
+    """Nothing is taken off."""
+
+    def drop(self, drops: Drops, chosen: Tensor, legal: Tensor, rows: slice) -> Tensor:
+        return replace(drops, off=0.0)(chosen, legal, rows)
+
+
 class Noisy(MoC):
     """MoC, unbroken, whose scores get noise in training, drawn by seed, step, layer and head."""
 
@@ -279,6 +381,11 @@ class Noisy(MoC):
 
     def branches(self, call: Call) -> list[Branch | Term]:
         return super().branches(replace(call, q=call.q + self.noise(call)) if self.training else call)
+
+
+@slow_routing(Noisy)
+def noisy(attention: Noisy, call: Call) -> list[tuple[Tensor, Tensor | float]]:
+    return slow_moc(attention, replace(call, q=call.q + attention.noise(call)) if attention.training else call)
 
 
 @mutant("deterministic", "checkpointing")

@@ -1,0 +1,49 @@
+"""The generated shots that metrics judge: the last of each film, with the truth about it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class Shown:
+    """One shot of B films: clip (B, F, 3, H, W); the subject's true top left pixel (B, F, 2); the background (B,)."""
+
+    clip: Tensor
+    position: Tensor
+    background: Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class LastShot:
+    """The last shot of B films of one shape, the shots before it, and the true identities of all N shots (B, N)."""
+
+    shot: Shown
+    earlier: list[Shown]
+    identities: Tensor
+
+    @property
+    def identity(self) -> Tensor:
+        """The true one of the last shot, int64 (B,)."""
+        return self.identities[:, -1]
+
+    @property
+    def introduction(self) -> Tensor:
+        """int64 (B,): number of the first shot that shows the last one's identity."""
+        return (self.identities == self.identity[:, None]).int().argmax(-1)
+
+
+def last_shots(clips: list[Tensor], batch: dict[str, Any]) -> Iterator[LastShot]:
+    """Of `clips`, shaped as those of the `ShotWorld` batch, film after film of its layout."""
+    truth = batch["truth"]
+    places = truth["position"].split([clip.shape[1] for clip in clips], dim=1)
+    shown = [Shown(*shot) for shot in zip(clips, places, truth["background"].unbind(1), strict=True)]
+    start = 0
+    for film in batch["layout"].films:
+        stop = start + len(film.shots)
+        yield LastShot(shown[stop - 1], shown[start : stop - 1], truth["identity"][:, start:stop])
+        start = stop

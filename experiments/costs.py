@@ -1,0 +1,210 @@
+"""What a method costs beside dense attention at a real size: the bill behind `zoo cost METHOD`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from rich import box
+from rich.table import Table
+
+import sparse_zoo as zoo
+from lit_modules.flops import Flops, ModelShape, caption_flops, inner, linear_flops
+from sparse_zoo.errors import refuse
+from sparse_zoo.simulate import Simulated, simulate
+
+NOTES = (
+    "Routing is simulated with random q, k and hidden, and parameters as initialised: which chunks or groups a token "
+    "gets is random; how many pairs that makes is exact where chunks are of one length and groups are balanced.",
+    "FLOPs: a multiply and an add are two. Attention 4 and 10 · pairs · head_dim, forward and backward; linear layers "
+    "2 · rows · in · out and twice that backward. Routing has no backward. Norms, activations and softmax are not "
+    "counted.",
+    "Bytes: q, k, v and the output of one layer in bfloat16, and the index tables of the layer's plan as held.",
+)
+
+
+@dataclass(frozen=True)
+class Films:
+    """The layout, in tokens: a film of equal shots, each with `text` tokens of caption; `caption` for the film."""
+
+    shots: int
+    frames: int
+    rows: int
+    cols: int
+    text: int = 0
+    caption: int = 0
+
+    def __post_init__(self) -> None:
+        refuse(
+            "layout",
+            [f"{name} must be at least 1, got {x}" for name, x in asdict(self).items() if name in GRID and x < 1]
+            + [f"{name} must be at least 0, got {x}" for name, x in asdict(self).items() if name not in GRID and x < 0],
+        )
+
+    def layout(self) -> zoo.Layout:
+        return zoo.Layout.film([zoo.Shot(self.frames, self.rows, self.cols, self.text)] * self.shots, self.caption)
+
+
+GRID = ("shots", "frames", "rows", "cols")
+
+
+@dataclass(frozen=True)
+class Bill:
+    """One method: `attention`, of one layer; the rest of the whole model, every layer in it."""
+
+    attention: Simulated
+    routing: Flops
+    attending: Flops
+    captions: Flops
+    linear: Flops
+    tensor_bytes: int
+
+    @property
+    def model(self) -> Flops:
+        return self.routing + self.attending + self.captions + self.linear
+
+    def to_json(self) -> dict[str, Any]:
+        cost = self.attention.cost
+        parts = ("routing", "attending", "captions", "linear", "model")
+        flops: dict[str, Flops] = {name: getattr(self, name) for name in parts}
+        return {
+            "pairs": cost.pairs,
+            "density": cost.density,
+            "branch_pairs": list(self.attention.branch_pairs),
+            "executed_pairs": self.attention.executed,
+            "flops": {
+                "forward": {name.replace("attending", "attention"): part.forward for name, part in flops.items()},
+                "forward_backward": {name.replace("attending", "attention"): part.both for name, part in flops.items()},
+            },
+            "bytes": {"qkvo": self.tensor_bytes, "plan": self.attention.plan_bytes},
+        }
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """A method's bill beside that of dense attention, in the same model on the same film."""
+
+    method: str
+    settings: Mapping[str, Any]
+    films: Films
+    shape: ModelShape
+    batch: int
+    kernel: str
+    tokens: int
+    dense: Bill
+    ours: Bill
+
+    def to_json(self) -> dict[str, Any]:
+        """{"method", "settings", "layout", "model", "kernel", "simulated", "dense": bill, "cost": bill, "notes"}."""
+        batch, heads = self.ours.attention.simulated
+        return {
+            "method": self.method,
+            "settings": dict(self.settings),
+            "layout": {**asdict(self.films), "tokens": self.tokens},
+            "model": {**asdict(self.shape), "batch": self.batch},
+            "kernel": self.kernel,
+            "simulated": {"batch": batch, "heads": heads},
+            "dense": self.dense.to_json(),
+            "cost": self.ours.to_json(),
+            "notes": list(NOTES),
+        }
+
+    def table(self) -> Table:
+        """For a terminal: dense, the method, and how many times less it takes."""
+        title = f"{self.method} on {self.tokens:,} tokens"
+        table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1), pad_edge=False)
+        table.add_column("")
+        for name in ("dense", self.method, "dense ÷ it"):
+            table.add_column(name, justify="right", no_wrap=True)
+        dense, ours = self.dense, self.ours
+
+        def row(name: str, one: float, other: float, unit: str = "") -> None:
+            table.add_row(name, si(one, unit), si(other, unit), f"{one / other:.2f}×" if one and other else "–")
+
+        def section(name: str) -> None:
+            table.add_section()
+            table.add_row(f"[bold]{name}[/bold]")
+
+        section("attention of one layer")
+        row("  pairs", dense.attention.cost.pairs, ours.attention.cost.pairs)
+        table.add_row("  density", *(f"{100 * bill.attention.cost.density:.2f} %" for bill in (dense, ours)), "")
+        row(
+            f"  pairs that kernel {self.kernel} multiplies", dense.attention.executed or 0, ours.attention.executed or 0
+        )
+        row("  q, k, v, out", dense.tensor_bytes, ours.tensor_bytes, "B")
+        table.add_row("  index tables of the plan", *(si(bill.attention.plan_bytes, "B") for bill in (dense, ours)), "")
+        for name, which in (("forward", "forward"), ("forward and backward", "both")):
+            section(f"whole model, {name}")
+            for label, part in PARTS.items():
+                one, other = (getattr(getattr(bill, part), which) for bill in (dense, ours))
+                if one or other or part == "routing":
+                    row(f"  {label}", one, other, "FLOP")
+        return table
+
+
+PARTS = {
+    "routing": "routing",
+    "attention": "attending",
+    "attention to captions": "captions",
+    "linear layers": "linear",
+    "in all": "model",
+}
+
+
+def compare(
+    method: str,
+    settings: Mapping[str, Any],
+    films: Films,
+    shape: ModelShape,
+    *,
+    batch: int = 1,
+    kernel: str = "torch",
+    every_head: bool = False,
+) -> Comparison:
+    """Simulate the method and dense attention; raises `ZooError` for sizes and settings that cannot be."""
+    refuse("batch", [f"must be at least 1, got {batch}"] if batch < 1 else [])
+    layout = films.layout()
+
+    def bill(name: str, given: Mapping[str, Any]) -> Bill:
+        stream = inner(shape, layout)
+        found = simulate(
+            name,
+            stream,
+            heads=shape.heads,
+            head_dim=shape.head_dim,
+            dim=shape.dim,
+            batch=batch,
+            settings=given,
+            every_head=every_head,
+            kernel=kernel,
+        )
+        cost, terms = found.cost, found.term_flops
+        return Bill(
+            attention=found,
+            routing=Flops(shape.depth * cost.routing_flops, 0),
+            attending=Flops(shape.depth * (cost.flops + terms), shape.depth * (cost.flops_backward + 2 * terms)),
+            captions=caption_flops(shape, layout, batch),
+            linear=linear_flops(shape, layout, batch),
+            tensor_bytes=4 * 2 * batch * len(stream) * shape.dim,
+        )
+
+    return Comparison(
+        method,
+        settings,
+        films,
+        shape,
+        batch,
+        kernel,
+        len(inner(shape, layout)),
+        bill("dense", {}),
+        bill(method, settings),
+    )
+
+
+def si(value: float, unit: str = "") -> str:
+    """Three digits and a prefix: 1.66e13 is "16.6 T"."""
+    for prefix, size in (("P", 1e15), ("T", 1e12), ("G", 1e9), ("M", 1e6), ("k", 1e3)):
+        if value >= size * 0.9995:
+            return f"{value / size:#.3g} {prefix}{unit}".replace(". ", " ")
+    return f"{value:.0f} {unit}".strip()

@@ -1,0 +1,176 @@
+"""What routing does while a model trains: one probe, diagnosed now and then."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar, cast
+
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import Callback
+from torch import nn
+from typing_extensions import override
+
+import sparse_zoo as zoo
+from lit_modules.callbacks import synchronize
+from lit_modules.flow import generator
+from lit_modules.stream import stream
+from sparse_zoo.diagnostics import Diagnosis, churn, diagnose
+from sparse_zoo.errors import refuse
+
+if TYPE_CHECKING:
+    from lit_modules.module import LitVideoDiT
+
+T = TypeVar("T")
+
+TIMES = (0.5, 0.9)  # the first is diagnosed; the second, close to noise, is there for churn: each costs a forward pass
+
+
+class RoutingWatch(Callback):
+    """Diagnoses every layer's routing after the first optimizer step and then every `every` steps.
+
+    The probe is the first item of the batch that made the first step this callback sees, with noise of its own, the
+    same always, at two noise times, 0.5 and 0.9; the model is in eval mode, with the weights that are being trained,
+    not their average. Nothing is changed by it, neither weights nor random state. Of several processes only the first
+    probes.
+
+    Logs the figures of `sparse_zoo.diagnostics` at time 0.5, averaged over heads: `diagnostics/<figure>`, the mean over
+    layers, and `diagnostics/<figure>/layer_<i>`; of the routed branches where a layer has any, else of all. Besides
+    them `churn_steps`, the share of picks that changed since the last probe; `churn_times`, from time 0.5 to 0.9; and
+    `share_of_time`, what all this took so far ÷ what the training batches took. `<folder>/diagnostics.jsonl` gets a
+    line a probe, with every figure by head, loads, picks by shot, and loops.
+    """
+
+    def __init__(self, folder: str | Path, *, every: int = 40) -> None:
+        refuse("RoutingWatch", [f"every must be at least 1, got {every}"] if every < 1 else [])
+        self.path, self.every = Path(folder) / "diagnostics.jsonl", every
+        self.layers: list[list[Diagnosis]] = []  # of the last probe
+        self._figures: dict[str, float] = {}
+        self._plans: list[list[zoo.Plan]] = []
+        self._batch: dict[str, Any] = {}
+        self._step = 0
+        self._start = self._own = self._training = 0.0
+
+    @override
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        self._start = time.perf_counter()
+
+    @override
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        step = trainer.global_step
+        due = trainer.is_global_zero and step != self._step and (not self._batch or step % self.every == 0)
+        if due:
+            synchronize(pl_module.device)  # the step's time holds what it left running
+        ended = time.perf_counter()
+        self._training += ended - self._start
+        if not due:
+            return
+        self._step = step
+        self._batch = self._batch or {
+            "clips": [clip[:1].clone() for clip in batch["clips"]],
+            "text": batch["text"][:1].clone(),
+            "layout": batch["layout"],
+        }
+        with torch.no_grad(), trainer.precision_plugin.forward_context():
+            by_layer = self._probe(cast("LitVideoDiT", pl_module), trainer.fit_loop.total_batch_idx)
+        self._figures = _means(by_layer)
+        self._write(by_layer)
+        logged = {f"diagnostics/{name}": value for name, value in self._figures.items()}
+        for i, figures in enumerate(by_layer):
+            logged |= {f"diagnostics/{name}/layer_{i}": value for name, value in figures.items()}
+        logged["diagnostics/share_of_time"] = (self._own + time.perf_counter() - ended) / self._training
+        for logger in trainer.loggers:
+            logger.log_metrics(logged, step=step)
+        self._own += time.perf_counter() - ended
+
+    def summary(self) -> dict[str, Any]:
+        """The last probe, JSON-able: its step, figures by name as logged, `share_of_time` up to the end of it, and
+        `loops` by layer, routed branch and head. Empty before the first probe."""
+        if not self._figures:
+            return {}
+        loops = [[found.routing.loops()[0] for found in layer if found.routing] for layer in self.layers]
+        return {"step": self._step, **self._figures, "share_of_time": self._own / self._training, "loops": loops}
+
+    def _probe(self, trained: LitVideoDiT, step: int) -> list[dict[str, float]]:
+        """Figures by name of each layer."""
+        layers = _forward(trained, self._batch, TIMES[0], step, lambda call, plans: (plans, diagnose(call, plans)))
+        noisy = _forward(trained, self._batch, TIMES[1], step, lambda _, plans: plans)
+        plans, self.layers = [plans for plans, _ in layers], [found for _, found in layers]
+        by_layer = []
+        for i, layer in enumerate(self.layers):
+            routed = [found for found in layer if found.routing]
+            figures = _means([found.scalars() for found in routed or layer])
+            figures["churn_times"] = _churn(plans[i], noisy[i])
+            if self._plans:
+                figures["churn_steps"] = _churn(self._plans[i], plans[i])
+            by_layer.append(_means([figures]))
+        self._plans = plans
+        return by_layer
+
+    def _write(self, by_layer: Sequence[Mapping[str, float]]) -> None:
+        layers = [
+            {"means": figures, "branches": [found.to_json() for found in layer]}
+            for figures, layer in zip(by_layer, self.layers, strict=True)
+        ]
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with self.path.open("a") as file:
+            file.write(json.dumps({"step": self._step, "layers": layers}) + "\n")
+
+
+def _forward(
+    trained: LitVideoDiT,
+    batch: Mapping[str, Any],
+    at: float,
+    step: int,
+    look: Callable[[zoo.Call, list[zoo.Plan]], T],
+) -> list[T]:
+    """What `look` makes of each layer's attention, on a batch with noise of time `at`."""
+    seen: list[T] = []
+
+    # At once, layer by layer: the calls of all layers need not fit into memory together.
+    def see(module: nn.Module, given: tuple[Any, ...], context: dict[str, Any], result: zoo.Result) -> None:  # noqa: ARG001
+        seen.append(look(zoo.Call(*given, **context), result.plans))
+
+    model, text = trained.model, batch["text"]
+    layout = batch["layout"].to(text.device)
+    noise = torch.full((len(text), len(stream(layout).film_of_shot)), at, device=text.device)
+    attentions = [module for module in model.modules() if isinstance(module, zoo.Attention)]
+    hooks = [attention.register_forward_hook(see, with_kwargs=True) for attention in attentions]
+    draws = generator("routing", trained.seed)
+    was_training = model.training
+    model.eval()
+    try:
+        trained.flow.loss(model, batch["clips"], text, noise, layout, draws, step=step, seed=trained.seed)
+    finally:
+        model.train(was_training)
+        for hook in hooks:
+            hook.remove()
+    return seen
+
+
+def _churn(before: Sequence[zoo.Plan], after: Sequence[zoo.Plan]) -> float:
+    """Mean over branches and heads; NaN where nothing is routed or the pieces are no longer the same."""
+
+    def pieces(plan: zoo.Plan) -> list[int]:
+        return [part.keys.count for part in plan.parts if part.routed]
+
+    pairs = [(a, b) for a, b in zip(before, after, strict=True) if pieces(a) and pieces(a) == pieces(b)]
+    return _mean([float(churn(a, b).nanmean()) for a, b in pairs])
+
+
+def _mean(values: Sequence[float]) -> float:
+    known = [value for value in values if not math.isnan(value)]
+    return sum(known) / len(known) if known else math.nan
+
+
+def _means(found: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """Means by name; what is not known anywhere is left out."""
+    names = dict.fromkeys(name for figures in found for name in figures)
+    means = {name: _mean([figures[name] for figures in found if name in figures]) for name in names}
+    return {name: value for name, value in means.items() if not math.isnan(value)}

@@ -1,0 +1,51 @@
+"""Random numbers that are a function of what they are for: no generator, no state, no order of calls.
+
+Each number is a hash of (seed, step, layer, purpose, head, token, index), so recomputation, some of the queries and
+some of the heads draw what all draw together, on every device alike. All batch items draw the same numbers.
+"""
+
+from __future__ import annotations
+
+import hashlib
+
+import torch
+from torch import Tensor
+
+from sparse_zoo.attention import Call
+
+BITS = 24
+"""Bits of a draw: what float32 holds of [0, 1) evenly."""
+
+GAMMA = -0x61C8_8646_80B5_83EB  # 2^64 / golden ratio, odd, as int64
+FACTORS = (-0x40A7_B892_E31B_1A47, -0x6B2F_B644_ECCE_EE15)
+
+
+def uniform(call: Call, purpose: str, n: int, rows: slice = slice(None)) -> Tensor:
+    """`n` draws from [0, 1) for each head and each query token of `rows`: float32 (H, rows, n), multiples of 2^-24.
+
+    They depend on call.seed, step, layer, head_offset + head and the token's place in the stream (q_rows), and on
+    `purpose`, a name that tells one use of draws from another; nothing else, not the number of draws either.
+    """
+    device = call.q.device
+    named = hashlib.blake2b(repr((purpose, call.seed, call.step, call.layer)).encode(), digest_size=8).digest()
+    heads = call.head_offset + torch.arange(call.q.shape[1], device=device)
+    tokens = torch.arange(call.q.shape[2], device=device) if call.q_rows is None else call.q_rows
+    key = _mix(heads * GAMMA + int.from_bytes(named, "little", signed=True))
+    key = _mix(key[:, None] + tokens[rows] * GAMMA)
+    key = _mix(key[..., None] + torch.arange(n, device=device) * GAMMA)
+    return _right(key, 64 - BITS).float().mul_(2.0**-BITS)
+
+
+def _mix(x: Tensor) -> Tensor:
+    """SplitMix64's finaliser on int64, whose products wrap: every bit of the result depends on all of x. In place."""
+    x ^= _right(x, 30)
+    x *= FACTORS[0]
+    x ^= _right(x, 27)
+    x *= FACTORS[1]
+    x ^= _right(x, 31)
+    return x
+
+
+def _right(x: Tensor, bits: int) -> Tensor:
+    """Shift without the sign, which int64 would carry along."""
+    return (x >> bits) & ((1 << (64 - bits)) - 1)

@@ -1,0 +1,124 @@
+"""Every preset on ShotWorld runs, each of its cells, and asks what its file says."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from rich.console import Console
+
+import sparse_zoo as zoo
+from experiments.config import load, read_yaml
+from experiments.progress import Bar
+from experiments.report import Report
+from experiments.store import Cell
+from experiments.sweep import SWEEPS, Sweep, execute, find, read
+
+PRESETS = sorted(path.stem for path in SWEEPS.glob("*.yaml") if path.stem != "quickstart")
+TINY = {
+    "trainer.max_steps": 2,
+    "model.depth": 1,
+    "data.batch_size": 2,
+    "data.films_per_epoch": 4,
+    "data.val_films": 2,
+    "sampling.steps": 1,
+    "trainer.log_every_n_steps": 1,
+}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> None:
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="module")
+def database(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return f"sqlite:///{tmp_path_factory.mktemp('mlflow') / 'mlflow.db'}"
+
+
+def once(sweep: Sweep) -> Sweep:
+    """The sweep with one seed."""
+    return replace(sweep, cells=tuple(cell for cell in sweep.cells if cell.config["seed"] == 0))
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", PRESETS)
+def test_every_cell_of_every_preset_runs(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, database: str
+) -> None:
+    monkeypatch.setenv("ZOO_HOME", str(tmp_path))
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", database)
+    sweep = once(read(find(name), [TINY]))
+    results = execute(sweep, Bar(Console(quiet=True), len(sweep.cells)))
+    assert {result.name: result.reason for result in results if result.status != "finished"} == {}
+    for result in results:
+        assert result.steps == 2
+        assert result.density is not None
+        assert "identity_recall" in result.metrics
+        assert "cross_shot_consistency" in result.metrics
+    assert {group.name for group in Report.of(sweep.name).groups} == {cell.group for cell in sweep.cells}
+    assert all(cell.config["trainer"]["accelerator"] == "cpu" for cell in sweep.cells)
+    densities = {round(result.density or 0, 6) for result in results}
+    assert len(densities) > 1 or name in ("moc_causal", "moga_balance")
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_every_preset_has_a_gpu_size_and_says_what_it_asks(name: str) -> None:
+    plain = read_yaml(find(name))
+    assert "on one core" in plain["about"]
+    large = read(find(name), size="gpu")
+    assert large.name == f"{name}-gpu"
+    for cell in large.cells:
+        assert cell.config["trainer"]["accelerator"] == "gpu"
+        assert cell.config["model"]["dim"] == 256
+        # Captions that read video would carry identities from shot to shot, past any attention.
+        assert cell.config["attention"].get("text_reads") == "text" or cell.config["attention"]["name"] == "own_shot"
+
+
+def test_motion_is_judged_where_branches_differ() -> None:
+    assert all(cell.config["data"]["frames_per_shot"] >= 4 for cell in read(find("moga_branches")).cells)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_aligned_and_fixed_chunks_are_compared_at_one_density() -> None:
+    densities = {cell.group: _density(cell) for cell in once(read(find("moc_aligned_fixed"))).cells}
+    for name, density in densities.items():
+        assert density == pytest.approx(densities["aligned"], rel=0.02), name
+    assert densities["aligned"] < 0.65 * _density(Cell("dense", load([{"attention": "dense"}, *_films()])))
+
+
+def test_the_own_shot_is_all_that_the_null_sees() -> None:
+    zoo.load_plugin(SWEEPS / "baselines.py")
+    layout = zoo.Layout.pack(
+        [
+            zoo.Layout.film([zoo.Shot(2, 2, 1, 3), zoo.Shot(1, 2, 2)], caption=2),
+            zoo.Layout.film([zoo.Shot(1, 2, 2, 1)]),
+        ]
+    )
+    x = torch.randn(1, 2, len(layout), 8)
+    mask = zoo.build("own_shot", heads=2, head_dim=8).plan(x, x, layout).dense_mask()
+    same = (layout.sample[:, None] == layout.sample) & (layout.shot[:, None] == layout.shot)
+    assert torch.equal(mask.expand(1, 2, -1, -1), same.expand(1, 2, -1, -1))
+
+
+def _films() -> list[dict[str, object]]:
+    plain = read_yaml(find("recall"))["base"]
+    return [{key: plain[key] for key in ("data", "data.frames_per_shot", "model")}]
+
+
+def _density(cell: Cell) -> float:
+    """Measured from the plans of one training step."""
+    from experiments.data import build
+    from lit_modules import RectifiedFlow, VideoDiT
+    from lit_modules.flow import generator
+
+    data = build(cell.config["data"])
+    shape = {"channels": data.channels, "patch": data.patch, "vocabulary": data.vocabulary}
+    torch.manual_seed(0)
+    model = VideoDiT(**cell.config["model"], **shape, attention=cell.config["attention"])  # type: ignore[arg-type]
+    batch = next(iter(data.train_dataloader()))
+    results = RectifiedFlow().training_loss(model, batch, generator("density"), step=0, seed=0).output.results
+    costs = [result.cost() for result in results]
+    return sum(cost.density for cost in costs) / len(costs)

@@ -1,0 +1,132 @@
+"""`zoo sample`: films from a trained run, longer than those it was trained on."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from matplotlib import image
+from test_cli import zoo
+from tiny import BASE
+
+from experiments.config import load
+from experiments.run import run
+from experiments.sampling import Drawing
+from experiments.store import Cell
+from experiments.tracking import Tracker
+from lit_modules import LitVideoDiT
+
+
+class Nobody:
+    def started(self, *_: object) -> None: ...
+    def step(self, *_: object) -> None: ...
+    def ended(self, *_: object) -> None: ...
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    home = tmp_path_factory.mktemp("home")
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setenv("ZOO_HOME", str(home))
+        patched.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{home / 'mlflow.db'}")
+        scheduled = {"name": "moc", "causal": "strict", "schedule": {"top_k": {1: 2}}}
+        config = load([BASE, {"attention": scheduled}, "data.val_films=3", "data.batch_size=2", "trainer.max_steps=1"])
+        result = run(Cell("moc", config), "train", Tracker("train"), Nobody())
+    assert result.status == "finished", result.traceback
+    return Path(result.folder)
+
+
+def test_films_longer_than_trained_on(trained: Path, tmp_path: Path) -> None:
+    asked = [
+        "data.returns=3",
+        "--context",
+        "1",
+        "--films",
+        "3",
+        "--given",
+        "1",
+        "--steps",
+        "2",
+        "--out",
+        tmp_path / "out",
+    ]
+    result = zoo("sample", trained, *asked, "--json")
+    assert result.exit_code == 0, result.output
+    found = json.loads(result.stdout)
+    assert found == json.loads((tmp_path / "out" / "sample.json").read_text())
+    assert (found["step"], found["data"]["returns"]) == (1, 3)
+    assert found["sampling"] == {"steps": 2, "guidance": 1.0, "order": "shots", "context": 1}
+    assert "identity_recall" in found["metrics"]
+    assert [film["name"] for film in found["films"]] == ["validation 0", "validation 1", "validation 2"]
+    for number, film in enumerate(found["films"]):
+        assert (film["shots"], film["given"], list(film["taken"])) == (4, 1, ["1", "2", "3"])
+        assert [len(film["taken"][str(shot)]) for shot in (1, 2, 3)] == [1, 1, 1]
+        assert Path(film["strip"]) == tmp_path / "out" / f"film_{number:03d}.png"
+        strip = image.imread(film["strip"])
+        assert strip.shape[0] == 220  # three rows of 6 pixels and two gaps of 2, drawn ten times as large
+        real, drawn = strip[:60], strip[-60:]
+        assert (real[:, :60] == drawn[:, :60]).all()  # the shot that is given
+        for shot in (1, 2, 3):
+            place = slice(90 * shot, 90 * shot + 60)
+            assert (real[:, place] == drawn[:, place]).mean() < 0.9
+
+
+def test_people_see_which_shots_each_was_drawn_beside(trained: Path) -> None:
+    result = zoo("sample", trained, "--films", "1", "--steps", "1", "--context", "4")
+    assert "0: –; 1: 0" in result.stdout
+    assert "film_000.png" in result.stdout
+    assert "identity_recall" in result.stdout
+    assert "context 4 takes every earlier shot; the longest film has 2 shots" in result.stderr
+    (folder,) = (trained / "samples").iterdir()
+    assert str(folder) in result.stdout
+    assert "each shot beside" not in zoo("sample", trained, "--films", "1", "--steps", "1", "--order", "shots").stdout
+
+
+def test_what_is_not_asked_for_is_the_runs_and_the_model_is_told_its_step(trained: Path, tmp_path: Path) -> None:
+    (checkpoint,) = trained.glob("checkpoints/*.ckpt")
+    drawing = Drawing(checkpoint, [], films=3, given=0, sampling={})
+    assert (drawing.euler.order, drawing.euler.steps, drawing.euler.context) == ("film", 1, None)
+    assert [len(batch["text"]) for batch in drawing.batches] == [2, 1]
+    average = torch.load(checkpoint, weights_only=True)["state_dict"]
+    assert torch.equal(drawing.module.model.final.weight, average["model.final.weight"])
+    steps = []
+    drawing.module.model.blocks[0].register_forward_pre_hook(lambda _, args: steps.append(args[1].step))
+    ticks: list[int] = []
+    drawn = drawing.draw(tmp_path, lambda: ticks.append(1))
+    assert set(steps) == {1}
+    assert len(ticks) == drawing.steps == 2
+    assert drawn.films[0]["taken"] is None
+    assert isinstance(drawing.module, LitVideoDiT)
+
+
+@pytest.mark.parametrize(
+    ("asked", "message"),
+    [
+        (["model.dim=3"], "only data can be changed, the rest is the checkpoint's; got 'model.dim=3'"),
+        (["data.return=3"], "did you mean 'returns'"),
+        (["data.patch=[1,4,4]"], "films have patches of (1, 4, 4), the model of (1, 3, 3)"),
+        (["data.tags=5"], "token ids, the model"),
+        (["--order", "shot"], "did you mean 'shots'"),
+        (["--order", "film", "--context", "1"], "context is for order 'shots'"),
+        (["--given", "9"], "nothing left to draw"),
+    ],
+)
+def test_what_does_not_fit_is_refused(trained: Path, asked: list[str], message: str) -> None:
+    result = zoo("sample", trained, *asked)
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert message in result.stderr
+
+
+def test_a_run_without_a_checkpoint_is_refused(trained: Path, tmp_path: Path) -> None:
+    assert "no such run or checkpoint" in zoo("sample", tmp_path / "none").stderr
+    assert "holds no checkpoints/*.ckpt" in zoo("sample", tmp_path).stderr
+    (checkpoint,) = trained.glob("checkpoints/*.ckpt")
+    alone = Path(shutil.copy(checkpoint, tmp_path / "alone.ckpt"))
+    assert "lies in no run" in zoo("sample", alone).stderr
+    (tmp_path / "checkpoints").mkdir()
+    shutil.copy(trained / "result.json", tmp_path)
+    torch.save({"weights": 1}, tmp_path / "checkpoints" / "other.ckpt")
+    assert "is no checkpoint of a run: KeyError: 'global_step'" in zoo("sample", tmp_path).stderr
