@@ -121,7 +121,7 @@ def test_the_rival_is_dense_attention() -> None:
         zoo.attend(q, k, v, zoo.Plan.within(FILM.chunks("shot")), kernel="sdpa")
 
 
-def test_it_needs_torch_and_lightning_alone() -> None:
+def test_it_needs_torch_triton_and_lightning_alone() -> None:
     """What the command, the core and the model import before a function runs."""
     root = Path(__file__).parent.parent
     own = {"sparse_zoo", "lit_modules", "experiments", *sys.stdlib_module_names}
@@ -134,5 +134,5 @@ def test_it_needs_torch_and_lightning_alone() -> None:
             names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
             names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
             tops = {name.split(".")[0] for name in names}
-            assert tops <= own | {"torch", "lightning", "torchmetrics", "typing_extensions"}, file
+            assert tops <= own | {"torch", "triton", "lightning", "torchmetrics", "typing_extensions"}, file
             assert "experiments" not in tops, file
