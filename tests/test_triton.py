@@ -242,20 +242,26 @@ def test_which_parts_are_dense(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_operators_take_what_they_are_given(has_cudnn: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """By torch's own shape functions: names, order and ranks of this version's arguments."""
     monkeypatch.setattr(dense, "cudnn", lambda: has_cudnn)
-    called: list[str] = []
+    calls: list[tuple[str, dict[str, Any], Any]] = []
     call = dense._call
-    monkeypatch.setattr(dense, "_call", lambda op, given: (called.append(str(op)), call(op, given))[1])
+
+    def recorded(op: Any, given: dict[str, Any]) -> Any:
+        calls.append((str(op), given, call(op, given)))
+        return calls[-1][2]
+
+    monkeypatch.setattr(dense, "_call", recorded)
     q = torch.empty(2, 3, 10, 64, dtype=torch.bfloat16, device="meta")
     k = torch.empty(2, 3, 7, 64, dtype=torch.bfloat16, device="meta")
     out, lse = dense.forward(q, k, k, 0.1)
     assert (out.shape, lse.shape, lse.dtype) == (q.shape, q.shape[:3], torch.float32)
     shapes = [x.shape for x in dense.backward(out, q, k, k, out, lse, 0.1)]
     assert shapes == [q.shape, k.shape, k.shape]
-    assert all(("cudnn" in name) == has_cudnn for name in called)
+    (forward, _, outs), (backward, given, _) = calls
+    assert ("cudnn" in forward, "cudnn" in backward) == (has_cudnn, has_cudnn)
+    assert given["logsumexp"].shape == outs[1].shape
     monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: True)
-    called.clear()
     dense.backward(out, q, k, k, out, lse, 0.1)
-    assert "flash" in called[0]
+    assert "flash" in calls[-1][0]
 
 
 def test_backward_gets_the_layout_of_the_forwards_output(monkeypatch: pytest.MonkeyPatch) -> None:
