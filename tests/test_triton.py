@@ -227,6 +227,11 @@ def test_which_parts_are_dense(monkeypatch: pytest.MonkeyPatch) -> None:
     assert everyone.queries == slice(0, len(film))
     assert isinstance(everyone.keys, Tensor)
     assert [type(keys) for _, keys, _ in shots] == [slice, slice]
+    # Several key pieces of one query piece are one rectangle.
+    pieces = film.partition("shot")
+    joined = zoo.Plan.blocks(film.partition(), pieces, torch.ones(1, pieces.count, dtype=torch.bool))
+    (rectangle,) = dense.rectangles(joined.parts[0]) or []
+    assert rectangle.pairs == len(film) ** 2
     singles = zoo.Plan.routed(film.chunks("frame"), torch.zeros(1, 1, len(film), 1, dtype=torch.int64))
     heads = zoo.Plan.groups(film.shot.clamp(min=0).expand(1, 2, -1))
     for other in (singles, heads):
