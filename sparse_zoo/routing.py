@@ -84,8 +84,8 @@ def top_chunks(
     kind of query may choose, `kind`, int64 (Lq,), of which kind each query is. Returns int32 (B, H, Lq, min(top_k, C)),
     best first, -1 where there are fewer; with `drops` -1 also where one was taken off, and what came in after them.
 
-    On CUDA without `drops`, where Triton can (`kernels.triton.routing.fits`), in two kernels and without a slice of scores
-    in memory: sums are rounded in another order there, as those of any two devices are.
+    On CUDA without `drops`, where Triton can (`kernels.triton.routing.fits`), in two kernels and without a slice of
+    scores in memory: sums are rounded in another order there, as those of any two devices are.
     """
     if drops is None and fused.fits(q, chunks, top_k):
         return fused.top_chunks(q, k, chunks, legal, kind, top_k)

@@ -227,6 +227,11 @@ def test_which_parts_are_dense(monkeypatch: pytest.MonkeyPatch) -> None:
     assert everyone.queries == slice(0, len(film))
     assert isinstance(everyone.keys, Tensor)
     assert [type(keys) for _, keys, _ in shots] == [slice, slice]
+    # Several key pieces of one query piece are one rectangle.
+    pieces = film.partition("shot")
+    joined = zoo.Plan.blocks(film.partition(), pieces, torch.ones(1, pieces.count, dtype=torch.bool))
+    (rectangle,) = dense.rectangles(joined.parts[0]) or []
+    assert rectangle.pairs == len(film) ** 2
     singles = zoo.Plan.routed(film.chunks("frame"), torch.zeros(1, 1, len(film), 1, dtype=torch.int64))
     heads = zoo.Plan.groups(film.shot.clamp(min=0).expand(1, 2, -1))
     for other in (singles, heads):
@@ -242,20 +247,26 @@ def test_which_parts_are_dense(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_operators_take_what_they_are_given(has_cudnn: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """By torch's own shape functions: names, order and ranks of this version's arguments."""
     monkeypatch.setattr(dense, "cudnn", lambda: has_cudnn)
-    called: list[str] = []
+    calls: list[tuple[str, dict[str, Any], Any]] = []
     call = dense._call
-    monkeypatch.setattr(dense, "_call", lambda op, given: (called.append(str(op)), call(op, given))[1])
+
+    def recorded(op: Any, given: dict[str, Any]) -> Any:
+        calls.append((str(op), given, call(op, given)))
+        return calls[-1][2]
+
+    monkeypatch.setattr(dense, "_call", recorded)
     q = torch.empty(2, 3, 10, 64, dtype=torch.bfloat16, device="meta")
     k = torch.empty(2, 3, 7, 64, dtype=torch.bfloat16, device="meta")
     out, lse = dense.forward(q, k, k, 0.1)
     assert (out.shape, lse.shape, lse.dtype) == (q.shape, q.shape[:3], torch.float32)
     shapes = [x.shape for x in dense.backward(out, q, k, k, out, lse, 0.1)]
     assert shapes == [q.shape, k.shape, k.shape]
-    assert all(("cudnn" in name) == has_cudnn for name in called)
+    (forward, _, outs), (backward, given, _) = calls
+    assert ("cudnn" in forward, "cudnn" in backward) == (has_cudnn, has_cudnn)
+    assert given["logsumexp"].shape == outs[1].shape
     monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: True)
-    called.clear()
     dense.backward(out, q, k, k, out, lse, 0.1)
-    assert "flash" in called[0]
+    assert "flash" in calls[-1][0]
 
 
 def test_backward_gets_the_layout_of_the_forwards_output(monkeypatch: pytest.MonkeyPatch) -> None:
