@@ -76,7 +76,14 @@ def _poisson_table(mean: float, device: torch.device) -> Tensor:
 
 @torch.no_grad()
 def top_chunks(
-    q: Tensor, k: Tensor, chunks: Partition, legal: Tensor, kind: Tensor, top_k: int, drops: Drops | None = None
+    q: Tensor,
+    k: Tensor,
+    chunks: Partition,
+    legal: Tensor,
+    kind: Tensor,
+    top_k: int,
+    drops: Drops | None = None,
+    on_device: bool = False,
 ) -> Tensor:
     """The `top_k` legal chunks c of largest q · mean(K_c), ties to the earlier chunk, changed by `drops` if given.
 
@@ -84,10 +91,10 @@ def top_chunks(
     kind of query may choose, `kind`, int64 (Lq,), of which kind each query is. Returns int32 (B, H, Lq, min(top_k, C)),
     best first, -1 where there are fewer; with `drops` -1 also where one was taken off, and what came in after them.
 
-    On CUDA without `drops`, where Triton can (`kernels.triton.routing.fits`), in two kernels and without a slice of
-    scores in memory: sums are rounded in another order there, as those of any two devices are.
+    With `on_device`, where Triton can (`kernels.triton.routing.fits`) and without `drops`, in two kernels and without a
+    slice of scores in memory: sums are rounded in another order there, as those of any two devices are.
     """
-    if drops is None and fused.fits(q, chunks, top_k):
+    if on_device and drops is None and fused.fits(q, chunks, top_k):
         return fused.top_chunks(q, k, chunks, legal, kind, top_k)
     batch, heads, length, _ = q.shape
     share = heads // k.shape[1]

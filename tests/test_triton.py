@@ -25,6 +25,7 @@ from sparse_zoo.kernels import triton as kernel
 from sparse_zoo.kernels.triton import dense
 from sparse_zoo.kernels.triton.configs import CONFIGS, INTERPRETED, choose
 from sparse_zoo.kernels.triton.work import Work, work_of
+from sparse_zoo.methods import moc
 
 HERE = Path(__file__).parent
 
@@ -200,7 +201,15 @@ def test_routing_goes_to_the_device_where_it_fits(monkeypatch: pytest.MonkeyPatc
     assert not routing.fused.fits(q, chunks, 2)
     monkeypatch.setattr(routing.fused, "fits", lambda *_: True)
     monkeypatch.setattr(routing.fused, "top_chunks", lambda *given: given)
-    assert routing.top_chunks(q, q, chunks, legal, kind, 2) == (q, q, chunks, legal, kind, 2)
+    assert routing.top_chunks(q, q, chunks, legal, kind, 2, on_device=True) == (q, q, chunks, legal, kind, 2)
+    assert torch.is_tensor(routing.top_chunks(q, q, chunks, legal, kind, 2))  # not unless it is asked for
+    asked: list[bool] = []
+    monkeypatch.setattr(moc, "top_chunks", lambda *given: asked.append(given[-1]) or routing.top_chunks(*given[:-1]))
+    film = zoo.Layout.film([zoo.Shot(1, 2, 2)] * 3)
+    for name in ("cpu", "triton"):
+        attention = zoo.build("moc", heads=2, head_dim=8, kernel=name)
+        attention.branches(zoo.Call(*torch.randn(3, 1, 2, 12, 8), film))
+    assert asked == [False, True]
 
 
 # -- dense rectangles -------------------------------------------------------------------------------------------------
