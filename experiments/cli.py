@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from rich import box
 from rich.console import Console
 from rich.table import Table
 from typer.core import TyperGroup
@@ -23,6 +24,9 @@ if TYPE_CHECKING:
 # Read when torch is first imported. OpenMP's threads spin while they wait; where other programs want the same cores, a
 # step took 10 times as long for it. Spinning for a short time only costs nothing where they do not.
 os.environ.setdefault("GOMP_SPINCOUNT", "2000")
+
+# Read when torch is first imported: its profiler, which counts memory for zoo bench, would tell of its every start.
+os.environ.setdefault("KINETO_LOG_LEVEL", "99")
 
 console = Console()
 errors = Console(stderr=True)
@@ -426,6 +430,56 @@ def cost(
         console.print(f"[dim]{_escape(note)}[/dim]")
 
 
+@app.command(epilog="Example: [bold]zoo bench --suite shots --plot time.png[/bold]")
+def bench(
+    suite: Annotated[str, typer.Option(help="What to measure: quick, cpu, shots or gpu.")] = "quick",
+    method: Annotated[list[str], typer.Option(help="Only this method; may be repeated.")] = [],  # noqa: B006
+    tokens: Annotated[
+        list[int],
+        typer.Option(help="The cpu suite's methods on films of this length instead; may be repeated."),
+    ] = [],  # noqa: B006
+    kernel: Annotated[str | None, typer.Option(help="This kernel for every method.")] = None,
+    dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16, for every method.")] = None,
+    repeats: Annotated[int, typer.Option(min=1, help="Measured turns; medians are given.")] = 5,
+    out: Annotated[Path | None, typer.Option(help="Also write the JSON here.")] = None,
+    plot: Annotated[Path | None, typer.Option(help="Also draw time against length, as PNG.")] = None,
+    plugin: Plugin = [],  # noqa: B006
+    as_json: AsJson = False,
+) -> None:
+    """Measure how much of the speedup that its pair count allows a method attains.
+
+    attained: seconds of the fastest dense attention here ÷ seconds of the method, routing included, turn by turn in one
+    process; bound: 1 / density. A kernel that errs against the oracle gets no time. quick: every method, seconds; cpu:
+    2k to 64k tokens, 15 minutes; shots: 1 to 32 shots; gpu: 180k tokens in half precision. Measure on a quiet machine.
+    """
+    _load_plugins(plugin)
+    import torch
+
+    from experiments.progress import counting
+    from sparse_zoo import bench as speed
+
+    device = torch.device("cuda" if torch.cuda.is_available() and suite == "gpu" else "cpu")
+    rounds = speed.chosen(suite, method, tokens, kernel, dtype)
+    with counting(errors, "turns", speed.events(rounds, repeats, device)) as told:
+        found = speed.run(rounds, repeats, device, told)
+    if out is not None:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        out.write_text(json.dumps(found, indent=1) + "\n")
+    timed = any("failed" not in row for row in found["rows"])
+    if plot is not None and timed:
+        from experiments.speed import plot as draw
+
+        draw(found, plot)
+    if as_json:
+        print(json.dumps(found))
+    else:
+        console.print(_speeds(found))
+        for written in filter(None, (out, plot if timed else None)):
+            console.print(f"Written: {written.absolute()}", soft_wrap=True)
+    if any("failed" in row for row in found["rows"]):
+        raise typer.Exit(1)
+
+
 def main() -> None:
     """The console script."""
     app()
@@ -478,6 +532,24 @@ def _drawn(sampled: Sampled) -> Table:
         beside = [f"{shot}: {' '.join(map(str, taken)) or '–'}" for shot, taken in (film["taken"] or {}).items()]
         row = [film["name"], str(film["shots"]), str(film["given"]), *(["; ".join(beside)] if chosen else [])]
         table.add_row(*map(_escape, row), _escape(Path(film["strip"]).name))
+    return table
+
+
+def _speeds(found: Mapping[str, Any]) -> Table:
+    about = f"{found['device']}, torch {found['versions']['torch']}; fwd: forward, all: forward + backward"
+    table = Table(title=about, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
+    table.caption = "±: (slowest - fastest turn) ÷ median"
+    for title in ("method", "kernel", "tokens", "pass", "ms", "dense", "attained", "÷ bound", "memory", "±"):
+        table.add_column(title, justify="left" if title in ("method", "kernel", "pass") else "right", no_wrap=True)
+    for row in found["rows"]:
+        name = (row["method"], row["kernel"], f"{row['tokens']:,}")
+        if "failed" in row:
+            console.print(f"[red]{row['method']} on {row['kernel']}[/red]: {_escape(row['failed'])}", soft_wrap=True)
+            continue
+        which = "fwd" if row["pass"] == "forward" else "all"
+        times = (f"{row['seconds'] * 1e3:.1f}", f"{row['dense_seconds'] * 1e3:.1f}")
+        speed = (f"{row['attained']:.2f} of {row['bound']:.2f}", f"[bold]{row['attained_over_bound']:.2f}[/bold]")
+        table.add_row(*name, which, *times, *speed, f"{row['peak_memory_ratio']:.2f}", f"{row['spread']:.0%}")
     return table
 
 

@@ -319,6 +319,16 @@ def measure(round_: Round, repeats: int, device: torch.device, told: Told = lamb
     return [row for entry, attention, timed in ours for row in _rows(round_, entry, attention, timed, dense)]
 
 
+def events(rounds: Sequence[Round], repeats: int, device: torch.device) -> int:
+    """How often `run` tells what it does."""
+    total = 0
+    for round_ in rounds:
+        shape = (1, 1, 64, round_.head_dim)
+        engines = len(dense_engines(torch.zeros(shape, dtype=DTYPES[round_.dtype], device=device)))
+        total += len(round_.entries) + (repeats + 1) * (len(round_.entries) + engines)
+    return total
+
+
 def _attend(attention: Any, q: Tensor, k: Tensor, v: Tensor, film: zoo.Layout, hidden: Tensor) -> Tensor:
     out: Tensor = attention(q, k, v, film, hidden=hidden).out
     return out

@@ -61,8 +61,8 @@ class Routing:
 
         NaN where nothing was picked or there was one piece only.
         """
-        share = self.load / self.load.sum(-1, keepdim=True)
-        entropy: Tensor = torch.special.entr(share.double()).sum(-1)
+        share = self.load.double() / self.load.sum(-1, keepdim=True)
+        entropy: Tensor = torch.special.entr(share).sum(-1)
         return entropy / self.counted.sum(-1).double().log()
 
     @property

@@ -12,6 +12,7 @@ from torch import Tensor
 from sparse_zoo.attention import Call
 from sparse_zoo.draws import BITS, uniform
 from sparse_zoo.errors import refuse
+from sparse_zoo.kernels.triton import routing as fused
 from sparse_zoo.layout import Layout
 from sparse_zoo.partition import Partition
 from sparse_zoo.remember import remembered
@@ -83,6 +84,8 @@ def top_chunks(
     kind of query may choose, `kind`, int64 (Lq,), of which kind each query is. Returns int32 (B, H, Lq, min(top_k, C)),
     best first, -1 where there are fewer; with `drops` -1 also where one was taken off, and what came in after them.
     """
+    if drops is None and fused.fits(q, chunks, top_k):
+        return fused.top_chunks(q, k, chunks, legal, kind, top_k)
     batch, heads, length, _ = q.shape
     share = heads // k.shape[1]
     means = chunks.mean(k.float()).repeat_interleave(share, dim=1).transpose(-1, -2)

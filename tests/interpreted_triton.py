@@ -9,9 +9,10 @@ from torch import Tensor
 from triton.runtime import interpreter
 
 import sparse_zoo as zoo
-from sparse_zoo import testing
+from sparse_zoo import routing, testing
 from sparse_zoo.kernels import get
 from sparse_zoo.kernels.triton import dense, device, union
+from sparse_zoo.kernels.triton import routing as fused
 from sparse_zoo.testing import kernels as kernel_checks
 from sparse_zoo.testing import oracle
 
@@ -199,3 +200,30 @@ def test_what_the_interpreter_takes() -> None:
     assert why_not(q, q) == []
     assert "dtype torch.bfloat16 is not torch.float32 or torch.float16" in why_not(q.bfloat16(), q.bfloat16())[0]
     assert why_not(q[..., :6], q[..., :6]) == ["head dim 6 is not a power of two"]
+
+
+@pytest.mark.parametrize(("pieces", "top_k", "apart"), [(9, 3, False), (20, 16, False), (5, 9, True)])
+def test_fused_routing_chooses_the_same(pieces: int, top_k: int, apart: bool) -> None:
+    """On whole numbers small enough to be exact in any order, so that ties are ties: they go to the earlier chunk."""
+    length = 37
+    q = torch.randint(-2, 3, (2, 4, length, 8)).float()
+    k = 27_720 * torch.randint(-2, 3, (2, 2, length, 8)).float()  # divided by any number up to 12
+    labels = torch.arange(2 * 2 * length if apart else length) * 7 % pieces
+    chunks = zoo.Partition.from_labels(labels.view(2, 2, length) if apart else labels, pieces + 1)  # and an empty one
+    legal = torch.rand(3, pieces + 1) < 0.7
+    legal[2] = False
+    kind = torch.randint(0, 3, (length,))
+    assert int(chunks.sizes.max()) <= 12
+    want = routing.top_chunks(q, k, chunks, legal, kind, top_k)
+    assert torch.equal(fused.top_chunks(q, k, chunks, legal, kind, top_k), want)
+
+
+def test_fused_routing_keeps_float32s_accuracy_in_half_precision() -> None:
+    q, k = torch.randn(1, 2, 16, 8).half(), torch.randn(1, 2, 96, 8).half()
+    chunks = zoo.Partition.from_labels(torch.arange(96) // 3, 32)
+    means = k.float().view(1, 2, 32, 3, 8).mean(3)
+    scores = q.double() @ means.double().transpose(-1, -2)
+    got = fused.top_chunks(q, k, chunks, torch.ones(1, 32, dtype=torch.bool), torch.zeros(16, dtype=torch.int64), 16)
+    ordered = scores.gather(-1, got.long())
+    assert float(ordered.diff(dim=-1).max()) < 1e-6
+    assert float((ordered[..., -1] - scores.sort(dim=-1, descending=True).values[..., 15]).abs().max()) < 1e-6

@@ -88,6 +88,13 @@ def test_a_kernel_that_cannot_run_says_why() -> None:
     assert "needs a CUDA device" in row["failed"] or "tensors are on cpu" in row["failed"]
 
 
+def test_every_event_is_told() -> None:
+    rounds = [bench.Round(bench.film_of(2048), bench.CPU_ENTRIES[3:])]
+    told: list[str] = []
+    bench.run(rounds, 1, CPU, told.append)
+    assert len(told) == bench.events(rounds, 1, CPU)
+
+
 def test_every_suite_can_be_made() -> None:
     for name in bench.SUITES:
         for round_ in bench.suite(name):

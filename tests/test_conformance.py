@@ -105,6 +105,33 @@ def test_kernels_of_one_dtype_are_bounded_by_what_plain_softmax_errs(
         testing.check_method(method, only=["output_equals_oracle", "gradients_equal_oracle", "pairs_counted"])
 
 
+class Wide(Plain):
+    """Takes one head dim, as kernels made of tiles do; counts what it was given."""
+
+    name = "wide"
+
+    def __init__(self) -> None:
+        self.seen: set[int] = set()
+
+    def why_not(self, q: torch.Tensor | None = None, v: torch.Tensor | None = None) -> list[str]:
+        return super().why_not(q, v) + (["takes head dim 64 alone"] if q is not None and q.shape[-1] != 64 else [])
+
+    def run(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, plan: zoo.Plan, scale: float
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        self.seen.add(q.shape[-1])
+        return super().run(q, k, v, plan, scale)
+
+
+def test_kernels_of_one_head_dim_are_judged_at_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    quick = ["kernel_extreme_scores", "kernel_many_rectangles", "kernel_shared_keys", "kernel_tells_why_not"]
+    testing.check_kernel(wide := Wide(), only=quick)
+    assert wide.seen == {64}
+    monkeypatch.setitem(_kernels, "wide", wide := Wide())
+    testing.check_method("moga", only=["output_equals_oracle", "gradients_equal_oracle", "pairs_counted"])
+    assert wide.seen == {64}
+
+
 class Coarse(zoo.Attention):
     """Own shot; half of what the shot's mean key reads of all shots' means; a tenth of the own value."""
 

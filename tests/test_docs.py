@@ -7,6 +7,8 @@ import pytest
 import torch
 
 import sparse_zoo as zoo
+from sparse_zoo.testing import checks
+from sparse_zoo.testing.mutants import MUTANTS
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -32,6 +34,11 @@ def test_the_library_example_runs(capsys: pytest.CaptureFixture[str]) -> None:
     (code,) = [block for block in blocks("python") if "zoo.build" in block]
     exec(code, {})
     assert capsys.readouterr().out.startswith("torch.Size([1, 4, 790, 32]) cpu 0.")
+
+
+def test_the_readme_counts_right() -> None:
+    assert f"a conformance suite of {len(checks())} checks" in README
+    assert f"{len(MUTANTS)} broken methods and kernels" in README
 
 
 def test_what_the_readme_links_to_is_there() -> None:

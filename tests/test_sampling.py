@@ -178,7 +178,7 @@ def test_each_shot_is_drawn_beside_clean_ones_before_it(attention):
             x[:, own] += (then - now) * (plain + 1.5 * (guided - plain))[:, own]
         clips.append(model.unpatchify(x, part["layout"])[-1])
     for got, want in zip(drawn, clips, strict=True):
-        torch.testing.assert_close(got, want, rtol=0, atol=1e-6)
+        torch.testing.assert_close(got, want, rtol=0, atol=1e-9)
 
 
 def test_films_of_a_stream_are_drawn_as_alone():

@@ -20,6 +20,7 @@ from test_plan import plans
 from torch import Tensor
 
 import sparse_zoo as zoo
+from sparse_zoo import routing
 from sparse_zoo.kernels import triton as kernel
 from sparse_zoo.kernels.triton import dense
 from sparse_zoo.kernels.triton.configs import CONFIGS, INTERPRETED, choose
@@ -190,6 +191,16 @@ def test_nothing_imports_triton_before_it_is_asked_for() -> None:
     code = "import sys, sparse_zoo as zoo; zoo.kernels(); print('triton' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=HERE.parent)
     assert done.stdout.strip() == "False"
+
+
+def test_routing_goes_to_the_device_where_it_fits(monkeypatch: pytest.MonkeyPatch) -> None:
+    q = torch.randn(1, 2, 9, 8)
+    chunks, kind = zoo.Partition.from_labels(torch.arange(9) // 3, 3), torch.zeros(9, dtype=torch.int64)
+    legal = torch.ones(1, 3, dtype=torch.bool)
+    assert not routing.fused.fits(q, chunks, 2)
+    monkeypatch.setattr(routing.fused, "fits", lambda *_: True)
+    monkeypatch.setattr(routing.fused, "top_chunks", lambda *given: given)
+    assert routing.top_chunks(q, q, chunks, legal, kind, 2) == (q, q, chunks, legal, kind, 2)
 
 
 # -- dense rectangles -------------------------------------------------------------------------------------------------

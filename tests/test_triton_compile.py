@@ -5,6 +5,8 @@ What is compiled is what the launcher launches: its calls are recorded, and thei
 
 import re
 import subprocess
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,18 +16,20 @@ import torch
 from torch import Tensor
 
 import sparse_zoo as zoo
-from sparse_zoo.kernels.triton.configs import CONFIGS, Config
+from sparse_zoo.kernels.triton.configs import CONFIGS, MOST_CHUNKS, Config
 
 triton = pytest.importorskip("triton", reason="needs the package triton")
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource, CompiledKernel  # noqa: E402
 
 from sparse_zoo.kernels.triton import device, union  # noqa: E402
+from sparse_zoo.kernels.triton import routing as fused  # noqa: E402
 
 SHARED_MEMORY = {80: 163 << 10, 90: 227 << 10}
 MULTIPLY = ("attend", "grad_queries", "grad_keys")
 OTHERS = ("merge", "add_up", "row_dots")
-TYPES = {torch.bfloat16: "bf16", torch.float32: "fp32", torch.int32: "i32"}
+ROUTING = ("pool", "choose")
+TYPES = {torch.bfloat16: "bf16", torch.float32: "fp32", torch.int32: "i32", torch.uint8: "u8"}
 
 
 @dataclass(frozen=True)
@@ -57,13 +61,19 @@ def recorded(config: Config, dim: int) -> dict[str, list[Launch]]:
     routed = zoo.Plan.routed(chunks, torch.zeros(1, 4, length, 1, dtype=torch.int64))
     plan = zoo.Plan(*routed.parts, *zoo.Plan.groups(torch.arange(length) % 2).parts)
     q, k, v = (torch.zeros(2, heads, length, dim, dtype=torch.bfloat16, requires_grad=True) for heads in (4, 2, 2))
-    recorders = {name: Recorder([]) for name in (*MULTIPLY, *OTHERS)}
-    with pytest.MonkeyPatch.context() as patch:
-        for name, recorder in recorders.items():
-            patch.setattr(device, name, recorder)
+    with recording((*MULTIPLY, *OTHERS)) as launches:
         out, _ = union.Union.apply(q, k, v, plan, 0.1, config)
         out.backward(torch.zeros_like(out))
-    return {name: recorder.launches for name, recorder in recorders.items()}
+    return launches
+
+
+@contextmanager
+def recording(names: Iterable[str]) -> Iterator[dict[str, list[Launch]]]:
+    launches: dict[str, list[Launch]] = {name: [] for name in names}
+    with pytest.MonkeyPatch.context() as patch:
+        for name in names:
+            patch.setattr(device, name, Recorder(launches[name]))
+        yield launches
 
 
 def compiled(name: str, launch: Launch, capability: int) -> CompiledKernel:
@@ -82,35 +92,49 @@ def compiled(name: str, launch: Launch, capability: int) -> CompiledKernel:
     return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=launch.options)
 
 
-@pytest.mark.parametrize("name", [*MULTIPLY, *OTHERS])
-@pytest.mark.parametrize(("capability", "dim"), sorted(CONFIGS), ids=str)
-def test_no_spills_no_warnings_and_shared_memory_that_fits(
-    name: str,
-    capability: tuple[int, int],
-    dim: int,
-    monkeypatch: pytest.MonkeyPatch,
-    capfd: pytest.CaptureFixture[str],
-    tmp_path: Path,
-) -> None:
+@pytest.fixture(autouse=True)
+def _fresh(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     monkeypatch.setenv("TRITON_ALWAYS_COMPILE", "1")  # what is taken from the cache leaves no log
     monkeypatch.setenv("TRITON_DUMP_PTXAS_LOG", "1")
-    target = capability[0] * 10 + capability[1]
+
+
+def check(name: str, launch: Launch, target: int, capfd: pytest.CaptureFixture[str], folder: Path) -> None:
+    """No spills, no warnings, shared memory that fits, rows addressed in 64 bits, and tensor cores."""
+    capfd.readouterr()
+    kernel = compiled(name, launch, target)
+    log = capfd.readouterr().out
+    spills = re.findall(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", log)
+    assert spills == [("0", "0", "0")], log
+    assert "warning" not in log.lower(), log
+    assert "C75" not in log, log
+    assert kernel.metadata.shared <= SHARED_MEMORY[target]
+    # Row offsets pass 2^31: what is multiplied by a stride has 64 bits.
+    assert name in ROUTING or not re.search(r"arith\.muli .* : tensor<\d+x1xi32>", kernel.asm["ttir"])
+    if name in MULTIPLY:
+        assert ("HGMMA" if target == 90 else "HMMA") in sass(kernel, folder)
+
+
+@pytest.mark.parametrize("name", [*MULTIPLY, *OTHERS])
+@pytest.mark.parametrize(("capability", "dim"), sorted(CONFIGS), ids=str)
+def test_attention_compiles(
+    name: str, capability: tuple[int, int], dim: int, capfd: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
     launches = recorded(CONFIGS[capability, dim], dim)[name]
     assert [launch.constants.get("PIECES") for launch in launches] == ([False, True] if name in MULTIPLY else [None])
     for launch in launches:
-        capfd.readouterr()
-        kernel = compiled(name, launch, target)
-        log = capfd.readouterr().out
-        spills = re.findall(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", log)
-        assert spills == [("0", "0", "0")], log
-        assert "warning" not in log.lower(), log
-        assert "C75" not in log, log
-        assert kernel.metadata.shared <= SHARED_MEMORY[target]
-        # Row offsets pass 2^31: what is multiplied by a stride has 64 bits.
-        assert not re.search(r"arith\.muli .* : tensor<\d+x1xi32>", kernel.asm["ttir"])
-        if name in MULTIPLY:
-            assert ("HGMMA" if target == 90 else "HMMA") in sass(kernel, tmp_path)
+        check(name, launch, capability[0] * 10 + capability[1], capfd, tmp_path)
+
+
+@pytest.mark.parametrize("target", sorted(SHARED_MEMORY))
+def test_routing_compiles(target: int, capfd: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    q = torch.zeros(1, 2, MOST_CHUNKS, 128, dtype=torch.bfloat16)
+    legal, kind = torch.ones(1, MOST_CHUNKS, dtype=torch.bool), torch.zeros(MOST_CHUNKS, dtype=torch.int64)
+    with recording(ROUTING) as launches:
+        fused.top_chunks(q, q, zoo.Partition.singles(MOST_CHUNKS), legal, kind, fused.MOST_K)
+    for name in ROUTING:
+        (launch,) = launches[name]
+        check(name, launch, target, capfd, tmp_path)
 
 
 def sass(kernel: CompiledKernel, folder: Path) -> str:

@@ -81,8 +81,6 @@ def _coarse(part: Part) -> Part:
     """The same pairs, with query pieces that attend to the same keys made one: those keys are then gathered once."""
     if not part.edges.numel():  # which `unique` refuses
         return part
-    if not part.edges.numel():
-        return part
     rows, row = torch.unique(part.edges[0, 0], dim=0, return_inverse=True)
     if len(rows) == part.queries.count:
         return part

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Collection, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.util import find_spec
 
 import torch
@@ -16,10 +16,10 @@ from sparse_zoo.kernels.base import Kernel
 from sparse_zoo.partition import Partition
 from sparse_zoo.plan import Part, Plan
 from sparse_zoo.testing import oracle
-from sparse_zoo.testing.subject import place
+from sparse_zoo.testing.subject import HEAD_DIM, place
 from sparse_zoo.testing.suite import Check, Checks, Outcome, Skip, expect, same, settle
 
-BATCH, HEADS, HEAD_DIM = 2, 4, 8
+BATCH, HEADS = 2, 4
 EXACT = 1e-10
 SEEDED, DRAWN = 30, 60
 GRID = 65_535
@@ -30,11 +30,12 @@ AFFORDABLE = 1 << 28
 
 @dataclass(frozen=True)
 class KernelSubject:
-    """A kernel under test, the device it runs on and the widest dtype it takes there."""
+    """A kernel under test, the device it runs on, the widest dtype it takes there and the smallest head dim."""
 
     kernel: Kernel
     device: str
     dtype: torch.dtype
+    head_dim: int = HEAD_DIM
 
 
 _all: Checks[KernelSubject] = Checks()
@@ -65,8 +66,8 @@ def check_kernel(
     Plans are drawn with fixed seeds: unions of ragged pieces, whose key sets overlap, one-token rectangles, empty
     pieces and rectangles, edges as tables and as indices, batch items and heads alike or apart; and more than 65,535
     rectangles. Where Hypothesis is installed it draws 60 further plans and shrinks what fails; where it is not,
-    `kernel_drawn_plans` is skipped and the seeded plans are all. Runs on the first device and widest dtype that the
-    kernel takes; raises `ZooError` with the kernel's reasons where there is none.
+    `kernel_drawn_plans` is skipped and the seeded plans are all. Runs on the first device, widest dtype and smallest
+    head dim that the kernel takes; raises `ZooError` with the kernel's reasons where there is none.
     """
     return settle(run_kernel_checks(kernel, known_failures=known_failures, only=only))
 
@@ -152,7 +153,7 @@ class Run:
 
 def inputs(subject: KernelSubject, queries: int, keys: int, kv_heads: int = 2, seed: int = 3) -> list[Tensor]:
     draw = torch.Generator().manual_seed(seed)
-    shapes = [(BATCH, HEADS, queries, HEAD_DIM)] + [(BATCH, kv_heads, keys, HEAD_DIM)] * 2
+    shapes = [(BATCH, HEADS, queries, subject.head_dim)] + [(BATCH, kv_heads, keys, subject.head_dim)] * 2
     made = [torch.randn(shape, generator=draw, dtype=torch.float64) for shape in shapes]
     return [x.to(device=subject.device, dtype=subject.dtype).requires_grad_() for x in made]
 
@@ -315,7 +316,7 @@ def kernel_many_rectangles(subject: KernelSubject) -> None:
         shapes.append((1, 1, GRID + 65))
     for batch, heads, length in shapes:
         draw = torch.Generator().manual_seed(4)
-        drawn = (torch.randn(batch, heads, length, HEAD_DIM, generator=draw) for _ in "qkv")
+        drawn = (torch.randn(batch, heads, length, subject.head_dim, generator=draw) for _ in "qkv")
         q, k, v = (x.to(device=subject.device, dtype=subject.dtype).requires_grad_() for x in drawn)
         plan = Plan.groups(torch.arange(length, device=subject.device))
         out, _ = subject.kernel.run(q, k, v, plan, 1.0)
@@ -336,10 +337,10 @@ def kernel_extreme_scores(subject: KernelSubject) -> None:
     token = torch.arange(length, device=subject.device)
     plan = Plan.groups(token // 8) | Plan.groups(token % 2)
     for sign in (-1.0, 1.0):
-        q, k, v = inputs(KernelSubject(subject.kernel, subject.device, narrow), length, length)
+        q, k, v = inputs(replace(subject, dtype=narrow), length, length)
         with torch.no_grad():
             # All q and k lie along one direction: every score has one sign.
-            q.copy_(sign * (8.0 + q.abs()))
+            q.copy_(sign * (8 / subject.head_dim) ** 0.5 * (8.0 + q.abs()))
             k.copy_(8.0 + k.abs())
         given = [q, k, v]
         got, want = by_kernel(subject, given, plan), by_oracle(given, plan)
@@ -362,7 +363,7 @@ def kernel_half_precision(subject: KernelSubject) -> None:
     plan = Plan.groups(token // 40) | Plan.groups(token % 4)
     reasons = []
     for dtype in (torch.bfloat16, torch.float16):
-        given = inputs(KernelSubject(subject.kernel, subject.device, dtype), length, length)
+        given = inputs(replace(subject, dtype=dtype), length, length)
         why_not = subject.kernel.why_not(given[0], given[2])
         if why_not:
             reasons += why_not
@@ -431,7 +432,7 @@ def kernel_executed(subject: KernelSubject) -> None:
 @_all
 def kernel_tells_why_not(subject: KernelSubject) -> None:
     """It gives reasons for tensors it cannot take; a head dim of v unlike q's it refuses or computes."""
-    whole = torch.zeros(1, 1, 4, HEAD_DIM, dtype=torch.int32, device=subject.device)
+    whole = torch.zeros(1, 1, 4, subject.head_dim, dtype=torch.int32, device=subject.device)
     reasons = subject.kernel.why_not(whole, whole)
     expect(
         bool(reasons) and all(isinstance(reason, str) and reason for reason in reasons),

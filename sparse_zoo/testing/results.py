@@ -39,10 +39,10 @@ def gradients(attention: Attention, call: Call, out: Tensor) -> list[Tensor | No
 @checks
 def output_equals_oracle(subject: Subject) -> None:
     """On every usable kernel the output is the masked softmax of the branches in float64, weighted and summed."""
-    for kernel, device, dtype in usable():
-        attention = subject.build({"kernel": kernel}, dtype=dtype, device=device)
+    for kernel, device, dtype, head_dim in usable():
+        attention = subject.build({"kernel": kernel}, head_dim=head_dim, dtype=dtype, device=device)
         for film, layout in FILMS.items():
-            call = make(layout, dtype=dtype, device=device)
+            call = make(layout, head_dim=head_dim, dtype=dtype, device=device)
             with torch.no_grad():
                 result, want = attention.run(call), oracle.plain(attention, call)
                 expect(set(result.kernel.split(",")) <= {kernel}, f"kernel {kernel} to run", result.kernel, "run(call)")
@@ -58,10 +58,10 @@ def output_equals_oracle(subject: Subject) -> None:
 @checks
 def gradients_equal_oracle(subject: Subject) -> None:
     """On every usable kernel gradients of q, k, v, hidden and parameters are those of the oracle."""
-    for kernel, device, dtype in usable():
-        attention = subject.build({"kernel": kernel}, dtype=dtype, device=device)
+    for kernel, device, dtype, head_dim in usable():
+        attention = subject.build({"kernel": kernel}, head_dim=head_dim, dtype=dtype, device=device)
         for film in ("story", "packed", "one-frame shots"):
-            call = make(FILMS[film], dtype=dtype, device=device, grad=True)
+            call = make(FILMS[film], head_dim=head_dim, dtype=dtype, device=device, grad=True)
             got = gradients(attention, call, attention.run(call).out)
             want = gradients(attention, call, oracle.plain(attention, call))
             eager = gradients(attention, call, oracle.plain(attention, call, None))

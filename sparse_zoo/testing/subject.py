@@ -94,8 +94,8 @@ def make(
     return Call(q, k, v, layout.to(device), hidden=normal(batch, length, DIM), **context)
 
 
-def usable() -> Iterator[tuple[str, str, torch.dtype]]:
-    """Every kernel that runs here, with the device and the widest dtype that it takes.
+def usable() -> Iterator[tuple[str, str, torch.dtype, int]]:
+    """Every kernel that runs here, with the device, the widest dtype and the smallest head dim that it takes.
 
     But for those that compile for each shape: on films of all sizes that would take minutes.
     """
@@ -105,11 +105,15 @@ def usable() -> Iterator[tuple[str, str, torch.dtype]]:
             yield name, *found
 
 
-def place(kernel: Kernel) -> tuple[str, torch.dtype] | None:
-    """The first device and widest dtype on which a kernel runs forward and backward; None if it does nowhere here."""
+def place(kernel: Kernel) -> tuple[str, torch.dtype, int] | None:
+    """The first device, widest dtype and smallest head dim with which a kernel runs forward and backward.
+
+    None if it does nowhere here.
+    """
     for device in ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",):
         for dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
-            x = torch.empty(1, 1, 1, HEAD_DIM, dtype=dtype, device=device, requires_grad=True)
-            if not kernel.why_not(x, x):
-                return device, dtype
+            for head_dim in (HEAD_DIM, 16, 32, 64, 128):
+                x = torch.empty(1, 1, 1, head_dim, dtype=dtype, device=device, requires_grad=True)
+                if not kernel.why_not(x, x):
+                    return device, dtype, head_dim
     return None

@@ -51,6 +51,12 @@ INTERPRETED = Config(_SMALL, _SMALL)
 
 LINES = Tile(32, 0, 4, 1)
 """Of the kernels that merge, add up or dot rows."""
+POOL = Tile(1, 64, 4, 2)
+"""Of the kernel that takes the mean of a piece, `step` rows at a time."""
+CHOOSE = Tile(32, 64, 8, 1)
+"""Of the kernel that chooses: `rows` queries, `step` channels at a time."""
+MOST_CHUNKS = 256
+"""That it chooses from: the scores of its queries stay in registers, and more spill."""
 
 
 def choose(capability: tuple[int, int], head_dim: int) -> Config:

@@ -174,7 +174,7 @@ def grad_queries(
     queries = _rows(q + item * q_item + head * q_head, token, q_row, live, DIM, True)
     grads = _rows(grad + item * grad_item + head * grad_head, token, grad_row, live, DIM, True)
     known = group.to(tl.int64) * length + token
-    row_lse = tl.load(lse + known, mask=live, other=float("inf")) * LOG2_E
+    row_lse = tl.load(lse + known, mask=live, other=0.0) * LOG2_E
     row_delta = tl.load(delta + known, mask=live, other=0.0)
     kv_head = (first_head + head) // share
     k += item * k_item + kv_head * k_head
@@ -208,10 +208,10 @@ def _grad_keys_segment(
         there = place < end
         query = tl.load(others + place, mask=there, other=0).to(tl.int64)
         queries = _rows(q, query, q_row, there, DIM, True)
-        # An lse of +inf makes the weights of rows past the end 0.
-        row_lse = tl.load(lse + query, mask=there, other=float("inf")) * LOG2_E
+        row_lse = tl.load(lse + query, mask=there, other=0.0) * LOG2_E
         scores = tl.dot(keys, tl.trans(queries), input_precision="ieee")
         weights = tl.math.exp2(scores * scale - row_lse[None, :])
+        # Zero past the end, so that the weights there, 1, add nothing.
         grads = _rows(grad, query, grad_row, there, DIM, True)
         grad_v = tl.dot(weights.to(grads.dtype), grads, grad_v, input_precision="ieee")
         row_delta = tl.load(delta + query, mask=there, other=0.0)
@@ -336,3 +336,62 @@ def row_dots(
     left = _rows(a + item * a_item + head * a_head, token, a_row, live, DIM, True).to(tl.float32)
     right = _rows(b + item * b_item + head * b_head, token, b_row, live, DIM, True).to(tl.float32)
     tl.store(out + group.to(tl.int64) * length + token, tl.sum(left * right, 1), mask=live)
+
+
+@triton.jit
+def pool(
+    k, means, tokens, offsets, heads, count,
+    k_item, k_head, k_row, tokens_item, tokens_head, offsets_item, offsets_head,
+    STEP: tl.constexpr, DIM: tl.constexpr,
+):  # fmt: skip
+    """The mean key of one piece, 0 for an empty one, as a sum of three numbers of the keys' dtype: together as exact as
+    float32, and multiplied by tensor cores."""
+    group, piece = tl.program_id(0) // count, tl.program_id(0) % count
+    item, head = (group // heads).to(tl.int64), (group % heads).to(tl.int64)
+    at = offsets + item * offsets_item + head * offsets_head + piece
+    begin, end = tl.load(at), tl.load(at + 1)
+    tokens += item * tokens_item + head * tokens_head
+    k += item * k_item + head * k_head
+    dim = tl.arange(0, DIM)
+    total = tl.zeros([DIM], tl.float32)
+    for first in tl.range(begin, end, STEP):
+        place = first + tl.arange(0, STEP)
+        token = tl.load(tokens + place, mask=place < end, other=0).to(tl.int64)
+        total += tl.sum(_rows(k, token, k_row, place < end, DIM, True).to(tl.float32), 0)
+    rest = total / tl.maximum(end - begin, 1)
+    for i in tl.static_range(3):
+        term = rest.to(means.dtype.element_ty)
+        tl.store(means + ((group * 3 + i) * count + piece).to(tl.int64) * DIM + dim, term)
+        rest -= term.to(tl.float32)
+
+
+@triton.jit
+def choose(
+    q, means, legal, kind, chosen, heads, number, length, share, count, q_item, q_head, q_row,
+    ROWS: tl.constexpr, STEP: tl.constexpr, DIM: tl.constexpr, COLUMNS: tl.constexpr, TOP_K: tl.constexpr,
+):  # fmt: skip
+    """The TOP_K legal pieces of largest q · mean for each query: best first, ties to the earlier, -1 for none."""
+    group, tile = tl.program_id(0) // number, tl.program_id(0) % number
+    item, head = (group // heads).to(tl.int64), (group % heads).to(tl.int64)
+    row = tile * ROWS + tl.arange(0, ROWS)
+    live, token = row < length, row.to(tl.int64)
+    column, step = tl.arange(0, COLUMNS), tl.arange(0, STEP)
+    q += item * q_item + head * q_head
+    means += (item * (heads // share) + head // share) * 3 * count * DIM
+    scores = tl.zeros([ROWS, COLUMNS], tl.float32)
+    for first in tl.static_range(0, DIM, STEP):
+        dim = first + step
+        queries = tl.load(q + token[:, None] * q_row + dim[None, :], mask=live[:, None], other=0.0)
+        for i in tl.static_range(3):
+            at = means + (i * count + column[None, :]) * DIM + dim[:, None]
+            keys = tl.load(at, mask=(column < count)[None, :], other=0.0)
+            scores = tl.dot(queries, keys, scores, input_precision="ieee")
+    of_kind = tl.load(kind + row, mask=live, other=0)
+    there = live[:, None] & (column < count)[None, :]
+    allowed = tl.load(legal + of_kind[:, None] * count + column[None, :], mask=there, other=0)
+    scores = tl.where(allowed != 0, scores, float("-inf"))
+    to = chosen + (group.to(tl.int64) * length + token) * TOP_K
+    for i in tl.range(0, TOP_K):
+        best, index = tl.max(scores, 1, return_indices=True)
+        tl.store(to + i, tl.where(best == float("-inf"), -1, index), mask=live)
+        scores = tl.where(column[None, :] == index[:, None], float("-inf"), scores)

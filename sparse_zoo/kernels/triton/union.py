@@ -31,10 +31,10 @@ class Union(torch.autograd.Function):
     def forward(
         ctx: Any, q: Tensor, k: Tensor, v: Tensor, plan: Plan, scale: float, config: Config
     ) -> tuple[Tensor, Tensor]:
-        q, k, v = (_dense_rows(x.detach()) for x in (q, k, v))
+        q, k, v = (dense_rows(x.detach()) for x in (q, k, v))
         out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
         lse = torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
-        with _on(q):
+        with on(q):
             work = _PlanWork.of(plan, config)
             for slab in _slabs(q, k, work.rows * (q.shape[-1] * q.element_size() + 4)):
                 _forward(slab, (q, k, v, out, lse), work, scale, config)
@@ -48,12 +48,12 @@ class Union(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, out, lse = ctx.saved_tensors
         grads = tuple(torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
-        with _on(q):
+        with on(q):
             # Made again rather than kept: the lists of a routed part are larger than its edges.
             work = _PlanWork.of(ctx.plan, ctx.config)
             row_bytes = q.shape[-1] * q.element_size()
             for slab in _slabs(q, k, work.rows * row_bytes + 2 * 4 * k.shape[2] * k.shape[3]):
-                _backward(slab, (q, k, v, out, lse, _dense_rows(grad)), grads, work, ctx.scale, ctx.config)
+                _backward(slab, (q, k, v, out, lse, dense_rows(grad)), grads, work, ctx.scale, ctx.config)
         return *grads, None, None, None
 
 
@@ -148,7 +148,8 @@ class _Slab:
 
     def keys_at(self, x: Tensor, rows: dense.Rows) -> Tensor:
         """Some rows of k or v, one head for each query head."""
-        return x[self.items, self.kv_head][:, :, rows].repeat_interleave(self.share, dim=1)
+        own = x[self.items, self.kv_head][:, :, rows]
+        return own if self.share == 1 else own.repeat_interleave(self.share, dim=1)
 
 
 def _slabs(q: Tensor, k: Tensor, bytes_of_a_head: int) -> Iterator[_Slab]:
@@ -275,9 +276,11 @@ def _strides(*tensors: Tensor) -> list[int]:
     return [stride for x in tensors for stride in x.stride()[:3]]
 
 
-def _dense_rows(x: Tensor) -> Tensor:
+def dense_rows(x: Tensor) -> Tensor:
+    """x with the channels of a row next to each other."""
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
-def _on(x: Tensor) -> AbstractContextManager[Any]:
+def on(x: Tensor) -> AbstractContextManager[Any]:
+    """Launches go to the current device."""
     return torch.cuda.device(x.device) if x.device.type == "cuda" else nullcontext()

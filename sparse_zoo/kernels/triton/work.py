@@ -64,20 +64,20 @@ def work_of(part: Part, config: Config) -> PartWork | None:
     rows, key_rows = tiles.attend.rows, tiles.grad_keys.rows
     readers, starts, places = _by_key(edges, keys.count)
     if gathered:
-        by_query = Work(readers, _piece_tiles(starts, readers.shape[-1], rows), _tokens(keys), _bounds(keys.offsets))
-        by_key = Work(_tokens(keys), _piece_tiles(keys.offsets, _listed(keys), key_rows), readers, _bounds(starts))
+        by_query = Work(readers, _piece_tiles(starts, readers.shape[-1], rows), tokens_of(keys), _bounds(keys.offsets))
+        by_key = Work(tokens_of(keys), _piece_tiles(keys.offsets, _listed(keys), key_rows), readers, _bounds(starts))
         return PartWork(by_query, by_key, places, pieces)
     first = torch.arange(queries.count, device=edges.device) * edges.shape[-1]
     by_query = Work(
-        _tokens(queries),
+        tokens_of(queries),
         _tiles(queries.offsets, _listed(queries), rows, first, first + number),
-        _tokens(keys),
+        tokens_of(keys),
         _bounds_at(keys.offsets, edges.flatten(2)),
     )
     by_key = Work(
-        _tokens(keys),
+        tokens_of(keys),
         _tiles(keys.offsets, _listed(keys), key_rows, starts[..., :-1], starts[..., 1:]),
-        _tokens(queries),
+        tokens_of(queries),
         _bounds_at(queries.offsets, readers),
     )
     return PartWork(by_query, by_key, _places(queries), pieces)
@@ -159,7 +159,8 @@ def _bounds_at(starts: Tensor, pieces: Tensor) -> Tensor:
     return bounds.gather(-2, at).masked_fill_((pieces < 0)[..., None], 0)
 
 
-def _tokens(pieces: Partition) -> Tensor:
+def tokens_of(pieces: Partition) -> Tensor:
+    """The tokens of all pieces, one piece after the other: int32 (B|1, H|1, n)."""
     if pieces.order is not None:
         return pieces.order.contiguous()
     return torch.arange(pieces.length, dtype=torch.int32, device=pieces.device)[None, None]
@@ -171,7 +172,7 @@ def _listed(pieces: Partition) -> int:
 
 def _places(pieces: Partition) -> Tensor:
     """The place of each token in the list of pieces, -1 where it is in none: int32 (B|1, H|1, L, 1)."""
-    tokens = _tokens(pieces)
+    tokens = tokens_of(pieces)
     lead = torch.broadcast_shapes(tokens.shape[:2], pieces.offsets.shape[:2])
     place = torch.arange(tokens.shape[-1], dtype=torch.int32, device=tokens.device)
     held = (place >= pieces.offsets[..., :1]) & (place < pieces.offsets[..., -1:])

@@ -1,0 +1,67 @@
+"""`zoo bench`: the page's table and the plot are what was measured."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from matplotlib.image import imread
+from typer.testing import CliRunner
+
+from experiments.cli import app
+from experiments.speed import markdown, plot
+
+ROOT = Path(__file__).parent.parent
+RESULTS = json.loads((ROOT / "experiments/results/cpu_attention.json").read_text())
+
+
+def row(method: str, tokens: int, attained: float, **more: object) -> dict[str, object]:
+    times = {"seconds": 1.0, "dense_seconds": attained, "attained": attained, "bound": 4.0, "pass": "forward+backward"}
+    about = {"kernel": "cpu", "shots": 8, "heads": 2, "head_dim": 64, "dtype": "float32"}
+    return {"method": method, "tokens": tokens, "attained_over_bound": attained / 4, **times, **about, **more}
+
+
+FOUND = {
+    "device": "a processor",
+    "rows": [
+        row("moc", 2048, 2.0),
+        row("moc", 2048, 3.0, **{"pass": "forward"}),
+        row("moc", 16384, 3.0),
+        row("window", 16384, 1.0),
+        {"method": "moga", "kernel": "cpu", "tokens": 2048, "failed": "out of memory"},
+    ],
+}
+
+
+def test_the_table_has_a_cell_for_what_was_timed() -> None:
+    assert markdown(FOUND).splitlines() == [
+        "| method | 2,048 tokens | 16,384 tokens |",
+        "|---|---|---|",
+        "| `moc` | 2.00x of 4.00x: **0.50** | 3.00x of 4.00x: **0.75** |",
+        "| `window` | – | 1.00x of 4.00x: **0.25** |",
+    ]
+
+
+def test_the_plot_is_drawn(tmp_path: Path) -> None:
+    picture = imread(plot(FOUND, tmp_path / "inside" / "time.png"))
+    assert picture.shape == (675, 1050, 4)
+    assert picture[..., :3].std() > 0.05
+
+
+def test_the_readme_shows_what_was_measured() -> None:
+    assert markdown(RESULTS) in (ROOT / "README.md").read_text()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="asks for a kernel that cannot run without a GPU")
+def test_bench_writes_and_exits_by_what_failed(tmp_path: Path) -> None:
+    asked = ["bench", "--tokens", "2048", "--method", "window", "--repeats", "1"]
+    ran = CliRunner().invoke(app, [*asked, "--out", str(tmp_path / "a.json"), "--plot", str(tmp_path / "a.png")])
+    assert ran.exit_code == 0, ran.output
+    assert [row["pass"] for row in json.loads((tmp_path / "a.json").read_text())["rows"]] == [
+        "forward",
+        "forward+backward",
+    ]
+    assert (tmp_path / "a.png").stat().st_size > 1000
+    refused = CliRunner().invoke(app, [*asked, "--kernel", "torch", "--json"])
+    assert refused.exit_code == 1
+    assert "needs a CUDA device" in json.loads(refused.stdout)["rows"][0]["failed"]
