@@ -69,13 +69,13 @@ def linear_flops(shape: ModelShape, layout: zoo.Layout, batch: int) -> Flops:
     dim, hidden = shape.dim, int(shape.mlp_ratio * shape.dim)
     table = stream(layout)
     video, words, length = len(table.video), len(table.text), len(inner(shape, layout))
-    shots, conditions = len(table.film_of_shot), len(table.film_of_shot) + len(table.shots_of_film)
+    conditions = len(table.film_of_shot) + len(table.shots_of_film)  # one for each shot and each global caption
     block = [(length, dim, 3 * dim), (length, dim, dim), (conditions, dim, 6 * dim)]  # qkv, out, modulation
     block += [(length, dim, hidden), (length, hidden, dim)]
     if shape.text == "cross" and words:
         block += [(video, dim, dim), (words, dim, 2 * dim), (video, dim, dim)]  # q, kv, out
-    rest = [(shots, dim, dim), (conditions, dim, 2 * dim), (video, dim, shape.patch_size)]  # time, modulation, final
-    first = [(video, shape.patch_size, dim), (shots, dim, dim)]  # patches, time
+    rest = [(conditions, dim, dim), (conditions, dim, 2 * dim), (video, dim, shape.patch_size)]  # time, modulation, final
+    first = [(video, shape.patch_size, dim), (conditions, dim, dim)]  # patches, time
 
     def count(layers: list[tuple[int, int, int]]) -> int:
         return 2 * batch * sum(rows * given * made for rows, given, made in layers)

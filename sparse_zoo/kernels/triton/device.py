@@ -208,10 +208,11 @@ def _grad_keys_segment(
         there = place < end
         query = tl.load(others + place, mask=there, other=0).to(tl.int64)
         queries = _rows(q, query, q_row, there, DIM, True)
-        row_lse = tl.load(lse + query, mask=there, other=0.0) * LOG2_E
+        # Weights of rows past the end are 0. So they would be without: their gradients are. But with 0 here ptxas
+        # serialises the products on sm_90 (C7515).
+        row_lse = tl.load(lse + query, mask=there, other=float("inf")) * LOG2_E
         scores = tl.dot(keys, tl.trans(queries), input_precision="ieee")
         weights = tl.math.exp2(scores * scale - row_lse[None, :])
-        # Zero past the end, so that the weights there, 1, add nothing.
         grads = _rows(grad, query, grad_row, there, DIM, True)
         grad_v = tl.dot(weights.to(grads.dtype), grads, grad_v, input_precision="ieee")
         row_delta = tl.load(delta + query, mask=there, other=0.0)
