@@ -74,7 +74,11 @@ def linear_flops(shape: ModelShape, layout: zoo.Layout, batch: int) -> Flops:
     block += [(length, dim, hidden), (length, hidden, dim)]
     if shape.text == "cross" and words:
         block += [(video, dim, dim), (words, dim, 2 * dim), (video, dim, dim)]  # q, kv, out
-    rest = [(conditions, dim, dim), (conditions, dim, 2 * dim), (video, dim, shape.patch_size)]  # time, modulation, final
+    rest = [
+        (conditions, dim, dim),
+        (conditions, dim, 2 * dim),
+        (video, dim, shape.patch_size),
+    ]  # time, modulation, final
     first = [(video, shape.patch_size, dim), (conditions, dim, dim)]  # patches, time
 
     def count(layers: list[tuple[int, int, int]]) -> int:

@@ -7,7 +7,7 @@ are those of dense attention on it with the union's output and log-sum-exp in pl
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -22,9 +22,13 @@ from sparse_zoo.plan import Plan
 
 SLAB_BYTES = 64 << 20
 BATCH_BYTES = 16 << 20
-LEAST_BYTES = 2 << 20
+LEAST_BYTES = 4 << 20
 PAIRS_OF_A_CALL = 1 << 16
 """Padded pairs that cost about what one more call of the CPU engine costs, 0.2 ms."""
+
+
+Gather = Callable[[Tensor], Tensor]
+"""Numbers of rows, int64 or int32 of any shape (...) -> those rows (..., D)."""
 
 
 @dataclass(frozen=True)
@@ -69,9 +73,12 @@ class Grouped(Kernel, ABC):
 
     @abstractmethod
     def backward(
-        self, rects: Rectangles, at: Rows, saved: tuple[Tensor, ...], grad: Tensor, scale: float
+        self, rects: Rectangles, at: Rows, saved: tuple[Tensor, ...], grad: Gather, scale: float
     ) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor, Tensor]]:
-        """From saved = (q, k, v, final out, final lse), yield (rows of queries, dq, rows of keys, dk, dv) to add."""
+        """From saved = (q, k, v, final out, final lse), yield (rows of queries, dq, rows of keys, dk, dv) to add.
+
+        `grad` gives the gradient of the output at some rows, as a tensor of its own.
+        """
 
 
 class _Sum(torch.autograd.Function):
@@ -116,17 +123,16 @@ class _Sum(torch.autograd.Function):
         dq, dk, dv = (torch.zeros_like(x, dtype=wide) for x in (q, k, v))
         to_weights: list[Tensor | None] = []
         for plan, out, lse, weight in zip(ctx.plans, outs, lses, ctx.weights, strict=True):
-            share, to_weight, factor = grad, None, weight
+            gate, to_weight, factor = None, None, weight
             if weight is None:
-                gate = next(gates)
-                share, factor = gate * grad, 1.0
+                gate, factor = next(gates), 1.0
                 to_weight = _dots(grad, out.view(q_shape), gate)
             to_weights.append(to_weight)
-            flat = share.reshape(-1, q_shape[-1])
+            some = _gather(grad, gate)
             saved = (q, k, v, out, lse)
             for rects in rectangles(plan, q_shape[0], q_shape[1]):
                 for q_rows, q_part, k_rows, k_part, v_part in ctx.engine.backward(
-                    rects, ctx.at, saved, flat, ctx.scale
+                    rects, ctx.at, saved, some, ctx.scale
                 ):
                     # Gradients are linear in what comes in, so a number can be multiplied here.
                     dq.index_add_(0, q_rows, q_part.to(wide), alpha=factor)
@@ -149,6 +155,16 @@ def _softmax(
                 for partial in engine.forward(some, at, q, k, v, scale):
                     total.add(*partial)
     return total.result(q.dtype)
+
+
+def _gather(grad: Tensor, gate: Tensor | None) -> Gather:
+    """Rows of gate · grad, (B, H, L, D) flattened; a gate of one number a row is multiplied in as they are gathered."""
+    batch, heads, length, dim = grad.shape
+    if gate is None or gate.shape[-1] != 1:
+        flat = (grad if gate is None else gate * grad).reshape(-1, dim)
+        return lambda rows: embedding(rows, flat)
+    flat, gates = grad.reshape(-1, dim), gate.expand(batch, heads, length, 1).reshape(-1, 1)
+    return lambda rows: embedding(rows, flat).mul_(gates[rows])
 
 
 def _dots(grad: Tensor, out: Tensor, gate: Tensor) -> Tensor:
@@ -235,14 +251,14 @@ class Cpu(Grouped):
             yield q_rows.flatten(), out.reshape(-1, q.shape[-1]), lse.flatten()
 
     def backward(
-        self, rects: Rectangles, at: Rows, saved: tuple[Tensor, ...], grad: Tensor, scale: float
+        self, rects: Rectangles, at: Rows, saved: tuple[Tensor, ...], grad: Gather, scale: float
     ) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor, Tensor]]:
         q, k, v, out, lse = saved
         for batch in _alike(rects, q.shape[-1] * q.element_size(), _budget(q)):
             q_rows, q_pad, k_rows, k_mask = _padded(batch, at, q.dtype)
-            some_grad = embedding(q_rows, grad)
+            some_grad = grad(q_rows)
             if q_pad is not None:  # a row that is there for padding passes nothing on
-                some_grad = some_grad.masked_fill(q_pad[..., None], 0)
+                some_grad.masked_fill_(q_pad[..., None], 0)
             parts = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
                 some_grad[:, None],
                 *(embedding(rows, x)[:, None] for rows, x in ((q_rows, q), (k_rows, k), (k_rows, v), (q_rows, out))),
@@ -261,7 +277,7 @@ CPU_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 def _budget(q: Tensor) -> int:
     """Bytes for one batch: what is gathered at a time should be small beside what is held anyway."""
-    return min(BATCH_BYTES, max(LEAST_BYTES, q.nbytes))
+    return min(BATCH_BYTES, max(LEAST_BYTES, 2 * q.nbytes))
 
 
 def _alike(rects: Rectangles, row: int, budget: int) -> Iterator[Rectangles]:
@@ -271,6 +287,7 @@ def _alike(rects: Rectangles, row: int, budget: int) -> Iterator[Rectangles]:
     """
     if not len(rects):
         return
+    threads = torch.get_num_threads()  # the engine's backward gives each rectangle to one
     # Keys first: rectangles with the same number of keys, as equal chunks have, need no mask together.
     kinds, kind = torch.unique(_size_class(rects.k_size) * (1 << 32) + _size_class(rects.q_size), return_inverse=True)
     order = kind.argsort(stable=True)
@@ -280,7 +297,8 @@ def _alike(rects: Rectangles, row: int, budget: int) -> Iterator[Rectangles]:
         zip(number.tolist(), queries.tolist(), keys.tolist(), strict=True), order
     ):
         rows = 4 * (most_queries + most_keys)
-        for some in which.split(max(1, budget // (rows * row))):
+        number = budget // (rows * row)
+        for some in which.split(max(threads, number - number % threads)):
             yield rects.select(some)
 
 

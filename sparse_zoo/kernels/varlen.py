@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from sparse_zoo.kernels.grouped import Grouped, Rows
+from sparse_zoo.kernels.grouped import Gather, Grouped, Rows
 from sparse_zoo.kernels.rectangles import Rectangles, rectangles
 from sparse_zoo.plan import Plan
 
@@ -90,12 +90,12 @@ class Varlen(Grouped):
             yield q_rows, out[:, 0], lse[0]
 
     def backward(
-        self, rects: Rectangles, at: Rows, saved: tuple[Tensor, ...], grad: Tensor, scale: float
+        self, rects: Rectangles, at: Rows, saved: tuple[Tensor, ...], grad: Gather, scale: float
     ) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor, Tensor]]:
         q, k, v, out, lse = saved
         for some in _calls(rects):
             q_rows, k_rows, segments = _packed(some, at)
-            some_grad, some_q, some_out = (x[q_rows, None] for x in (grad, q, out))
+            some_grad, some_q, some_out = grad(q_rows)[:, None], q[q_rows, None], out[q_rows, None]
             dq, dk, dv = self.gradients(
                 some_grad, some_q, k[k_rows, None], v[k_rows, None], some_out, lse[None, q_rows], segments, scale
             )
