@@ -297,8 +297,8 @@ def _alike(rects: Rectangles, row: int, budget: int) -> Iterator[Rectangles]:
         zip(number.tolist(), queries.tolist(), keys.tolist(), strict=True), order
     ):
         rows = 4 * (most_queries + most_keys)
-        number = budget // (rows * row)
-        for some in which.split(max(threads, number - number % threads)):
+        most = budget // (rows * row)
+        for some in which.split(max(threads, most - most % threads)):
             yield rects.select(some)
 
 
