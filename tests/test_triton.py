@@ -204,7 +204,12 @@ def test_routing_goes_to_the_device_where_it_fits(monkeypatch: pytest.MonkeyPatc
     assert routing.top_chunks(q, q, chunks, legal, kind, 2, on_device=True) == (q, q, chunks, legal, kind, 2)
     assert torch.is_tensor(routing.top_chunks(q, q, chunks, legal, kind, 2))  # not unless it is asked for
     asked: list[bool] = []
-    monkeypatch.setattr(moc, "top_chunks", lambda *given: asked.append(given[-1]) or routing.top_chunks(*given[:-1]))
+
+    def watched(*given: Any, on_device: bool) -> Tensor:
+        asked.append(on_device)
+        return routing.top_chunks(*given)
+
+    monkeypatch.setattr(moc, "top_chunks", watched)
     film = zoo.Layout.film([zoo.Shot(1, 2, 2)] * 3)
     for name in ("cpu", "triton"):
         attention = zoo.build("moc", heads=2, head_dim=8, kernel=name)

@@ -98,9 +98,17 @@ class MoC(Attention):
         if call.q_rows is not None:
             kind, anchors = kind[call.q_rows], anchors and anchors.narrow(call.q_rows)
         drops = Drops(call, self.drop_off, self.drop_in) if self.training and (self.drop_off or self.drop_in) else None
-        # Who asks for the Triton kernel gets its routing too; no other kernel depends on Triton.
-        on_device = self.kernel == "triton"
-        chosen = top_chunks(call.q, call.k, static.chunks, static.legal, kind, self.top_k, drops, on_device)
+        chosen = top_chunks(
+            call.q,
+            call.k,
+            static.chunks,
+            static.legal,
+            kind,
+            self.top_k,
+            drops,
+            # Who asks for the Triton kernel gets its routing too; no other kernel depends on Triton.
+            on_device=self.kernel == "triton",
+        )
         routed = Plan.routed(static.chunks, chosen)
         if anchors is None:
             return [Branch(routed)]
