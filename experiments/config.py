@@ -15,6 +15,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 import sparse_zoo as zoo
+from experiments.layers import per_layer
 from sparse_zoo.errors import ZooError, refuse, unknown
 from sparse_zoo.schedule import phases as phases_of
 
@@ -42,9 +43,9 @@ def load(overrides: Sequence[Override] = ()) -> Config:
     """`configs/base.yaml` under the mappings, in order, under the texts; interpolations resolved, everything checked.
 
     An override is "dotted.key=value" (the value is YAML) or a mapping, whose keys may be dotted too. `attention=moc`
-    replaces the node by {"name": "moc"}, and a list of names gives each layer its own; `data=shot_world` replaces the
-    node by that preset of `configs/data.yaml`, `data=file.py:Class` by a datamodule of one's own. Mappings are merged,
-    but `attention` is always replaced as a whole. Raises `ZooError`.
+    replaces the node by {"name": "moc"}, and a list gives each layer its own (`layers.per_layer` has its short forms);
+    `data=shot_world` replaces the node by that preset of `configs/data.yaml`, `data=file.py:Class` by a datamodule of
+    one's own. Mappings are merged, but `attention` is always replaced as a whole. Raises `ZooError`.
     """
     config, reasons = _merge(overrides)
     refuse("config", reasons + check(config))
@@ -68,6 +69,9 @@ def _merge(overrides: Sequence[Override]) -> tuple[Config, list[str]]:
     except OmegaConfBaseException as error:
         raise ZooError(f"config: {str(error).splitlines()[0]}") from error
     assert isinstance(resolved, dict)
+    if isinstance(resolved["attention"], list):
+        resolved["attention"], misfits = per_layer(resolved["attention"], resolved["model"].get("depth"))
+        reasons += misfits
     return {str(key): value for key, value in resolved.items()}, reasons
 
 
@@ -112,8 +116,7 @@ def check(config: Config) -> list[str]:
     if reasons or wrong:
         return reasons + wrong
     # What has the right names and types may still be out of range: the parts themselves know.
-    layer = config["attention"][0] if isinstance(config["attention"], list) else config["attention"]
-    shape = {"channels": 3, "patch": (1, 1, 1), "vocabulary": 1, "attention": layer}
+    shape = {"channels": 3, "patch": (1, 1, 1), "vocabulary": 1, "attention": {"name": "dense"}}
     return [
         *_refusals(lambda: data.build(config["data"])),
         *_refusals(lambda: RectifiedFlow(**config["flow"])),
@@ -133,10 +136,7 @@ def _refusals(build: Callable[[], object]) -> list[str]:
 
 def _attention(config: Config, dim: int, heads: int) -> list[str]:
     """Build every layer's method and let it attend in a small film, where and as precisely as the trainer will."""
-    given, depth = config["attention"], config["model"].get("depth")
-    layers = given if isinstance(given, list) else [given]
-    if isinstance(given, list) and len(layers) != depth:
-        return [f"attention is a list of {len(layers)}, model.depth is {depth}: one entry per layer"]
+    layers = config["attention"] if isinstance(config["attention"], list) else [config["attention"]]
     distinct = [layer for i, layer in enumerate(layers) if layer not in layers[:i]]
     return [reason for layer in distinct for reason in _attends(layer, dim, heads, config["trainer"])]
 
@@ -233,14 +233,10 @@ def _keyed_by_text(value: Any) -> Any:
 
 
 def _assign_attention(config: Config, value: Any) -> str:
-    layers = [
-        {"name": layer} if isinstance(layer, str) else layer
-        for layer in (value if isinstance(value, list) else [value])
-    ]
-    for layer in layers:
-        if not isinstance(layer, dict) or "name" not in layer:
-            return f"attention must be a method's name, a mapping with a name, or a list of these, got {layer!r}"
-    config["attention"] = layers if isinstance(value, list) else layers[0]
+    value = {"name": value} if isinstance(value, str) else value
+    if not (isinstance(value, list) and value) and not (isinstance(value, dict) and "name" in value):
+        return f"attention must be a method's name, a mapping with a name, or a list for the layers, got {value!r}"
+    config["attention"] = value
     return ""
 
 

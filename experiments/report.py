@@ -8,6 +8,7 @@ import statistics
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from datetime import datetime
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -222,9 +223,10 @@ def mib(value: float | None) -> str:
 
 
 def settings(attention: dict[str, Any] | list[dict[str, Any]]) -> str:
-    """`moc · top_k 2 · anchors text` for people; layers that differ are joined."""
+    """`moc · top_k 2 · anchors text` for people; layers that differ are joined: `dense ×2 / moc · top_k 2 ×10`."""
     if isinstance(attention, list):
-        return " / ".join(settings(layer) for layer in attention)
+        alike = [(name, len(list(layers))) for name, layers in groupby(map(settings, attention))]
+        return " / ".join(name if count == 1 else f"{name} ×{count}" for name, count in alike)
     own = [f"{key} {_plain(value)}" for key, value in attention.items() if key != "name"]
     return " · ".join([str(attention["name"]), *own])
 

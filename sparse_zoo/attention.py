@@ -178,6 +178,8 @@ class Attention(nn.Module):
         text_reads: "method": as the method says; "text": text queries attend to the text of their sample alone (under
             strict causality, of their shot and those before), so that captions cannot relay what they saw from shot to
             shot.
+        dense_above: Attend densely in sampling while the noise time is above this, in [0, 1); None: never. Losses, in
+            training and validation, are of the method itself.
     """
 
     limits: ClassVar[Limit | str] = "none declared"
@@ -199,6 +201,7 @@ class Attention(nn.Module):
         dim: int | None = None,
         kernel: str = "auto",
         text_reads: Literal["method", "text"] = "method",
+        dense_above: float | None = None,
     ) -> None:
         super().__init__()
         refuse(
@@ -209,10 +212,13 @@ class Attention(nn.Module):
                 f"dim must be at least 1, got {dim!r}" if dim is not None and not is_count(dim) else "",
                 unknown("kernel", kernel, kernel_names()) if kernel not in kernel_names() else "",
                 unknown("text_reads", text_reads, ("method", "text")) if text_reads not in ("method", "text") else "",
+                f"dense_above must be None or a noise time in [0, 1), got {dense_above!r}"
+                if dense_above is not None and not _is_time(dense_above)
+                else "",
             ],
         )
         self.heads, self.head_dim, self.dim = heads, head_dim, dim
-        self.kernel, self.text_reads = kernel, text_reads
+        self.kernel, self.text_reads, self.dense_above = kernel, text_reads, dense_above
 
     # -- what a method says -------------------------------------------------------------------------------------------
 
@@ -261,7 +267,8 @@ class Attention(nn.Module):
             raise ZooError(
                 f"{type(self).__name__} chooses for blocks of queries: it needs all of them, not q_rows alone"
             )
-        if call.features is None and call.hidden is not None:
+        warm_up = self._is_warm_up(call)
+        if call.features is None and call.hidden is not None and not warm_up:
             call = replace(call, features=self.features(call.hidden))
         terms: list[Tensor] = []
         plans, used, flops = [], [], 0
@@ -270,7 +277,7 @@ class Attention(nn.Module):
         # Branches on the call's own q, k, v go to the kernel together, which then shares memory between them.
         shared: list[Plan] = []
         weights: list[Tensor | float] = []
-        for branch in self.branches(call):
+        for branch in _dense(call) if warm_up else self.branches(call):
             if isinstance(branch, Term):
                 terms.append(branch.value if silent is None else branch.value.masked_fill(silent[:, None], 0))
                 flops += branch.flops
@@ -299,13 +306,22 @@ class Attention(nn.Module):
         return Result(
             out=out.to(call.q.dtype),
             plans=plans,
-            losses=self.losses(call),
+            losses={} if warm_up else self.losses(call),
             kernel=kernel,
             layout=call.layout,
             q_rows=call.q_rows,
-            routing_flops=self.routing_flops(call),
+            routing_flops=0 if warm_up else self.routing_flops(call),
             term_flops=flops,
         )
+
+    def _is_warm_up(self, call: Call) -> bool:
+        """Whether a film is being drawn, as `memory` tells, from more noise than `dense_above`.
+
+        All that is drawn has one noise time; shots that are given have 0. Reads that time back from the device.
+        """
+        if self.dense_above is None or call.memory is None or call.noise is None:
+            return False
+        return float(torch.as_tensor(call.noise).max()) > self.dense_above
 
     def attended(self, branch: Branch, call: Call) -> Plan:
         """The plan that runs for a branch: its own, unless `text_reads` says otherwise for text queries.
@@ -325,6 +341,11 @@ class Attention(nn.Module):
         return Plan(*video.parts, *among.parts)
 
 
+def _dense(call: Call) -> list[Branch | Term]:
+    plan = Plan.dense(call.layout)
+    return [Branch(plan if call.q_rows is None else plan.narrow(call.q_rows))]
+
+
 def _at(values: Tensor, call: Call) -> Tensor:
     """A token field at the tokens that q holds."""
     return values if call.q_rows is None else values[call.q_rows]
@@ -337,6 +358,10 @@ def _text_among_itself(layout: Layout, strict: bool) -> Plan:
     captions = layout.partition("shot", where=layout.is_text)
     earlier = captions.shot <= captions.shot[:, None]
     return Plan.blocks(captions, captions, (captions.sample[:, None] == captions.sample) & earlier)
+
+
+def _is_time(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value < 1
 
 
 def is_count(value: object, least: int = 1) -> bool:

@@ -139,7 +139,16 @@ def build(
         [unknown("setting", key, allowed) for key in given if key not in allowed]
         + [f"setting {key!r} is needed" for key, s in allowed.items() if s.required and key not in given],
     )
-    return cls(heads=heads, head_dim=head_dim, dim=dim, **given)
+    attention = cls(heads=heads, head_dim=head_dim, dim=dim, **given)
+    if attention.dense_above is not None:
+        refuse(
+            name,
+            ["dense_above is not for strict causality: what is dense reads later shots"]
+            if attention.causality == "strict"
+            else [],
+        )
+        attention.causality = None
+    return attention
 
 
 def _scheduled(given: Mapping[str, Any], schedule: Schedule, **shape: Any) -> Scheduled:

@@ -46,13 +46,13 @@ def test_interpolation_resolves() -> None:
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (["attention=mocc"], r"unknown method 'mocc'; did you mean 'moc'\? known: dense, moc"),
+        (["attention=mocc"], r"unknown method 'mocc'; did you mean 'moc'\? known: dense, "),
         (["attention=moc", "attention.topk=2"], r"unknown setting 'topk'; did you mean 'top_k'\?"),
         (["attention=moc", "attention.top_k=two"], r"attention.top_k must be int, got 'two'"),
         (["attention=moc", "attention.top_k=0"], r"top_k .*at least 1, got 0"),
         (["attention=window", "attention.window=[2, 3, 3]"], r"odd"),
         (["attention=moc", "attention.kernel=flx"], r"unknown kernel 'flx'"),
-        (["attention=[dense, moc]"], r"a list of 2, model.depth is 4"),
+        (["attention=[dense, moc]"], r"a list for 2 layers, model.depth is 4"),
         (["attention=[dense, dense, dense, moc]", "attention.top_k=1"], r"attention is a list, one mapping per layer"),
         (["attention=moc", "attention.schedule.top_k.20=two"], r"from step 20: attention.top_k must be int, got 'two'"),
         (["attention=moc", "attention.schedule.top_k.20=0"], r"from step 20: MoC: top_k .*at least 1, got 0"),
