@@ -106,7 +106,7 @@ def sample_map(method: str, settings: Mapping[str, Any]) -> Map:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         attention = zoo.build(method, heads=HEADS, head_dim=HEAD_DIM, dim=HEAD_DIM, **settings).eval()
-    call = _simulated()
+    call = simulated()
     with torch.no_grad():
         result = attention.run(call)
     densities = [plan.cost(HEAD_DIM, layout=FILM, batch=1, heads=HEADS).density for plan in result.plans]
@@ -114,7 +114,7 @@ def sample_map(method: str, settings: Mapping[str, Any]) -> Map:
     return Map(method, dict(settings), result, densities, result.cost().density, found)
 
 
-def _simulated() -> zoo.Call:
+def simulated() -> zoo.Call:
     """Tokens that see their shot's subject (a block in the middle of each frame) or its scene, captions both."""
     draws = torch.Generator().manual_seed(0)
     directions = torch.linalg.qr(torch.randn(HEAD_DIM, HEAD_DIM, generator=draws)).Q * 4

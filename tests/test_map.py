@@ -137,7 +137,7 @@ def test_groups_are_painted_where_their_tokens_are() -> None:
 
 
 def test_runs_get_a_picture_of_each_routed_branch(tmp_path: Path) -> None:
-    call = pictures._simulated()
+    call = pictures.simulated()
     layers = []
     for method, settings in (
         ("moc", {"causal": None}),

@@ -11,7 +11,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from sparse_zoo.attention import Attention, Branch, Call, Knob, Limit, Term, is_count
+from sparse_zoo.attention import Attention, Branch, Call, Card, Knob, Limit, Term, is_count
 from sparse_zoo.errors import ZooError, refuse, unknown
 from sparse_zoo.layout import Layout
 from sparse_zoo.partition import Partition
@@ -49,6 +49,13 @@ class MoGA(Attention):
     strict = "groups hold tokens of all shots"
     anchors = ("text",)
     knob = Knob("groups", 64, 1)
+    card = Card(
+        paper="Mixture-of-Groups Attention for End-to-End Long Video Generation, arXiv 2510.18692",
+        granularity="token -> group, window and shot, frame",
+        chosen_by="a learned router, one choice for all heads of a layer",
+        trained=True,
+        claim="71.25 % of pairs pruned, 1.7x in training and inference at 187k tokens (Wan 1.3B), against dense",
+    )
     small = {"groups": 3, "frames_per_group": 2}
 
     def __init__(

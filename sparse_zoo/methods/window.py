@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from torch import Tensor
 
-from sparse_zoo.attention import Attention, Knob, Limit, is_count
+from sparse_zoo.attention import Attention, Card, Knob, Limit, is_count
 from sparse_zoo.blocks import grid, joint, same_film
 from sparse_zoo.errors import refuse, unknown
 from sparse_zoo.layout import Layout
@@ -40,6 +40,13 @@ class Window(Attention):
     strict = "windows reach across cuts, both ways"
     anchors = ("text",)
     knob = Knob("window", (1, 1, 1), (15, 15, 15))
+    card = Card(
+        paper="Fast Video Generation with Sliding Tile Attention, arXiv 2502.04507",
+        granularity="tile -> tiles around it, one window for all heads",
+        chosen_by="",
+        trained=True,
+        claim="see `sta`: the same geometry, there with a window for each head",
+    )
     small = {"tile": (2, 2, 1), "window": (3, 1, 3)}
 
     def __init__(
