@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -18,12 +19,15 @@ SLICE = 1 << 22
 Rule = Callable[[Tensor, Tensor], Tensor]
 
 
-def joint(layout: Layout, *video: Part) -> Plan:
+def joint(layout: Layout, *video: Part, q_rows: Tensor | None = None) -> Plan:
     """Parts that join video to video, and text as the methods for video have it: read by all, and reading all.
 
     The papers speak of streams without text, or leave it dense; so do all methods here that do not say otherwise.
+    Where the queries are those at `q_rows`, int64 (Lq,), alone, the parts given are theirs already.
     """
     text = _text(layout)
+    if q_rows is not None:
+        text = tuple(part.narrow(q_rows) for part in text)
     return Plan(*video, *text) if video or text else Plan.within(layout.partition())
 
 
@@ -53,6 +57,16 @@ def stretches(layout: Layout, tokens: int) -> Partition:
     return layout.partition((video.cumsum(0) - 1 - first[layout.sample]) // tokens, where=video)
 
 
+@remembered(64)
+def film_by_film(pieces: Partition) -> list[slice]:
+    """The pieces of each film that has any; pieces of a layout lie in the order of the stream, so film by film."""
+    return [
+        slice(first, last)
+        for first, last in pairwise([0, *torch.bincount(pieces.sample).cumsum(0).tolist()])
+        if last > first
+    ]
+
+
 def grid(layout: Layout, tile: tuple[int, ...], *, stop_at_shots: bool) -> list[tuple[Tensor, Tensor]]:
     """For each axis (frames, rows, cols) the place of each token's tile, int64 (L,), and how many places it has there.
 
@@ -69,6 +83,18 @@ def grid(layout: Layout, tile: tuple[int, ...], *, stop_at_shots: bool) -> list[
     return [(time, number[layout.sample]), (layout.row // tile[1], rows), (layout.col // tile[2], cols)]
 
 
+def products(queries: Tensor, keys: Tensor) -> Iterator[tuple[slice, Tensor]]:
+    """Products of queries (B, H, Q, D) and pooled keys (B, Hk, K, D): some rows, and float32 (B, H, rows, K) for them.
+
+    No whole table is held.
+    """
+    keys = keys.float().repeat_interleave(queries.shape[1] // keys.shape[1], dim=1).transpose(-1, -2)
+    rows = max(1, SLICE // max(1, queries.shape[0] * queries.shape[1] * keys.shape[-1]))
+    for start in range(0, queries.shape[2], rows):
+        some = slice(start, start + rows)
+        yield some, queries[:, :, some].float() @ keys
+
+
 @torch.no_grad()
 def chosen(queries: Tensor, keys: Tensor, legal: Tensor, rule: Rule) -> Tensor:
     """What `rule` keeps of the products of pooled queries and keys: bool (B, H, Q, K), never illegal ones.
@@ -77,14 +103,11 @@ def chosen(queries: Tensor, keys: Tensor, legal: Tensor, rule: Rule) -> Tensor:
     some rows of scores, with -inf where not legal, and of legal to what it keeps of them. No whole table of scores is
     held.
     """
-    keys = keys.float().repeat_interleave(queries.shape[1] // keys.shape[1], dim=1).transpose(-1, -2)
-    shape = (*queries.shape[:3], keys.shape[-1])
+    shape = (*queries.shape[:3], keys.shape[2])
     legal = legal.expand(shape)
     kept = torch.empty(shape, dtype=torch.bool, device=queries.device)
-    rows = max(1, SLICE // max(1, shape[0] * shape[1] * shape[3]))
-    for start in range(0, shape[2], rows):
-        some = slice(start, start + rows)
-        scores = (queries[:, :, some].float() @ keys).masked_fill(~legal[:, :, some], -torch.inf)
+    for some, scores in products(queries, keys):
+        scores = scores.masked_fill(~legal[:, :, some], -torch.inf)
         kept[:, :, some] = rule(scores, legal[:, :, some]) & legal[:, :, some]
     return kept
 
@@ -96,13 +119,18 @@ def largest(scores: Tensor, count: int) -> Tensor:
     return kept & (scores > -torch.inf)
 
 
-def heaviest(weights: Tensor, share: float) -> Tensor:
+def heaviest(weights: Tensor, share: float, first: Tensor | None = None) -> Tensor:
     """The fewest of each row, largest first and ties to the earlier, that hold `share` of its sum: bool (..., K).
 
-    weights (..., K) of at least 0. Of a row that sums to 0 nothing is kept; with a share of 1 everything is.
+    weights (..., K) of at least 0. Of a row that sums to 0 nothing is kept; with a share of 1 everything is. `first`,
+    bool (..., K), are kept whatever they weigh, and the rest only fills up the share.
     """
     if share >= 1:
         return torch.ones_like(weights, dtype=torch.bool)
-    ordered, order = weights.double().sort(dim=-1, descending=True, stable=True)
+    weights = weights.double()
+    ranks = weights if first is None else weights.masked_fill(first, torch.inf)
+    order = ranks.argsort(dim=-1, descending=True, stable=True)
+    ordered = weights.gather(-1, order)
     enough = ordered.cumsum(-1) - ordered < share * ordered.sum(-1, keepdim=True)
-    return torch.zeros_like(weights, dtype=torch.bool).scatter_(-1, order, enough)
+    kept = torch.zeros_like(weights, dtype=torch.bool).scatter_(-1, order, enough)
+    return kept if first is None else kept | first

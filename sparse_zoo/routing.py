@@ -102,6 +102,8 @@ def top_chunks(
     top_k = min(top_k, chunks.count)
     width = top_k + (drops.most(chunks.count) if drops else 0)
     chosen = torch.empty(batch, heads, length, width, dtype=torch.int32, device=q.device)
+    if not width:
+        return chosen
     rows = max(1, BLOCK_SCORES // max(1, batch * heads * chunks.count))
     for start in range(0, length, rows):
         block = slice(start, start + rows)
