@@ -1,5 +1,5 @@
 """One paper per file; importing this registers them all."""
 
-from sparse_zoo.methods import dense, moc, moga, window
+from sparse_zoo.methods import dense, moc, moga, nsa, sla, vsa, window
 
-__all__ = ["dense", "moc", "moga", "window"]
+__all__ = ["dense", "moc", "moga", "nsa", "sla", "vsa", "window"]
