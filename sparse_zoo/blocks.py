@@ -95,6 +95,34 @@ def products(queries: Tensor, keys: Tensor) -> Iterator[tuple[slice, Tensor]]:
         yield some, queries[:, :, some].float() @ keys
 
 
+def pooled(pieces: Partition, x: Tensor) -> Tensor:
+    """Means over the tokens of each piece, (B, H, L, D) -> (B, H, P, D), summed in float32 at least. Differentiable."""
+    return pieces.mean(x.to(torch.promote_types(x.dtype, torch.float32))).to(x.dtype)
+
+
+@remembered(64)
+def whole_film(layout: Layout, keys: Partition, queries: Partition | None = None) -> Plan:
+    """The plan of a coarse branch: every token, or every pooled piece of `queries`, reads the pooled `keys` of its film.
+
+    Its keys, and queries if given, are pieces: it is for a `Branch` with k, v (and q) of its own.
+    """
+    readers = layout.sample if queries is None else queries.sample
+    return Plan.groups(readers, keys.sample, count=len(layout.films))
+
+
+@remembered(64)
+def members(pieces: Partition) -> Tensor:
+    """The tokens of each piece in stream order: int64 (P, size of the largest), -1 where a piece has fewer.
+
+    For pieces shared by all batch items and heads.
+    """
+    starts, sizes = pieces.offsets[0, 0, :-1, None].long(), pieces.sizes[0, 0, :, None]
+    number = torch.arange(int(sizes.max()) if len(sizes) else 0, device=pieces.device)
+    place = (starts + number).masked_fill(number >= sizes, 0)
+    tokens = place if pieces.order is None else pieces.order[0, 0].long()[place]
+    return tokens.masked_fill(number >= sizes, -1)
+
+
 @torch.no_grad()
 def chosen(queries: Tensor, keys: Tensor, legal: Tensor, rule: Rule) -> Tensor:
     """What `rule` keeps of the products of pooled queries and keys: bool (B, H, Q, K), never illegal ones.
@@ -112,10 +140,14 @@ def chosen(queries: Tensor, keys: Tensor, legal: Tensor, rule: Rule) -> Tensor:
     return kept
 
 
-def largest(scores: Tensor, count: int) -> Tensor:
-    """The `count` largest of each row, ties to the earlier, none at -inf: bool, shaped as scores (..., K)."""
-    order = scores.argsort(dim=-1, descending=True, stable=True)[..., :count]
-    kept = torch.zeros_like(scores, dtype=torch.bool).scatter_(-1, order, True)
+def largest(scores: Tensor, count: int | Tensor) -> Tensor:
+    """The `count` largest of each row, ties to the earlier, none at -inf: bool, shaped as scores (..., K).
+
+    `count` is one number, or a tensor (..., 1) with one for each row.
+    """
+    order = scores.argsort(dim=-1, descending=True, stable=True)
+    taken = torch.arange(scores.shape[-1], device=scores.device) < count
+    kept = torch.zeros_like(scores, dtype=torch.bool).scatter_(-1, order, taken.expand(order.shape))
     return kept & (scores > -torch.inf)
 
 

@@ -149,7 +149,8 @@ def routing_is_the_papers(subject: Subject) -> None:
     cases = [(film, how, False) for film in FILMS for how in ("", ", scores tied,")]
     cases += [("story", ", scores close,", False), ("story", " in training", True), ("packed", " in training", True)]
     for film, how, training in cases:
-        call = make(FILMS[film], step=5, layer=1, layers=3, head_offset=2)
+        # The last two of four heads: parameters and draws of a head are found by head_offset.
+        call = make(FILMS[film], heads=2, kv_heads=1, step=5, layer=1, layers=3, head_offset=2)
         attention.train(training)
         if "tied" in how:
             call.q.zero_()
