@@ -1,20 +1,16 @@
-"""A sweep: a YAML file becomes cells; cells that have not finished are run; all of them are remembered."""
+"""A sweep: a YAML file becomes cells."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
 from typing import Any
 
 import sparse_zoo as zoo
 from experiments.config import Override, fits, load, read_yaml
-from experiments.progress import Bar
-from experiments.run import run
-from experiments.store import Asked, Cell, Result, home, read_sweep, write_sweep
-from experiments.store import read as read_result
-from experiments.tracking import Tracker
+from experiments.store import Cell
 from sparse_zoo.errors import ZooError, refuse, unknown
 
 SWEEPS = Path(__file__).parent / "sweeps"
@@ -156,32 +152,3 @@ def _label(key: str, value: Any) -> str:
 
 def _short(value: Any) -> str:
     return ("+".join(map(_short, value)) or "none") if isinstance(value, list) else str(value)
-
-
-def execute(sweep: Sweep, bar: Bar, *, fresh: bool = False) -> list[Result]:
-    """Run, one after the other, the cells that have no finished result on disk, or with `fresh` all of them.
-
-    A cell that fails is recorded and the next one runs; a failed cell is tried again the next time. Ctrl-C passes on as
-    KeyboardInterrupt, with every finished cell kept.
-    """
-    found = {cell.name: read_result(cell, sweep.name) for cell in sweep.cells}
-    todo = [cell for cell in sweep.cells if fresh or found[cell.name].status != "finished"]
-    bar.kept(len(sweep.cells) - len(todo))
-    if not todo:
-        return list(found.values())
-    tracker = Tracker(sweep.name)
-    asked = Asked(sweep.about, sweep.cells, _parent_before(sweep.name))
-    parent = tracker.parent(sweep.name, asked.mlflow_run)
-    write_sweep(sweep.name, replace(asked, mlflow_run=parent))
-    ended = "KILLED"
-    try:
-        for cell in todo:
-            found[cell.name] = run(cell, sweep.name, tracker, bar, parent=parent)
-        ended = "FINISHED" if all(result.status == "finished" for result in found.values()) else "FAILED"
-    finally:
-        tracker.end(parent, ended)
-    return list(found.values())
-
-
-def _parent_before(name: str) -> str | None:
-    return read_sweep(name).mlflow_run if (home() / name / "sweep.json").exists() else None
