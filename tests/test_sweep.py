@@ -113,7 +113,7 @@ def test_every_cell_is_refused_at_once(tmp_path: Path) -> None:
     [
         ({"axis": {}}, "unknown key 'axis'; did you mean 'axes'"),
         ({"axes": {"seed": []}}, "axis 'seed' must be a list or a mapping of values, and not empty"),
-        ({"axes": {"sead": [1]}}, "unknown config key 'sead'; did you mean 'seed'"),
+        ({"axes": {"sead": [1]}}, "unknown axis 'sead'; did you mean 'seed'"),
         ({"cells": {"a": "dense"}}, "cell 'a' must be a mapping"),
         ({"sizes": {"a": 3}}, "size 'a' must be a mapping"),
         ({"seeds": 0}, "seeds must be at least 1, got 0"),
