@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from bisect import bisect_left
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from copy import deepcopy
@@ -23,7 +22,7 @@ KINDS = {
 }
 TOLERANCE = 0.02  # of the target
 POINTS = 1 << 14  # a range of fractions is searched at so many values
-FEW = 128  # ranges of no more values are walked where bisection found nothing
+AROUND = 8  # values at either side that are measured too where bisection found nothing
 
 Settings = dict[str, Any]
 Measure = Callable[[Settings], float]
@@ -103,10 +102,8 @@ class Solution:
             return f"{text}: the range of {knob.setting} ends at {knob.high}"
         if self.below is None:
             return f"{text}: the range of {knob.setting} begins at {knob.low}"
-        steps = " and ".join(f"{cost:.4g} at {value}" for value, cost in (self.below, self.above))
-        return (
-            f"{text}: {knob.setting} is too coarse ({steps}); give candidates of another setting, match.also.{method}"
-        )
+        steps = ", ".join(f"{cost:.4g} at {value}" for value, cost in (self.below, self.above))
+        return f"{text}: {knob.setting} is too coarse ({steps}); match.also.{method} can vary another setting too"
 
 
 def solve(
@@ -121,16 +118,16 @@ def solve(
     Bisection, since cost never falls from the knob's low to its high; of several sizes, as a window's, the last is
     bisected for every choice of the others. The nearest value is taken; of equally near ones the first from low, of
     several sizes the most even. With `also`, {setting: candidates}, all this for one choice of candidates after the
-    other, until one comes within 2 %. Where none does, short ranges are walked from end to end: with a random router
-    cost rises in the mean alone. `accepts(settings)`, without measuring, tells whether the method takes even numbers
-    where a range goes from odd to odd.
+    other, until one comes within 2 %. Where none does, more values around the nearest are measured: with a random
+    router cost rises in the mean alone. `accepts(settings)`, without measuring, tells whether the method takes even
+    numbers where a range goes from odd to odd.
     """
     also = also or {}
     ranges = []
     for choice in product(*also.values()):
         others = dict(zip(also, choice, strict=True))
         ranges.append(_Range(knob, others, measure, accepts))
-    for search in (_Range.bisect, _Range.walk):
+    for search in (_Range.bisect, _Range.look_around):
         for each in ranges:
             search(each, goal)
             if each.nearest(goal).reached:
@@ -153,10 +150,8 @@ class _Range:
             sizes = [*lows[:axis], value, *lows[axis + 1 :]]
             return accepts(others | {knob.setting: sizes if self.several else value})
 
-        self.axes = [
-            _values(low, high, partial(accepted, axis))
-            for axis, (low, high) in enumerate(zip(lows, highs, strict=True))
-        ]
+        ends = zip(lows, highs, strict=True)
+        self.axes = [_values(low, high, partial(accepted, axis)) for axis, (low, high) in enumerate(ends)]
         self.costs: dict[Place, float] = {}
 
     def value(self, place: Place) -> Any:
@@ -169,14 +164,14 @@ class _Range:
         return self.costs[place]
 
     def nearest(self, goal: float) -> Solution:
-        def rank(place: Place) -> tuple[float, int, Place]:
-            return abs(self.costs[place] - goal), max(place) - min(place), place
-
-        ranked = sorted(self.costs, key=rank)
+        ranked = self._ranked(goal)
         sides = ([at for at in ranked if (self.costs[at] < goal) == below] for below in (True, False))
         below, above = ((self.value(side[0]), self.costs[side[0]]) if side else None for side in sides)
         best = ranked[0]
         return Solution(goal, self.others | {self.knob.setting: self.value(best)}, self.costs[best], below, above)
+
+    def _ranked(self, goal: float) -> list[Place]:
+        return sorted(self.costs, key=lambda at: (abs(self.costs[at] - goal), max(at) - min(at), at))
 
     def bisect(self, goal: float) -> None:
         """Measure the values at both sides of the goal, and the first ones that cost as much as these."""
@@ -195,10 +190,12 @@ class _Range:
         lines = [[(*high[:axis], at, *high[axis + 1 :]) for at in range(end + 1)] for axis, end in enumerate(high)]
         return [bisect_left(line, self.cost(high), key=self.cost) + 1 for line in lines]
 
-    def walk(self, _goal: float) -> None:
-        if math.prod(map(len, self.axes)) <= FEW:
-            for place in product(*(range(len(axis)) for axis in self.axes)):
-                self.cost(place)
+    def look_around(self, goal: float) -> None:
+        """Where the goal lies between two values of a number, measure some more at either side of it."""
+        found, (at, *_) = self.nearest(goal), self._ranked(goal)[0]
+        if not self.several and found.below and found.above:
+            for near in range(max(0, at - AROUND), min(len(self.axes[0]), at + AROUND + 1)):
+                self.cost((near,))
 
 
 def _values(low: float, high: float, accepted: Callable[[float], bool]) -> list[Any]:
@@ -247,11 +244,8 @@ def _solve(config: Config, budget: Budget) -> Settings | list[Settings]:
     goal = budget.target
     if budget.kind != "seconds":
         turned = [entries.index(layer) in knobs for layer in layers]
-        fixed = (
-            0.0
-            if all(turned)
-            else sum(c for c, turn in zip(_by_layer(budget, config), turned, strict=True) if not turn)
-        )
+        costs = [0.0] * len(layers) if all(turned) else _by_layer(budget, config)
+        fixed = sum(cost for cost, turn in zip(costs, turned, strict=True) if not turn)
         total = budget.target * (len(layers) if budget.kind == "density" else 1)
         refuse("match", ["layers whose method has no knob take it all"] if total <= fixed else [])
         goal = (total - fixed) / sum(turned)
