@@ -120,9 +120,10 @@ def sweep(
     reason and the others go on; the exit code is then 1.
     """
     _load_plugins(plugin)
+    from experiments.launch import execute
     from experiments.progress import Bar
     from experiments.report import Report
-    from experiments.sweep import execute, find, read
+    from experiments.sweep import find, read
 
     loaded = read(find(file), [] if max_steps is None else [{"trainer.max_steps": max_steps}], size)
     interrupted = False

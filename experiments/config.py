@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import types
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from copy import deepcopy
 from functools import partial
 from pathlib import Path
@@ -43,17 +44,21 @@ def load(overrides: Sequence[Override] = ()) -> Config:
     """`configs/base.yaml` under the mappings, in order, under the texts; interpolations resolved, everything checked.
 
     An override is "dotted.key=value" (the value is YAML) or a mapping, whose keys may be dotted too. `attention=moc`
-    replaces the node by {"name": "moc"}, and a list gives each layer its own (`layers.per_layer` has its short forms);
-    `data=shot_world` replaces the node by that preset of `configs/data.yaml`, `data=file.py:Class` by a datamodule of
-    one's own. Mappings are merged, but `attention` is always replaced as a whole. Raises `ZooError`.
+    config = {str(key): value for key, value in resolved.items()}
+    if isinstance(config["attention"], list):
+        config["attention"], misfits = per_layer(config["attention"], config["model"].get("depth"))
+        reasons += misfits
+    if not config["match"]:
+        del config["match"]  # so that a run has one id, whether or not a sweep around it matches budgets
+    return config, reasons
     """
-    config, reasons = _merge(overrides)
+    config, reasons = merge(overrides)
     refuse("config", reasons + check(config))
     return config
 
 
-def _merge(overrides: Sequence[Override]) -> tuple[Config, list[str]]:
-    """The resolved config, and why some overrides could not be laid over it."""
+def merge(overrides: Sequence[Override]) -> tuple[Config, list[str]]:
+    """The resolved config, not checked yet, and why some overrides could not be laid over it; as in `load`."""
     config: Config = read_yaml(CONFIGS / "base.yaml")
     for key in ("attention", "data"):
         _assign(config, [key], config.pop(key))
@@ -69,10 +74,13 @@ def _merge(overrides: Sequence[Override]) -> tuple[Config, list[str]]:
     except OmegaConfBaseException as error:
         raise ZooError(f"config: {str(error).splitlines()[0]}") from error
     assert isinstance(resolved, dict)
-    if isinstance(resolved["attention"], list):
-        resolved["attention"], misfits = per_layer(resolved["attention"], resolved["model"].get("depth"))
+    config = {str(key): value for key, value in resolved.items()}
+    if isinstance(config["attention"], list):
+        config["attention"], misfits = per_layer(config["attention"], config["model"].get("depth"))
         reasons += misfits
-    return {str(key): value for key, value in resolved.items()}, reasons
+    if not config["match"]:
+        del config["match"]  # so that a run has one id, whether or not a sweep around it matches budgets
+    return config, reasons
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
@@ -92,6 +100,7 @@ def check(config: Config) -> list[str]:
     from lightning.pytorch import Trainer
 
     from experiments import data
+    from experiments.match import Budget
     from lit_modules.callbacks import SampleFilms
     from lit_modules.dit import VideoDiT
     from lit_modules.flow import RectifiedFlow
@@ -107,6 +116,8 @@ def check(config: Config) -> list[str]:
         reasons += _misfits(section, config[section], build, GIVEN.get(section, ()))
     if not fits(config["seed"], int) or config["seed"] < 0:
         reasons.append(f"seed must be a whole number of at least 0, got {config['seed']!r}")
+    if "match" in config:
+        reasons += _refusals(lambda: Budget.of(config["match"]))
     model = config["model"]
     wrong = _misfits("model", model, VideoDiT, GIVEN["model"])
     if not wrong and (model["heads"] < 1 or model["dim"] % model["heads"]):
@@ -124,6 +135,26 @@ def check(config: Config) -> list[str]:
         *_refusals(lambda: SampleFilms(".", **config["sampling"])),
         *_refusals(lambda: VideoDiT(**{**config["model"], "depth": 1}, **shape)),
     ]
+
+
+def known(config: Config) -> set[str]:
+    """The dotted keys, at most two deep, that the parts of a config know; they need not be set."""
+    from lightning.pytorch import Trainer
+
+    from experiments import data
+    from experiments.match import KINDS
+    from lit_modules import Optim, RectifiedFlow, SampleFilms, VideoDiT
+
+    builders: dict[str, Callable[..., Any]] = {
+        "model": VideoDiT, "flow": RectifiedFlow, "optim": Optim, "trainer": Trainer, "sampling": SampleFilms
+    }  # fmt: skip
+    inside = {section: [*_parameters(build, GIVEN.get(section, ()))] for section, build in builders.items()}
+    inside |= {"match": [*KINDS, "also"], "attention": ["name", "schedule"], "data": ["name"]}
+    if isinstance(config["attention"], dict) and (method := config["attention"].get("name")) in zoo.names():
+        inside["attention"] += zoo.settings(method)
+    with suppress(ZooError):
+        inside["data"] += _parameters(data.find(str(config["data"].get("name"))))
+    return {"seed", *inside, *(f"{section}.{key}" for section, keys in inside.items() for key in keys)}
 
 
 def _refusals(build: Callable[[], object]) -> list[str]:
@@ -205,6 +236,11 @@ def _assign(config: Config, path: list[str], value: Any) -> str:
     value = _keyed_by_text(value)
     if path == ["attention"]:
         return _assign_attention(config, value)
+    if path == ["match"]:
+        if value is not None and not isinstance(value, dict):
+            return f"match must be a mapping or null, got {value!r}"
+        config["match"] = value or {}
+        return ""
     if path == ["data"] and (isinstance(value, str) or (isinstance(value, dict) and "name" in value)):
         return _assign_data(config, {"name": value} if isinstance(value, str) else value)
     if path[0] not in config:
@@ -252,11 +288,7 @@ def _assign_data(config: Config, value: dict[str, Any]) -> str:
 def _misfits(section: str, given: Mapping[str, Any], build: Callable[..., Any], taken: Iterable[str] = ()) -> list[str]:
     """Why the class `build` cannot be made from `given`."""
     hints = get_type_hints(inspect.getattr_static(build, "__init__"))
-    parameters = {
-        name: parameter
-        for name, parameter in inspect.signature(build).parameters.items()
-        if name not in taken and parameter.kind not in (parameter.VAR_KEYWORD, parameter.VAR_POSITIONAL)
-    }
+    parameters = _parameters(build, taken)
     needed = [name for name, parameter in parameters.items() if parameter.default is parameter.empty]
     return [
         reason
@@ -267,6 +299,14 @@ def _misfits(section: str, given: Mapping[str, Any], build: Callable[..., Any], 
         ]
         if reason
     ]
+
+
+def _parameters(build: Callable[..., Any], taken: Iterable[str] = ()) -> dict[str, inspect.Parameter]:
+    return {
+        name: parameter
+        for name, parameter in inspect.signature(build).parameters.items()
+        if name not in taken and parameter.kind not in (parameter.VAR_KEYWORD, parameter.VAR_POSITIONAL)
+    }
 
 
 def _misfit(key: str, value: Any, hint: Any) -> str:

@@ -1,35 +1,23 @@
-"""A sweep: a YAML file becomes cells; cells that have not finished are run; all of them are remembered."""
+"""A sweep: a YAML file becomes cells."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
-from itertools import product
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import sparse_zoo as zoo
-from experiments.config import Override, fits, load, read_yaml
-from experiments.progress import Bar
-from experiments.run import run
-from experiments.store import Asked, Cell, Result, home, read_sweep, write_sweep
-from experiments.store import read as read_result
-from experiments.tracking import Tracker
+from experiments.config import Config, Override, check, known, merge
+from experiments.grid import Choice, grid, matches
+from experiments.match import solved, with_settings
+from experiments.store import Cell, home, read_sweep
+from experiments.sweepfile import OWN, SWEEPS, chain_of, find, mappings
+from experiments.trial import first_of_groups, said
 from sparse_zoo.errors import ZooError, refuse, unknown
 
-SWEEPS = Path(__file__).parent / "sweeps"
-KINDS: dict[str, type] = {
-    "name": str,
-    "about": str,
-    "extends": str,
-    "plugins": list,
-    "seeds": int,
-    "base": dict,
-    "sizes": dict,
-    "axes": dict,
-    "cells": dict,
-}
-NAMES = {str: "text", list: "list", int: "whole number", dict: "mapping"}
+__all__ = ["SWEEPS", "Sweep", "find", "read"]
 
 
 @dataclass(frozen=True)
@@ -41,16 +29,13 @@ class Sweep:
     cells: tuple[Cell, ...]
 
 
-def find(name: str) -> Path:
-    """A sweep file by its path, or by its name among those that come along; raises `ZooError`."""
-    for path in (Path(name), SWEEPS / f"{name}.yaml"):
-        if path.is_file():
-            return path
-    raise ZooError(f"sweep: {unknown('file or sweep', name, (path.stem for path in SWEEPS.glob('*.yaml')))}")
-
-
-def read(path: Path, overrides: Sequence[Override] = (), size: str | None = None) -> Sweep:
-    """The sweep in a file, every cell resolved, checked and its method built; raises `ZooError` with all reasons.
+def read(
+    path: Path,
+    overrides: Sequence[Override] = (),
+    size: str | None = None,
+    told: Callable[[str], object] = lambda _: None,
+) -> Sweep:
+    """The sweep in a file, every cell resolved, checked and its budget solved; raises `ZooError` with all reasons.
 
     The file's keys:
 
@@ -58,130 +43,134 @@ def read(path: Path, overrides: Sequence[Override] = (), size: str | None = None
     - `base`: overrides of every cell.
     - `axes`: a mapping of dotted key -> values, whose product makes cells. The values are a list, or a mapping of
       label -> value where the values themselves are too long for a name.
+    - `zip`: a mapping of dotted key -> list, walked in step, or a list of such mappings; each multiplies with the axes.
+    - `exclude`: a mapping of dotted key -> value or list of values, or a list of such mappings: cells whose resolved
+      settings match all of one are left out.
     - `cells`: a mapping of cell name -> overrides, for single cells besides.
     - `seeds`: how many runs of each cell, with seeds 0, 1, ...; their names end in -s0, -s1, ...
+    - `match`: what every cell is to cost, see `experiments.match`; null in a cell's own overrides leaves it as it is.
+      Solved for the first seed, and for all alike.
     - `sizes`: a mapping of size -> overrides, of which `size` lays one between `base` and the cells. The sweep of a
       size is another one, named NAME-SIZE.
     - `plugins`: files of methods, beside this file.
-    - `extends`: a sweep file beside this one, of which all but the cells holds here too: its `seeds`, `plugins` and
-      `about` where this one has none, its `base` and `sizes` below this one's.
+    - `extends`: a sweep file beside this one, or one that comes along by its name, of which all but the cells holds
+      here too: its `seeds`, `plugins` and `about` where this one has none, its `base`, `match` and `sizes` below this
+      one's.
 
-    `overrides` go on top of all.
+    `overrides` go on top of all. `told` hears the name of each cell whose budget is solved.
     """
-    own = _file(path)
-    files = [_file(path.parent / own["extends"]), own] if "extends" in own else [own]
-    merged = {key: value for file in files for key, value in file.items()}
-    name, seeds = own.get("name", path.stem), merged.get("seeds")
-    axes, singles = own.get("axes", {}), own.get("cells", {})
-    sizes = {key for file in files for key in file.get("sizes", {})}
+    files = chain_of(path)
+    file = {key: value for each in files for key, value in each.items() if each is files[-1] or key not in OWN}
+    sizes = {key for each in files for key in each.get("sizes", {})}
     refuse(str(path), [unknown("size", size, sizes)] if size is not None and size not in sizes else [])
-    for plugin in merged.get("plugins", []):
-        zoo.load_plugin(path.parent / plugin)
-    below = [file.get("base", {}) for file in files] + [file.get("sizes", {}).get(size, {}) for file in files]
-    labelled = [*_grid(axes), *((str(label), of) for label, of in singles.items())] or [(name, {})]
-    wanted: list[tuple[str, str | None, dict[str, Any]]] = [(label, None, of) for label, of in labelled]
-    if seeds is not None:
-        wanted = [(f"{label}-s{n}", label, {**of, "seed": n}) for label, of in labelled for n in range(seeds)]
-    reasons, cells = [], []
-    for label, group, settings in wanted:
-        try:
-            cells.append(Cell(label, load([*below, settings, *overrides]), group))
-        except ZooError as error:
-            reasons.append(f"cell {label}: {error}")
-    labels = [label for label, _, _ in wanted]
+    for plugin in file.get("plugins", []):
+        zoo.load_plugin(plugin)
+    below: list[Override] = [each.get("base", {}) for each in files]
+    below += [{"match": each["match"]} for each in files if "match" in each]
+    below += [each.get("sizes", {}).get(size, {}) for each in files]
+    name = file.get("name", path.stem)
+    axes, zips, rules = file.get("axes", {}), mappings(file, "zip"), mappings(file, "exclude")
+    singles = [(str(label), own) for label, own in file.get("cells", {}).items()]
+    drafts = _drafts(grid(axes, zips) + singles or [(name, {})], file.get("seeds"))
+    reasons = _resolve(drafts, below, overrides, {"axis": {*axes, *chain(*zips)}, "key of exclude": {*chain(*rules)}})
+    idle = [rule for rule in rules if not any(matches(draft.config, rule) for draft in drafts)]
+    reasons += [f"exclude {rule} leaves out no cell" for rule in idle]
+    drafts = [draft for draft in drafts if not any(matches(draft.config, rule) for rule in rules)]
+    reasons += [] if drafts else ["exclude leaves out every cell"]
+    reasons += _wrong(drafts)
+    labels = [draft.name for draft in drafts]
     reasons += [f"two cells are named {label!r}" for label in dict.fromkeys(labels) if labels.count(label) > 1]
+    refuse(f"sweep {name}", reasons)
+
+    name = name if size is None else f"{name}-{size}"
+    cells = _matched([Cell(draft.name, draft.config, draft.group) for draft in drafts], name, told)
     by_id: dict[str, str] = {}
     for cell in cells:
         if by_id.setdefault(cell.id, cell.name) != cell.name:
             reasons.append(f"cells {by_id[cell.id]!r} and {cell.name!r} are the same config")
     refuse(f"sweep {name}", reasons)
-    return Sweep(name if size is None else f"{name}-{size}", merged.get("about", ""), tuple(cells))
+    return Sweep(name, file.get("about", ""), tuple(cells))
 
 
-def _file(path: Path) -> dict[str, Any]:
-    """One sweep file, its keys known and of their kinds."""
-    plain = read_yaml(path)
-    refuse(
-        str(path),
-        [unknown("key", key, KINDS) for key in plain if key not in KINDS]
-        + [
-            f"{key} must be a {NAMES[kind]}, got {plain[key]!r}"
-            for key, kind in KINDS.items()
-            if key in plain and not fits(plain[key], kind)
-        ],
-    )
-    refuse(
-        str(path),
-        [
-            f"axis {key!r} must be a list or a mapping of values, and not empty, got {values!r}"
-            for key, values in plain.get("axes", {}).items()
-            if not isinstance(values, list | dict) or not values
-        ]
-        + [
-            f"{kind} {key!r} must be a mapping of overrides, got {value!r}"
-            for kind in ("cell", "size")
-            for key, value in plain.get(f"{kind}s", {}).items()
-            if not isinstance(value, dict)
-        ]
-        + ([f"seeds must be at least 1, got {plain['seeds']}"] if plain.get("seeds", 1) < 1 else []),
-    )
-    return plain
+@dataclass
+class _Draft:
+    """A cell before it is checked: its overrides; then its config, and why some of them could not be laid over it."""
+
+    name: str
+    group: str | None
+    own: dict[str, Any]
+    config: Config = field(default_factory=dict)
+    wrong: list[str] = field(default_factory=list)
 
 
-def _grid(axes: Mapping[str, list[Any] | dict[str, Any]]) -> list[tuple[str, dict[str, Any]]]:
-    """The product of the axes: (name, overrides) each."""
-    if not axes:
-        return []
-    labelled = [
-        [(str(label), {key: value}) for label, value in values.items()]
-        if isinstance(values, dict)
-        else [(_label(key, value), {key: value}) for value in values]
-        for key, values in axes.items()
-    ]
+def _drafts(choices: Sequence[Choice], seeds: int | None) -> list[_Draft]:
+    if seeds is None:
+        return [_Draft(label, None, own) for label, own in choices]
+    return [_Draft(f"{label}-s{n}", label, own | {"seed": n}) for label, own in choices for n in range(seeds)]
+
+
+def _resolve(
+    drafts: Sequence[_Draft], below: Sequence[Override], overrides: Sequence[Override], keys: Mapping[str, set[str]]
+) -> list[str]:
+    """Give every draft its config. Of `keys`, by kind, those that no config knows are told once, and then left out."""
+
+    def lay(without: Iterable[str]) -> None:
+        for draft in drafts:
+            own = {key: value for key, value in draft.own.items() if key not in without}
+            try:
+                draft.config, draft.wrong = merge([*below, own, *overrides])
+            except ZooError as error:
+                draft.wrong = [str(error)]
+
+    lay(without=())
+    names = set().union(*(known(draft.config) for draft in drafts if draft.config))
+    strange = {key: kind for kind, own in keys.items() for key in sorted(own) if not names & {key, _two_deep(key)}}
+    if strange and names:
+        lay(without=strange)
+    return [unknown(kind, key, _like(key, names)) for key, kind in strange.items() if names]
+
+
+def _two_deep(key: str) -> str:
+    return ".".join(key.split(".")[:2])
+
+
+def _like(key: str, names: set[str]) -> list[str]:
+    """The names among which one may have meant a key: of its section, or of its last part in others."""
+    section, _, last = key.rpartition(".")
+    inside = [name for name in names if name.startswith(f"{section}.")] if section else []
+    elsewhere = [name for name in names if name.endswith(f".{last}")]
+    return inside or elsewhere or [name for name in names if "." not in name]
+
+
+def _wrong(drafts: Sequence[_Draft]) -> list[str]:
+    """Why cells cannot run, of those that differ by their seed alone the first; what all have in common once."""
+    first: dict[str, _Draft] = {}
+    for draft in drafts:
+        first.setdefault(draft.group or draft.name, draft)
+    found = {label: draft.wrong or check(draft.config) for label, draft in first.items()}
+    common = [reason for reason in next(iter(found.values()), []) if all(reason in own for own in found.values())]
+    if len(found) == 1:
+        common = []
+    own = ((label, reason) for label, reasons in found.items() for reason in reasons if reason not in common)
+    return [f"every cell: {reason}" for reason in common] + [f"cell {label}: {reason}" for label, reason in own]
+
+
+def _matched(cells: Sequence[Cell], sweep: str, told: Callable[[str], object]) -> list[Cell]:
+    """The cells with their budgets solved, once for those that differ by their seed alone."""
+    asked = (home() / sweep / "sweep.json").exists()
+    earlier = [cell.config for cell in read_sweep(sweep).cells] if asked else []
+    found, reasons = {}, []
+    for label, cell in first_of_groups(cells).items():
+        if "match" not in cell.config:
+            continue
+        told(label)
+        try:
+            found[label] = solved(cell.config, earlier)["match"]["set"]
+        except Exception as error:  # a plug-in may raise anything; the other cells' reasons are told beside
+            reasons.append(f"cell {label}: {said(error)}")
+    refuse(f"sweep {sweep}", reasons)
+    groups = [cell.group or cell.name for cell in cells]
     return [
-        ("-".join(label for label, _ in choice), {key: value for _, own in choice for key, value in own.items()})
-        for choice in product(*labelled)
+        replace(cell, config=with_settings(cell.config, found[group])) if group in found else cell
+        for cell, group in zip(cells, groups, strict=True)
     ]
-
-
-def _label(key: str, value: Any) -> str:
-    """Short and fit for a file name: moc, moc_top_k=2_anchors=text+shot, seed=1."""
-    if isinstance(value, dict):
-        named = str(value.get("name", key.rpartition(".")[2]))
-        text = "_".join([named, *(f"{k}={_short(v)}" for k, v in value.items() if k != "name")])
-    else:
-        text = value if isinstance(value, str) else f"{key.rpartition('.')[2]}={_short(value)}"
-    return "".join(letter if letter.isalnum() or letter in "._+=" else "_" for letter in text)
-
-
-def _short(value: Any) -> str:
-    return ("+".join(map(_short, value)) or "none") if isinstance(value, list) else str(value)
-
-
-def execute(sweep: Sweep, bar: Bar, *, fresh: bool = False) -> list[Result]:
-    """Run, one after the other, the cells that have no finished result on disk, or with `fresh` all of them.
-
-    A cell that fails is recorded and the next one runs; a failed cell is tried again the next time. Ctrl-C passes on as
-    KeyboardInterrupt, with every finished cell kept.
-    """
-    found = {cell.name: read_result(cell, sweep.name) for cell in sweep.cells}
-    todo = [cell for cell in sweep.cells if fresh or found[cell.name].status != "finished"]
-    bar.kept(len(sweep.cells) - len(todo))
-    if not todo:
-        return list(found.values())
-    tracker = Tracker(sweep.name)
-    asked = Asked(sweep.about, sweep.cells, _parent_before(sweep.name))
-    parent = tracker.parent(sweep.name, asked.mlflow_run)
-    write_sweep(sweep.name, replace(asked, mlflow_run=parent))
-    ended = "KILLED"
-    try:
-        for cell in todo:
-            found[cell.name] = run(cell, sweep.name, tracker, bar, parent=parent)
-        ended = "FINISHED" if all(result.status == "finished" for result in found.values()) else "FAILED"
-    finally:
-        tracker.end(parent, ended)
-    return list(found.values())
-
-
-def _parent_before(name: str) -> str | None:
-    return read_sweep(name).mlflow_run if (home() / name / "sweep.json").exists() else None

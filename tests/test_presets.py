@@ -11,10 +11,11 @@ from rich.console import Console
 
 import sparse_zoo as zoo
 from experiments.config import load, read_yaml
+from experiments.launch import execute
 from experiments.progress import Bar
 from experiments.report import Report
 from experiments.store import Cell
-from experiments.sweep import SWEEPS, Sweep, execute, find, read
+from experiments.sweep import SWEEPS, Sweep, find, read
 
 PRESETS = sorted(path.stem for path in SWEEPS.glob("*.yaml") if path.stem != "quickstart")
 TINY = {

@@ -1,0 +1,338 @@
+"""Equal budgets: the setting that a method declares as its knob, solved so that the measured cost is what was asked."""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from copy import deepcopy
+from dataclasses import dataclass
+from functools import partial
+from itertools import product
+from typing import Any
+
+import sparse_zoo as zoo
+from experiments.config import Config
+from experiments.trial import layers_of, step_seconds, trial
+from sparse_zoo.errors import ZooError, refuse, unknown
+
+KINDS = {
+    "density": "attended share of pairs, mean over layers",
+    "flops": "attention of one training step, forward and backward, routing included",
+    "seconds": "one training step, forward and backward",
+}
+TOLERANCE = 0.02  # of the target
+POINTS = 1 << 14  # a range of fractions is searched at so many values
+AROUND = 8  # values at either side that are measured too where bisection found nothing
+
+Settings = dict[str, Any]
+Measure = Callable[[Settings], float]
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What every method is to cost: one of `KINDS` and how much of it.
+
+    `also`: for methods whose knob is too coarse, {method: {setting: candidates}}; they are tried in their order, each
+    with the whole range of the knob, until one comes within `TOLERANCE`.
+    """
+
+    kind: str
+    target: float
+    also: Mapping[str, Mapping[str, Sequence[Any]]]
+
+    @staticmethod
+    def of(asked: Mapping[str, Any]) -> Budget:
+        """From {"density": 0.16}, {"flops": 1e9} or {"seconds": 0.5}; raises `ZooError` with all reasons."""
+        kinds = [key for key in asked if key in KINDS]
+        known = [*KINDS, "also", "set"]
+        also = asked.get("also", {})
+        well = isinstance(also, Mapping) and all(isinstance(own, Mapping) for own in also.values())
+        reasons = [unknown("key of match", key, known) for key in asked if key not in known]
+        reasons += (
+            [] if len(kinds) == 1 else [f"match needs one of {', '.join(KINDS)}, got {', '.join(kinds) or 'none'}"]
+        )
+        reasons += [
+            f"match.{kind} must be a number above 0, got {asked[kind]!r}"
+            for kind in kinds
+            if not isinstance(asked[kind], int | float) or isinstance(asked[kind], bool) or not asked[kind] > 0
+        ]
+        reasons += [] if well else [f"match.also must be {{method: {{setting: candidates}}}}, got {also!r}"]
+        for name, own in also.items() if well else ():
+            if name not in zoo.names():
+                reasons.append(unknown("method under match.also", name, zoo.names()))
+                continue
+            known = [*zoo.settings(name)]
+            reasons += [unknown(f"setting of {name} under match.also", key, known) for key in own if key not in known]
+            reasons += [
+                f"match.also.{name}.{key} must be a list of candidates, got {values!r}"
+                for key, values in own.items()
+                if not isinstance(values, list) or not values
+            ]
+        refuse("match", reasons)
+        return Budget(kinds[0], float(asked[kinds[0]]), also)
+
+
+@dataclass(frozen=True)
+class Solution:
+    """The nearest to `goal` that was found: settings (the knob's last) and what they cost.
+
+    below, above: with the same further settings, the knob's values nearest to the goal at either side, and their costs.
+    """
+
+    goal: float
+    settings: Settings
+    cost: float
+    below: tuple[Any, float] | None
+    above: tuple[Any, float] | None
+
+    @property
+    def error(self) -> float:
+        """Relative to the goal."""
+        return abs(self.cost - self.goal) / self.goal
+
+    @property
+    def reached(self) -> bool:
+        return self.error <= TOLERANCE
+
+    def why_not(self, knob: zoo.Knob, method: str) -> str:
+        """What keeps the method from the goal, for people."""
+        told = ", ".join(f"{key} {value}" for key, value in self.settings.items())
+        text = f"{method} comes no nearer to {self.goal:.4g} than {self.cost:.4g}, at {told}"
+        if self.above is None:
+            return f"{text}: the range of {knob.setting} ends at {knob.high}"
+        if self.below is None:
+            return f"{text}: the range of {knob.setting} begins at {knob.low}"
+        steps = ", ".join(f"{cost:.4g} at {value}" for value, cost in (self.below, self.above))
+        return f"{text}: {knob.setting} is too coarse ({steps}); match.also.{method} can vary another setting too"
+
+
+def solve(
+    knob: zoo.Knob,
+    measure: Measure,
+    goal: float,
+    also: Mapping[str, Sequence[Any]] | None = None,
+    accepts: Callable[[Settings], bool] = lambda _: True,
+) -> Solution:
+    """Turn a knob until `measure(settings)` is within 2 % of `goal`, or as near as can be.
+
+    Bisection, since cost never falls from the knob's low to its high; of several sizes, as a window's, the last is
+    bisected for every choice of the others. The nearest value is taken; of equally near ones the first from low, of
+    several sizes the most even. With `also`, {setting: candidates}, all this for one choice of candidates after the
+    other, until one comes within 2 %. Where none does, more values around the nearest are measured: with a random
+    router cost rises in the mean alone. `accepts(settings)`, without measuring, tells whether the method takes even
+    numbers where a range goes from odd to odd.
+    """
+    also = also or {}
+    ranges = []
+    for choice in product(*also.values()):
+        others = dict(zip(also, choice, strict=True))
+        ranges.append(_Range(knob, others, measure, accepts))
+    for search in (_Range.bisect, _Range.look_around):
+        for each in ranges:
+            search(each, goal)
+            if each.nearest(goal).reached:
+                return each.nearest(goal)
+    return min((each.nearest(goal) for each in ranges), key=lambda found: found.error)
+
+
+Place = tuple[int, ...]  # for each of a knob's sizes, the number of its value, from low; of a plain number, one
+
+
+class _Range:
+    """The values of a knob beside other settings, and what those cost that have been measured."""
+
+    def __init__(self, knob: zoo.Knob, others: Settings, measure: Measure, accepts: Callable[[Settings], bool]) -> None:
+        self.knob, self.others, self.measure = knob, others, measure
+        self.several = isinstance(knob.low, list | tuple)
+        lows, highs = (list(end) if self.several else [end] for end in (knob.low, knob.high))
+
+        def accepted(axis: int, value: float) -> bool:
+            sizes = [*lows[:axis], value, *lows[axis + 1 :]]
+            return accepts(others | {knob.setting: sizes if self.several else value})
+
+        ends = zip(lows, highs, strict=True)
+        self.axes = [_values(low, high, partial(accepted, axis)) for axis, (low, high) in enumerate(ends)]
+        self.costs: dict[Place, float] = {}
+
+    def value(self, place: Place) -> Any:
+        sizes = [axis[at] for axis, at in zip(self.axes, place, strict=True)]
+        return sizes if self.several else sizes[0]
+
+    def cost(self, place: Place) -> float:
+        if place not in self.costs:
+            self.costs[place] = self.measure(self.others | {self.knob.setting: self.value(place)})
+        return self.costs[place]
+
+    def nearest(self, goal: float) -> Solution:
+        ranked = self._ranked(goal)
+        sides = ([at for at in ranked if (self.costs[at] < goal) == below] for below in (True, False))
+        below, above = ((self.value(side[0]), self.costs[side[0]]) if side else None for side in sides)
+        best = ranked[0]
+        return Solution(goal, self.others | {self.knob.setting: self.value(best)}, self.costs[best], below, above)
+
+    def _ranked(self, goal: float) -> list[Place]:
+        return sorted(self.costs, key=lambda at: (abs(self.costs[at] - goal), max(at) - min(at), at))
+
+    def bisect(self, goal: float) -> None:
+        """Measure the values at both sides of the goal, and the first ones that cost as much as these."""
+        *before, last = self._ends()
+        for place in product(*map(range, before)):
+            line = [(*place, at) for at in range(last)]
+            beyond = bisect_left(line, goal, key=self.cost)
+            for end in line[max(0, beyond - 1) : beyond + 1]:
+                bisect_left(line, self.cost(end), key=self.cost)
+
+    def _ends(self) -> list[int]:
+        """How many values of each size there are until more of it buys nothing, the others being at their high ends."""
+        high = tuple(len(axis) - 1 for axis in self.axes)
+        if not self.several:
+            return [high[0] + 1]
+        lines = [[(*high[:axis], at, *high[axis + 1 :]) for at in range(end + 1)] for axis, end in enumerate(high)]
+        return [bisect_left(line, self.cost(high), key=self.cost) + 1 for line in lines]
+
+    def look_around(self, goal: float) -> None:
+        """Where the goal lies between two values of a number, measure some more at either side of it."""
+        found, (at, *_) = self.nearest(goal), self._ranked(goal)[0]
+        if not self.several and found.below and found.above:
+            for near in range(max(0, at - AROUND), min(len(self.axes[0]), at + AROUND + 1)):
+                self.cost((near,))
+
+
+def _values(low: float, high: float, accepted: Callable[[float], bool]) -> list[Any]:
+    """From low to high: whole numbers, odd ones where both ends are odd and even ones refused; fractions at `POINTS`.
+
+    Fractions have 5 digits; they are spaced evenly or, where the ends are a hundredfold apart, by a constant factor.
+    """
+    if isinstance(low, int) and isinstance(high, int):
+        step = -1 if high < low else 1
+        odd = low % 2 == high % 2 == 1 and low != high and not accepted(low + step)
+        return list(range(low, high + step, 2 * step if odd else step))
+    parts = [i / (POINTS - 1) for i in range(POINTS)]
+    far = low > 0 and high > 0 and not 0.01 < high / low < 100
+    values = [low * (high / low) ** part if far else low + (high - low) * part for part in parts]
+    return list(dict.fromkeys(float(f"{value:.5g}") for value in values))
+
+
+def solved(config: Config, earlier: Iterable[Config] = ()) -> Config:
+    """The config with the settings in its attention that buy what its `match` asks; itself, if it asks for nothing.
+
+    `match.set` then holds what was solved: settings, or with a method for each layer a list of them. Cost is measured
+    on the config's own data with a freshly built model, see `experiments.trial`; density in training mode, so that
+    chunks dropped at random count as they will. In a list of layers, those whose method has no knob keep what they
+    cost, and the others share the rest evenly. A solution among `earlier` configs is kept if it answers the same
+    question and, unless it was timed, still holds.
+
+    Raises `ZooError` with every reason why the target cannot be reached.
+    """
+    if not config.get("match") or "set" in config["match"]:
+        return config
+    budget = Budget.of(config["match"])
+    for before in earlier:
+        if "set" in (before.get("match") or {}) and _question(before) == _question(config):
+            found = with_settings(config, before["match"]["set"])
+            if budget.kind == "seconds" or abs(_total(budget, found) - budget.target) <= TOLERANCE * budget.target:
+                return found
+    return with_settings(config, _solve(config, budget))
+
+
+def _solve(config: Config, budget: Budget) -> Settings | list[Settings]:
+    layers = layers_of(config)
+    entries = [layer for i, layer in enumerate(layers) if layer not in layers[:i]]
+    knobs = {entries.index(x): knob for x in entries if (knob := zoo.get(x["name"]).knob) is not None}
+    refuse("match", _hindrances(entries, knobs, budget))
+    # What each layer whose knob is turned is to cost.
+    goal = budget.target
+    if budget.kind != "seconds":
+        turned = [entries.index(layer) in knobs for layer in layers]
+        costs = [0.0] * len(layers) if all(turned) else _by_layer(budget, config)
+        fixed = sum(cost for cost, turn in zip(costs, turned, strict=True) if not turn)
+        total = budget.target * (len(layers) if budget.kind == "density" else 1)
+        refuse("match", ["layers whose method has no knob take it all"] if total <= fixed else [])
+        goal = (total - fixed) / sum(turned)
+    found: dict[int, Solution] = {}
+    for number, knob in knobs.items():
+        entry = entries[number]
+        own = [i for i, layer in enumerate(layers) if layer == entry]
+
+        def measure(settings: Settings, own: Sequence[int] = own) -> float:
+            candidate = with_settings(config, [settings if i in own else {} for i in range(len(layers))])
+            if budget.kind == "seconds":
+                return _total(budget, candidate)
+            costs = _by_layer(budget, candidate)
+            return sum(costs[i] for i in own) / len(own)
+
+        def accepts(settings: Settings, entry: Settings = entry) -> bool:
+            dim, heads = config["model"]["dim"], config["model"]["heads"]
+            try:
+                zoo.build(**entry, **settings, heads=heads, head_dim=dim // heads, dim=dim)
+            except ZooError:
+                return False
+            return True
+
+        found[number] = solve(knob, measure, goal, budget.also.get(entry["name"]), accepts)
+    refuse(
+        f"match.{budget.kind} {budget.target:.4g}",
+        [each.why_not(knobs[i], entries[i]["name"]) for i, each in found.items() if not each.reached],
+    )
+    each = [found[i].settings if (i := entries.index(layer)) in found else {} for layer in layers]
+    return each if isinstance(config["attention"], list) else each[0]
+
+
+def _hindrances(entries: Sequence[Settings], knobs: Mapping[int, zoo.Knob], budget: Budget) -> list[str]:
+    """Why no search can begin."""
+    reasons = []
+    for number, entry in enumerate(entries):
+        name, knob = entry["name"], knobs.get(number)
+        if knob is None:
+            continue
+        turned = [knob.setting, *budget.also.get(name, {})]
+        reasons += [f"{key} of {name} is to be solved: leave it out" for key in turned if key in entry]
+        if entry.get("schedule"):
+            reasons.append(f"{name} has a schedule, whose phases do not cost the same: leave it out")
+    if not knobs:
+        names = ", ".join(dict.fromkeys(entry["name"] for entry in entries))
+        reasons.append(f"{names} has no knob to turn; `match: null` in a cell leaves it as it is")
+    if budget.kind == "seconds" and len(knobs) > 1:
+        reasons.append("seconds are those of all layers: only one of several methods may have a knob")
+    return reasons
+
+
+def _by_layer(budget: Budget, config: Config) -> list[float]:
+    return [layer.density if budget.kind == "density" else layer.flops for layer in trial(config).layers]
+
+
+def _total(budget: Budget, config: Config) -> float:
+    """What a config costs, as `Budget` counts it."""
+    if budget.kind == "seconds":
+        seconds = step_seconds(config)
+        refuse("match", ["there is no GPU here to time a step on"] if seconds is None else [])
+        assert seconds is not None
+        return seconds
+    found = trial(config)
+    return found.density if budget.kind == "density" else found.attention_flops
+
+
+def with_settings(config: Config, settings: Settings | list[Settings]) -> Config:
+    """The config with these settings in its attention, or in that of each layer, and under `match.set`."""
+    given = config["attention"]
+    attention: Any = [layer | own for layer, own in zip(layers_of(config), _each(config, settings), strict=True)]
+    return config | {
+        "attention": attention if isinstance(given, list) else attention[0],
+        "match": config["match"] | {"set": settings},
+    }
+
+
+def _each(config: Config, settings: Settings | list[Settings]) -> list[Settings]:
+    return settings if isinstance(settings, list) else [settings] * len(layers_of(config))
+
+
+def _question(config: Config) -> Config:
+    """What decides a solution: the parts of an unsolved config that do."""
+    asked = deepcopy({key: config[key] for key in ("data", "model", "flow", "attention", "match")})
+    settings = asked["match"].pop("set", None)
+    if settings is not None:
+        layers = [asked["attention"]] if isinstance(settings, dict) else asked["attention"]
+        for layer, own in zip(layers, [settings] if isinstance(settings, dict) else settings, strict=True):
+            for key in own:
+                layer.pop(key, None)
+    return asked
