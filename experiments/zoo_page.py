@@ -26,22 +26,22 @@ PIXELS, GAP, COLOURS = 200, 12, 16
 
 INTRODUCTION = f"""# The zoo: every method on one page
 
-Written by `python -m experiments.zoo_page` from what the classes say of themselves; `zoo list NAME` shows settings with their
-defaults, `zoo cost NAME` counts a method at a size of yours, `zoo map NAME` draws it in more detail.
+Written by `python -m experiments.zoo_page` from what the classes say of themselves. `zoo list NAME` shows settings with
+their defaults, `zoo cost NAME` counts a method at a size of yours, `zoo map NAME` draws it in more detail.
 
 - **Who -> whom**: what chooses, of what. **Chosen by**: nothing where the layout alone decides.
 - **Branches**: what is summed: softmaxes over tokens, softmaxes over pooled tokens (coarse), terms outside any softmax.
 - **Parameters**: what a layer gains at {HEADS} heads of {HEAD_DIM}, {HEADS * HEAD_DIM} wide.
-- **Trained**: whether the paper trains with it; all of them train here.
+- **Trained**: how the paper trains with it, if it does; all of them train here.
 - **Knob**: the setting that buys density, from its least to its most.
 - **Claim**: the paper's own figure, not ours. What was measured here stands in the README and in `LOG.md`.
 """
 
 PICTURES = """## The methods
 
-Pictures: queries downwards, keys to the right, in a film of 12 shots, one for each softmax over tokens, first head; orange marks
-text, thin lines cuts; the darker, the more of the pairs are attended. Queries and keys are simulated, the same for all
-(`zoo map`), settings are the small ones of the conformance suite.
+Pictures: one for each softmax over tokens, of the first head; queries downwards, keys to the right, in a film of 12
+shots. Orange marks text, thin lines cuts; the darker, the more of the pairs are attended. Queries and keys are
+simulated, the same for all (`zoo map`); settings are the small ones of the conformance suite.
 """
 
 
@@ -80,7 +80,7 @@ def _row(name: str) -> tuple[str, ...]:
         card.chosen_by or "–",
         _kinds(name),
         f"{parameters:,}" if parameters else "–",
-        "yes" if card.trained else "no",
+        card.trained,
         f"`{knob.setting}` {_plain(knob.low)} … {_plain(knob.high)}" if knob else "–",
         attention.causality or "–",
         card.claim,

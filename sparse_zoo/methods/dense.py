@@ -19,7 +19,7 @@ class Dense(Attention):
         paper="Attention Is All You Need, arXiv 1706.03762",
         granularity="everyone -> everyone",
         chosen_by="",
-        trained=True,
+        trained="the usual way",
         claim="none: what all others are measured against",
     )
 

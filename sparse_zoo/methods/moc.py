@@ -63,7 +63,7 @@ class MoC(Attention):
         paper="Mixture of Contexts for Long Video Generation, arXiv 2508.21058",
         granularity="query token and head -> chunk that ends with its frame, shot or caption",
         chosen_by="q · mean of the chunk's keys",
-        trained=True,
+        trained="from LCT, a dense MMDiT of 3B, and Wan 2.1 1.3B",
         claim="85 % of pairs pruned, over 7x fewer attention FLOPs, 2.2x end to end at 180k tokens, against dense",
     )
     small: ClassVar[Mapping[str, Any]] = {"top_k": 2, "drop_off": 0.9, "drop_in": 0.7}
@@ -151,7 +151,7 @@ class MoCFixed(MoC):
         paper="what Mixture of Contexts, arXiv 2508.21058, sets itself apart from",
         granularity="query token and head -> chunk of so many tokens of the stream",
         chosen_by="q · mean of the chunk's keys",
-        trained=True,
+        trained="no",
         claim="none found: the paper prints no figures for fixed chunks",
     )
     small = {"top_k": 2, "chunk_tokens": 7, "drop_off": 0.9, "drop_in": 0.7}

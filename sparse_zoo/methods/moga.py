@@ -53,7 +53,7 @@ class MoGA(Attention):
         paper="Mixture-of-Groups Attention for End-to-End Long Video Generation, arXiv 2510.18692",
         granularity="token -> group, window and shot, frame",
         chosen_by="a learned router, one choice for all heads of a layer",
-        trained=True,
+        trained="from Wan 2.1 1.3B and 14B, and an MMDiT",
         claim="71.25 % of pairs pruned, 1.7x in training and inference at 187k tokens (Wan 1.3B), against dense",
     )
     small = {"groups": 3, "frames_per_group": 2}

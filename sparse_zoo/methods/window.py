@@ -44,7 +44,7 @@ class Window(Attention):
         paper="Fast Video Generation with Sliding Tile Attention, arXiv 2502.04507",
         granularity="tile -> tiles around it, one window for all heads",
         chosen_by="",
-        trained=True,
+        trained="from dense checkpoints; also without training",
         claim="see `sta`: the same geometry, there with a window for each head",
     )
     small = {"tile": (2, 2, 1), "window": (3, 1, 3)}
