@@ -17,6 +17,7 @@ from rich.table import Table
 from typer.core import TyperGroup
 
 if TYPE_CHECKING:
+    from experiments.forecast import Forecast
     from experiments.sampling import Sampled
     from experiments.store import Result
     from sparse_zoo import Setting
@@ -79,13 +80,14 @@ def train(
     """Train one model and say what came out."""
     _load_plugins(plugin)
     from experiments.config import load, read_yaml
+    from experiments.match import solved
     from experiments.progress import Bar
     from experiments.report import settings
     from experiments.run import run
     from experiments.store import Cell
     from experiments.tracking import Tracker
 
-    resolved = load([*([read_yaml(config)] if config else []), *(overrides or [])])
+    resolved = solved(load([*([read_yaml(config)] if config else []), *(overrides or [])]))
     methods = resolved["attention"] if isinstance(resolved["attention"], list) else [resolved["attention"]]
     cell = Cell("-".join(dict.fromkeys(str(method["name"]) for method in methods)), resolved)
     try:
@@ -112,20 +114,38 @@ def sweep(
         str | None, typer.Option(help="One of the file's `sizes`; its results are those of the sweep NAME-SIZE.")
     ] = None,
     fresh: Annotated[bool, typer.Option("--fresh", help="Run finished cells again too.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Train nothing: list the cells, what they would take, how far they are.")
+    ] = False,
     plugin: Plugin = [],  # noqa: B006
+    as_json: Annotated[bool, typer.Option("--json", help="With --dry-run: print JSON and nothing else.")] = False,
 ) -> None:
     """Run every cell of a sweep that has not finished, then write its report.
 
-    Every cell is checked and its method built before the first one runs. A cell that fails is recorded with its
-    reason and the others go on; the exit code is then 1.
+    Before the first one runs every cell is checked, budgets are solved, models are built and planned on the films
+    themselves. A cell that fails is recorded with its reason and the others go on; the exit code is then 1.
     """
     _load_plugins(plugin)
+    from experiments import trial
     from experiments.launch import execute
     from experiments.progress import Bar
     from experiments.report import Report
     from experiments.sweep import find, read
+    from sparse_zoo.errors import refuse
 
-    loaded = read(find(file), [] if max_steps is None else [{"trainer.max_steps": max_steps}], size)
+    refuse("zoo sweep", ["--json goes with --dry-run"] if as_json and not dry_run else [])
+    with errors.status("cells are read") as status:
+        shorter = [] if max_steps is None else [{"trainer.max_steps": max_steps}]
+        loaded = read(find(file), shorter, size, lambda name: status.update(f"the budget of {_escape(name)} is solved"))
+        status.update("cells are tried")
+        trial.check(loaded.cells)
+        if dry_run:
+            from experiments.forecast import Forecast
+
+            forecast = Forecast.of(loaded, lambda name: status.update(f"{_escape(name)} is timed"))
+    if dry_run:
+        _foretold(forecast, as_json)
+        return
     interrupted = False
     try:
         with Bar(errors, len(loaded.cells)) as bar:
@@ -348,6 +368,9 @@ def cost(
     ctx: typer.Context,
     method: Annotated[str | None, typer.Argument(help="A method, see zoo list.")] = None,
     settings: Annotated[list[str] | None, typer.Argument(help="Its settings, key=value.")] = None,
+    match: Annotated[
+        str | None, typer.Option(help="Turn the method's knob until it costs this: density=0.16, or flops of a step.")
+    ] = None,
     paper: Annotated[
         str | None,
         typer.Option(help="Instead: recompute every sparsity and FLOPs figure that a paper prints, moc or moga."),
@@ -414,19 +437,20 @@ def cost(
     from experiments.costs import NOTES, Films, compare
     from lit_modules.flops import ModelShape
 
-    found = compare(
-        method,
-        dict(parse(text) for text in settings or []),
-        Films(shots, frames, rows, cols, text, caption),
-        ModelShape(dim, depth, heads, mlp_ratio, text_mode),
-        batch=batch,
-        kernel=kernel,
-        every_head=every_head,
-    )
+    own = dict(parse(text) for text in settings or [])
+    films, shape = Films(shots, frames, rows, cols, text, caption), ModelShape(dim, depth, heads, mlp_ratio, text_mode)
+    if match is not None:
+        from experiments.match import solved_alone
+
+        asked = dict([parse(match)])
+        own |= solved_alone(method, own, asked, films.layout(), shape, batch=batch, every_head=every_head)
+    found = compare(method, own, films, shape, batch=batch, kernel=kernel, every_head=every_head)
     if as_json:
         print(json.dumps(found.to_json()))
         return
     console.print(found.table())
+    if match is not None:
+        console.print(f"At {', '.join(f'{key} {_plain(value)}' for key, value in own.items())}")
     for note in NOTES:
         console.print(f"[dim]{_escape(note)}[/dim]")
 
@@ -521,6 +545,17 @@ def _one_run(result: Result, title: str) -> Table:
     ):
         table.add_row(key, _escape(value))
     return table
+
+
+def _foretold(forecast: Forecast, as_json: bool) -> None:
+    from experiments.forecast import NOTES
+
+    if as_json:
+        print(json.dumps(forecast.to_json()))
+        return
+    console.print(*forecast.tables(), sep="\n")
+    for note in NOTES:
+        console.print(f"[dim]{_escape(note)}[/dim]")
 
 
 def _drawn(sampled: Sampled) -> Table:

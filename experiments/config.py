@@ -117,7 +117,7 @@ def check(config: Config) -> list[str]:
     if not fits(config["seed"], int) or config["seed"] < 0:
         reasons.append(f"seed must be a whole number of at least 0, got {config['seed']!r}")
     if "match" in config:
-        reasons += _refusals(lambda: Budget.of(config["match"]))
+        reasons += refusals(lambda: Budget.of(config["match"]))
     model = config["model"]
     wrong = _misfits("model", model, VideoDiT, GIVEN["model"])
     if not wrong and (model["heads"] < 1 or model["dim"] % model["heads"]):
@@ -129,11 +129,11 @@ def check(config: Config) -> list[str]:
     # What has the right names and types may still be out of range: the parts themselves know.
     shape = {"channels": 3, "patch": (1, 1, 1), "vocabulary": 1, "attention": {"name": "dense"}}
     return [
-        *_refusals(lambda: data.build(config["data"])),
-        *_refusals(lambda: RectifiedFlow(**config["flow"])),
-        *_refusals(lambda: Optim(**config["optim"])),
-        *_refusals(lambda: SampleFilms(".", **config["sampling"])),
-        *_refusals(lambda: VideoDiT(**{**config["model"], "depth": 1}, **shape)),
+        *refusals(lambda: data.build(config["data"])),
+        *refusals(lambda: RectifiedFlow(**config["flow"])),
+        *refusals(lambda: Optim(**config["optim"])),
+        *refusals(lambda: SampleFilms(".", **config["sampling"])),
+        *refusals(lambda: VideoDiT(**{**config["model"], "depth": 1}, **shape)),
     ]
 
 
@@ -157,7 +157,8 @@ def known(config: Config) -> set[str]:
     return {"seed", *inside, *(f"{section}.{key}" for section, keys in inside.items() for key in keys)}
 
 
-def _refusals(build: Callable[[], object]) -> list[str]:
+def refusals(build: Callable[[], object]) -> list[str]:
+    """What `build` is refused with; nothing where it succeeds."""
     try:
         build()
     except ZooError as error:
@@ -200,7 +201,7 @@ def _attends(settings: Mapping[str, Any], dim: int, heads: int, trainer: Mapping
         with torch.no_grad():
             attention(x, x, x, layout, hidden=hidden, step=step)
 
-    return [_since(start, reason) for start in phases for reason in _refusals(partial(attend, start))]
+    return [_since(start, reason) for start in phases for reason in refusals(partial(attend, start))]
 
 
 def _misfits_of_method(settings: Mapping[str, Any]) -> list[str]:

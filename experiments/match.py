@@ -11,9 +11,11 @@ from itertools import product
 from typing import Any
 
 import sparse_zoo as zoo
-from experiments.config import Config
+from experiments.config import Config, refusals
 from experiments.trial import layers_of, step_seconds, trial
-from sparse_zoo.errors import ZooError, refuse, unknown
+from lit_modules.flops import ModelShape, inner
+from sparse_zoo.errors import refuse, unknown
+from sparse_zoo.simulate import simulate
 
 KINDS = {
     "density": "attended share of pairs, mean over layers",
@@ -263,11 +265,7 @@ def _solve(config: Config, budget: Budget) -> Settings | list[Settings]:
 
         def accepts(settings: Settings, entry: Settings = entry) -> bool:
             dim, heads = config["model"]["dim"], config["model"]["heads"]
-            try:
-                zoo.build(**entry, **settings, heads=heads, head_dim=dim // heads, dim=dim)
-            except ZooError:
-                return False
-            return True
+            return not refusals(lambda: zoo.build(**entry, **settings, heads=heads, head_dim=dim // heads, dim=dim))
 
         found[number] = solve(knob, measure, goal, budget.also.get(entry["name"]), accepts)
     refuse(
@@ -336,3 +334,38 @@ def _question(config: Config) -> Config:
             for key in own:
                 layer.pop(key, None)
     return asked
+
+
+def solved_alone(
+    method: str,
+    settings: Settings,
+    asked: Mapping[str, Any],
+    layout: zoo.Layout,
+    shape: ModelShape,
+    *,
+    batch: int = 1,
+    every_head: bool = False,
+) -> Settings:
+    """The same for a method by itself on random q and k, see `sparse_zoo.simulate`: the settings to add to its own.
+
+    `layout` is the joint one, captions included. Raises `ZooError` where the target cannot be reached.
+    """
+    budget, knob = Budget.of(asked), zoo.get(method).knob
+    of_method: Settings = {"name": method, **settings}
+    refuse("match", _hindrances([of_method], {0: knob} if knob else {}, budget))
+    refuse("match", ["seconds cannot be known here, where nothing runs"] if budget.kind == "seconds" else [])
+    assert knob is not None
+    size: dict[str, Any] = {"heads": shape.heads, "head_dim": shape.head_dim, "dim": shape.dim}
+    stream = inner(shape, layout)
+
+    def measure(own: Settings) -> float:
+        cost = simulate(method, stream, **size, batch=batch, settings=settings | own, every_head=every_head).cost
+        whole = cost.flops + cost.flops_backward + cost.routing_flops
+        return cost.density if budget.kind == "density" else shape.depth * whole
+
+    def accepts(own: Settings) -> bool:
+        return not refusals(lambda: zoo.build(method, **size, **settings, **own))
+
+    found = solve(knob, measure, budget.target, budget.also.get(method), accepts)
+    refuse(f"match.{budget.kind}", [] if found.reached else [found.why_not(knob, method)])
+    return found.settings

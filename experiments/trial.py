@@ -77,14 +77,13 @@ class Planning(nn.Module):
     """An attention that plans and does not attend.
 
     A fresh block multiplies what attention gives by 0, so that every layer gets the q and k that it will get at the
-    first step of training. `term_flops` are those of outputs outside any softmax, forward; the first plans are checked.
+    first step of training. The first plans are checked.
     """
 
     def __init__(self, attention: zoo.Attention) -> None:
         super().__init__()
         self.attention = attention
-        self.term_flops = 0
-        self._validated = False
+        self.checked = False
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, layout: zoo.Layout, **context: Any) -> zoo.Result:
         call = zoo.Call(q, k, v, layout.to(q.device), **context)
@@ -92,12 +91,19 @@ class Planning(nn.Module):
         if call.hidden is not None:
             call = replace(call, features=method.features(call.hidden))
         branches = method.branches(call)
-        self.term_flops = sum(branch.flops for branch in branches if isinstance(branch, zoo.Term))
         plans = [method.attended(branch, call) for branch in branches if isinstance(branch, zoo.Branch)]
-        for plan in () if self._validated else plans:
+        for plan in () if self.checked else plans:
             plan.validate()
-        self._validated = True
-        return zoo.Result(torch.zeros_like(q), plans, {}, "none", layout, routing_flops=method.routing_flops(call))
+        self.checked = True
+        return zoo.Result(
+            out=torch.zeros_like(q),
+            plans=plans,
+            losses={},
+            kernel="none",
+            layout=layout,
+            routing_flops=method.routing_flops(call),
+            term_flops=sum(branch.flops for branch in branches if isinstance(branch, zoo.Term)),
+        )
 
 
 def trial(config: Config) -> Trial:
@@ -125,9 +131,8 @@ def _trial(settings: str, device: str, _classes: tuple[type, ...]) -> Trial:
         model = _model(config, made).to(device)
         parameters = sum(p.numel() for p in model.parameters() if p.requires_grad)
         blocks = cast("list[Block]", list(model.blocks))
-        planning = [Planning(block.attention) for block in blocks]
-        for block, plans in zip(blocks, planning, strict=True):
-            block.attention = plans  # type: ignore[assignment]
+        for block in blocks:
+            block.attention = Planning(block.attention)  # type: ignore[assignment]
         costs = [zoo.Cost(0, 0, 0, 0)] * len(blocks)
         flops, rest, tokens, varies = [0.0] * len(blocks), 0.0, 0, False
         entries = [json.dumps(layer) for layer in layers_of(config)]
@@ -135,11 +140,10 @@ def _trial(settings: str, device: str, _classes: tuple[type, ...]) -> Trial:
             items, share = len(batch["text"]), 1 / len(batches)
             results = _loss(config, model, _narrowed(batch), number, device).output.results
             told: dict[tuple[str, int], set[int]] = {}
-            for i, (result, planned) in enumerate(zip(results, planning, strict=True)):
+            for i, result in enumerate(results):
                 cost = result.cost()
                 costs[i] += cost
-                # An output outside any softmax takes twice its forward FLOPs in the backward pass.
-                taken = cost.flops + cost.flops_backward + cost.routing_flops + 3 * planned.term_flops
+                taken = cost.flops + cost.flops_backward + cost.routing_flops
                 flops[i] += share * taken * items / min(items, ITEMS)
                 for branch, plan in enumerate(result.plans):
                     told.setdefault((entries[i], branch), set()).update(plan.pairs.flatten().tolist())
