@@ -237,13 +237,23 @@ def ui(port: Annotated[int, typer.Option(help="Port on this machine.")] = 5000) 
     raise typer.Exit(serve(port))
 
 
-@app.command("list", epilog="Example: [bold]zoo list --plugin my_method.py[/bold]")
-def list_(plugin: Plugin = [], as_json: AsJson = False) -> None:  # noqa: B006
-    """Show methods with their settings, and kernels with the reasons where one cannot run here."""
+@app.command("list", epilog="Example: [bold]zoo list moc[/bold], or [bold]zoo list --plugin my_method.py[/bold]")
+def list_(
+    methods: Annotated[list[str] | None, typer.Argument(help="Show the settings of these.")] = None,
+    plugin: Plugin = [],  # noqa: B006
+    as_json: AsJson = False,
+) -> None:
+    """Show methods, a line each, and kernels with the reasons where one cannot run here; of methods named the settings.
+
+    --json has the settings of all.
+    """
     _load_plugins(plugin)
     import sparse_zoo as zoo
 
     names = zoo.names()  # first: what is installed may bring kernels along
+    for name in methods or []:
+        zoo.get(name)
+    names = methods or names
     kernels = zoo.kernels()
     if as_json:
         methods = [
@@ -260,13 +270,21 @@ def list_(plugin: Plugin = [], as_json: AsJson = False) -> None:  # noqa: B006
         listed = [{"name": name, "usable": not reasons, "reasons": reasons} for name, reasons in kernels.items()]
         print(json.dumps({"methods": methods, "kernels": listed}))
         return
-    found = {name: zoo.settings(name) for name in names}
-    shared = [key for key in found["dense"] if all(key in settings for settings in found.values())]
-    for name, settings in found.items():
-        console.print(f"\n[bold]{name}[/bold]  {_escape(zoo.summary(name))}")
-        console.print(_settings({key: setting for key, setting in settings.items() if key not in shared}))
-    console.print("[bold]every method[/bold]")
-    console.print(_settings({key: found["dense"][key] for key in shared}))
+    if methods:
+        shared = zoo.settings("dense")
+        for name in methods:
+            console.print(f"\n[bold]{name}[/bold]  {_escape(zoo.summary(name))}")
+            console.print(_settings({key: own for key, own in zoo.settings(name).items() if key not in shared}))
+        console.print("[bold]every method[/bold]")
+        console.print(_settings(shared))
+        return
+    table = Table.grid(padding=(0, 2))
+    table.add_column(no_wrap=True, min_width=2 + max(map(len, names)))
+    table.add_column(no_wrap=True, overflow="ellipsis")
+    for name in names:
+        table.add_row(f"  [cyan]{name}[/cyan]", _escape(zoo.summary(name)))
+    console.print("[bold]methods[/bold] (zoo list NAME shows its settings)")
+    console.print(table)
     table = Table.grid(padding=(0, 2))
     for name, reasons in kernels.items():
         table.add_row(

@@ -13,10 +13,8 @@ import yaml  # type: ignore[import-untyped]
 from tiny import BASE, DIVERGES, OWN_AND_PREVIOUS, write_sweep
 from typer.testing import CliRunner, Result
 
+import sparse_zoo as library
 from experiments.cli import app
-
-METHODS = {"dense", "moc", "moc_fixed", "moga", "window"}
-
 
 @pytest.fixture(scope="module")
 def plugin(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -57,7 +55,7 @@ def zoo(*arguments: str | Path) -> Result:
 def test_list_json() -> None:
     listed = json.loads(zoo("list", "--json").stdout)
     methods = {method["name"]: method for method in listed["methods"]}
-    assert methods.keys() >= METHODS
+    assert list(methods) == library.names()
     assert methods["moc"]["summary"]
     for setting in methods["moc"]["settings"].values():
         assert set(setting) == {"default", "type", "doc"}
@@ -69,9 +67,18 @@ def test_list_json() -> None:
 
 def test_list_for_people(plugin: Path) -> None:
     text = zoo("list", "--plugin", plugin).stdout
-    assert "own_and_previous_shots" in text
-    assert "reach" in text
+    listed = text.partition("kernels")[0].splitlines()
+    assert [line.split()[0] for line in listed[1:] if line] == library.names()  # a line each
+    assert max(map(len, text.splitlines())) <= 100
     assert "runs here" in text
+    text = zoo("list", "own_and_previous_shots", "moc", "--plugin", plugin).stdout
+    assert "reach" in text
+    assert "frames_per_chunk" in text
+    assert "groups" not in text
+    assert text.count("dense_above") == 1  # what all have is told once
+    assert zoo("list", "mocc").exit_code == 2
+    (only,) = json.loads(zoo("list", "moga", "--json").stdout)["methods"]
+    assert only["name"] == "moga"
 
 
 def test_list_is_quick_to_import() -> None:
