@@ -15,18 +15,18 @@ Slices = Callable[[], Iterator[tuple[Tensor, Tensor]]]
 
 
 def weights(scores: Tensor, low: Tensor, high: Tensor) -> Tensor:
-    """Scores on a scale from `low`, 0, to `high`, `ONE`: int64, shaped as scores; `ONE` where low and high are equal."""
+    """Scores on a scale from `low`, 0, to `high`, `ONE`: int64, as scores are shaped; `ONE` where the two are equal."""
     return (((scores - low) / (high - low)).nan_to_num(nan=1.0).clamp(0, 1) * ONE).round().long()
 
 
-def within_budget(slices: Slices, *, share: float | None = None, count: int | None = None) -> Iterator[Tensor]:
+def within_budget(slices: Slices, *, share: float | None = None, count: int = 0) -> Iterator[Tensor]:
     """The largest of each row that fit a budget, given and answered in slices.
 
     `slices()` gives, anew each time and the same each time, scores, float32 (R, n), and `first`, bool (R, n): what is
     kept whatever it scores. Row r of all slices together has one budget: a `share` in (0, 1] of the sum of its
-    `weights`, or `count` places. `first` spends of it before all others, which follow from the largest down, ties to
-    the earlier, as long as the budget is not yet reached. Yields what is kept, bool (R, n), of slice after slice. With
-    a share of 1 that is everything.
+    `weights`, or, without one, `count` places. `first` spends of it before all others, which follow from the largest
+    down, ties to the earlier, as long as the budget is not yet reached. Yields what is kept, bool (R, n), of slice
+    after slice. With a share of 1 that is everything.
 
     The least weight that is kept is found digit by digit, in histograms: sums of whole numbers, so that the order of
     addition does not matter. Four passes over the slices.

@@ -106,7 +106,7 @@ class VMoBA(Attention):
                 else "",
             ],
         )
-        self.threshold, self.top_k, self.scope = threshold, top_k, scope
+        self.threshold, self.top_k, self.scope = threshold, top_k or 0, scope
         self.tiles = ((temporal, WHOLE, WHOLE), (WHOLE, *spatial), spatiotemporal)
         self.stop_at_shots = bool(stop_at_shots)
         self.pools_queries = scope != "query"
@@ -125,13 +125,12 @@ class VMoBA(Attention):
     def _chosen(self, call: Call, blocks: Partition) -> Tensor:
         """bool (B, H, Lq, C)"""
         means = blocks.mean(call.k.float())
-        own = blocks.piece_of[0, 0]
+        own = blocks.piece_of[0, 0] if call.q_rows is None else blocks.piece_of[0, 0, call.q_rows]
+        choose = self._by_query if self.scope == "query" else self._together
         chosen = torch.zeros(*call.q.shape[:3], blocks.count, dtype=torch.bool, device=call.q.device)
         for film, tokens in _films(blocks):
             rows = _rows(call, tokens)
-            mine = own[tokens if call.q_rows is None else call.q_rows[rows]] - film.start
-            choose = self._by_query if self.scope == "query" else self._together
-            chosen[:, :, rows, film] = choose(call.q[:, :, rows], means[:, :, film], mine)
+            chosen[:, :, rows, film] = choose(call.q[:, :, rows], means[:, :, film], own[rows] - film.start)
         return chosen
 
     def _by_query(self, q: Tensor, means: Tensor, own: Tensor) -> Tensor:
@@ -142,11 +141,11 @@ class VMoBA(Attention):
         chosen = []
         for rows, scores in products(q, means):
             mine = _is(own[rows], scores)
-            if self.top_k is not None:
+            if self.threshold is None:
                 chosen.append(largest(scores.masked_fill(mine, torch.inf), self.top_k))
-            elif self.threshold is not None:
+            else:
                 scale = weights(scores, scores.amin(-1, keepdim=True), scores.amax(-1, keepdim=True))
-                chosen.append(heaviest(scale, self.threshold, first=mine))
+                chosen.append(heaviest(scale, self.threshold, first=mine.expand_as(scale)))
         return torch.cat(chosen, dim=2)
 
     def _together(self, q: Tensor, means: Tensor, own: Tensor) -> Tensor:
@@ -160,7 +159,7 @@ class VMoBA(Attention):
                 a, b = (x.transpose(1, 2).flatten(1) if across else x.flatten(2).flatten(0, 1) for x in pair)
                 yield a, b
 
-        count = None if self.top_k is None else self.top_k * length * (heads if across else 1)
+        count = self.top_k * length * (heads if across else 1)
         chosen = torch.cat(list(within_budget(slices, share=self.threshold, count=count)), dim=-1)
         if across:
             return chosen.view(batch, length, heads, -1).transpose(1, 2)
@@ -169,7 +168,7 @@ class VMoBA(Attention):
     def routing_flops(self, call: Call) -> int:
         """Pooling, and a product per query, head and block in each pass."""
         (batch, heads, _, dim), blocks = call.q.shape, self._blocks(call)
-        pairs = sum((film.stop - film.start) * len(_rows(call, tokens)) for film, tokens in _films(blocks))
+        pairs: int = sum((film.stop - film.start) * len(_rows(call, tokens)) for film, tokens in _films(blocks))
         passes = 1 if self.scope == "query" or self.threshold == 1 else 4
         return batch * dim * (2 * heads * passes * pairs + call.k.shape[1] * call.k.shape[2])
 

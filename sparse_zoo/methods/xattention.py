@@ -109,7 +109,7 @@ class XAttention(Attention):
 
 
 def _gathered(x: Tensor, slots: Tensor) -> Tensor:
-    """The tokens of each group side by side, 0 where there is none: (B, H, L, D) -> float32 (B, H, C · groups, S · D)."""
+    """The tokens of each group side by side, 0 where there is none: (B, H, L, D) -> float32 (B, H, groups, S · D)."""
     found = x[:, :, slots.clamp(min=0)].float().masked_fill(slots[..., None] < 0, 0)
     return found.flatten(4).flatten(2, 3)
 
