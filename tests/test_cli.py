@@ -15,7 +15,7 @@ from typer.testing import CliRunner, Result
 
 from experiments.cli import app
 
-METHODS = {"dense", "moc", "moc_fixed", "moga", "window"}
+METHODS = {"dense", "moc", "moc_fixed", "moga", "nsa", "sla", "vsa", "window"}
 
 
 @pytest.fixture(scope="module")
