@@ -22,13 +22,9 @@ FILM = Layout.pack([Layout.film([Shot(2, 3, 3, 2), Shot(1, 2, 5)], caption=1), L
 
 def make(film: Layout, heads: int = 2, head_dim: int = 4, seed: int = 0) -> Call:
     draw = torch.Generator().manual_seed(seed)
-    q, k, v, hidden = (
-        torch.randn(*shape, generator=draw, dtype=torch.float64).requires_grad_()
-        for shape in (
-            *[(1, n, len(film), head_dim) for n in (heads, heads // 2 or 1, heads // 2 or 1)],
-            (1, len(film), DIM),
-        )
-    )
+    of_keys = (1, heads // 2, len(film), head_dim)
+    shapes = [(1, heads, len(film), head_dim), of_keys, of_keys, (1, len(film), DIM)]
+    q, k, v, hidden = (torch.randn(*s, generator=draw, dtype=torch.float64).requires_grad_() for s in shapes)
     return Call(q, k, v, film, hidden=hidden)
 
 
@@ -112,8 +108,7 @@ def test_nsa_by_hand() -> None:
     v = torch.tensor([1.0, 2, 4, 8, 16, 32, 64], dtype=torch.float64)
     ones = column(*[1] * 7)
     out = attention(ones, ones, column(*v), Layout.film([Shot(7, 1, 1)]), hidden=ones[0].expand(1, 7, DIM)).out
-    chosen = [[0, 1], [0, 1, 2], [0, 1, 2, 3][:4], [0, 2, 3, 1], [0, 3, 4, 1], [0, 4, 5, 1], [0, 5, 6, 1]]
-    chosen[2] = [0, 1, 2, 3]
+    chosen = [[0, 1], [0, 1, 2], [0, 1, 2, 3], [0, 2, 3, 1], [0, 3, 4, 1], [0, 4, 5, 1], [0, 5, 6, 1]]
     window = [range(max(0, i - 1), min(7, i + 2)) for i in range(7)]
     want = [0.5 * v.mean() + 0.25 * v[chosen[i]].mean() + 0.125 * v[list(window[i])].mean() for i in range(7)]
     close(out, column(*want))
@@ -141,7 +136,7 @@ def test_vsa_that_adapts_starts_as_dense_attention() -> None:
     close(attention.run(call).out, dense(call))
     assert float((perturbed(attention).run(call).out - dense(call)).detach().abs().max()) > 0.1
     assert list(build("vsa", tile=(2, 2, 2)).gates) == ["coarse", "fine"]
-    assert float(build("vsa").gates["coarse"].weight.abs().max()) > 0
+    assert bool((build("vsa").gates["coarse"].weight != 0).any())
 
 
 def test_sla_starts_as_its_sparse_part_and_learns_the_rest() -> None:
@@ -166,9 +161,10 @@ def test_vsa_counts(top_k: int) -> None:
     assert cost.pairs == 2 * (16 * 8 * 8 * min(top_k, 16) + text + 16 * 16)
 
 
-@pytest.mark.parametrize(("top_k", "negligible", "critical", "marginal"), [
-    (0.05, 0.1, 1, 9), (0.2, 0.1, 2, 8), (0.25, 0.35, 2, 6), (1.0, 0.5, 10, 0), (0.9, 0.5, 9, 0),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("top_k", "negligible", "critical", "marginal"),
+    [(0.05, 0.1, 1, 8), (0.2, 0.1, 2, 7), (0.25, 0.35, 2, 5), (1.0, 0.5, 10, 0), (0.9, 0.5, 9, 0)],
+)
 def test_sla_shares_are_rounded_down(top_k: float, negligible: float, critical: int, marginal: int) -> None:
     """Ten blocks of a film of 40 tokens; a second film has one block of two, which is critical."""
     film = Layout.pack([Layout.film([Shot(4, 2, 5)]), Layout.film([Shot(1, 1, 2)])])
@@ -201,10 +197,10 @@ def test_nsa_reads_each_block_once_and_those_fixed_always(top_k: int) -> None:
 
 def test_sla_linear_flops_and_memory() -> None:
     """What it counts, and that the sums for each block of queries are not kept for the backward pass."""
-    film = Layout.film([Shot(8, 8, 8)])
-    attention, call = build("sla", head_dim=8, block=8), make(film, head_dim=8)
+    film = Layout.film([Shot(2, 8, 8)])
+    attention, call = build("sla", head_dim=32, block=2), make(film, head_dim=32)
     (term,) = [x for x in attention.branches(call) if isinstance(x, Term)]
-    assert term.flops == 2 * (2 * 8 * 9 * (2 * 512 + 64**2) + 2 * 8 * 8 * 512)
+    assert term.flops == 2 * (2 * 32 * 33 * (2 * 128 + 64**2) + 2 * 32 * 32 * 128)
     kept: dict[int, int] = {}
 
     def keep(x: Tensor) -> Tensor:
@@ -213,14 +209,14 @@ def test_sla_linear_flops_and_memory() -> None:
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
         attention.branches(call)
-    assert sum(kept.values()) < 2 * 64 * 8 * 9 * 8  # less than these sums of both heads
+    assert sum(kept.values()) < 64 * 32 * 33 * 8  # less than these sums of one head
 
 
 # -- what is shared ----------------------------------------------------------------------------------------------------
 
 
 def test_pooled_sums_in_float32() -> None:
-    """256 in bfloat16 plus one is 256 again: a mean summed there would stay near 1/4."""
+    """In bfloat16 256 + 1 is 256 again: a mean of 1024 ones summed there would be 1/4."""
     pieces = Layout.film([Shot(16, 8, 8)]).partition()
     x = torch.ones(1, 1, 1024, 1, dtype=torch.bfloat16)
     assert pooled(pieces, x).item() == 1
