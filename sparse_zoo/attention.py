@@ -246,6 +246,14 @@ class Attention(nn.Module):
         """Small per-token tensors (B, L, …) that routing needs, from hidden (B, L, dim)."""
         return {}
 
+    def featured(self, call: Call) -> Mapping[str, Tensor]:
+        """The features of a call: those it brings, or made of its `hidden`; `ZooError` if it has neither."""
+        if call.features is not None:
+            return call.features
+        if call.hidden is None:
+            raise ZooError(f"{type(self).__name__} needs what q, k, v were projected from: give hidden=(B, L, dim)")
+        return self.features(call.hidden)
+
     def losses(self, call: Call) -> dict[str, Tensor]:  # noqa: ARG002
         """Auxiliary losses by name, weighted: scalars to add to the loss."""
         return {}

@@ -102,9 +102,9 @@ def pooled(pieces: Partition, x: Tensor) -> Tensor:
 
 @remembered(64)
 def whole_film(layout: Layout, keys: Partition, queries: Partition | None = None) -> Plan:
-    """The plan of a coarse branch: every token, or every pooled piece of `queries`, reads the pooled `keys` of its film.
+    """A coarse branch's plan: every token, or every piece of `queries`, reads all pieces of `keys` of its film.
 
-    Its keys, and queries if given, are pieces: it is for a `Branch` with k, v (and q) of its own.
+    It is for a `Branch` with k, v (and q) of its own, pooled over these pieces.
     """
     readers = layout.sample if queries is None else queries.sample
     return Plan.groups(readers, keys.sample, count=len(layout.films))

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from sparse_zoo.attention import Attention, Branch, Call, Card, Knob, Limit, Term, is_count
-from sparse_zoo.errors import ZooError, refuse, unknown
+from sparse_zoo.errors import refuse, unknown
 from sparse_zoo.layout import Layout
 from sparse_zoo.partition import Partition
 from sparse_zoo.plan import Plan
@@ -104,7 +104,7 @@ class MoGA(Attention):
 
     def _plan(self, name: str, call: Call) -> Plan:
         if name == "group":
-            layout, group = call.layout, self._routing(call)["group"]
+            layout, group = call.layout, self.featured(call)["group"]
             labels = torch.where(layout.is_text, -1, group + self.groups * layout.sample)[:, None]
             queries = labels if call.q_rows is None else labels[:, :, call.q_rows]
             plan = Plan.groups(queries, labels, count=self.groups * len(layout.films), routed=True)
@@ -121,24 +121,17 @@ class MoGA(Attention):
     def _weight(self, name: str, call: Call) -> Tensor | float:
         if name != "group":
             return 1.0
-        routing = self._routing(call)
+        routing = self.featured(call)
         p = routing["p"].gather(-1, routing["group"][..., None])
         p = torch.where(call.layout.is_text[:, None], 1.0, p)
         return (p if call.q_rows is None else p[:, call.q_rows])[:, None].to(call.q.dtype)
-
-    def _routing(self, call: Call) -> dict[str, Tensor]:
-        if call.features is not None:
-            return dict(call.features)
-        if call.hidden is None:
-            raise ZooError("moga routes by what q, k, v were projected from: give hidden=(B, L, dim)")
-        return self.features(call.hidden)
 
     def losses(self, call: Call) -> dict[str, Tensor]:
         """`balance`: α · M · Σ F_i P_i over the video tokens of each film, mean over films; F carries no gradient."""
         video = ~call.layout.is_text
         if self.alpha == 0 or "group" not in self.mix or not bool(video.any()):
             return {}
-        routing = self._routing(call)
+        routing = self.featured(call)
         p, group = routing["p"][:, video], routing["group"][:, video]
         taken = torch.nn.functional.one_hot(group, self.groups).to(p.dtype)
         films, sample = torch.unique(call.layout.sample[video], return_inverse=True)

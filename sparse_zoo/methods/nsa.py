@@ -102,11 +102,8 @@ class NSA(Attention):
 
     def _gates(self, call: Call) -> Tensor:
         """(B, H, L, 3) for this call's heads."""
-        missing = call.features is None and call.hidden is None
-        refuse("nsa", ["its gates are made of hidden: give hidden=(B, L, dim)"] if missing else [])
-        features = call.features if call.features is not None else self.features(torch.as_tensor(call.hidden))
         heads = slice(call.head_offset, call.head_offset + call.q.shape[1])
-        return features["gates"][:, :, heads].transpose(1, 2).to(call.q.dtype)
+        return self.featured(call)["gates"][:, :, heads].transpose(1, 2).to(call.q.dtype)
 
     def routing_flops(self, call: Call) -> int:
         """Pooling of k, and one product for each query, head and block."""
@@ -137,8 +134,6 @@ def _static(layout: Layout, block: int, window: int) -> _Static:
     fixed = together & ((gap == 0) | (gap == 1) | (place == first[:, None]))
     near = together & (gap.abs() <= window // 2)
     own = blocks.piece_of[0, 0]
-    return _Static(
-        *(joint(layout, *(Plan.blocks(blocks, blocks, x).parts if blocks.count else ())) for x in (fixed, near)),
-        torch.where(own < 0, blocks.count, own),
-        torch.nn.functional.pad(together & ~fixed, (0, 0, 0, 1)),
-    )
+    kind, legal = torch.where(own < 0, blocks.count, own), torch.nn.functional.pad(together & ~fixed, (0, 0, 0, 1))
+    plans = [joint(layout, *Plan.blocks(blocks, blocks, wanted).parts) for wanted in (fixed, near)]
+    return _Static(plans[0], plans[1], kind, legal)

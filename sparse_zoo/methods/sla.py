@@ -30,16 +30,17 @@ class SLA(Attention):
 
     The paper's (section 4): blocks of 64 tokens; P_c = softmax(pool(Q) pool(K)^T / sqrt(D)) by means; for each block of
     queries the top_k share of the blocks of keys is critical, the `negligible` share of smallest P_c is skipped, and
-    what is left is marginal. O_s is softmax attention to the critical tokens; O_l = φ(Q) H / φ(Q) Z with
+    what is left is marginal. O_s is softmax attention to the critical blocks; O_l = φ(Q) H / φ(Q) Z with
     H = Σ φ(K_j)^T V_j and Z = Σ φ(K_j)^T 1 over the marginal blocks j, φ a softmax over channels; the output is
     O_s + Proj(O_l), Proj a learned D × D map for all heads. It fine-tunes with shares of 5 % and 10 %.
 
     The authors' code (github.com/thu-ml/SLA) differs: its branch SLA-1 has no negligible blocks, and its main branch
-    runs the linear part over all blocks, critical ones too. Ours is the paper's text. From the code: Proj starts at
-    zero, so that the start is the sparse part alone; shares of n blocks are rounded down; 1e-5 is added to φ(Q) Z. Ours:
-    at least one block is critical; a block that is critical is never negligible; ties go to the earlier block; Proj has
-    no bias, so that it gives nothing where nothing is marginal. Shares are of the blocks of the own film, which are
-    stretches of its video. Text is read by all and reads all, exactly; the linear part joins video to video.
+    runs the linear part over all blocks, critical ones too (issues 7, 11 and 18 ask about it). This is the paper's
+    text. From the code: Proj starts at zero, so that the sparse part is all there is at first; shares of n blocks are
+    rounded down; 1e-5 is added to φ(Q) Z. Ours: at least one block is critical; what is critical is never negligible;
+    ties go to the earlier block; Proj has no bias, so that it gives nothing where nothing is marginal. Shares are of
+    the blocks of the own film, which are stretches of its video. Text is read by all and reads all, exactly; the linear
+    part joins video to video.
 
     Args:
         top_k: Share of a film's blocks that are critical to each block of queries, in (0, 1].
@@ -101,9 +102,11 @@ class SLA(Attention):
         share = heads // call.k.shape[1]
         places = _places(call.layout, self.block)
         q, k, v, pairs = (x.flatten(0, 1).unbind() for x in (call.q, call.k, call.v, marginal))
-        # Head by head, and once more in the backward pass: sums for each block of queries are (blocks, D, D + 1).
-        given = ((q[i], k[i // share], v[i // share], pairs[i], places, call.layout.is_text) for i in range(batch * heads))
-        found = [checkpoint(_one_head, *one, use_reentrant=False, preserve_rng_state=False) for one in given]
+        found = []
+        for i in range(batch * heads):
+            # One head at a time, and again in the backward pass: sums for each block of queries are (blocks, D, D + 1).
+            given = (q[i], k[i // share], v[i // share], pairs[i], places)
+            found.append(checkpoint(_one_head, *given, use_reentrant=False, preserve_rng_state=False))
         value = torch.stack(found).view(call.q.shape).to(self.proj.weight.dtype)
         each = 2 * dim * (dim + 1) * (2 * places.tokens + marginal.shape[-1] ** 2) + 2 * dim**2 * places.tokens
         return Term(self.proj(value).to(call.q.dtype), batch * heads * each)
@@ -117,12 +120,13 @@ class SLA(Attention):
 
 @dataclass(frozen=True, eq=False)
 class _Places:
-    """Which token is where in a table of blocks: `table`, int64 (blocks, size), with `held`, bool, and back, int64 (L,),
-    of tokens of which `tokens` are video."""
+    """Tokens in a table of blocks: `table`, int64 (blocks, size), which token is where, `held`, bool, where there is
+    one; and back: where each token is, int64 (L,), if it is one of the `tokens` of video."""
 
     table: Tensor
     held: Tensor
     back: Tensor
+    text: Tensor
     tokens: int
 
 
@@ -132,10 +136,10 @@ def _places(layout: Layout, block: int) -> _Places:
     held = table >= 0
     back = torch.zeros_like(layout.sample)
     back[table[held]] = held.flatten().nonzero()[:, 0]
-    return _Places(table.clamp(min=0), held, back, int(held.sum()))
+    return _Places(table.clamp(min=0), held, back, layout.is_text, int(held.sum()))
 
 
-def _one_head(q: Tensor, k: Tensor, v: Tensor, marginal: Tensor, places: _Places, text: Tensor) -> Tensor:
+def _one_head(q: Tensor, k: Tensor, v: Tensor, marginal: Tensor, places: _Places) -> Tensor:
     """O_l of one batch item and head, float32 at least: q, k, v (L, D), marginal bool (blocks, blocks) -> (L, D)."""
     with torch.autocast(q.device.type, enabled=False):
         wide = torch.promote_types(q.dtype, torch.float32)
@@ -146,4 +150,4 @@ def _one_head(q: Tensor, k: Tensor, v: Tensor, marginal: Tensor, places: _Places
         sums = (marginal.to(wide) @ own.flatten(1)).view_as(own)
         out = q.softmax(-1) @ sums
         out = out[..., :-1] / (out[..., -1:] + EPS)
-        return out.flatten(0, 1)[places.back].masked_fill(text[:, None], 0)
+        return out.flatten(0, 1)[places.back].masked_fill(places.text[:, None], 0)

@@ -5,10 +5,9 @@ Paper: Faster Video Diffusion with Trainable Sparse Attention, arXiv 2505.13389.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any, Literal
 
-import torch
 from torch import Tensor, nn
 
 from sparse_zoo.attention import Attention, Branch, Call, Card, Knob, Limit, Term, is_count
@@ -24,18 +23,18 @@ GATES = ("both", "coarse", "none")
 class VSA(Attention):
     """Video Sparse Attention: attention among pooled cubes, and each cube's best top_k cubes token by token.
 
-    The paper's (section 2.2): video in cubes of 4 × 4 × 4 tokens; q, k and v are averaged over each cube; the coarse
-    stage is attention among these means, O_c = softmax(Q_c K_c^T / sqrt(D)) V_c, which every token of a cube reads; each
-    cube of queries chooses the top_k cubes of keys of largest score, and O_f is attention of its tokens to theirs; the
-    result is O_c · G_c + O_f · G_f, gates being linear in hidden, for each token, head and channel, without an
-    activation. To adapt a model trained with full attention (section 2.3) G_c starts at zero and G_f is left out
-    (gates="coarse"; the authors' code has no other gate); its top_k then falls from all cubes (`schedule`). The own cube
-    has no privilege. gates="none" is the ablation "F (no O_c)" of its table 1b.
+    The paper's (section 2.2): video is cut into cubes of 4 × 4 × 4 tokens, over which q, k and v are averaged. The
+    coarse stage is attention among these means, O_c = softmax(Q_c K_c^T / sqrt(D)) V_c, which every token of a cube
+    reads. In the fine stage the tokens of a cube attend to those of the top_k cubes of largest score, O_f; the own cube
+    has no privilege. The output is O_c · G_c + O_f · G_f, the gates linear in hidden, for each token, head and channel,
+    without an activation. Where a model trained with full attention is adapted (section 2.3), G_c starts at zero, G_f
+    is left out (gates="coarse"; the authors' code has no other gate) and top_k falls from all cubes, as a `schedule`
+    can. gates="none" is the ablation "F (no O_c)" of table 1b.
 
-    Ours: gates that are not adapted start as torch starts a linear layer (the paper: at random). Ragged cubes are
-    averaged over the tokens they have (the paper asks for sizes that 4 divides). Cubes restart at each shot. Choices are
-    made for each head, in float32; ties go to the earlier cube. Text is in no cube: it is read by all and reads all in
-    the fine stage, ungated, and gets nothing from the coarse one.
+    Ours: with gates="both" they start as torch starts a linear layer (the paper: at random). Ragged cubes are averaged
+    over the tokens they have (the paper asks for sizes that 4 divides). Cubes restart at each shot. Choices are made
+    for each head, in float32; ties go to the earlier cube. Text is in no cube: it is read by all and reads all in the
+    fine stage, ungated, and gets nothing from the coarse one.
 
     Args:
         top_k: Cubes each cube of queries chooses for the fine stage.
@@ -86,8 +85,8 @@ class VSA(Attention):
         stages = {"both": ("coarse", "fine"), "coarse": ("coarse",), "none": ()}[gates]
         self.gates = nn.ModuleDict({name: nn.Linear(self.dim or 0, self.heads * self.head_dim) for name in stages})
         if gates == "coarse":
-            nn.init.zeros_(self.gates["coarse"].weight)
-            nn.init.zeros_(self.gates["coarse"].bias)
+            for parameter in self.gates.parameters():
+                nn.init.zeros_(parameter)
 
     def features(self, hidden: Tensor) -> dict[str, Tensor]:
         """The gates, (B, L, heads · head_dim) each."""
@@ -109,18 +108,13 @@ class VSA(Attention):
 
     def _gates(self, call: Call) -> dict[str, Tensor]:
         """Those of this call's heads, (B, H, L, D) each, 1 for text."""
-        missing = self.gates and call.features is None and call.hidden is None
-        refuse("vsa", ["its gates are made of hidden: give hidden=(B, L, dim)"] if missing else [])
-        found: Mapping[str, Tensor] = call.features or ({} if call.hidden is None else self.features(call.hidden))
         heads = slice(call.head_offset, call.head_offset + call.q.shape[1])
-        return {
-            name: torch.where(
-                call.layout.is_text[:, None],
-                1.0,
-                found[name].unflatten(-1, (self.heads, self.head_dim))[:, :, heads].transpose(1, 2),
-            ).to(call.q.dtype)
-            for name in self.gates
-        }
+        text = call.layout.is_text[:, None]
+        found = {}
+        for name in self.gates:
+            gate = self.featured(call)[name].unflatten(-1, (self.heads, self.head_dim))
+            found[name] = gate[:, :, heads].transpose(1, 2).to(call.q.dtype).masked_fill(text, 1.0)
+        return found
 
     def routing_flops(self, call: Call) -> int:
         """Pooling of q and k, and one product for each pair of cubes and head."""

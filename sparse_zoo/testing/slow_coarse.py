@@ -6,10 +6,11 @@ is float64.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Hashable
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from sparse_zoo.attention import Call
 from sparse_zoo.methods.nsa import NSA
@@ -23,7 +24,8 @@ Pieces = dict[Hashable, list[int]]
 
 def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """One query (D,) over keys (n, D) and values (n, D)."""
-    return (k @ q * len(q) ** -0.5).softmax(0) @ v
+    weights: Tensor = (k @ q / math.sqrt(len(q))).softmax(0)
+    return weights @ v
 
 
 def ranked(query: Tensor, keys: Tensor) -> list[int]:
@@ -56,11 +58,11 @@ def per_film(call: Call, one: Callable[..., None]) -> None:
     share = call.q.shape[1] // call.k.shape[1]
     for item in range(call.q.shape[0]):
         for head in range(call.q.shape[1]):
-            q, k, v = (x[item, h].double() for x, h in ((call.q, head), (call.k, head // share), (call.v, head // share)))
+            q, k, v = call.q[item, head], call.k[item, head // share], call.v[item, head // share]
             for film in sorted({t.sample for t in named}):
                 video = [i for i, t in enumerate(named) if t.sample == film and not t.text]
                 text = [i for i, t in enumerate(named) if t.sample == film and t.text]
-                one(item, head, q, k, v, video, text)
+                one(item, head, q.double(), k.double(), v.double(), video, text)
 
 
 @slow_routing(VSA)
@@ -69,6 +71,7 @@ def vsa(attention: VSA, call: Call) -> Tensor:
     gates = {}
     for name, gate in attention.gates.items():
         assert call.hidden is not None
+        assert isinstance(gate, nn.Linear)
         gates[name] = call.hidden @ gate.weight.T + gate.bias
 
     def one(item: int, head: int, q: Tensor, k: Tensor, v: Tensor, video: list[int], text: list[int]) -> None:
