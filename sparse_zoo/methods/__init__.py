@@ -1,5 +1,5 @@
 """One paper per file; importing this registers them all."""
 
-from sparse_zoo.methods import dense, moc, moga, window
+from sparse_zoo.methods import dense, moc, moga, radial, sta, svg, svg2, window
 
-__all__ = ["dense", "moc", "moga", "window"]
+__all__ = ["dense", "moc", "moga", "radial", "sta", "svg", "svg2", "window"]
