@@ -188,7 +188,7 @@ class Attention(nn.Module):
     anchors: tuple[str, ...] = ()
     may_be_empty: bool = False
     pools_queries: bool = False
-    own_heads: ClassVar[str | None] = None
+    own_heads: str | None = None
     knob: ClassVar[Knob | None] = None
     card: ClassVar[Card | None] = None
     small: ClassVar[Mapping[str, Any]] = {}

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from itertools import pairwise
+from typing import Literal
 
 import torch
 from torch import Tensor
 
+from sparse_zoo.attention import is_count
 from sparse_zoo.layout import Layout
 from sparse_zoo.partition import Partition
 from sparse_zoo.plan import Part, Plan
@@ -121,6 +123,36 @@ def members(pieces: Partition) -> Tensor:
     place = (starts + number).masked_fill(number >= sizes, 0)
     tokens = place if pieces.order is None else pieces.order[0, 0].long()[place]
     return tokens.masked_fill(number >= sizes, -1)
+
+
+def is_triple(sizes: tuple[int, ...]) -> bool:
+    """Whether a setting is three whole numbers of at least 1: (frames, rows, cols)."""
+    return len(sizes) == 3 and all(map(is_count, sizes))
+
+
+def windowed(
+    layout: Layout,
+    tile: tuple[int, ...],
+    window: tuple[int, ...],
+    *,
+    edge: Literal["shift", "cut"] = "shift",
+    stop_at_shots: bool = True,
+) -> Tensor:
+    """Which tiles a window of `window` tiles around each holds: bool (T, T) over the tiles of `layout.tiles`.
+
+    Sizes of a window are odd; its tiles differ from the middle one by at most (window - 1) / 2 places on each axis. At
+    the edges the window is pushed inside ("shift"), so that it stays as large as there is room, or cut off ("cut").
+    Places in time count tiles through the film, across cuts; rows and columns are compared by number where shots differ
+    in size.
+    """
+    tiles = layout.tiles(tile, stop_at_shots=stop_at_shots)
+    near = same_film(tiles, tiles)
+    for (place, count), size in zip(grid(layout, tile, stop_at_shots=stop_at_shots), window, strict=True):
+        reach = size // 2
+        at, last = tiles.of(place), tiles.of(count) - 1
+        middle = at.clamp(min=reach).minimum((last - reach).clamp(min=reach)) if edge == "shift" else at
+        near &= (at - middle[:, None]).abs() <= reach
+    return near
 
 
 @torch.no_grad()

@@ -16,6 +16,7 @@ from typer.testing import CliRunner, Result
 import sparse_zoo as library
 from experiments.cli import app
 
+
 @pytest.fixture(scope="module")
 def plugin(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("plugin") / "own_and_previous.py"

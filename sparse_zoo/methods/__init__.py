@@ -1,5 +1,35 @@
 """One paper per file; importing this registers them all."""
 
-from sparse_zoo.methods import dense, moba, moc, moga, nsa, sla, vmoba, vsa, window, xattention
+from sparse_zoo.methods import (
+    dense,
+    moba,
+    moc,
+    moga,
+    nsa,
+    radial,
+    sla,
+    sta,
+    svg,
+    svg2,
+    vmoba,
+    vsa,
+    window,
+    xattention,
+)
 
-__all__ = ["dense", "moba", "moc", "moga", "nsa", "sla", "vmoba", "vsa", "window", "xattention"]
+__all__ = [
+    "dense",
+    "moba",
+    "moc",
+    "moga",
+    "nsa",
+    "radial",
+    "sla",
+    "sta",
+    "svg",
+    "svg2",
+    "vmoba",
+    "vsa",
+    "window",
+    "xattention",
+]

@@ -10,8 +10,8 @@ from typing import Any, Literal
 
 from torch import Tensor
 
-from sparse_zoo.attention import Attention, Card, Knob, Limit, is_count
-from sparse_zoo.blocks import grid, joint, same_film
+from sparse_zoo.attention import Attention, Card, Knob, Limit
+from sparse_zoo.blocks import is_triple, joint, windowed
 from sparse_zoo.errors import refuse, unknown
 from sparse_zoo.layout import Layout
 from sparse_zoo.plan import Plan
@@ -27,7 +27,8 @@ class Window(Attention):
 
     A tile attends to the tiles whose place differs from its own by at most (window - 1) / 2 on each axis. Places in
     time count tiles through the film, so a window reaches across cuts; rows and columns are compared by number where
-    shots differ in size. Ragged tiles at the edges are exact.
+    shots differ in size. Ragged tiles at the edges are exact. One window for all heads, with a choice of edges and of
+    cuts; for windows that differ by head, as in the paper, take `sta`.
 
     Args:
         tile: Tokens of a tile along (frames, rows, cols).
@@ -63,33 +64,31 @@ class Window(Attention):
         refuse(
             type(self).__name__,
             [
-                f"tile must be three whole numbers of at least 1, got {tile!r}" if not _three(tile) else "",
+                f"tile must be three whole numbers of at least 1, got {tile!r}" if not is_triple(tile) else "",
                 f"window must be three odd whole numbers of at least 1, got {window!r}"
-                if not _three(window) or not all(size % 2 for size in window)
+                if not is_triple(window) or not all(size % 2 for size in window)
                 else "",
                 unknown("edge", edge, ("shift", "cut")) if edge not in ("shift", "cut") else "",
             ],
         )
-        self.tile, self.window, self.edge, self.stop_at_shots = tile, window, edge, bool(stop_at_shots)
+        self.tile, self.window, self.stop_at_shots = tile, window, bool(stop_at_shots)
+        self.edge: Literal["shift", "cut"] = edge
 
     def plan(self, q: Tensor, k: Tensor, layout: Layout) -> Plan:  # noqa: ARG002
         return _window(layout, self.tile, self.window, self.edge, self.stop_at_shots)
 
 
-def _three(sizes: tuple[int, ...]) -> bool:
-    return len(sizes) == 3 and all(map(is_count, sizes))
-
-
 @remembered(32)
-def _window(layout: Layout, tile: tuple[int, ...], window: tuple[int, ...], edge: str, stop_at_shots: bool) -> Plan:
+def _window(
+    layout: Layout,
+    tile: tuple[int, ...],
+    window: tuple[int, ...],
+    edge: Literal["shift", "cut"],
+    stop_at_shots: bool,
+) -> Plan:
     """Tiles × tiles, all × text, text × video."""
     tiles = layout.tiles(tile, stop_at_shots=stop_at_shots)
     if not tiles.count:
         return joint(layout)
-    near = same_film(tiles, tiles)
-    for (place, count), size in zip(grid(layout, tile, stop_at_shots=stop_at_shots), window, strict=True):
-        reach = size // 2
-        at, last = tiles.of(place), tiles.of(count) - 1
-        middle = at.clamp(min=reach).minimum((last - reach).clamp(min=reach)) if edge == "shift" else at
-        near &= (at - middle[:, None]).abs() <= reach
+    near = windowed(layout, tile, window, edge=edge, stop_at_shots=stop_at_shots)
     return joint(layout, *Plan.blocks(tiles, tiles, near).parts)

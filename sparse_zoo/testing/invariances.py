@@ -76,9 +76,9 @@ def heads_permute(subject: Subject) -> None:
     order, kv_order = torch.tensor([3, 2, 0, 1]), torch.tensor([1, 0])
     permuted = replace(call, q=call.q[:, order], k=call.k[:, kv_order], v=call.v[:, kv_order])
     change = "decide for each head by its own q and k"
-    if subject.cls.own_heads is not None:
+    if attention.own_heads is not None:
         differ = not torch.equal(attention.run(permuted).out, attention.run(call).out[:, order])
-        expect(differ, f"heads that differ: {subject.cls.own_heads}", "outputs of heads alike", "own_heads = None")
+        expect(differ, f"heads that differ: {attention.own_heads}", "outputs of heads alike", "own_heads = None")
         return
     same(
         attention.run(permuted).out,

@@ -1,0 +1,141 @@
+"""Sparse VideoGen: each head attends either near in time or near in space, whichever a few queries find better.
+
+Paper: Sparse VideoGen: Accelerating Video Diffusion Transformers with Spatial-Temporal Sparsity, arXiv 2502.01776.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sparse_zoo.attention import Attention, Branch, Call, Card, Knob, Limit, Term, is_count
+from sparse_zoo.blocks import SLICE, joint, same_film
+from sparse_zoo.errors import refuse
+from sparse_zoo.layout import Layout
+from sparse_zoo.partition import Partition
+from sparse_zoo.plan import Part, Plan
+from sparse_zoo.registry import register
+from sparse_zoo.remember import remembered
+
+
+@register("svg")
+class SVG(Attention):
+    """Sparse VideoGen: spatial or temporal head, by the error that a few sampled queries make under either mask.
+
+    The paper's: a spatial head attends to the own frame and its neighbours, a temporal head to the same place and its
+    neighbours across all frames, both to text and to the first frame. Its online profiling: for some queries attention
+    is computed in full and under both masks, and each head takes the mask of the smaller mean squared error,
+
+        E_m = mean over queries and channels of (softmax(q k^T / sqrt(D) within m) v - softmax(q k^T / sqrt(D)) v)²
+
+    anew in every call, without parameters or training. Ours: the choice is made for each film, with samples spread
+    evenly over its video, where the paper draws them; a tie makes a spatial head. The masks are whole frames, `width`
+    before and after, and their mirror image: places in as many groups as the film has frames, group = place · frames //
+    places, `width` groups before and after, so that both kinds of head cost alike. The authors' code has bands of
+    `width` frames of tokens in frame order and in place order instead, in blocks of 128, and gives a temporal head the
+    first places for the first frame. Places compare by group where shots differ in size. Training-free in the paper, it
+    trains here as any other: gradients pass through attention, not through the choice.
+
+    Args:
+        width: Frames, or groups of places, attended before and after the own one.
+        rows: Queries sampled in each film.
+    """
+
+    limits = Limit({"width": 1 << 30})
+    strict = "spatial heads attend across cuts, and the choice of a head looks at the whole film"
+    anchors = ("text",)
+    pools_queries = True
+    knob = Knob("width", 0, 16)
+    card = Card(
+        paper="Sparse VideoGen: Accelerating Video Diffusion Transformers with Spatial-Temporal Sparsity, 2502.01776",
+        granularity="head -> neighbouring frames, or neighbouring places of all frames",
+        chosen_by="error of sampled queries under either mask",
+        trained="training-free",
+        claim="2.28x end to end on CogVideoX-v1.5, 2.33x on HunyuanVideo, 1.51x on Wan 2.1, over dense",
+    )
+    small = {"width": 1, "rows": 7}
+
+    def __init__(self, *, width: int = 2, rows: int = 64, **base: Any) -> None:
+        super().__init__(**base)
+        refuse(
+            type(self).__name__,
+            [
+                f"width must be a whole number of at least 0, got {width!r}" if not is_count(width, 0) else "",
+                f"rows must be a whole number of at least 1, got {rows!r}" if not is_count(rows) else "",
+            ],
+        )
+        self.width, self.rows = width, rows
+
+    def branches(self, call: Call) -> list[Branch | Term]:
+        with torch.no_grad(), torch.autocast(call.q.device.type, enabled=False):
+            temporal = self._temporal(call)
+        sink, bands = _bands(call.layout, self.width)
+        parts = [
+            Part(queries, keys, near & chosen[:, :, queries.sample, None], routed=True)
+            for (queries, keys, near), chosen in zip(bands, (~temporal, temporal), strict=False)  # none of one frame
+        ]
+        return [Branch(joint(call.layout, *sink, *parts))]
+
+    def _temporal(self, call: Call) -> Tensor:
+        """Whether a head is temporal: bool (B, H, films)."""
+        (batch, heads, _, dim), kv_heads = call.q.shape, call.k.shape[1]
+        share, layout = heads // kv_heads, call.layout
+        errors = torch.zeros(2, batch, heads, len(layout.films), device=call.q.device)
+        start = 0
+        for number, film in enumerate(layout.films):
+            own = slice(start, start + len(film))
+            start += len(film)
+            rows = _sampled(layout, number, self.rows)
+            always = layout.is_text[own] | (layout.frame[own] == 0)
+            masks = [always | ((at[rows, None] - at[own]).abs() <= self.width) for at in _places(layout)]
+            step = max(1, SLICE // (batch * share * len(film)))
+            for head in range(kv_heads):
+                mine = slice(head * share, (head + 1) * share)
+                k, v = (x[:, head, None, own].float() for x in (call.k, call.v))
+                for first in range(0, len(rows), step):
+                    some = slice(first, first + step)
+                    scores = call.q[:, mine, rows[some]].float() @ k.transpose(-1, -2) * dim**-0.5
+                    full = scores.softmax(-1) @ v
+                    for kind, mask in enumerate(masks):
+                        out = scores.masked_fill(~mask[some], -torch.inf).softmax(-1) @ v
+                        errors[kind, :, mine, number] += (out - full).square().sum((-1, -2))
+        return errors[1] < errors[0]
+
+    def routing_flops(self, call: Call) -> int:
+        """The sampled queries' scores, and what they read in full and under both masks."""
+        batch, heads, _, dim = call.q.shape
+        pairs = sum(len(_sampled(call.layout, i, self.rows)) * len(film) for i, film in enumerate(call.layout.films))
+        return batch * heads * pairs * dim * (2 + 3 * 2)
+
+
+def _places(layout: Layout) -> tuple[Tensor, Tensor]:
+    """The frame of each token, and its group of places, of which a film has as many: int64 (L,)."""
+    frames = torch.tensor([sum(shot.frames for shot in film.shots) for film in layout.films], device=layout.device)
+    place = layout.row * layout.cols + layout.col
+    return layout.frame, place * frames[layout.sample] // (layout.rows * layout.cols)
+
+
+@remembered(32)
+def _sampled(layout: Layout, film: int, rows: int) -> Tensor:
+    """Up to `rows` queries spread evenly over the video of a film: int64 (n,), of the stream."""
+    video = ((layout.sample == film) & ~layout.is_text).nonzero()[:, 0]
+    count = min(rows, len(video))
+    return video[(2 * torch.arange(count, device=video.device) + 1) * len(video) // max(1, 2 * count)]
+
+
+@remembered(32)
+def _bands(layout: Layout, width: int) -> tuple[tuple[Part, ...], list[tuple[Partition, Partition, Tensor]]]:
+    """What all video reads, the first frames; and for either kind of head the pieces of queries, those of the other
+    keys, and which are near: bool (Q, K)."""
+    video = ~layout.is_text
+    everyone, first = layout.partition(where=video), layout.partition(where=layout.frame == 0)
+    sink = Plan.blocks(everyone, first, same_film(everyone, first)).parts if first.count else ()
+    rest = layout.frame > 0
+    bands = []
+    for at in _places(layout) if bool(rest.any()) else ():
+        queries, keys = layout.partition(at, where=video), layout.partition(at, where=rest)
+        apart = (queries.of(at)[:, None] - keys.of(at)).abs()
+        bands.append((queries, keys, same_film(queries, keys) & (apart <= width)))
+    return sink, bands
