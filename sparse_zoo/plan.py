@@ -75,8 +75,9 @@ class Part:
         """Number of (query, key) pairs: int64 (B|1, H|1), without any L × L."""
         queries, keys = self.queries.sizes, self.keys.sizes
         if self.by_table:
-            # float64 counts exactly up to 2^53, which no film reaches.
-            reached = (self.edges.double() @ keys.double()[..., None])[..., 0]
+            # float64 counts exactly up to 2^53, which no film reaches; a whole table would take eight times its bytes.
+            column = keys.double()[..., None]
+            reached = torch.cat([rows.double() @ column for rows in self.edges.split(1024, dim=2)], dim=2)[..., 0]
         else:
             batch, heads = torch.broadcast_shapes(keys.shape[:2], self.edges.shape[:2])
             padded = torch.nn.functional.pad(keys, (1, 0)).expand(batch, heads, -1)

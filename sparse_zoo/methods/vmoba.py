@@ -83,7 +83,7 @@ class VMoBA(Attention):
         **base: Any,
     ) -> None:
         super().__init__(**base)
-        spatial, spatiotemporal = tuple(spatial), tuple(spatiotemporal)
+        tiles = {"temporal": (temporal,), "spatial": tuple(spatial), "spatiotemporal": tuple(spatiotemporal)}
         refuse(
             type(self).__name__,
             [
@@ -97,17 +97,15 @@ class VMoBA(Attention):
                 if top_k is not None and not is_count(top_k)
                 else "",
                 unknown("scope", scope, SCOPES) if scope not in SCOPES else "",
-                f"temporal must be a whole number of at least 1, got {temporal!r}" if not is_count(temporal) else "",
-                f"spatial must be two whole numbers of at least 1, got {spatial!r}"
-                if len(spatial) != 2 or not all(map(is_count, spatial))
-                else "",
-                f"spatiotemporal must be three whole numbers of at least 1, got {spatiotemporal!r}"
-                if len(spatiotemporal) != 3 or not all(map(is_count, spatiotemporal))
-                else "",
+                *(
+                    f"{name} must be {axes} whole number{'s' * (axes > 1)} of at least 1, got {tile!r}"
+                    for axes, (name, tile) in enumerate(tiles.items(), 1)
+                    if len(tile) != axes or not all(map(is_count, tile))
+                ),
             ],
         )
         self.threshold, self.top_k, self.scope = threshold, top_k or 0, scope
-        self.tiles = ((temporal, WHOLE, WHOLE), (WHOLE, *spatial), spatiotemporal)
+        self.tiles = ((temporal, WHOLE, WHOLE), (WHOLE, *tiles["spatial"]), tiles["spatiotemporal"])
         self.stop_at_shots = bool(stop_at_shots)
         self.pools_queries = scope != "query"
 
@@ -129,41 +127,40 @@ class VMoBA(Attention):
         choose = self._by_query if self.scope == "query" else self._together
         chosen = torch.zeros(*call.q.shape[:3], blocks.count, dtype=torch.bool, device=call.q.device)
         for film, tokens in _films(blocks):
-            rows = _rows(call, tokens)
-            chosen[:, :, rows, film] = choose(call.q[:, :, rows], means[:, :, film], own[rows] - film.start)
+            rows, start = _rows(call, tokens), 0
+            for some in choose(call.q[:, :, rows], means[:, :, film], own[rows] - film.start):
+                end = start + some.shape[2]
+                chosen[:, :, rows[start:end], film], start = some, end
         return chosen
 
-    def _by_query(self, q: Tensor, means: Tensor, own: Tensor) -> Tensor:
-        """What queries (B, H, n, D) choose, each by itself, of the blocks of their film: bool (B, H, n, C).
+    def _by_query(self, q: Tensor, means: Tensor, own: Tensor) -> Iterator[Tensor]:
+        """What queries (B, H, n, D) choose, each by itself, of the blocks of their film: some rows of (B, H, n, C).
 
         means (B, Hk, C, D); `own`, int64 (n,), is the block of each query.
         """
-        chosen = []
         for rows, scores in products(q, means):
             mine = _is(own[rows], scores)
             if self.threshold is None:
-                chosen.append(largest(scores.masked_fill(mine, torch.inf), self.top_k))
+                yield largest(scores.masked_fill(mine, torch.inf), self.top_k)
             else:
                 scale = weights(scores, scores.amin(-1, keepdim=True), scores.amax(-1, keepdim=True))
-                chosen.append(heaviest(scale, self.threshold, first=mine.expand_as(scale)))
-        return torch.cat(chosen, dim=2)
+                yield heaviest(scale, self.threshold, first=mine)
 
-    def _together(self, q: Tensor, means: Tensor, own: Tensor) -> Tensor:
+    def _together(self, q: Tensor, means: Tensor, own: Tensor) -> Iterator[Tensor]:
         """As `_by_query`, but pairs compete over a head, or over all heads."""
         batch, heads, length, _ = q.shape
         across = self.scope == "global"
 
         def slices() -> Iterator[tuple[Tensor, Tensor]]:
             for rows, scores in products(q, means):
-                pair = scores, _is(own[rows], scores).expand_as(scores)
+                pair = scores, _is(own[rows], scores)
                 a, b = (x.transpose(1, 2).flatten(1) if across else x.flatten(2).flatten(0, 1) for x in pair)
                 yield a, b
 
         count = self.top_k * length * (heads if across else 1)
-        chosen = torch.cat(list(within_budget(slices, share=self.threshold, count=count)), dim=-1)
-        if across:
-            return chosen.view(batch, length, heads, -1).transpose(1, 2)
-        return chosen.view(batch, heads, length, -1)
+        for kept in within_budget(slices, share=self.threshold, count=count):
+            order = (batch, -1, heads, means.shape[2]) if across else (batch, heads, -1, means.shape[2])
+            yield kept.view(order).transpose(1, 2) if across else kept.view(order)
 
     def routing_flops(self, call: Call) -> int:
         """Pooling, and a product per query, head and block in each pass."""
@@ -179,8 +176,8 @@ def _rows(call: Call, tokens: Tensor) -> Tensor:
 
 
 def _is(own: Tensor, scores: Tensor) -> Tensor:
-    """Whether a block is the query's own: bool (n, C), for scores (..., n, C)."""
-    return own[:, None] == torch.arange(scores.shape[-1], device=own.device)
+    """Whether a block is the query's own, `own`, int64 (n,): bool (B, H, n, C), as scores are shaped."""
+    return (own[:, None] == torch.arange(scores.shape[-1], device=own.device)).expand_as(scores)
 
 
 @remembered(64)

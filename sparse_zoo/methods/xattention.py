@@ -34,7 +34,8 @@ class XAttention(Attention):
     Ours: it trains, decisions passing no gradient. Blocks are cut from the video of a film in the order of the stream,
     text is in none, is read by all and reads all (HunyuanVideo's code puts it at the end of the blocked stream). The
     last group and block may be shorter: what they lack adds nothing to a product and is no candidate of the softmax,
-    where the code pads the keys with zeros that are. Scores are float32; ties go to the earlier block. With a
+    where the code pads the keys with zeros that are. The first block is kept if it is chosen, where the code's indexing
+    keeps it always. Scores are float32; ties go to the earlier block. With a
     threshold of 1 all blocks are read.
 
     Args:

@@ -54,24 +54,24 @@ class NeverTakesTurns(VMoBA):
 class QueriesBudgetApart(VMoBA):
     """Each query has a share of its own, though the scope is a head."""
 
-    def _together(self, q: Tensor, means: Tensor, own: Tensor) -> Tensor:
-        return self._by_query(q, means, own)
+    def _together(self, q: Tensor, means: Tensor, own: Tensor) -> Iterator[Tensor]:
+        yield from self._by_query(q, means, own)
 
 
 @mutant("head_slices", "routing_is_the_papers")
 class HeadsShareABudget(VMoBA):
     """Heads compete with each other, though the scope is a head."""
 
-    def _together(self, q: Tensor, means: Tensor, own: Tensor) -> Tensor:
+    def _together(self, q: Tensor, means: Tensor, own: Tensor) -> Iterator[Tensor]:
         with patch.object(self, "scope", "global"):
-            return super()._together(q, means, own)
+            yield from super()._together(q, means, own)
 
 
 @mutant("batch_items_apart", "routing_is_the_papers")
 class ItemsShareABudget(VMoBA):
     """Batch items compete with each other."""
 
-    def _together(self, q: Tensor, means: Tensor, own: Tensor) -> Tensor:
+    def _together(self, q: Tensor, means: Tensor, own: Tensor) -> Iterator[Tensor]:
         def joined(slices: Slices, **budget: Any) -> Iterator[Tensor]:
             def flat() -> Iterator[tuple[Tensor, Tensor]]:
                 for scores, first in slices():
@@ -82,14 +82,14 @@ class ItemsShareABudget(VMoBA):
                 yield kept.view(shape)
 
         with patch.object(vmoba, "within_budget", joined):
-            return super()._together(q, means, own)
+            yield from super()._together(q, means, own)
 
 
 @mutant("routing_is_the_papers")
 class OwnBlocksForFree(VMoBA):
     """Own blocks are kept besides what the share buys."""
 
-    def _together(self, q: Tensor, means: Tensor, own: Tensor) -> Tensor:
+    def _together(self, q: Tensor, means: Tensor, own: Tensor) -> Iterator[Tensor]:
         def free(slices: Slices, **budget: Any) -> Iterator[Tensor]:
             def none_first() -> Iterator[tuple[Tensor, Tensor]]:
                 for scores, first in slices():
@@ -99,7 +99,7 @@ class OwnBlocksForFree(VMoBA):
                 yield kept | first
 
         with patch.object(vmoba, "within_budget", free):
-            return super()._together(q, means, own)
+            yield from super()._together(q, means, own)
 
 
 class Gathering(XAttention):
