@@ -176,13 +176,18 @@ class _Range:
         return sorted(self.costs, key=lambda at: (abs(self.costs[at] - goal), max(at) - min(at), at))
 
     def bisect(self, goal: float) -> None:
-        """Measure the values at both sides of the goal, and the first ones that cost as much as these."""
-        *before, last = self._ends()
-        for place in product(*map(range, before)):
-            line = [(*place, at) for at in range(last)]
+        """Measure the values at both sides of the goal."""
+        *outer, last = self._ends()
+        reach = last
+        for place in product(*map(range, outer)):
+            # With more of the size before it, the last one crosses the goal no later than it did with less.
+            reach = last if not place or not place[-1] else reach
+            line = [(*place, at) for at in range(reach)]
             beyond = bisect_left(line, goal, key=self.cost)
-            for end in line[max(0, beyond - 1) : beyond + 1]:
-                bisect_left(line, self.cost(end), key=self.cost)
+            reach = min(reach, beyond + 1) if beyond else 0
+            if not place:  # of a plateau the first value
+                for end in line[max(0, beyond - 1) : beyond + 1]:
+                    bisect_left(line, self.cost(end), key=self.cost)
 
     def _ends(self) -> list[int]:
         """How many values of each size there are until more of it buys nothing, the others being at their high ends."""

@@ -49,7 +49,7 @@ class Trial:
 
     tokens: of the stream that attention sees, mean over batches; items: streams in a batch.
     layers: attention, layer by layer.
-    varies: whether layers, heads or items of one batch differ in how much they attend to: where this comes from q and
+    varies: whether layers, heads or films of one layout differ in how much they attend to: where this comes from q and
         k it may move as training goes.
     flops: of one training step of the whole model, forward and backward.
     parameters: numbers that are trained.
@@ -134,20 +134,19 @@ def _trial(settings: str, device: str, _classes: tuple[type, ...]) -> Trial:
         for block in blocks:
             block.attention = Planning(block.attention)  # type: ignore[assignment]
         costs = [zoo.Cost(0, 0, 0, 0)] * len(blocks)
-        flops, rest, tokens, varies = [0.0] * len(blocks), 0.0, 0, False
+        flops, rest, tokens = [0.0] * len(blocks), 0.0, 0
+        told: dict[tuple[str, int, zoo.Layout], set[int]] = {}
         entries = [json.dumps(layer) for layer in layers_of(config)]
         for number, batch in enumerate(batches):
             items, share = len(batch["text"]), 1 / len(batches)
             results = _loss(config, model, _narrowed(batch), number, device).output.results
-            told: dict[tuple[str, int], set[int]] = {}
             for i, result in enumerate(results):
                 cost = result.cost()
                 costs[i] += cost
                 taken = cost.flops + cost.flops_backward + cost.routing_flops
                 flops[i] += share * taken * items / min(items, ITEMS)
                 for branch, plan in enumerate(result.plans):
-                    told.setdefault((entries[i], branch), set()).update(plan.pairs.flatten().tolist())
-            varies |= any(len(pairs) > 1 for pairs in told.values())
+                    told.setdefault((entries[i], branch, result.layout), set()).update(plan.pairs.flatten().tolist())
             tokens += len(results[0].layout)
             shape = _shape(model, config["model"].get("mlp_ratio", 4.0))
             rest += share * linear_flops(shape, batch["layout"], items).both
@@ -156,7 +155,7 @@ def _trial(settings: str, device: str, _classes: tuple[type, ...]) -> Trial:
         tokens / len(batches),
         max(len(batch["text"]) for batch in batches),
         tuple(LayerCost(cost.density, each) for cost, each in zip(costs, flops, strict=True)),
-        varies,
+        any(len(pairs) > 1 for pairs in told.values()),
         rest + sum(flops),
         parameters,
     )
