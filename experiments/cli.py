@@ -591,7 +591,7 @@ def _drawn(sampled: Sampled) -> Table:
 
 def _speeds(found: Mapping[str, Any]) -> Table:
     about = f"{found['device']}, torch {found['versions']['torch']}; fwd: forward, all: forward + backward"
-    table = Table(title=about, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
+    table = Table(title=about, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False, padding=0)
     table.caption = "±: (slowest - fastest turn) ÷ median"
     for title in ("method", "kernel", "tokens", "pass", "ms", "dense", "attained", "÷ bound", "memory", "±"):
         table.add_column(title, justify="left" if title in ("method", "kernel", "pass") else "right", no_wrap=True)

@@ -83,7 +83,11 @@ QUICK: dict[str, dict[str, Any]] = {
     "moba": {"block_tokens": 64, "top_k": 4},
     "moc_fixed": {"chunk_tokens": 64},
     "nsa": {"block": 32, "top_k": 4, "window": 3},
+    "radial": {"block": 32, "decay": 0.5},
     "sla": {"block": 32, "top_k": 0.2},
+    "sta": {"tile": [2, 4, 4]},
+    "svg": {"width": 1},
+    "svg2": {"top_p": 0.3, "query_clusters": 24, "key_clusters": 48, "first_rounds": 10},
     "vmoba": {"temporal": 1, "spatial": [4, 4], "spatiotemporal": [2, 4, 4]},
     "vsa": {"tile": [2, 4, 4], "top_k": 8},
     "window": {"tile": [2, 4, 4]},
@@ -170,13 +174,17 @@ def gate(attention: zoo.Attention, head_dim: int, dtype: torch.dtype, device: to
     film = zoo.Layout.film([zoo.Shot(2, 6, 9, text=3)] * 8, caption=2)
     inputs, weight, hidden = _tensors(film, 1, head_dim, dtype, device)
     for plan in attention(*inputs, film, hidden=hidden).plans:
-        ours = _results(inputs, weight, plan, attention.kernel)
-        oracle = _results([x.detach().double().requires_grad_() for x in inputs], weight.double(), plan, "reference")
+        # A coarse branch's plan is over fewer queries or keys.
+        lengths = (plan.shape[0], plan.shape[1], plan.shape[1], plan.shape[0])
+        *some, above = (x[:, :, :length].detach() for x, length in zip((*inputs, weight), lengths, strict=True))
+        some = [x.requires_grad_() for x in some]
+        ours = _results(some, above, plan, attention.kernel)
+        oracle = _results([x.detach().double().requires_grad_() for x in some], above.double(), plan, "reference")
         mask = plan.dense_mask()
-        q, k, v = inputs
+        q, k, v = some
         scores = (q @ k.transpose(-1, -2) * head_dim**-0.5).masked_fill(~mask, -torch.inf)
         plain = scores.softmax(-1).nan_to_num(0) @ v
-        eager = [plain.detach(), *torch.autograd.grad(plain, inputs, weight)]
+        eager = [plain.detach(), *torch.autograd.grad(plain, some, above)]
         for name, got, want, usual in zip(("output", "dq", "dk", "dv"), ours, oracle, eager, strict=True):
             error, allowed = float((got - want).abs().max()), 3 * float((usual - want).abs().max()) + 1e-6
             if not error <= allowed:

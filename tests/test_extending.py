@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -21,6 +22,7 @@ from typer.testing import CliRunner
 import sparse_zoo as zoo
 from experiments.cli import app
 from experiments.config import load
+from lit_modules import RectifiedFlow
 from sparse_zoo import registry, testing
 from sparse_zoo.kernels.reference import Reference
 
@@ -31,7 +33,9 @@ BY_TITLE = {section.partition("\n")[0]: section for section in SECTIONS}
 TESTED = {
     "A method": "test_a_method",
     "Several branches, a gate, an auxiliary loss": "test_several_branches",
+    "A coarse branch": "test_a_coarse_branch",
     "A schedule": "test_a_schedule",
+    "Layers and noise": "test_layers_and_noise",
     "A kernel": "test_a_kernel",
     "A datamodule": "test_a_datamodule",
     "A metric": "test_a_metric",
@@ -63,7 +67,7 @@ def blocks(text: str) -> list[tuple[str, str]]:
 
 
 def command(line: str) -> None:
-    program, *arguments = line.split()
+    program, *arguments = shlex.split(line)
     assert program == "zoo", line
     result = CliRunner().invoke(app, arguments)
     assert result.exit_code == 0, (line, result.output, result.exception)
@@ -110,12 +114,39 @@ def test_several_branches() -> None:
 
 
 @pytest.mark.usefixtures("here")
+def test_a_coarse_branch() -> None:
+    (result,) = follow("A coarse branch")
+    assert result["status"] == "finished"
+    (judged,) = testing.check_method("shot_means", only=["routing_is_the_papers"])
+    assert judged.status == "passed"
+    film = zoo.Layout.film([zoo.Shot(1, 2, 2, 1), zoo.Shot(1, 1, 2)])
+    q = torch.randn(1, 1, len(film), 4)
+    near, coarse = zoo.build("shot_means", heads=1, head_dim=4).branches(zoo.Call(q, q, q, film))
+    assert (near.plan.shape, coarse.plan.shape) == ((7, 7), (2, 2))
+    assert coarse.rows.tolist() == [-1, 0, 0, 0, 0, 1, 1]
+
+
+@pytest.mark.usefixtures("here")
 def test_a_schedule(capsys: pytest.CaptureFixture[str]) -> None:
     results = follow("A schedule")
     shown = [line.split() for line in capsys.readouterr().out.splitlines() if line[:1].isdigit()]
     assert [(step, round(float(density) * 9)) for step, density in shown] == [("0", 6), ("2000", 5), ("4000", 3)]
     schedules = [result["attention"]["schedule"] for result in results]
     assert sorted(map(str, schedules)) == ["{'name': {'1': 'own_and_previous_shots'}}", "{'reach': {'1': 0}}"]
+
+
+@pytest.mark.usefixtures("here")
+def test_layers_and_noise() -> None:
+    results = [result["attention"] for result in follow("Layers and noise")]
+    moc, shots = {"name": "moc"}, {"name": "moc", "chunk": "shot"}
+    assert [{"name": "dense"}, *[{**moc, "top_k": 1}] * 3] in results
+    assert [{"name": "dense"}, moc, shots, moc] in results
+    assert {**moc, "dense_above": 0.9} in results
+    # The page's rule for a share of the steps, beside the flow's own grid.
+    for steps, shift, share in ((12, 3.0, 0.25), (50, 5.0, 0.3), (8, 1.0, 0.5)):
+        above = shift * (1 - share) / (1 + (shift - 1) * (1 - share))
+        grid = RectifiedFlow(shift=shift).warp(torch.linspace(1, 0, steps + 1, dtype=torch.float64))[:-1]
+        assert int((grid > above + 1e-9).sum()) == round(share * steps)
 
 
 @pytest.mark.usefixtures("here")
