@@ -1,5 +1,6 @@
 """docs/zoo.md says what the classes say, and its pictures show what they plan."""
 
+import re
 from pathlib import Path
 
 import numpy as np
@@ -27,6 +28,18 @@ def test_the_page_follows_a_change(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "`groups` 64 … 1" in old
     assert "| softmax |" in new
     assert "`groups` 32 … 2" in new
+
+
+@pytest.mark.parametrize("name", zoo_page.methods())
+def test_what_a_method_says_of_itself_fits(name: str) -> None:
+    card = zoo.get(name).card
+    assert card is not None
+    assert re.search(r"arXiv \d{4}\.\d{5}", card.paper)
+    assert card.granularity
+    assert card.trained
+    assert card.claim
+    assert len(zoo.summary(name)) <= 66  # a line of zoo list, 80 wide
+    assert zoo.summary(name).endswith(".")
 
 
 def test_parameters_are_counted() -> None:

@@ -24,7 +24,7 @@ from sparse_zoo.routing import top_chunks
 
 @register("moba")
 class MoBA(Attention):
-    """Mixture of Block Attention: the own block and the best others by q · mean(keys), per query token and head.
+    """The own block of keys and the best others, by q · mean(keys).
 
     The paper's (section 2): blocks of equal length, the gate s_i = q · mean(K of block i) without parameters, the
     top_k blocks of largest s_i, the query's own block always, which counts as one of top_k; one softmax over their

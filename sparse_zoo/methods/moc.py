@@ -29,7 +29,7 @@ CAUSAL = (None, "routing", "strict")
 
 @register("moc")
 class MoC(Attention):
-    """Mixture of Contexts: anchors, and the top_k chunks by q · mean(keys), per query token, head and layer.
+    """Anchors, and the top_k chunks by q · mean(keys), for each query.
 
     The paper's: scores by mean-pooled keys without parameters, top-k per query and head, chunks that end at frame, shot
     and caption bounds, text and own shot attended always and never routed to, and chunk-level causality that breaks
@@ -131,7 +131,7 @@ class MoC(Attention):
 
 @register("moc_fixed")
 class MoCFixed(MoC):
-    """Mixture of Contexts with fixed chunks: `moc` with chunk="fixed", blind to shots, frames and text.
+    """`moc` with fixed chunks, blind to shots, frames and text.
 
     Args:
         top_k: Chunks each query chooses; anchors are not counted.

@@ -26,7 +26,7 @@ BORROWED = 2
 
 @register("moga")
 class MoGA(Attention):
-    """Mixture-of-Groups Attention: mean of routed groups, local spatio-temporal groups and single frames.
+    """Mean of routed groups, local groups in space-time, single frames.
 
     The paper's: g(x) = argmax of softmax(W x), one assignment per token and layer for all heads, output p(g(x)|x) ·
     attention within the group; STGA, windows × temporal groups that stop at shots and borrow keys, not queries, of two

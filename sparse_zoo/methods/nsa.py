@@ -23,7 +23,7 @@ from sparse_zoo.routing import top_chunks
 
 @register("nsa")
 class NSA(Attention):
-    """Native Sparse Attention, both ways in time: block means, chosen blocks and a window, mixed by learned gates.
+    """Block means, chosen blocks and a window, mixed by learned gates.
 
     The paper's (section 3): for each token, o = Σ g_c · softmax attention over the keys of branch c, where g_c in
     [0, 1] is learned from the token's features for each head. "Compressed": one key and one value for each block.

@@ -23,7 +23,7 @@ from sparse_zoo.remember import remembered
 
 @register("radial")
 class Radial(Attention):
-    """Radial attention: near frames in full, farther ones along diagonals that narrow, then thin out, with distance.
+    """Near frames in full, farther ones along ever thinner diagonals.
 
     The paper's: frames d apart are in band b, the number of binary digits of d (0, 1, 2 and 3, 4 to 7, ...). Frames at
     most one apart attend in full, and all attend to the first frame. Farther on a query attends to the keys near its
@@ -37,7 +37,7 @@ class Radial(Attention):
     some frames (the same where `block` divides the frames); a block always attends to itself; blocks count the video
     tokens of a film, and frames are counted through it, across cuts; where frames differ in size, s is the query's, and
     key l of s' is at place (2l + 1) s // 2s' in its frame; text is dense. The paper keeps the first noise steps dense,
-    which is not part of this class, and the first layer, for which there are lists of layers. Without parameters: it
+    for which there is `dense_above`, and the first layer, for which there are lists of layers. Without parameters: it
     serves trained models as they are, and the paper also tunes them with it for longer films.
 
     Args:
@@ -50,7 +50,8 @@ class Radial(Attention):
     anchors = ("text",)
     knob = Knob("decay", 0.1, 4.0)
     card = Card(
-        paper="Radial Attention: O(n log n) Sparse Attention with Energy Decay for Long Video Generation, 2506.19852",
+        paper="Radial Attention: O(n log n) Sparse Attention with Energy Decay for Long Video Generation, "
+        "arXiv 2506.19852",
         granularity="block of queries -> blocks of keys",
         chosen_by="",
         trained="training-free; LoRA for longer films",

@@ -26,7 +26,7 @@ EPS = 1e-5
 
 @register("sla")
 class SLA(Attention):
-    """Sparse-Linear Attention: each block's critical blocks exactly, its marginal ones by linear attention.
+    """Critical blocks exactly, marginal ones by linear attention.
 
     The paper's (section 4): blocks of 64 tokens; P_c = softmax(pool(Q) pool(K)^T / sqrt(D)) by means; for each block of
     queries the top_k share of the blocks of keys is critical, the `negligible` share of smallest P_c is skipped, and

@@ -24,15 +24,15 @@ EVERY_TILE = (1 << 30) + 1
 
 @register("sta")
 class STA(Attention):
-    """Sliding tile attention: a static 3D window of tiles, its size fixed for each head.
+    """A window of tiles around each tile, of a fixed size for each head.
 
     The paper's: video is cut into tiles of (frames, rows, cols); a tile of queries attends to whole tiles, those in a
     window around its own that is pushed inside at the edges; text is dense. Without training each head has the window
     that loses least on a few prompts (its search is not part of this class: give the windows it found), and the first
-    noise steps stay dense; after fine-tuning all heads have one. Its films are 30 × 48 × 80 tokens in tiles of 6 × 8 ×
-    8, with a window of 3 × 3 × 3 tiles when tuned. Ours: tiles restart at each shot and windows reach across cuts;
-    ragged tiles at the edges are exact, where the paper wants sizes that the tile divides. Sizes are odd; the authors'
-    code takes even ones too, where 6 is as wide as 7.
+    noise steps stay dense (`dense_above`); after fine-tuning all heads have one. Its films are 30 × 48 × 80 tokens in
+    tiles of 6 × 8 × 8, with a window of 3 × 3 × 3 tiles when tuned. Ours: tiles restart at each shot and windows reach
+    across cuts; ragged tiles at the edges are exact, where the paper wants sizes that the tile divides. Sizes are odd;
+    the authors' code takes even ones too, where 6 is as wide as 7.
 
     For one window with other edges, or with tiles blind to cuts, take `window`.
 
@@ -47,7 +47,7 @@ class STA(Attention):
     anchors = ("text",)
     knob = Knob("window", (1, 1, 1), (15, 15, 15))
     card = Card(
-        paper="Fast Video Generation with Sliding Tile Attention, 2502.04507",
+        paper="Fast Video Generation with Sliding Tile Attention, arXiv 2502.04507",
         granularity="tile of queries -> tiles of keys",
         chosen_by="",
         trained="training-free, with a window searched for each head; or fine-tuned, with one for all",

@@ -22,7 +22,7 @@ from sparse_zoo.remember import remembered
 
 @register("svg")
 class SVG(Attention):
-    """Sparse VideoGen: spatial or temporal head, by the error that a few sampled queries make under either mask.
+    """Each head spatial or temporal, by what sampled queries lose.
 
     The paper's: a spatial head attends to the own frame and its neighbours, a temporal head to the same place and its
     neighbours across all frames, both to text and to the first frame. Its online profiling: for some queries attention
@@ -49,7 +49,8 @@ class SVG(Attention):
     pools_queries = True
     knob = Knob("width", 0, 16)
     card = Card(
-        paper="Sparse VideoGen: Accelerating Video Diffusion Transformers with Spatial-Temporal Sparsity, 2502.01776",
+        paper="Sparse VideoGen: Accelerating Video Diffusion Transformers with Spatial-Temporal Sparsity, "
+        "arXiv 2502.01776",
         granularity="head -> neighbouring frames, or neighbouring places of all frames",
         chosen_by="error of sampled queries under either mask",
         trained="training-free",

@@ -28,7 +28,7 @@ SCORES = 1 << 24
 
 @register("svg2")
 class SVG2(Attention):
-    """Sparse VideoGen2: k-means clusters of queries choose clusters of keys by a top-p over their centroids.
+    """K-means clusters of queries choose clusters of keys, by top-p.
 
     The paper's: in each head queries and keys are clustered by k-means (Euclidean) and permuted by cluster; a cluster a
     of queries gives cluster b of keys the estimated share
@@ -61,7 +61,7 @@ class SVG2(Attention):
     knob = Knob("top_p", 0.1, 1.0)
     card = Card(
         paper="Sparse VideoGen2: Accelerate Video Generation with Sparse Attention via Semantic-Aware Permutation, "
-        "2505.18875",
+        "arXiv 2505.18875",
         granularity="cluster of queries -> clusters of keys",
         chosen_by="centroids, weighted by cluster sizes, top-p",
         trained="training-free",

@@ -27,7 +27,7 @@ WHOLE = 1 << 30
 
 @register("vmoba")
 class VMoBA(Attention):
-    """Video Mixture of Block Attention: pairs of a query and a block, the most similar of a head, up to a share.
+    """The most similar pairs of a query and a block, up to a share.
 
     The paper's (section 3): blocks of keys are cut by turns from layer to layer, 1D (`temporal` frames), 2D (`spatial`
     patches through all frames), 3D (`spatiotemporal` cuboids); a query's similarity to a block is q · mean(keys);

@@ -21,7 +21,7 @@ GATES = ("both", "coarse", "none")
 
 @register("vsa")
 class VSA(Attention):
-    """Video Sparse Attention: attention among pooled cubes, and each cube's best top_k cubes token by token.
+    """Attention among pooled cubes; then each one's best cubes in full.
 
     The paper's (section 2.2): video is cut into cubes of 4 × 4 × 4 tokens, over which q, k and v are averaged. The
     coarse stage is attention among these means, O_c = softmax(Q_c K_c^T / sqrt(D)) V_c, which every token of a cube

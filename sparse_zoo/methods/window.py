@@ -23,7 +23,7 @@ EVERY_TILE = (1 << 30) + 1
 
 @register("window")
 class Window(Attention):
-    """3D window of tiles around each tile of video; text is read by all and reads all.
+    """A 3D window of tiles around each tile; text joins everyone.
 
     A tile attends to the tiles whose place differs from its own by at most (window - 1) / 2 on each axis. Places in
     time count tiles through the film, so a window reaches across cuts; rows and columns are compared by number where
