@@ -44,13 +44,9 @@ def load(overrides: Sequence[Override] = ()) -> Config:
     """`configs/base.yaml` under the mappings, in order, under the texts; interpolations resolved, everything checked.
 
     An override is "dotted.key=value" (the value is YAML) or a mapping, whose keys may be dotted too. `attention=moc`
-    config = {str(key): value for key, value in resolved.items()}
-    if isinstance(config["attention"], list):
-        config["attention"], misfits = per_layer(config["attention"], config["model"].get("depth"))
-        reasons += misfits
-    if not config["match"]:
-        del config["match"]  # so that a run has one id, whether or not a sweep around it matches budgets
-    return config, reasons
+    replaces the node by {"name": "moc"}, and a list gives each layer its own (`layers.per_layer` has its short forms);
+    `data=shot_world` replaces the node by that preset of `configs/data.yaml`, `data=file.py:Class` by a datamodule of
+    one's own. Mappings are merged, but `attention` and `match` are always replaced as a whole. Raises `ZooError`.
     """
     config, reasons = merge(overrides)
     refuse("config", reasons + check(config))

@@ -83,7 +83,7 @@ QUICK: dict[str, dict[str, Any]] = {
     "moba": {"block_tokens": 64, "top_k": 4},
     "moc_fixed": {"chunk_tokens": 64},
     "nsa": {"block": 32, "top_k": 4, "window": 3},
-    "radial": {"block": 32, "decay": 0.5},
+    "radial": {"block": 16, "decay": 0.1},
     "sla": {"block": 32, "top_k": 0.2},
     "sta": {"tile": [2, 4, 4]},
     "svg": {"width": 1},

@@ -6,6 +6,7 @@ import torch
 import sparse_zoo as zoo
 from sparse_zoo import bench
 from sparse_zoo.kernels import grouped
+from sparse_zoo.simulate import simulate
 
 CPU = torch.device("cpu")
 
@@ -110,5 +111,5 @@ def test_the_quick_suite_has_every_method_at_work() -> None:
     for name, settings in entries.items():
         if not zoo.get(name).__module__.startswith("sparse_zoo.methods."):
             continue  # a plug-in goes with its defaults
-        counted = zoo.simulate(name, round_.film, heads=2, head_dim=16, dim=32, settings=settings)
+        counted = simulate(name, round_.film, heads=2, head_dim=16, dim=32, settings=settings)
         assert counted.cost.density < 0.6, name  # at defaults made for long films it would be dense

@@ -16,8 +16,10 @@ from experiments.progress import Bar
 from experiments.report import Report
 from experiments.store import Cell
 from experiments.sweep import SWEEPS, Sweep, find, read
+from sparse_zoo import testing
 
-PRESETS = sorted(path.stem for path in SWEEPS.glob("*.yaml") if path.stem != "quickstart")
+ON_FILM = ("quickstart", "zoo_film")
+PRESETS = sorted(path.stem for path in SWEEPS.glob("*.yaml") if path.stem not in ON_FILM)
 TINY = {
     "trainer.max_steps": 2,
     "model.depth": 1,
@@ -69,13 +71,21 @@ def test_every_cell_of_every_preset_runs(
 def test_every_preset_has_a_gpu_size_and_says_what_it_asks(name: str) -> None:
     plain = read_yaml(find(name))
     assert "on one core" in plain["about"]
-    large = read(find(name), size="gpu")
+    large = read(find(name), [{"match": None}], size="gpu")
     assert large.name == f"{name}-gpu"
     for cell in large.cells:
         assert cell.config["trainer"]["accelerator"] == "gpu"
         assert cell.config["model"]["dim"] == 256
         # Captions that read video would carry identities from shot to shot, past any attention.
-        assert cell.config["attention"].get("text_reads") == "text" or cell.config["attention"]["name"] == "own_shot"
+        attention, beside = cell.config["attention"], cell.config["model"].get("text") == "cross"
+        assert beside or attention.get("text_reads") == "text" or attention["name"] == "own_shot"
+
+
+@pytest.mark.parametrize("name", ["zoo", "zoo_film"])
+def test_the_zoo_is_whole(name: str) -> None:
+    cells = once(read(find(name), [{"match": None}])).cells
+    own = {name for name in zoo.names() if zoo.get(name).__module__.startswith("sparse_zoo.methods.")}
+    assert {cell.config["attention"]["name"] for cell in cells} - {"own_shot", "random_shots"} == own
 
 
 def test_motion_is_judged_where_branches_differ() -> None:
@@ -102,6 +112,40 @@ def test_the_own_shot_is_all_that_the_null_sees() -> None:
     mask = zoo.build("own_shot", heads=2, head_dim=8).plan(x, x, layout).dense_mask()
     same = (layout.sample[:, None] == layout.sample) & (layout.shot[:, None] == layout.shot)
     assert torch.equal(mask.expand(1, 2, -1, -1), same.expand(1, 2, -1, -1))
+
+
+@pytest.mark.parametrize("shots", [0, 1, 9])
+def test_random_shots_are_whole_of_the_film_and_drawn_for_each_query(shots: int) -> None:
+    zoo.load_plugin(SWEEPS / "baselines.py")
+    film = zoo.Layout.film([zoo.Shot(1, 2, 2, 1)] * 5)
+    layout = zoo.Layout.pack([film, zoo.Layout.film([zoo.Shot(1, 2, 1)] * 2)])
+    attention = zoo.build("random_shots", heads=2, head_dim=8, shots=shots)
+    x = torch.randn(1, 2, len(layout), 8)
+
+    def mask(**context: object) -> torch.Tensor:
+        return attention(x, x, x, layout, **context).plans[0].dense_mask().expand(1, 2, -1, -1)[0]
+
+    numbers = torch.stack([layout.sample, layout.shot]).unique(dim=1, return_inverse=True)[1]
+    seen = torch.zeros(2, len(layout), 7).index_add_(2, numbers, mask(step=0).float()) / numbers.bincount()
+    assert set(seen.unique().tolist()) <= {0.0, 1.0}  # shots are seen whole or not at all
+    assert seen.gather(2, numbers[None, :, None].expand(2, -1, 1)).all()
+    assert not mask(step=0)[:, layout.sample[:, None] != layout.sample].any()
+    others = torch.where(layout.sample == 0, 4, 1).clamp(max=shots)
+    assert torch.equal(seen.sum(-1) - 1, others.expand(2, -1).float())
+    by_step = [mask(step=step, seed=step) for step in (0, 1)]
+    assert not torch.equal(*by_step) or shots != 1
+    attention.eval()
+    by_step = [mask(step=step, seed=step) for step in (0, 1)]
+    assert torch.equal(*by_step)
+    if shots == 1:
+        assert not torch.equal(by_step[0][0], by_step[0][1])
+        assert not torch.equal(seen[0, 0], seen[0, 1])
+
+
+def test_the_baselines_conform() -> None:
+    zoo.load_plugin(SWEEPS / "baselines.py")
+    for name in ("own_shot", "random_shots"):
+        testing.check_method(name)
 
 
 def _films() -> list[dict[str, object]]:
