@@ -5,11 +5,13 @@ from typing import Any
 
 import pytest
 
+import sparse_zoo as zoo
 from sparse_zoo import testing
 from sparse_zoo.testing import kernels, methods
 from sparse_zoo.testing.mutants import MUTANTS, Mutant
 from sparse_zoo.testing.mutants.kernels import Plain
 from sparse_zoo.testing.mutants.moc import Dropping, Noisy, Open
+from sparse_zoo.testing.mutants.tiles import OpenReach
 
 
 @pytest.mark.parametrize("mutant", MUTANTS, ids=lambda mutant: mutant.name)
@@ -29,8 +31,8 @@ def test_every_check_has_a_mutant() -> None:
     assert all(mutant.broken.endswith(".") for mutant in MUTANTS)
 
 
-@pytest.mark.parametrize("base", [Open, Dropping, Noisy])
-def test_what_mutants_are_made_of_is_unbroken(base: type[Open]) -> None:
+@pytest.mark.parametrize("base", [Open, Dropping, Noisy, OpenReach])
+def test_what_mutants_are_made_of_is_unbroken(base: type[zoo.Attention]) -> None:
     assert {outcome.status for outcome in testing.check_method(base)} <= {"passed", "skipped"}
 
 

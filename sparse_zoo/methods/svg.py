@@ -30,13 +30,14 @@ class SVG(Attention):
 
         E_m = mean over queries and channels of (softmax(q k^T / sqrt(D) within m) v - softmax(q k^T / sqrt(D)) v)²
 
-    anew in every call, without parameters or training. Ours: the choice is made for each film, with samples spread
-    evenly over its video, where the paper draws them; a tie makes a spatial head. The masks are whole frames, `width`
-    before and after, and their mirror image: places in as many groups as the film has frames, group = place · frames //
-    places, `width` groups before and after, so that both kinds of head cost alike. The authors' code has bands of
-    `width` frames of tokens in frame order and in place order instead, in blocks of 128, and gives a temporal head the
-    first places for the first frame. Places compare by group where shots differ in size. Training-free in the paper, it
-    trains here as any other: gradients pass through attention, not through the choice.
+    anew in every call. Ours: the choice is made for each film, from queries spread evenly over its video, where the
+    paper draws them; a tie makes a spatial head. The masks are whole frames, `width` before and after, and their mirror
+    image: places in as many groups as the film has frames (group = place * frames // places), `width` groups before and
+    after, so that both kinds of head cost alike. The authors' code has a band of tokens instead, in frame order and in
+    place order, in blocks of 128, and there the first places stand for the first frame in a temporal head; its scripts
+    for Wan keep a band of 0.3 of all pairs, as a width of 3 does of 21 frames. Places compare by group where shots
+    differ in size. Training-free in the paper, it trains here as any other: gradients pass through attention, not
+    through the choice.
 
     Args:
         width: Frames, or groups of places, attended before and after the own one.
@@ -58,7 +59,7 @@ class SVG(Attention):
     )
     small = {"width": 1, "rows": 7}
 
-    def __init__(self, *, width: int = 2, rows: int = 64, **base: Any) -> None:
+    def __init__(self, *, width: int = 3, rows: int = 64, **base: Any) -> None:
         super().__init__(**base)
         refuse(
             type(self).__name__,

@@ -187,7 +187,7 @@ def lloyd(x: Tensor, video: list[int], count: int, rounds: int) -> list[tuple[Te
     for _ in range(rounds):
         members = [[] for _ in centres]
         for i in video:
-            distances = [float((x[i] - centre).square().sum()) for centre in centres]
+            distances = (torch.stack(centres) - x[i]).square().sum(-1).tolist()
             members[distances.index(min(distances))].append(i)
         centres = [x[own].mean(0) if own else centre for own, centre in zip(members, centres, strict=True)]
     return list(zip(centres, members, strict=True))
