@@ -69,8 +69,9 @@ class Map:
 
     def save(self, path: Path) -> Path:
         """The page as PNG: token maps, who routed to which shot, groups over frames where tokens are grouped."""
-        maps, routed = self.result.plans, [_picks(one.routing) for one in self.found if one.routing]
-        groups = [labels for plan in maps if (labels := _groups(plan)) is not None]
+        maps = _of_tokens(self.result)
+        routed = [_picks(one.routing) for one in self.found if one.routing]
+        groups = [labels for plan in maps.values() if (labels := _groups(plan)) is not None]
         panels = len(maps) + 2 * len(routed)
         columns = min(3, panels)
         rows = math.ceil(panels / columns)
@@ -78,8 +79,8 @@ class Map:
         figure = _figure(width, sum(heights) + 0.9)
         grid = figure.add_gridspec(len(heights), columns, height_ratios=heights)
         axes = [figure.add_subplot(grid[i // columns, i % columns]) for i in range(panels)]
-        for i, plan in enumerate(maps):
-            _draw_map(axes[i], plan, self._title(i))
+        for axis, (branch, plan) in zip(axes, maps.items(), strict=False):
+            _draw_map(axis, plan, self._title(branch))
         for i, counts in enumerate(routed):
             matrix, circles = axes[len(maps) + 2 * i], loops(counts)
             _draw_shots(matrix, counts)
@@ -130,10 +131,13 @@ def simulated() -> zoo.Call:
 
 
 def of_results(results: Sequence[zoo.Result], folder: Path) -> list[dict[str, str]]:
-    """Write the plans of every layer's branches, first batch item and head: [{"file", "label"}], in order."""
+    """Write the plans of every layer's branches, first batch item and head: [{"file", "label"}], in order.
+
+    Plans over pooled queries or keys are left out.
+    """
     written = []
     for layer, result in enumerate(results):
-        for branch, plan in enumerate(result.plans):
+        for branch, plan in _of_tokens(result).items():
             label = f"layer {layer + 1}" + (f", branch {branch + 1}" if len(result.plans) > 1 else "")
             path = save(picture(plan, result.layout), folder / f"plan-{layer + 1}-{branch + 1}.png")
             written.append({"file": path.name, "label": label})
@@ -168,6 +172,12 @@ def save(image: Tensor, path: Path) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     imsave(path, image.numpy())
     return path
+
+
+def _of_tokens(result: zoo.Result) -> dict[int, zoo.Plan]:
+    """Plans by branch; those over pooled queries or keys have no place on a map of tokens."""
+    length = len(result.layout)
+    return {branch: plan for branch, plan in enumerate(result.plans) if plan.shape == (length, length)}
 
 
 def _picks(routing: Routing) -> Tensor:

@@ -172,19 +172,19 @@ def gate(attention: zoo.Attention, head_dim: int, dtype: torch.dtype, device: to
     """Why a method on its kernel may not be timed: it errs more than three times as much as plain attention would in
     this dtype, in output or gradients, on a small film of the same make; empty when it may."""
     film = zoo.Layout.film([zoo.Shot(2, 6, 9, text=3)] * 8, caption=2)
-    inputs, weight, hidden = _tensors(film, 1, head_dim, dtype, device)
-    for plan in attention(*inputs, film, hidden=hidden).plans:
-        # A coarse branch's plan is over fewer queries or keys.
-        lengths = (plan.shape[0], plan.shape[1], plan.shape[1], plan.shape[0])
-        *some, above = (x[:, :, :length].detach() for x, length in zip((*inputs, weight), lengths, strict=True))
-        some = [x.requires_grad_() for x in some]
-        ours = _results(some, above, plan, attention.kernel)
-        oracle = _results([x.detach().double().requires_grad_() for x in some], above.double(), plan, "reference")
+    tokens, weights, hidden = _tensors(film, 1, head_dim, dtype, device)
+    for plan in attention(*tokens, film, hidden=hidden).plans:
+        # A coarse branch has fewer queries and keys: for them, the first of these do as well.
+        sizes = (plan.shape[0], plan.shape[1], plan.shape[1])
+        inputs = [x.detach()[:, :, :size].requires_grad_() for x, size in zip(tokens, sizes, strict=True)]
+        weight = weights[:, :, : plan.shape[0]]
+        ours = _results(inputs, weight, plan, attention.kernel)
+        oracle = _results([x.detach().double().requires_grad_() for x in inputs], weight.double(), plan, "reference")
         mask = plan.dense_mask()
-        q, k, v = some
+        q, k, v = inputs
         scores = (q @ k.transpose(-1, -2) * head_dim**-0.5).masked_fill(~mask, -torch.inf)
         plain = scores.softmax(-1).nan_to_num(0) @ v
-        eager = [plain.detach(), *torch.autograd.grad(plain, some, above)]
+        eager = [plain.detach(), *torch.autograd.grad(plain, inputs, weight)]
         for name, got, want, usual in zip(("output", "dq", "dk", "dv"), ours, oracle, eager, strict=True):
             error, allowed = float((got - want).abs().max()), 3 * float((usual - want).abs().max()) + 1e-6
             if not error <= allowed:

@@ -49,7 +49,7 @@ class RaggedCubesPadded(VSA):
             return super().branches(call)
 
 
-@mutant("routing_is_the_papers", "head_slices")
+@mutant("head_slices")
 class GatesOfTheFirstHeads(NSA):
     """Gates are those of the first heads, wherever the heads of the call lie."""
 
