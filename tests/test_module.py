@@ -137,7 +137,7 @@ def test_accumulated_gradients_are_those_of_all_batches():
         torch.testing.assert_close(got, want)
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", ["dense", "moc", "moga", "nsa", "sla", "vsa"])  # plain, routed, with parameters
 @pytest.mark.parametrize("text", ["joint", "cross"])
 def test_bfloat16_trains(method, text):
     losses = []

@@ -14,12 +14,16 @@ SECOND = zoo.Layout.film([zoo.Shot(1, 2, 4), zoo.Shot(2, 3, 2, 1), zoo.Shot(1, 1
 SILENT = zoo.Layout.film([zoo.Shot(2, 2, 2), zoo.Shot(1, 2, 3)])
 PACKED = zoo.Layout.pack([FIRST, SECOND, SILENT])
 
-METHODS: dict[str, dict[str, Any]] = {
-    "dense": {},
+SETTINGS: dict[str, dict[str, Any]] = {
     "moc": {"top_k": 1, "chunk": "frame"},
     "moc_fixed": {"top_k": 2, "chunk_tokens": 8},
     "moga": {"groups": 2},
     "window": {"tile": [1, 2, 2], "window": [3, 1, 1]},
+}
+METHODS: dict[str, dict[str, Any]] = {
+    name: SETTINGS.get(name, dict(zoo.get(name).small))
+    for name in zoo.names()
+    if zoo.get(name).__module__.startswith("sparse_zoo.methods.")
 }
 
 
