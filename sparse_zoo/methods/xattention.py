@@ -29,7 +29,7 @@ class XAttention(Attention):
     says how much of the one's attention the other holds; each block of queries and head reads the fewest blocks, most
     first, that hold a share `threshold` of the sum. The authors' code (mit-han-lab/x-attention) has blocks of 128 and,
     for HunyuanVideo, stride 8, threshold 0.9 or 0.95, no causality and no block that is kept whatever it scores, so
-    that a block may leave itself out; its first 5 of 50 noise steps are dense (here: a schedule of the sampler's).
+    that a block may leave itself out; its first 5 of 50 noise steps are dense.
 
     Ours: it trains, decisions passing no gradient. Blocks are cut from the video of a film in the order of the stream,
     text is in none, is read by all and reads all (HunyuanVideo's code puts it at the end of the blocked stream). The
