@@ -175,6 +175,13 @@ def test_text_is_read_by_all_and_reads_all() -> None:
         assert got[..., STORY.is_text].all()
 
 
+def test_what_comes_first_is_kept_and_spends() -> None:
+    row = torch.tensor([5.0, 1.0, 1.0, 3.0])
+    first = torch.tensor([False, True, True, False])
+    for share, want in ((0.05, first), (0.2, first), (0.3, [True, True, True, False]), (0.71, [True] * 4)):
+        assert blocks.heaviest(row, share, first=first).tolist() == list(want), share
+
+
 # -- budgets ----------------------------------------------------------------------------------------------------------
 
 

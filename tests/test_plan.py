@@ -132,3 +132,10 @@ def test_union_with_empty_pieces_beside_cut_ones() -> None:
             assert isinstance(held, torch.Tensor)
             assert torch.equal(held[0, 0], torch.ones(4, 4, dtype=torch.int32))
             assert int(union.pairs) == 16
+
+
+def test_pairs_of_a_table_of_many_rows() -> None:
+    """They are counted some rows at a time."""
+    keys = Partition.from_labels(torch.tensor([0, 1, 1, 2, 2, 2]), 3)
+    plan = Plan.routed(keys, torch.rand(2, 1, 2500, 3) < 0.3)
+    assert torch.equal(plan.pairs, plan.dense_mask().sum((2, 3)))
