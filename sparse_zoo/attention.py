@@ -275,8 +275,7 @@ class Attention(nn.Module):
             raise ZooError(
                 f"{type(self).__name__} chooses for blocks of queries: it needs all of them, not q_rows alone"
             )
-        warm_up = self._is_warm_up(call)
-        if call.features is None and call.hidden is not None and not warm_up:
+        if call.features is None and call.hidden is not None:
             call = replace(call, features=self.features(call.hidden))
         terms: list[Tensor] = []
         plans, used, flops = [], [], 0
@@ -285,6 +284,7 @@ class Attention(nn.Module):
         # Branches on the call's own q, k, v go to the kernel together, which then shares memory between them.
         shared: list[Plan] = []
         weights: list[Tensor | float] = []
+        warm_up = self._is_warm_up(call)
         for branch in _dense(call) if warm_up else self.branches(call):
             if isinstance(branch, Term):
                 terms.append(branch.value if silent is None else branch.value.masked_fill(silent[:, None], 0))
