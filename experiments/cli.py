@@ -256,7 +256,7 @@ def list_(
     names = methods or names
     kernels = zoo.kernels()
     if as_json:
-        methods = [
+        described = [
             {
                 "name": name,
                 "summary": zoo.summary(name),
@@ -268,7 +268,7 @@ def list_(
             for name in names
         ]
         listed = [{"name": name, "usable": not reasons, "reasons": reasons} for name, reasons in kernels.items()]
-        print(json.dumps({"methods": methods, "kernels": listed}))
+        print(json.dumps({"methods": described, "kernels": listed}))
         return
     if methods:
         shared = zoo.settings("dense")

@@ -123,7 +123,7 @@ def check(config: Config) -> list[str]:
     if reasons or wrong:
         return reasons + wrong
     # What has the right names and types may still be out of range: the parts themselves know.
-    shape = {"channels": 3, "patch": (1, 1, 1), "vocabulary": 1, "attention": {"name": "dense"}}
+    shape: dict[str, Any] = {"channels": 3, "patch": (1, 1, 1), "vocabulary": 1, "attention": {"name": "dense"}}
     return [
         *refusals(lambda: data.build(config["data"])),
         *refusals(lambda: RectifiedFlow(**config["flow"])),

@@ -43,6 +43,7 @@ class RandomShots(zoo.Attention):
     limits = zoo.Limit({"shots": 1 << 30})
     strict = "later shots are drawn too"
     anchors = ("shot",)
+    own_heads = "each head draws shots of its own"
     knob = zoo.Knob("shots", 0, 64)
     small: ClassVar[Mapping[str, Any]] = {"shots": 1}
 
