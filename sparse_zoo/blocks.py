@@ -70,8 +70,8 @@ def grid(layout: Layout, tile: tuple[int, ...], *, stop_at_shots: bool) -> list[
 
 
 def pooled(pieces: Partition, x: Tensor) -> Tensor:
-    """Means over the tokens of each piece, (B, H, L, D) -> (B, H, P, D), summed in float32 at least. Differentiable."""
-    return pieces.mean(x.to(torch.promote_types(x.dtype, torch.float32))).to(x.dtype)
+    """Means over the tokens of each piece, (B, H, L, D) -> (B, H, P, D), in float32 at least. Differentiable."""
+    return pieces.mean(x.to(torch.promote_types(x.dtype, torch.float32)))
 
 
 @remembered(64)
