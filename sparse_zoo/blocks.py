@@ -98,8 +98,8 @@ def products(queries: Tensor, keys: Tensor) -> Iterator[tuple[slice, Tensor]]:
 
 
 def pooled(pieces: Partition, x: Tensor) -> Tensor:
-    """Means over the tokens of each piece, (B, H, L, D) -> (B, H, P, D), summed in float32 at least. Differentiable."""
-    return pieces.mean(x.to(torch.promote_types(x.dtype, torch.float32))).to(x.dtype)
+    """Means over the tokens of each piece, (B, H, L, D) -> (B, H, P, D), in float32 at least. Differentiable."""
+    return pieces.mean(x.to(torch.promote_types(x.dtype, torch.float32)))
 
 
 @remembered(64)

@@ -41,6 +41,20 @@ def test_a_wrong_kernel_gets_no_time(monkeypatch: pytest.MonkeyPatch, capsys: py
     assert "differs from the oracle" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("method", ["vsa", "nsa"])
+def test_coarse_branches_are_judged_before_they_are_timed(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    attention = zoo.build(method, heads=1, head_dim=16, dim=bench.ROUTING_DIM, kernel="cpu")
+    assert bench.gate(attention, 16, torch.float32, CPU) == ""
+    right = grouped._Softmax.result
+
+    def wrong(self, dtype):  # type: ignore[no-untyped-def]
+        out, lse = right(self, dtype)
+        return out + 0.01 * (len(out) < 200), lse  # where queries are pooled
+
+    monkeypatch.setattr(grouped._Softmax, "result", wrong)
+    assert ("differs" in bench.gate(attention, 16, torch.float32, CPU)) == (method == "vsa")
+
+
 def test_peak_memory_is_what_is_held_at_once() -> None:
     def run() -> None:
         for _ in range(3):  # one after the other, not together

@@ -155,6 +155,17 @@ def test_runs_get_a_picture_of_each_routed_branch(tmp_path: Path) -> None:
     assert all((tmp_path / entry["file"]).is_file() for entry in written)
 
 
+def test_plans_over_pooled_tokens_are_counted_and_not_drawn(tmp_path: Path) -> None:
+    """The compressed branch of nsa is its first: 592 queries × 9 means of blocks."""
+    drawn = sample_map("nsa", {"top_k": 1})
+    rows = drawn.to_json()["branches"]
+    assert rows[0]["density"] == pytest.approx(9 / len(FILM))
+    assert "mass" not in rows[0]
+    assert image.imread(drawn.save(tmp_path / "nsa.png")).std() > 0
+    written = pictures.of_results([drawn.result], tmp_path)
+    assert [entry["label"] for entry in written] == ["layer 1, branch 2", "layer 1, branch 3"]
+
+
 def test_loops_in_words() -> None:
     assert pictures.loop_text([9, 11]) == "9 <-> 11"
     assert pictures.loop_text([3, 5, 8]) == "3 -> 5 -> 8 -> 3"

@@ -32,14 +32,14 @@ class NSA(Attention):
     that it writes as l' = l = d, where one cut serves both branches and its equation 8 gives the scores directly.
 
     Ours: video has no order to mask, so blocks on both sides are read; the local ones are the own block and the one
-    before. top_k counts the others alone, so that tokens of the first two blocks read fewer in all. The window moves by
-    whole blocks, the query's own in the middle, cut off at the ends of the film: 9 blocks of 64 where the paper's holds
-    the last 512 tokens. A block is compressed to its mean (as the public code of fla-org does), where the paper has an
-    MLP with a position embedding; an embedding that is added before a mean would shift all keys alike and change no
-    softmax. Keys and values serve all three branches, where the paper projects them for each. Each head chooses for
-    itself, where the paper sums scores over the heads that share keys, to load less while decoding. Gates are a linear
-    layer and a sigmoid. Blocks are stretches of each film's video; text is read by all and reads all in the selected
-    and the window branch, and reads the block means too.
+    before. top_k counts the others alone, so that tokens of the first two blocks read fewer in all. The window is exact
+    to blocks, not to tokens: the query's own in the middle, cut off at the ends of the film, 9 blocks of 64 where the
+    paper's holds the last 512 tokens. A block is compressed to its mean (as the public code of fla-org does), where the
+    paper has an MLP with a position embedding; an embedding that is added before a mean would shift all keys alike and
+    change no softmax. Keys and values serve all three branches, where the paper projects them for each. Each head
+    chooses for itself, where the paper sums scores over the heads that share keys, to load less while decoding. Gates
+    are a linear layer and a sigmoid. Blocks are stretches of each film's video; text is read by all and reads all in
+    the selected and the window branch, and reads the block means too.
 
     Args:
         top_k: Blocks chosen by score, besides the film's first, the own one and the one before it.
@@ -82,28 +82,28 @@ class NSA(Attention):
         return {"gates": self.gate(hidden).sigmoid().unflatten(-1, (self.heads, 3))}
 
     def branches(self, call: Call) -> list[Branch | Term]:
-        layout = call.layout
-        blocks, static = stretches(layout, self.block), _static(layout, self.block, self.window)
-        plans, kind = [static.fixed, static.window], static.kind
-        if blocks.count:
-            plans.append(whole_film(layout, blocks))
-        gates = self._gates(call)
-        if call.q_rows is not None:
-            plans, kind, gates = [p.narrow(call.q_rows) for p in plans], kind[call.q_rows], gates[:, :, call.q_rows]
-        compress, select, near = gates.split(1, dim=-1)
+        blocks, static = stretches(call.layout, self.block), _static(call.layout, self.block, self.window)
+
+        def mine(plan: Plan) -> Plan:
+            return plan if call.q_rows is None else plan.narrow(call.q_rows)
+
+        compress, select, near = self._gates(call).split(1, dim=-1)
+        fixed, window = mine(static.fixed), Branch(mine(static.window), near)
         if not blocks.count:
-            return [Branch(plans[0], select), Branch(plans[1], near)]
+            return [Branch(fixed, select), window]
+        kind = static.kind if call.q_rows is None else static.kind[call.q_rows]
         on_device = self.kernel == "triton"  # who asks for the Triton kernel gets its routing too
         best = top_chunks(call.q, call.k, blocks, static.legal, kind, self.top_k, on_device=on_device)
         # No fixed block is legal, so that none is held twice.
-        selected = Plan(*plans[0].parts, *Plan.routed(blocks, best).parts)
-        k, v = pooled(blocks, call.k), pooled(blocks, call.v)
-        return [Branch(plans[2], compress, k=k, v=v), Branch(selected, select), Branch(plans[1], near)]
+        selected = Branch(Plan(*fixed.parts, *Plan.routed(blocks, best).parts), select)
+        k, v = (pooled(blocks, x).to(x.dtype) for x in (call.k, call.v))
+        return [Branch(mine(whole_film(call.layout, blocks)), compress, k=k, v=v), selected, window]
 
     def _gates(self, call: Call) -> Tensor:
-        """(B, H, L, 3) for this call's heads."""
+        """(B, H, Lq, 3) for this call's heads."""
         heads = slice(call.head_offset, call.head_offset + call.q.shape[1])
-        return self.featured(call)["gates"][:, :, heads].transpose(1, 2).to(call.q.dtype)
+        gates = self.featured(call)["gates"][:, :, heads].transpose(1, 2).to(call.q.dtype)
+        return gates if call.q_rows is None else gates[:, :, call.q_rows]
 
     def routing_flops(self, call: Call) -> int:
         """Pooling of k, and one product for each query, head and block."""

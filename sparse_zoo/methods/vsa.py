@@ -103,6 +103,7 @@ class VSA(Attention):
         made: list[Branch | Term] = [Branch(fine, gates.get("fine", 1.0))]
         if "coarse" in gates:
             film = whole_film(call.layout, cubes, cubes)
+            q, k, v = (x.to(call.q.dtype) for x in (q, k, v))
             made.append(Branch(film, gates["coarse"], q=q, k=k, v=v, rows=cubes.piece_of[0, 0]))
         return made
 
