@@ -178,13 +178,12 @@ class _Range:
     def bisect(self, goal: float) -> None:
         """Measure the values at both sides of the goal."""
         *outer, last = self._ends()
-        reach = last
+        beyond = last
         for place in product(*map(range, outer)):
-            # With more of the size before it, the last one crosses the goal no later than it did with less.
-            reach = last if not place or not place[-1] else reach
+            # With more of the size before it, the last one crosses the goal no later, and costs more where it did.
+            reach = last if not place or not place[-1] else beyond
             line = [(*place, at) for at in range(reach)]
             beyond = bisect_left(line, goal, key=self.cost)
-            reach = min(reach, beyond + 1) if beyond else 0
             if not place:  # of a plateau the first value
                 for end in line[max(0, beyond - 1) : beyond + 1]:
                     bisect_left(line, self.cost(end), key=self.cost)

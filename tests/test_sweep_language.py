@@ -147,6 +147,7 @@ def test_what_a_file_cannot_mean_is_refused(tmp_path: Path, parts: dict[str, Any
         assert message in said
     for axis in parts.get("axes", {}):
         assert said.count(f"unknown axis {axis!r}") <= 1  # once for the file, not once a cell
+        assert "." not in axis or axis.rpartition(".")[2] not in said.split("'")  # as a cell would say it
 
 
 def test_one_axis_that_some_cells_do_not_know_is_their_own_fault(tmp_path: Path) -> None:
