@@ -91,7 +91,7 @@ def test_only_what_is_missing_runs(runs: Path) -> None:
     assert len(children) == 3
     one = next(run for run in children if run.info.run_id == results[0].mlflow_run)
     assert one.info.status == "FINISHED"
-    assert one.data.params["attention/name"] == "dense"
+    assert one.data.params["attention.name"] == "dense"
     assert one.data.tags["zoo.kernel"] == results[0].kernel
     assert one.data.metrics["result/density"] == 1.0
     assert {"train/loss", "val/loss", "attention/flops"} <= one.data.metrics.keys()

@@ -1,0 +1,128 @@
+"""A run that is killed, again and again, ends as one that never was: weights, losses, diagnostics, curves."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+from pathlib import Path
+from typing import Any
+
+import mlflow
+import pytest
+import torch
+from tiny import BASE
+
+from experiments import store
+from experiments.config import load
+from experiments.run import run
+from experiments.store import Cell, Result
+from experiments.tracking import Tracker, uri
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+# Films of an epoch, the validation's interval and the diagnosed steps have no common beat; routing has random draws.
+LONG = {
+    "data.films_per_epoch": 5,
+    "data.subjects": 2,
+    "data.tags": 2,
+    "attention": {"name": "moc", "top_k": 1, "drop_off": 0.5},
+    "trainer.max_steps": 11,
+    "trainer.val_check_interval": 3,
+    "sampling.every": 1,
+    "flow": {"drop_text": 0.5},
+}
+
+
+class Killing:
+    """Kills its own process once `batches` were trained on; `told` are the lines a user would see."""
+
+    def __init__(self, batches: int = 0) -> None:
+        self.left, self.told = batches, list[str]()
+
+    def started(self, *_: object) -> None: ...
+
+    def step(self, *_: object) -> None:
+        self.left -= 1
+        if not self.left:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    def ended(self, *_: object) -> None: ...
+
+    def note(self, line: str) -> None:
+        self.told.append(line)
+
+
+@pytest.fixture(autouse=True)
+def runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("ZOO_HOME", str(tmp_path))
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    monkeypatch.setenv("ZOO_SAVE_SECONDS", "0")
+    return tmp_path
+
+
+def go(cell: Cell, sweep: str, watch: Killing) -> Result:
+    return run(cell, sweep, Tracker(sweep, watch.note), watch)
+
+
+def killed_or_done(cell: Cell, sweep: str, batches: int) -> int:
+    """Exit code of a process that runs the cell and kills itself after so many batches, if any.
+
+    Always a process of its own: SQLite's connections do not survive a fork.
+    """
+    child = os.fork()
+    if not child:
+        code = 1
+        try:
+            code = 0 if go(cell, sweep, Killing(batches)).status == "finished" else 1
+        finally:
+            os._exit(code)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+def end_state(result: Result) -> dict[str, Any]:
+    """What must not depend on interruptions."""
+    timed = {"seconds", "seconds_per_step", "steps_timed", "peak_memory_bytes", "share_of_time"}
+    apart = {"folder", "checkpoint", "mlflow_run", "provenance", "resumed", "seconds", "seconds_per_step"}
+    plain = {key: value for key, value in result.to_json().items() if key not in apart | {"peak_memory"}}
+    for part in ("costs", "diagnostics"):
+        plain[part] = {key: value for key, value in plain[part].items() if key not in timed}
+    return plain
+
+
+def points(run_id: str) -> dict[str, list[tuple[int, float]]]:
+    client = mlflow.MlflowClient(uri())
+    names = client.get_run(run_id).data.metrics
+    timed = ("result/", "diagnostics/share_of_time")
+    return {
+        name: sorted((point.step, point.value) for point in client.get_metric_history(run_id, name))
+        for name in names
+        if not name.startswith(timed)
+    }
+
+
+@pytest.mark.parametrize(("batches", "accumulate"), [(2, 1), (3, 1), (5, 2)])
+def test_a_run_that_was_killed_ends_like_one_that_was_not(batches: int, accumulate: int) -> None:
+    cell = Cell("moc", load([BASE, LONG, {"trainer.accumulate_grad_batches": accumulate}]))
+    assert killed_or_done(cell, "whole", 0) == 0
+    codes = list(iter(lambda: killed_or_done(cell, "killed", batches), 0))
+    assert set(codes) == {-signal.SIGKILL}
+    whole, parts = (store.read(cell, sweep) for sweep in ("whole", "killed"))
+
+    each = (batches - 1) // accumulate  # the last step is not saved before the kill
+    assert [part["step"] for part in parts.resumed] == [each * n for n in range(1, len(codes) + 1)]
+    assert end_state(parts) == end_state(whole)
+    one, other = (torch.load(str(result.checkpoint), weights_only=True) for result in (whole, parts))
+    for state in ("state_dict", "current_model_state"):
+        assert all(torch.equal(tensor, other[state][name]) for name, tensor in one[state].items())
+    assert len(list(Path(parts.folder).glob("**/*.ckpt"))) == 1
+
+    def probes(result: Result) -> list[Any]:
+        return [json.loads(line) for line in (Path(result.folder) / "diagnostics.jsonl").read_text().splitlines()]
+
+    assert probes(parts) == probes(whole)
+    assert {path.name for path in Path(parts.folder).iterdir()} == {path.name for path in Path(whole.folder).iterdir()}
+
+    assert points(str(parts.mlflow_run)) == points(str(whole.mlflow_run))
+    client = mlflow.MlflowClient(uri())
+    assert len(client.search_runs([client.get_run(str(parts.mlflow_run)).info.experiment_id])) == 1
