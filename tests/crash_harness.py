@@ -1,8 +1,8 @@
 """Kills a sweep's drivers at random moments and starts them again: nothing may be lost, repeated or doubled.
 
 `python -m tests.crash_harness --kills 20` prints what was found. Two drivers work on the same sweep at once; they are
-forked from this process, which has imported everything already, and killed together, with all their children. This
-process itself opens the database at the very end alone: SQLite's connections do not survive a fork.
+forked from this process, which has run a cell of its own and so imported everything, and killed together, with all
+their children. Their database it opens at the very end alone: SQLite's connections do not survive a fork.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import tempfile
 import time
 from collections import Counter
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import mlflow
@@ -89,7 +89,7 @@ def drivers(path: Path, count: int) -> int:
         try:
             os.setpgid(0, 0)
             others = [other for _ in range(count - 1) if (other := os.fork())]
-            execute(read(path), Bar(Console(quiet=True), CELLS))
+            execute(read(path), _quiet())
             code = max((os.waitstatus_to_exitcode(os.waitpid(other, 0)[1]) for other in others), default=0)
         finally:
             os._exit(code)
@@ -101,9 +101,12 @@ def drivers(path: Path, count: int) -> int:
 def torture(folder: Path, kills: int, seed: int) -> Found:
     """Run a sweep with so many kills, and compare it with one that was left alone."""
     os.environ |= {"ZOO_HOME": str(folder / "runs"), "STARTS": str(folder / "starts"), "ZOO_SAVE_SECONDS": "0"}
-    os.environ.pop("MLFLOW_TRACKING_URI", None)
     torch.set_num_threads(1)
     random_ = random.Random(seed)
+    os.environ["MLFLOW_TRACKING_URI"] = f"sqlite:///{folder / 'warm.db'}"
+    warm = read(sweep_file(folder, "warm"))
+    execute(replace(warm, cells=warm.cells[:1]), _quiet())
+    del os.environ["MLFLOW_TRACKING_URI"]
     start = time.monotonic()
     whole = sweep_file(folder, "whole")
     code = os.waitstatus_to_exitcode(os.waitpid(drivers(whole, 1), 0)[1])
@@ -126,6 +129,10 @@ def torture(folder: Path, kills: int, seed: int) -> Found:
     found.starts = len((folder / "starts").read_text().splitlines())
     found.wrong += _results(sweep, [store.read(cell, whole.stem) for cell in read(whole).cells], found) + _store(sweep)
     return found
+
+
+def _quiet() -> Bar:
+    return Bar(Console(quiet=True), CELLS)
 
 
 def _changed(sweep: Sweep, done: dict[str, bytes]) -> list[str]:
@@ -153,9 +160,8 @@ def _results(sweep: Sweep, whole: list[store.Result], found: Found) -> list[str]
         one = by_name[other.name.replace("whole", sweep.name)]
         found.resumed += len(one.resumed)
         same = ("curves", "metrics", "val_loss", "density", "steps", "strips", "pictures")
-        wrong += [
-            f"{one.name}: {key} is not that of a run left alone" for key in same if _of(one, key) != _of(other, key)
-        ]
+        a, b = one.to_json(), other.to_json()
+        wrong += [f"{one.name}: {key} is not that of a run left alone" for key in same if a[key] != b[key]]
         left = [path.name for path in Path(one.folder).glob("**/*") if path.suffix == ".part" or path.stem == "resume"]
         wrong += [f"{one.name}: {name} was left behind" for name in left]
     return wrong
@@ -188,8 +194,7 @@ if __name__ == "__main__":
     asked = parser.parse_args()
     with tempfile.TemporaryDirectory() as place:
         end = torture(Path(place), asked.kills, asked.seed)
-    print(
-        f"{end.kills} kills, {end.amid_work} of them amid work; {end.starts} starts of {CELLS} cells, {end.resumed} resumed"
-    )
+    told = f"{end.kills} kills, {end.amid_work} of them amid work; {CELLS} cells: {end.starts} starts"
+    print(f"{told}, {end.resumed} of them from a checkpoint")
     print("\n".join(end.wrong) or "nothing lost, repeated or doubled")
     raise SystemExit(1 if end.wrong else 0)
