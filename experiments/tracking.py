@@ -161,8 +161,9 @@ class Tracker:
 class Log(Logger):
     """One run as Lightning's logger. Points are sent in batches, whenever Lightning or a checkpoint asks to save.
 
-    `last` maps a metric to the last step that the store has of it: a run that goes on from its checkpoint repeats the
-    steps after it, whose points are there already. `run_id` is None where the store could not be reached.
+    `last` maps a metric to the last step that was logged of it: a run that goes on from its checkpoint repeats the
+    steps after it, whose points are in the store already, and Lightning itself sends the epoch twice. `run_id` is None
+    where the store could not be reached.
     """
 
     def __init__(self, tracker: Tracker, run_id: str | None, last: Mapping[str, int]) -> None:
@@ -187,10 +188,10 @@ class Log(Logger):
     @override
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
         now, at = int(time.time() * 1000), step or 0
+        new = {key: value for key, value in metrics.items() if at > self.last.get(key, -1)}
+        self.last |= dict.fromkeys(new, at)
         if self.run_id is not None:
-            self._waiting += [
-                Metric(key, float(value), now, at) for key, value in metrics.items() if at > self.last.get(key, -1)
-            ]
+            self._waiting += [Metric(key, float(value), now, at) for key, value in new.items()]
 
     @override
     def save(self) -> None:

@@ -40,10 +40,14 @@ STEPS = 6
 class Counted(ShotWorld):
     """Writes a line into the file $STARTS whenever a cell begins to use it."""
 
+    started = False
+
     def setup(self, stage: str | None = None) -> None:
         super().setup(stage)
-        with open(os.environ["STARTS"], "a") as file:
-            file.write(f"{self.seed}\n")
+        if not self.started:
+            self.started = True
+            with open(os.environ["STARTS"], "a") as file:
+                file.write(f"{self.seed}\n")
 
 
 @dataclass

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
+import shutil
 import signal
 from pathlib import Path
 from typing import Any
@@ -15,9 +17,11 @@ from tiny import BASE
 
 from experiments import store
 from experiments.config import load
-from experiments.run import run
+from experiments.run import RESUME, _begin, run
+from experiments.saving import saved_step
 from experiments.store import Cell, Result
 from experiments.tracking import Tracker, uri
+from sparse_zoo.errors import ZooError
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -136,3 +140,75 @@ def test_a_run_that_was_killed_ends_like_one_that_was_not(batches: int, accumula
     assert points(str(parts.mlflow_run)) == points(str(whole.mlflow_run))
     client = mlflow.MlflowClient(uri())
     assert len(client.search_runs([client.get_run(str(parts.mlflow_run)).info.experiment_id])) == 1
+
+
+@pytest.fixture(scope="module")
+def killed_home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Holds the half-done cell of `half_done`."""
+    home = tmp_path_factory.mktemp("half_done")
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setenv("ZOO_HOME", str(home))
+        patched.setenv("ZOO_SAVE_SECONDS", "0")
+        assert killed_or_done(Cell("moc", load([BASE, LONG])), "sweep", 4) == -signal.SIGKILL
+    return home
+
+
+@pytest.fixture
+def half_done(runs: Path, killed_home: Path) -> Cell:
+    """Killed in its fourth step."""
+    shutil.copytree(killed_home, runs, dirs_exist_ok=True)
+    cell = Cell("moc", load([BASE, LONG]))
+    assert store.read(cell, "sweep").reason == "was interrupted before its end"
+    return cell
+
+
+@pytest.mark.parametrize("damage", ["removed", "cut", "one byte"])
+def test_a_damaged_checkpoint_starts_the_run_anew(half_done: Cell, damage: str) -> None:
+    path = half_done.folder("sweep") / RESUME
+    whole = path.read_bytes()
+    middle = len(whole) // 2
+    changed = whole[:middle] + bytes([whole[middle] ^ 1]) + whole[middle + 1 :]
+    path.write_bytes({"cut": whole[:middle], "one byte": changed, "removed": b""}[damage])
+    if damage == "removed":
+        path.unlink()
+    with pytest.raises(ValueError, match="there is none" if damage == "removed" else ""):
+        saved_step(path)
+    step, told = begun(half_done)
+    assert step == 0
+    assert told[0].startswith("moc starts anew: no checkpoint to go on from (")
+    assert not list(half_done.folder("sweep").iterdir())
+
+
+def test_fresh_starts_anew(half_done: Cell) -> None:
+    assert begun(half_done) == (3, ["moc goes on from step 3"])
+    assert begun(half_done, fresh=True) == (0, [])
+
+
+def begun(cell: Cell, fresh: bool = False) -> tuple[int, list[str]]:
+    watch = Killing()
+    result, step = _begin(cell, "sweep", watch, fresh)
+    assert len(result.resumed) == bool(step)
+    return step, watch.told
+
+
+def test_a_full_disk_loses_nothing(runs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The checkpoint's second half finds no room; what was saved before stays whole, and the run goes on from it."""
+    cell = Cell("moc", load([BASE, LONG]))
+    save = torch.save
+
+    def full(checkpoint: dict[str, Any], file: Any) -> None:
+        save(checkpoint, file)
+        if checkpoint.get("global_step") == 4:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(file.name))
+
+    watch = Killing()
+    with monkeypatch.context() as patched:
+        patched.setattr(torch, "save", full)
+        with pytest.raises(ZooError, match=r"moc was stopped: .*No space left on device.* give the command again"):
+            go(cell, "sweep", watch)
+    assert store.read(cell, "sweep").status == "missing"
+    assert "No space left" in str(store.read(cell, "sweep").reason)
+    assert saved_step(cell.folder("sweep") / RESUME) == 3
+    assert go(cell, "sweep", watch).status == "finished"
+    assert watch.told == ["moc goes on from step 3"]
+    assert not list(runs.glob("**/*.part"))
