@@ -123,9 +123,8 @@ def _begin(cell: Cell, sweep: str, watch: Watch, fresh: bool) -> tuple[Result, i
             watch.note(f"{cell.name} goes on from step {step}")
         except ValueError as error:
             watch.note(f"{cell.name} starts anew: no checkpoint to go on from ({error})")
-    for path in folder.iterdir():
-        if path.suffix == ".part" or (not step and path.name != "lock"):
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
+    for path in list(folder.glob("**/*.part")) if step else [path for path in folder.iterdir() if path.name != "lock"]:
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
     result = Result(
         name=cell.name,
         attention=cell.config["attention"],

@@ -23,6 +23,7 @@ from experiments.tracking import Tracker
 from sparse_zoo.errors import ZooError, refuse
 
 NOTICE = 60  # seconds before the end of its time at which SLURM tells a job, which then queues up again
+TIME = "1:00:00"  # of a job, where none is asked for
 REQUEUES = 100  # so many times, at most, may a cell take all the time of its job and go on in another one
 GONE = 5  # looks at the queue, one after the other, in which a job must be missing to be given up
 
@@ -54,7 +55,27 @@ def parameters(texts: Sequence[str]) -> dict[str, str | int]:
     """key=value each; not as YAML, to which a time of 1:30:00 is a number."""
     refuse("--slurm", [f"a parameter is key=value, got {text!r}" for text in texts if not text.partition("=")[1]])
     pairs = [text.partition("=") for text in texts]
-    return {key.strip(): int(value) if value.isdigit() else value for key, _, value in pairs}
+    found: dict[str, str | int] = {key.strip(): int(text) if text.isdigit() else text for key, _, text in pairs}
+    return {**found, "time": minutes(str(found.get("time", TIME)))}
+
+
+def minutes(text: str) -> int:
+    """A time as sbatch takes it, MM, MM:SS, HH:MM:SS, D-HH, D-HH:MM or D-HH:MM:SS, in whole minutes, rounded up.
+
+    submitit computes with it when the time is over; a text would fail just then.
+    """
+    days, dash, rest = text.rpartition("-")
+    parts = rest.split(":")
+    refuse(
+        "--slurm",
+        [f"time must be like 90, 1:30:00 or 2-12, got {text!r}"]
+        if len(parts) > 3 or not all(part.isdigit() for part in (*parts, *([days] if dash else [])))
+        else [],
+    )
+    numbers = [int(part) for part in parts]
+    units = (3600, 60, 1) if dash or len(parts) == 3 else (60, 1)
+    seconds = int(days or 0) * 86400 + sum(number * unit for number, unit in zip(numbers, units, strict=False))
+    return -(-seconds // 60)
 
 
 def submit(works: list[Work], settings: Mapping[str, Any], at_once: int | None) -> dict[str, Work]:

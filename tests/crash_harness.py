@@ -77,7 +77,7 @@ def sweep_file(folder: Path, name: str) -> Path:
             "val_films": 1,
         },
         "model": {"dim": 16, "depth": 1, "heads": 2},
-        "trainer": {"max_steps": STEPS, "val_check_interval": 4, "accelerator": "cpu", "log_every_n_steps": 1},
+        "trainer": {"max_steps": STEPS, "val_check_interval": 4, "accelerator": "cpu", "log_every_n_steps": 2},
         "sampling": {"steps": 1, "every": 10},
     }
     path = folder / f"{name}.yaml"
