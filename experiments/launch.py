@@ -92,7 +92,7 @@ def execute(
     bar.kept(len(sweep.cells) - len(todo))
     if not todo:
         return list(found.values())
-    refuse("--jobs", _too_many(jobs or 1, [] if slurm is not None else todo))
+    refuse("--jobs", _too_many(1 if jobs is None else jobs, [] if slurm is not None else todo))
     tracker = Tracker(sweep.name, bar.note)
     parent = tracker.parent(sweep.name, f"{sweep.about}\n\n{len(sweep.cells)} cells. Report: `zoo report {sweep.name}`")
     write_sweep(sweep.name, Asked(sweep.about, sweep.cells, parent))

@@ -217,9 +217,11 @@ class Log(Logger):
     def data(self, name: str, settings: Mapping[str, Any], summary: Mapping[str, Any]) -> None:
         """The films as MLflow's dataset inputs, one each for training and validation."""
         source, profile = json.dumps({"datamodule": name, **settings}), json.dumps(summary)
-        films = Dataset(name, config_id({"source": source, "profile": profile}), "datamodule", source, None, profile)
-        contexts = [InputTag("mlflow.data.context", split) for split in ("training", "validation")]
-        inputs = [DatasetInput(films, [context]) for context in contexts]
+        inputs = []
+        for split in ("training", "validation"):  # two digests, or MLflow would take them for one
+            digest = config_id({"source": source, "profile": profile, "split": split})
+            films = Dataset(name, digest, "datamodule", source, None, profile)
+            inputs.append(DatasetInput(films, [InputTag("mlflow.data.context", split)]))
         self._ask(lambda client, run_id: client.log_inputs(run_id, inputs))
 
     def model(self, name: str, checkpoint: Path, settings: Mapping[str, Any], step: int) -> None:
