@@ -9,6 +9,7 @@ import fcntl
 import json
 import logging
 import os
+import re
 import subprocess
 import sys
 import time
@@ -81,7 +82,7 @@ class Tracker:
             self._silent_until = time.monotonic() + AGAIN
             if not self._told:
                 why = str(error).strip().splitlines()[0][:200]
-                self.told(f"MLflow's store {self.uri} cannot be reached ({why}); results on disk are whole without it")
+                self.told(f"MLflow's store {self.uri} failed ({why}); results on disk are whole without it")
             self._told = True
             return None
 
@@ -232,7 +233,7 @@ class Log(Logger):
                 return  # the process was killed between here and the end of the run
             made = client.create_logged_model(
                 self.tracker.experiment_id,
-                name,
+                re.sub(r"[/:.%\"']", "_", name),  # which MLflow does not take in a model's name
                 run_id,
                 tags={"zoo.checkpoint": str(checkpoint)},
                 params={key: str(value) for key, value in settings.items()},

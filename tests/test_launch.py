@@ -74,6 +74,7 @@ def test_only_what_is_missing_runs(runs: Path) -> None:
     first = Silent()
     results = execute(sweep, first)
     assert first.ran == ["dense", "moc"]
+    assert first.notes == []
     assert [result.status for result in results] == ["finished", "finished"]
     for result in results:
         assert result.steps == 2
@@ -216,7 +217,7 @@ def test_a_store_out_of_reach_costs_no_run(runs: Path, monkeypatch: pytest.Monke
     assert [result.status for result in results] == ["finished"] * 2
     assert [result.mlflow_run for result in results] == [None, None]
     (line,) = bar.notes
-    assert line.startswith("MLflow's store sqlite:////dev/null/mlflow.db cannot be reached (")
+    assert line.startswith("MLflow's store sqlite:////dev/null/mlflow.db failed (")
     assert "\n" not in line
 
 
@@ -243,7 +244,9 @@ def test_mlflow_shows_what_differs_what_was_seen_and_what_came_out(runs: Path) -
     assert differing(sweep.cells)["moc_top_k=1-lr=0.25"] == {
         "attention.name": "moc", "attention.top_k": 1, "optim.lr": 0.25,
     }  # fmt: skip
-    result = execute(replace(sweep, cells=sweep.cells[-2:]), Silent())[0]
+    bar = Silent()
+    result = execute(replace(sweep, cells=sweep.cells[-2:]), bar)[0]
+    assert bar.notes == []
     client = mlflow.MlflowClient(uri())
     run = client.get_run(str(result.mlflow_run))
     assert run.info.run_name == "moc_top_k=1-lr=0.5"
