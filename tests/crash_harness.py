@@ -115,7 +115,8 @@ def torture(folder: Path, kills: int, seed: int) -> Found:
     whole = sweep_file(folder, "whole")
     code = os.waitstatus_to_exitcode(os.waitpid(drivers(whole, 1), 0)[1])
     seconds = time.monotonic() - start
-    (folder / "starts").unlink()
+    starts = folder / "starts"
+    starts.write_text("")
     path = sweep_file(folder, "killed")
     sweep, found = read(path), Found()
     found.wrong += [f"the sweep that was left alone ended with exit code {code}"] if code else []
@@ -123,16 +124,25 @@ def torture(folder: Path, kills: int, seed: int) -> Found:
     for kill in range(kills + 1):
         group = drivers(path, DRIVERS)
         if kill < kills:
-            time.sleep(random_.uniform(0, 2 * seconds / (kills + 1)))
+            if random_.random() < 0.8:  # else while the drivers start
+                _wait_for_work(starts, group)
+            time.sleep(random_.uniform(0, 2 * seconds / kills))
             os.killpg(group, signal.SIGKILL)
         code = os.waitstatus_to_exitcode(os.waitpid(group, 0)[1])
         found.amid_work += code == -signal.SIGKILL
         found.wrong += _changed(sweep, done)
         found.wrong += [f"start {kill + 1} ended with exit code {code}"] if code not in (0, -signal.SIGKILL) else []
     found.kills = kills
-    found.starts = len((folder / "starts").read_text().splitlines())
+    found.starts = len(starts.read_text().splitlines())
     found.wrong += _results(sweep, [store.read(cell, whole.stem) for cell in read(whole).cells], found) + _store(sweep)
     return found
+
+
+def _wait_for_work(starts: Path, group: int) -> None:
+    """Until a cell has begun, or the drivers have ended since nothing is left."""
+    before = starts.stat().st_size
+    while starts.stat().st_size == before and not os.waitid(os.P_PID, group, os.WEXITED | os.WNOHANG | os.WNOWAIT):
+        time.sleep(0.005)
 
 
 def _quiet() -> Bar:

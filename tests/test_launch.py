@@ -309,7 +309,7 @@ def test_jobs_share_cells_and_survive_the_death_of_one(runs: Path, monkeypatch: 
     assert killed.status == "missing"
     assert bar.lost == ["killed: its process was killed by SIGKILL; the same command goes on with it"]
     assert [result.status for result in others] == ["finished"] * 2
-    assert len({result.provenance["pid"] for result in others} | {os.getpid()}) == 3
+    assert os.getpid() not in {result.provenance["pid"] for result in others}
     killed, *again = execute(sweep, bar, jobs=2)
     assert killed.status == "finished"
     assert [part["step"] for part in killed.resumed] == [1]

@@ -21,6 +21,7 @@ from experiments.run import RESUME, _begin, run
 from experiments.saving import saved_step
 from experiments.store import Cell, Result
 from experiments.tracking import Tracker, uri
+from lit_modules import SampleFilms
 from sparse_zoo.errors import ZooError
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -140,6 +141,16 @@ def test_a_run_that_was_killed_ends_like_one_that_was_not(batches: int, accumula
     assert points(str(parts.mlflow_run)) == points(str(whole.mlflow_run))
     client = mlflow.MlflowClient(uri())
     assert len(client.search_runs([client.get_run(str(parts.mlflow_run)).info.experiment_id])) == 1
+
+
+def test_a_run_that_was_killed_in_a_validation_validates_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    cell = Cell("moc", load([BASE, LONG]))
+    with monkeypatch.context() as patched:
+        patched.setattr(SampleFilms, "on_validation_batch_end", lambda *_: os.kill(os.getpid(), signal.SIGKILL))
+        assert killed_or_done(cell, "sweep", 0) == -signal.SIGKILL
+    assert saved_step(cell.folder("sweep") / RESUME) == 2
+    assert killed_or_done(cell, "sweep", 0) == 0
+    assert [step for step, _ in store.read(cell, "sweep").curves["val/loss"]] == [3, 6, 8]
 
 
 @pytest.fixture(scope="module")
