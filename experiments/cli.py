@@ -29,6 +29,8 @@ os.environ.setdefault("GOMP_SPINCOUNT", "2000")
 # Read when torch is first imported: its profiler, which counts memory for zoo bench, would tell of its every start.
 os.environ.setdefault("KINETO_LOG_LEVEL", "99")
 
+EXECUTORS = ("local", "slurm")
+
 console = Console()
 errors = Console(stderr=True)
 
@@ -75,24 +77,27 @@ def train(
         Path | None, typer.Option(help="YAML file laid over the base config, below the overrides.")
     ] = None,
     plugin: Plugin = [],  # noqa: B006
+    fresh: Annotated[bool, typer.Option("--fresh", help="Start an interrupted run anew.")] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Train one model and say what came out."""
+    """Train one model and say what came out; one that was interrupted goes on from its last checkpoint."""
     _load_plugins(plugin)
     from experiments.config import load, read_yaml
     from experiments.match import solved
     from experiments.progress import Bar
     from experiments.report import settings
     from experiments.run import run
-    from experiments.store import Cell
+    from experiments.store import Cell, lock
     from experiments.tracking import Tracker
+    from sparse_zoo.errors import refuse
 
     resolved = solved(load([*([read_yaml(config)] if config else []), *(overrides or [])]))
     methods = resolved["attention"] if isinstance(resolved["attention"], list) else [resolved["attention"]]
     cell = Cell("-".join(dict.fromkeys(str(method["name"]) for method in methods)), resolved)
     try:
-        with Bar(errors, 1) as bar:
-            result = run(cell, "train", Tracker("train"), bar)
+        with Bar(errors, 1) as bar, lock(cell.folder("train")) as mine:
+            refuse(cell.name, [] if mine else [f"the same run is going on elsewhere, in {cell.folder('train')}"])
+            result = run(cell, "train", Tracker("train", bar.note), bar, fresh=fresh)
     except KeyboardInterrupt:
         errors.print(f"Stopped. What there is lies in {cell.folder('train')}", soft_wrap=True)
         raise typer.Exit(130) from None
@@ -113,10 +118,22 @@ def sweep(
     size: Annotated[
         str | None, typer.Option(help="One of the file's `sizes`; its results are those of the sweep NAME-SIZE.")
     ] = None,
-    fresh: Annotated[bool, typer.Option("--fresh", help="Run finished cells again too.")] = False,
+    fresh: Annotated[
+        bool, typer.Option("--fresh", help="Run finished cells again too, and half-done ones from their start.")
+    ] = False,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Train nothing: list the cells, what they would take, how far they are.")
     ] = False,
+    jobs: Annotated[
+        int | None,
+        typer.Option(help="So many cells at a time, each in a process, with a GPU, of its own; on SLURM, in a job."),
+    ] = None,
+    executor: Annotated[str, typer.Option(help="Where cells run: local, or slurm, as one array job.")] = "local",
+    slurm: Annotated[
+        list[str],
+        typer.Option("--slurm", help="key=value, a parameter of sbatch, such as partition=gpu; may be repeated."),
+    ] = [],  # noqa: B006
+    wait: Annotated[bool, typer.Option("--wait/--no-wait", help="Stay until SLURM has run the cells.")] = True,
     plugin: Plugin = [],  # noqa: B006
     as_json: Annotated[bool, typer.Option("--json", help="With --dry-run: print JSON and nothing else.")] = False,
 ) -> None:
@@ -130,10 +147,19 @@ def sweep(
     from experiments.launch import execute
     from experiments.progress import Bar
     from experiments.report import Report
+    from experiments.slurm import parameters
     from experiments.sweep import find, read
-    from sparse_zoo.errors import refuse
+    from sparse_zoo.errors import refuse, unknown
 
-    refuse("zoo sweep", ["--json goes with --dry-run"] if as_json and not dry_run else [])
+    refuse(
+        "zoo sweep",
+        [
+            unknown("executor", executor, EXECUTORS) if executor not in EXECUTORS else "",
+            "--slurm and --no-wait are for --executor slurm" if executor != "slurm" and (slurm or not wait) else "",
+            "--json goes with --dry-run" if as_json and not dry_run else "",
+        ],
+    )
+    settings = parameters(slurm) if executor == "slurm" else None
     with errors.status("cells are read") as status:
         shorter = [] if max_steps is None else [{"trainer.max_steps": max_steps}]
         loaded = read(find(file), shorter, size, lambda name: status.update(f"the budget of {_escape(name)} is solved"))
@@ -149,7 +175,7 @@ def sweep(
     interrupted = False
     try:
         with Bar(errors, len(loaded.cells)) as bar:
-            execute(loaded, bar, fresh=fresh)
+            execute(loaded, bar, fresh=fresh, jobs=jobs, slurm=settings, wait=wait)
     except KeyboardInterrupt:
         interrupted = True
     report = Report.of(loaded.name)
@@ -161,7 +187,7 @@ def sweep(
     if interrupted:
         console.print(f"Stopped. Finished cells are kept; go on with: {_escape(_again())}", soft_wrap=True)
         raise typer.Exit(130)
-    if report.unfinished:
+    if report.unfinished and wait:
         raise typer.Exit(1)
 
 

@@ -1,40 +1,287 @@
-"""Runs the cells of a sweep that have not finished; all of them are remembered."""
+"""Runs the cells of a sweep that have not finished: here, in several processes, beside other drivers of the same sweep.
+
+Who runs a cell holds the lock in its folder meanwhile, so that processes that know nothing of each other share a sweep:
+each takes what is neither finished nor locked. A driver, or a machine, can be killed at any time; the same command then
+runs what is missing, a half-done cell from its last checkpoint.
+"""
 
 from __future__ import annotations
 
-from dataclasses import replace
+import os
+import signal
+import sys
+import time
+from collections import deque
+from collections.abc import Iterator, Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from multiprocessing import get_context
+from multiprocessing.connection import Connection
+from multiprocessing.connection import wait as wait_for
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
 
+import torch
+
+import sparse_zoo as zoo
 from experiments.progress import Bar
-from experiments.run import run
-from experiments.store import Asked, Result, home, read, read_sweep, write_sweep
+from experiments.run import Watch, flat, run
+from experiments.store import Asked, Cell, Result, lock, read, write_sweep
 from experiments.sweep import Sweep
 from experiments.tracking import Tracker
+from sparse_zoo.errors import ZooError, refuse
+
+POLL = 1.0  # seconds between looks at cells that run elsewhere
 
 
-def execute(sweep: Sweep, bar: Bar, *, fresh: bool = False) -> list[Result]:
-    """Run, one after the other, the cells that have no finished result on disk, or with `fresh` all of them.
+@dataclass(frozen=True)
+class Work:
+    """One cell to be run, and what that takes: ready to be sent to another process or machine.
 
-    A cell that fails is recorded and the next one runs; a failed cell is tried again the next time. Ctrl-C passes on as
-    KeyboardInterrupt, with every finished cell kept.
+    `before` is what was known of it when the sweep was started.
+    """
+
+    cell: Cell
+    sweep: str
+    before: Result
+    parent: str | None
+    params: dict[str, Any]
+    plugins: tuple[Path, ...]
+    fresh: bool
+
+    def since(self) -> Result | None:
+        """The cell's result, if any process has begun with it since the sweep was started."""
+        now = read(self.cell, self.sweep)
+        same = (now.provenance, now.resumed) == (self.before.provenance, self.before.resumed)
+        return None if same else now
+
+    def attempt(self, tracker: Tracker, watch: Watch) -> Result | None:
+        """What became of the cell; None if it runs elsewhere."""
+        with lock(self.cell.folder(self.sweep)) as mine:
+            if not mine:
+                return None
+            since = self.since()
+            if since is not None and since.status in ("finished", "failed"):
+                watch.ended(since)  # elsewhere
+                return since
+            fresh = self.fresh and since is None  # what this very sweep left half-done is gone on with
+            return run(self.cell, self.sweep, tracker, watch, parent=self.parent, params=self.params, fresh=fresh)
+
+
+def execute(
+    sweep: Sweep,
+    bar: Bar,
+    *,
+    fresh: bool = False,
+    jobs: int | None = None,
+    slurm: Mapping[str, Any] | None = None,
+    wait: bool = True,
+) -> list[Result]:
+    """Run the cells that have no finished result on disk, or with `fresh` all of them, `jobs` at a time.
+
+    One at a time, in this process, unless `jobs` says otherwise; with `slurm`, parameters of sbatch, as array job of a
+    cluster, as many at a time as it has room for. Unless `wait`, it is left to itself, and what is there is returned.
+
+    A cell that fails is recorded and the next one runs; a failed cell is tried again the next time. A cell that another
+    process runs is waited for, and its result is taken in; should that process die, the cell is run here. Ctrl-C passes
+    on as KeyboardInterrupt, with every finished cell kept.
     """
     found = {cell.name: read(cell, sweep.name) for cell in sweep.cells}
     todo = [cell for cell in sweep.cells if fresh or found[cell.name].status != "finished"]
     bar.kept(len(sweep.cells) - len(todo))
     if not todo:
         return list(found.values())
-    tracker = Tracker(sweep.name)
-    asked = Asked(sweep.about, sweep.cells, _parent_before(sweep.name))
-    parent = tracker.parent(sweep.name, asked.mlflow_run)
-    write_sweep(sweep.name, replace(asked, mlflow_run=parent))
+    refuse("--jobs", _too_many(1 if jobs is None else jobs, [] if slurm is not None else todo))
+    tracker = Tracker(sweep.name, bar.note)
+    parent = tracker.parent(sweep.name, f"{sweep.about}\n\n{len(sweep.cells)} cells. Report: `zoo report {sweep.name}`")
+    write_sweep(sweep.name, Asked(sweep.about, sweep.cells, parent))
+    params, plugins = differing(sweep.cells), loaded_plugins()
+    works = [Work(cell, sweep.name, found[cell.name], parent, params[cell.name], plugins, fresh) for cell in todo]
     ended = "KILLED"
     try:
-        for cell in todo:
-            found[cell.name] = run(cell, sweep.name, tracker, bar, parent=parent)
+        for result in _results(works, tracker, bar, jobs, slurm, wait):
+            found[result.name] = result
         ended = "FINISHED" if all(result.status == "finished" for result in found.values()) else "FAILED"
     finally:
-        tracker.end(parent, ended)
+        if wait:
+            tracker.end(parent, ended)
     return list(found.values())
 
 
-def _parent_before(name: str) -> str | None:
-    return read_sweep(name).mlflow_run if (home() / name / "sweep.json").exists() else None
+def _results(
+    works: list[Work], tracker: Tracker, bar: Bar, jobs: int | None, slurm: Mapping[str, Any] | None, wait: bool
+) -> Iterator[Result]:
+    if slurm is not None:
+        from experiments.slurm import results, submit
+
+        queued = submit(works, slurm, jobs)
+        bar.note(f"{len(queued)} cells are SLURM's jobs {', '.join(queued)}; scancel ends them")
+        return results(queued, bar) if wait else iter(())
+    if jobs is None or jobs == 1:
+        return _here(works, tracker, bar)
+    return _in_processes(works, min(jobs, len(works)), bar)
+
+
+def differing(cells: tuple[Cell, ...]) -> dict[str, dict[str, Any]]:
+    """By cell: its attention and whatever is not the same in all of them, by dotted keys."""
+    configs = {cell.name: flat(cell.config) for cell in cells}
+    keys = dict.fromkeys(key for config in configs.values() for key in config)
+    alike = {key for key in keys if len({repr(config.get(key)) for config in configs.values()}) == 1}
+    return {
+        name: {key: value for key, value in config.items() if key not in alike or key.startswith("attention")}
+        for name, config in configs.items()
+    }
+
+
+def loaded_plugins() -> tuple[Path, ...]:
+    """The files that `zoo.load_plugin` has imported here, for processes that need them too."""
+    return tuple(
+        Path(str(module.__file__)) for name, module in sys.modules.items() if name.startswith("sparse_zoo_plugin_")
+    )
+
+
+def _here(works: list[Work], tracker: Tracker, bar: Bar) -> Iterator[Result]:
+    elsewhere: list[Work] = []
+    for work in works:
+        result = work.attempt(tracker, bar)
+        if result is None:
+            bar.note(f"{work.cell.name} is running elsewhere")
+            elsewhere.append(work)
+        else:
+            yield result
+    while elsewhere:
+        time.sleep(POLL)
+        for work in list(elsewhere):
+            result = work.attempt(tracker, bar)
+            if result is not None:
+                elsewhere.remove(work)
+                yield result
+
+
+def _too_many(jobs: int, cells: list[Cell]) -> list[str]:
+    on_gpu = torch.cuda.is_available() and any(cell.config["trainer"].get("accelerator") != "cpu" for cell in cells)
+    gpus = torch.cuda.device_count()
+    return [
+        f"must be at least 1, got {jobs}" if jobs < 1 else "",
+        f"a job has a GPU to itself, and there are {gpus}; got {jobs}" if on_gpu and jobs > gpus else "",
+    ]
+
+
+def _in_processes(works: list[Work], jobs: int, bar: Bar) -> Iterator[Result]:
+    """Each of `jobs` processes is given one cell after the other.
+
+    No pool of a library: those take the death of one process, say for want of memory, for the end of all.
+    """
+    waiting, told = deque(works), set[str]()
+    workers = [_Worker(number, jobs) for number in range(jobs)]
+    try:
+        while waiting or any(worker.work for worker in workers):
+            for worker in workers:
+                if waiting and worker.work is None:
+                    worker.give(waiting.popleft())
+            for pipe in wait_for([worker.pipe for worker in workers if worker.work]):
+                worker = next(worker for worker in workers if worker.pipe is pipe)
+                work = worker.work
+                assert work is not None
+                try:
+                    kind, *told_of = worker.pipe.recv()
+                except EOFError:
+                    workers[worker.number] = _Worker(worker.number, jobs)
+                    bar.dropped(work.cell.name, f"its process {worker.fate()}; the same command goes on with it")
+                    yield read(work.cell, work.sweep)
+                    continue
+                if kind == "refused":
+                    raise ZooError(*told_of)
+                if kind != "done":
+                    getattr(bar, kind)(*told_of)
+                    continue
+                worker.work = None
+                if told_of[0] is not None:
+                    yield told_of[0]
+                    continue
+                if work.cell.name not in told:
+                    bar.note(f"{work.cell.name} is running elsewhere")
+                    told.add(work.cell.name)
+                waiting.append(work)
+    finally:
+        for worker in workers:
+            worker.process.terminate()
+        for worker in workers:
+            worker.process.join(10)
+            worker.process.kill()
+
+
+class _Worker:
+    """A process that runs cells: with its share of the threads and, where there are GPUs, the one of its number."""
+
+    def __init__(self, number: int, jobs: int) -> None:
+        self.number = number
+        self.work: Work | None = None
+        self.pipe, theirs = get_context("spawn").Pipe()
+        given = {"OMP_NUM_THREADS": str(max(1, torch.get_num_threads() // jobs))}
+        if torch.cuda.is_available():
+            visible = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(torch.cuda.device_count())))
+            given["CUDA_VISIBLE_DEVICES"] = visible.split(",")[number % torch.cuda.device_count()]
+        self.process = get_context("spawn").Process(target=_serve, args=(theirs,), name=f"job {number}")
+        with patch.dict(os.environ, given):
+            self.process.start()
+        theirs.close()
+
+    def give(self, work: Work) -> None:
+        self.work = work
+        with suppress(BrokenPipeError):  # it died meanwhile: reading from it says so
+            self.pipe.send(work)
+
+    def fate(self) -> str:
+        self.process.join()
+        code = self.process.exitcode or 0
+        return f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
+
+
+def _serve(pipe: Connection) -> None:
+    """What such a process does."""
+    # Ctrl-C reaches all processes of a terminal: the driver alone answers it, and ends the others as if by Ctrl-C.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    watch, trackers = _Telling(pipe), dict[str, Tracker]()
+    with suppress(EOFError, KeyboardInterrupt):
+        while True:
+            work: Work = pipe.recv()
+            for plugin in work.plugins:
+                zoo.load_plugin(plugin)
+            if work.sweep not in trackers:
+                trackers[work.sweep] = Tracker(work.sweep, watch.note)
+            try:
+                result = work.attempt(trackers[work.sweep], watch)
+            except ZooError as error:
+                watch.tell("refused", str(error))
+                continue
+            if result is None:
+                time.sleep(POLL)
+            watch.tell("done", result)
+
+
+class _Telling:
+    """A `Watch` that tells another process, and ends where that is gone."""
+
+    def __init__(self, to: Connection) -> None:
+        self.to = to
+
+    def tell(self, *what: Any) -> None:
+        try:
+            self.to.send(what)
+        except BrokenPipeError:
+            os._exit(1)  # as if killed: the cell goes on from its checkpoint when the sweep is started again
+
+    def started(self, name: str) -> None:
+        self.tell("started", name)
+
+    def step(self, name: str, step: int, total: int | None, loss: float) -> None:
+        self.tell("step", name, step, total, loss)
+
+    def ended(self, result: Result) -> None:
+        self.tell("ended", result)
+
+    def note(self, line: str) -> None:
+        self.tell("note", line)

@@ -7,7 +7,16 @@ from contextlib import contextmanager
 from types import TracebackType
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.markup import escape
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 
 from experiments.store import Result
 
@@ -27,7 +36,7 @@ class Bar:
         )
         self.console = console
         self.cells = self.progress.add_task("cells", total=cells, note="", visible=cells > 1)
-        self.steps = self.progress.add_task("", total=None, note="", visible=False)
+        self.running: dict[str, TaskID] = {}
 
     def __enter__(self) -> Bar:
         self.progress.start()
@@ -36,23 +45,38 @@ class Bar:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self.progress.update(self.steps, visible=False)
+        for name in list(self.running):
+            self._end(name)
         self.progress.stop()
 
     def started(self, name: str) -> None:
-        self.progress.reset(self.steps, description=name, total=None, note="", visible=True)
+        self.running[name] = self.progress.add_task(name, total=None, note="")
 
-    def step(self, step: int, total: int | None, loss: float) -> None:
-        self.progress.update(self.steps, completed=step, total=total, note=f"loss {loss:.3f}")
+    def step(self, name: str, step: int, total: int | None, loss: float) -> None:
+        self.progress.update(self.running[name], completed=step, total=total, note=f"loss {loss:.3f}")
 
     def kept(self, count: int) -> None:
         """Cells that had finished before."""
         self.progress.update(self.cells, completed=count, note=f"{count} kept from before" if count else "")
 
     def ended(self, result: Result) -> None:
+        """With a result, here or elsewhere."""
+        self._end(result.name)
         self.progress.advance(self.cells)
         if result.status == "failed":
-            self.console.print(f"[red]{result.name} failed:[/red] {result.reason}", soft_wrap=True)
+            self.console.print(f"[red]{result.name} failed:[/red] {escape(result.reason or '')}", soft_wrap=True)
+
+    def dropped(self, name: str, why: str) -> None:
+        """Without one."""
+        self._end(name)
+        self.console.print(f"[red]{name}:[/red] {escape(why)}", soft_wrap=True)
+
+    def note(self, line: str) -> None:
+        self.console.print(f"[dim]{escape(line)}[/dim]", soft_wrap=True)
+
+    def _end(self, name: str) -> None:
+        if name in self.running:
+            self.progress.remove_task(self.running.pop(name))
 
 
 @contextmanager

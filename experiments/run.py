@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 import platform
@@ -10,9 +11,8 @@ import signal
 import statistics
 import subprocess
 import time
-import traceback
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from importlib.metadata import version
@@ -27,32 +27,104 @@ from typing_extensions import override
 from experiments import pictures
 from experiments.config import Config
 from experiments.data import build
-from experiments.store import Cell, Result
-from experiments.tracking import Tracker
+from experiments.saving import Saving, WholeCheckpoints, saved_step
+from experiments.store import Cell, Result, home, read
+from experiments.tracking import Log, Tracker
 from lit_modules import AttentionCost, LitVideoDiT, RoutingWatch, SampleFilms, StepTimer
+from sparse_zoo.errors import ZooError
 
 FIRST, LAST = 3, 20  # steps whose mean is the first and the last training loss
 CURVE_POINTS = 500
+RESUME = "resume.ckpt"
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
+
+
+SAVE_EVERY = 60.0  # seconds of training that a kill may cost, unless $ZOO_SAVE_SECONDS says otherwise
 
 
 class Watch(Protocol):
     """Who is told how a run goes."""
 
     def started(self, name: str) -> None: ...
-    def step(self, step: int, total: int | None, loss: float) -> None: ...
+    def step(self, name: str, step: int, total: int | None, loss: float) -> None: ...
     def ended(self, result: Result) -> None: ...
+    def note(self, line: str) -> None: ...
 
 
-def run(cell: Cell, sweep: str, tracker: Tracker, watch: Watch, *, parent: str | None = None) -> Result:
+def run(
+    cell: Cell,
+    sweep: str,
+    tracker: Tracker,
+    watch: Watch,
+    *,
+    parent: str | None = None,
+    params: Mapping[str, Any] | None = None,
+    fresh: bool = False,
+) -> Result:
     """Train one cell and write its folder; whatever it raises is recorded as its failure.
 
-    The folder holds `result.json`, `checkpoints` (the last one whose validation loss was finite), `diagnostics.jsonl`,
-    pictures of the plans and of who routed to which shot, and film strips. Only Ctrl-C comes through, as
-    KeyboardInterrupt.
+    The caller holds the lock of the folder. It holds `result.json`, `checkpoints` (the last one whose validation loss
+    was finite), `diagnostics.jsonl`, pictures of the plans and of who routed to which shot, film strips, and, until the
+    run ends, `resume.ckpt`. From that an interrupted run goes on, unless `fresh`; one that failed starts anew, since
+    what made it fail may have been mended.
+
+    Ctrl-C comes through, as KeyboardInterrupt, and a disk that takes no more, as `ZooError`: then no other cell would
+    come further, and this one goes on the next time. `params` are the settings that MLflow shows in columns.
     """
     folder = cell.folder(sweep)
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
+    result, step = _begin(cell, sweep, watch, fresh)
+    watch.started(cell.name)
+    start = time.perf_counter()
+    ended = "KILLED"
+    with _whole_disk(cell.name):
+        result.write(folder)
+        log = tracker.run(cell.name, cell.id, parent=parent, before=result.mlflow_run)
+        result.mlflow_run = log.run_id
+        result.write(folder)
+        log.about(params or flat(cell.config), {})
+        try:
+            with _quiet(folder / "warnings.txt"), _interruptible():
+                _train(cell.config, folder, result, log, watch, resume=bool(step))
+            result.status, ended = "finished", "FINISHED"
+        except KeyboardInterrupt:
+            result.status, result.reason = "missing", f"was interrupted after {result.steps} steps"
+            raise
+        except OSError as error:
+            if error.errno in NO_ROOM:
+                result.status, result.reason = "missing", f"was interrupted after {result.steps} steps: {error}"
+                raise
+            result.fail(error)
+        except Exception as error:  # a bug in one method must not end the other cells; the result keeps the traceback
+            result.fail(error)
+        finally:
+            ended = "FAILED" if result.status == "failed" else ended
+            checkpoints = (folder / "checkpoints").glob("step=*.ckpt")
+            last = max(checkpoints, key=lambda path: int(path.stem.partition("=")[2]), default=None)
+            result.checkpoint = str(last) if last else None
+            result.seconds = (result.seconds or 0.0) + time.perf_counter() - start
+            _record(log, result, folder)
+            log.end(ended)
+            result.write(folder)
+        (folder / RESUME).unlink(missing_ok=True)
+    watch.ended(result)
+    return result
+
+
+def _begin(cell: Cell, sweep: str, watch: Watch, fresh: bool) -> tuple[Result, int]:
+    """The result to be filled in, and the step from which the run goes on; at 0 the folder is empty."""
+    folder = cell.folder(sweep)
+    folder.mkdir(parents=True, exist_ok=True)
+    before = read(cell, sweep)
+    interrupted = before.status in ("running", "missing") and before.id == cell.id and bool(before.provenance)
+    step = 0
+    if interrupted and not fresh:
+        try:
+            step = saved_step(folder / RESUME)
+            watch.note(f"{cell.name} goes on from step {step}")
+        except ValueError as error:
+            watch.note(f"{cell.name} starts anew: no checkpoint to go on from ({error})")
+    for path in list(folder.glob("**/*.part")) if step else [path for path in folder.iterdir() if path.name != "lock"]:
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
     result = Result(
         name=cell.name,
         attention=cell.config["attention"],
@@ -61,33 +133,32 @@ def run(cell: Cell, sweep: str, tracker: Tracker, watch: Watch, *, parent: str |
         id=cell.id,
         folder=str(folder),
         config=cell.config,
-        provenance=provenance(),
+        provenance=before.provenance if step else provenance(),
+        resumed=[*before.resumed, {"step": step, **provenance()}] if step else [],
+        mlflow_run=before.mlflow_run if step else None,
     )
-    result.write(folder)
-    watch.started(cell.name)
-    logger = tracker.logger(cell.name, {"zoo.sweep": sweep, "zoo.cell": cell.id}, parent)
-    result.mlflow_run = str(logger.run_id)
-    start = time.perf_counter()
-    ended = "FAILED"
+    return result, step
+
+
+@contextmanager
+def _whole_disk(name: str) -> Iterator[None]:
+    """A disk that takes no more ends the sweep in one line."""
     try:
-        with _quiet(folder / "warnings.txt"), _interruptible():
-            _train(cell.config, folder, result, logger, watch)
-        result.status, ended = "finished", "FINISHED"
-    except KeyboardInterrupt:
-        result.status, result.reason, ended = "missing", f"was interrupted after {result.steps} steps", "KILLED"
-        raise
-    except Exception as error:  # a bug in one method must not end the other cells; the result keeps the traceback
-        result.status, result.reason = "failed", f"{type(error).__name__}: {error}"
-        result.traceback = traceback.format_exc()
-    finally:
-        checkpoints = sorted((folder / "checkpoints").glob("*.ckpt"))
-        result.checkpoint = str(checkpoints[-1]) if checkpoints else None
-        result.seconds = time.perf_counter() - start
-        _record(tracker, result, folder)
-        tracker.end(str(logger.run_id), ended)
-        result.write(folder)
-    watch.ended(result)
-    return result
+        yield
+    except OSError as error:
+        if error.errno not in NO_ROOM:
+            raise
+        raise ZooError(
+            f"{name} was stopped: {error}. Finished cells are kept; make room under {home()} and give the command again"
+        ) from error
+
+
+def flat(config: Mapping[str, Any], above: str = "") -> dict[str, Any]:
+    """A config by dotted keys, as overrides name them; a list is one value."""
+    found: dict[str, Any] = {}
+    for key, value in config.items():
+        found |= flat(value, f"{above}{key}.") if isinstance(value, Mapping) and value else {f"{above}{key}": value}
+    return found
 
 
 def provenance() -> dict[str, Any]:
@@ -115,6 +186,20 @@ class History(Callback):
         self.result, self.watch = result, watch
         self.losses: list[tuple[int, torch.Tensor]] = []
         self.validations: list[tuple[int, float]] = []
+        self._start = time.perf_counter()
+
+    @override
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            "losses": [(step, float(loss)) for step, loss in self.losses],
+            "validations": self.validations,
+            "seconds": (self.result.seconds or 0.0) + time.perf_counter() - self._start,
+        }
+
+    @override
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.losses = [(step, torch.tensor(loss)) for step, loss in state_dict["losses"]]
+        self.validations, self.result.seconds = state_dict["validations"], state_dict["seconds"]
 
     @override
     def on_train_batch_end(
@@ -126,7 +211,9 @@ class History(Callback):
         every = 1 if loss.device.type == "cpu" else 20  # reading a loss makes the device wait
         if trainer.global_step % every == 0:
             total = trainer.estimated_stepping_batches
-            self.watch.step(trainer.global_step, int(total) if total != float("inf") else None, float(loss))
+            self.watch.step(
+                self.result.name, trainer.global_step, int(total) if total != float("inf") else None, float(loss)
+            )
 
     @override
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -145,7 +232,7 @@ class History(Callback):
             self.result.val_loss = self.validations[-1][1]
 
 
-def _train(config: Config, folder: Path, result: Result, logger: Any, watch: Watch) -> None:
+def _train(config: Config, folder: Path, result: Result, log: Log, watch: Watch, *, resume: bool) -> None:
     pl.seed_everything(config["seed"], workers=True, verbose=False)
     data = build(config["data"])
     assert isinstance(data, pl.LightningDataModule)
@@ -162,22 +249,24 @@ def _train(config: Config, folder: Path, result: Result, logger: Any, watch: Wat
         sample_metrics=data.sample_metrics(),
         sampling=sampling,
     )
-    logger.log_hyperparams(config)
+    log.data(config["data"]["name"], config["data"], result.data)
     history, cost, timer = History(result, watch), AttentionCost(every=10), StepTimer()
     films, routing = SampleFilms(folder, **config["sampling"]), RoutingWatch(folder)
     # After validation, which raises on a loss that is not finite: what is kept is good.
     keep = ModelCheckpoint(folder / "checkpoints", filename="{step}", save_on_train_epoch_end=False)
+    saving = Saving(folder / RESUME, float(os.environ.get("ZOO_SAVE_SECONDS") or SAVE_EVERY))
     trainer = pl.Trainer(
         **config["trainer"],
-        logger=logger,
+        logger=log,
         default_root_dir=folder,
-        callbacks=[history, cost, timer, routing, films, keep, LearningRateMonitor("step")],
+        callbacks=[history, cost, timer, routing, films, LearningRateMonitor("step"), keep, saving],
+        plugins=[WholeCheckpoints()],
         enable_progress_bar=False,
         enable_model_summary=False,
     )
     try:
-        trainer.fit(module, datamodule=data)
-        if not history.validations or history.validations[-1][0] != trainer.global_step:
+        trainer.fit(module, datamodule=data, ckpt_path=folder / RESUME if resume else None, weights_only=False)
+        if "val/loss" not in trainer.callback_metrics or history.validations[-1][0] != trainer.global_step:
             trainer.validate(module, datamodule=data, verbose=False)
     finally:
         history.write()
@@ -196,23 +285,24 @@ def _train(config: Config, folder: Path, result: Result, logger: Any, watch: Wat
         result.strips = [path.name for path in films.paths if path.name.rpartition("_film_")[0] == last]
 
 
-def _record(tracker: Tracker, result: Result, folder: Path) -> None:
-    """What the logger did not log: the run's figures and files."""
-    run_id = str(result.mlflow_run)
+def _record(log: Log, result: Result, folder: Path) -> None:
+    """What the run did not log while it trained: its figures and files."""
     figures = ("first_loss", "last_loss", "val_loss", "density", "flops", "seconds_per_step", "peak_memory", "seconds")
     plain = result.to_json()
-    tracker.metrics(run_id, {f"result/{key}": plain[key] for key in figures if plain[key] is not None})
-    tracker.tags(run_id, {f"zoo.{key}": str(value) for key, value in result.provenance.items()})
-    tracker.tags(
-        run_id, {"zoo.kernel": result.kernel or "", "zoo.status": result.status, "zoo.reason": result.reason or ""}
-    )
+    log.log_metrics({f"result/{key}": plain[key] for key in figures if plain[key] is not None}, 0)
+    log.log_metrics({f"result/{key}": value for key, value in plain["metrics"].items() if value is not None}, 0)
+    told = {f"zoo.{key}": str(value) for key, value in result.provenance.items()}
+    told |= {"zoo.kernel": result.kernel or "", "zoo.status": result.status, "zoo.reason": result.reason or ""}
+    log.about({}, told)
     if result.diagnostics:
-        tracker.file(run_id, folder / "diagnostics.jsonl")
+        log.file(folder / "diagnostics.jsonl")
     for name in [picture["file"] for picture in result.pictures]:
-        tracker.file(run_id, folder / name, "plans")
+        log.file(folder / name, "plans")
     for name in result.strips:
-        tracker.file(run_id, folder / name, "films")
-    tracker.plain(run_id, {"config": result.config, "data": result.data}, "config.json")
+        log.file(folder / name, "films")
+    log.plain({"config": result.config, "data": result.data}, "config.json")
+    if result.checkpoint is not None:
+        log.model(result.name, Path(result.checkpoint), flat({"attention": result.attention}), result.steps)
 
 
 @contextmanager

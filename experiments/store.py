@@ -3,20 +3,23 @@
 `<home>/<sweep>/sweep.json` names the cells that were last asked for; `<home>/<sweep>/<cell>-<id>/result.json` says what
 became of one. The id is a hash of the resolved config, so a changed cell gets a new folder and no result is lost.
 MLflow holds a copy for its own pages; whether a cell is finished is never asked there, so that a sweep resumes with no
-server in reach.
+server in reach. Who runs a cell holds the lock in its folder, which the kernel frees when the process ends, however it
+ends.
 """
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
 import math
 import os
-import platform
-from collections.abc import Mapping
+import traceback as tracebacks
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any, Literal
+from typing import IO, Any, Literal
 
 from sparse_zoo.errors import ZooError
 
@@ -57,8 +60,10 @@ class Result:
     `first_loss` and `last_loss` are means of the training flow loss, auxiliary losses left out, over the first 3 and
     the last 20 steps; `val_loss` is the last validation's. `density` and `flops` (attention, one forward, all layers)
     are those of the plans that ran; `costs` is the whole ledger. `peak_memory` is in bytes; what it is the peak of
-    stands in `costs`. `diagnostics` is what routing did at the last probe, see `lit_modules.RoutingWatch`. `curves`
-    maps a loss to (step, value) pairs. `pictures`, {"file", "label"} each, and `strips` name files in the cell's
+    stands in `costs`. `seconds` leaves out what was lost to interruptions; `resumed` has, for each of them, the step
+    from which the run went on and the provenance of the process that took over. `diagnostics` is what routing did at
+    the last probe, see `lit_modules.RoutingWatch`. `curves` maps a loss to (step, value) pairs. `pictures`, {"file",
+    "label"} each, and `strips` name files in the cell's
     folder.
     """
 
@@ -88,9 +93,15 @@ class Result:
     folder: str = ""
     mlflow_run: str | None = None
     provenance: dict[str, Any] = field(default_factory=dict)
+    resumed: list[dict[str, Any]] = field(default_factory=list)
     data: dict[str, Any] = field(default_factory=dict)
     config: dict[str, Any] = field(default_factory=dict)
     traceback: str | None = None
+
+    def fail(self, error: Exception) -> None:
+        """Record what was raised; to be called while it is handled."""
+        self.status, self.reason = "failed", f"{type(error).__name__}: {error}"
+        self.traceback = tracebacks.format_exc()
 
     def to_json(self) -> dict[str, Any]:
         """This as JSON knows it: non-finite numbers become null."""
@@ -109,17 +120,48 @@ def read(cell: Cell, sweep: str) -> Result:
     if not path.exists():
         blank.reason = "has not run yet"
         return blank
-    known = {f.name for f in fields(Result)}
     try:
-        result = Result(**{key: value for key, value in json.loads(path.read_text()).items() if key in known})
+        result = _parse(path)
+        if result.status == "running" and not running(folder):
+            result = _parse(path)  # it may just have ended
+            if result.status == "running":
+                result.status, result.reason = "missing", "was interrupted before its end"
     except (json.JSONDecodeError, TypeError, AttributeError) as error:
         blank.reason = f"{path} cannot be read: {error}"
         return blank
     result.folder = str(folder)  # the runs may have been moved since
-    if result.status == "running" and not _alive(result.provenance):
-        blank.reason = "was interrupted before its end"
-        return blank
     return result
+
+
+@contextmanager
+def lock(folder: Path) -> Iterator[bool]:
+    """Whether this process has the cell of that folder to itself meanwhile; False at once where another one has.
+
+    On network file systems too, where they know flock: NFS does.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / "lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            yield False
+            return
+        try:
+            yield True
+        finally:
+            fcntl.flock(file, fcntl.LOCK_UN)  # closing is not enough: loaders' processes may have the file open too
+
+
+def running(folder: Path) -> bool:
+    """Whether a process, here or on another machine, holds the lock of that folder."""
+    try:
+        with (folder / "lock").open() as file:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except FileNotFoundError:
+        return False
+    except BlockingIOError:
+        return True
+    return False
 
 
 @dataclass(frozen=True)
@@ -148,10 +190,29 @@ def read_sweep(name: str) -> Asked:
 
 def write_json(path: Path, plain: Any) -> None:
     """Whole or not at all: a reader never sees half a file."""
+    with whole(path) as file:
+        file.write(json.dumps(plain, indent=1, allow_nan=False).encode())
+
+
+@contextmanager
+def whole(path: Path) -> Iterator[IO[bytes]]:
+    """A file to write that takes the place of `path` at the end; what was there stays if that is never reached."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_suffix(f".{os.getpid()}.part")
-    part.write_text(json.dumps(plain, indent=1, allow_nan=False))
-    os.replace(part, path)
+    part = path.with_name(f"{path.name}.{os.getpid()}.part")
+    try:
+        with part.open("wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(part, path)
+    finally:
+        with suppress(OSError):
+            part.unlink(missing_ok=True)
+
+
+def _parse(path: Path) -> Result:
+    known = {f.name for f in fields(Result)}
+    return Result(**{key: value for key, value in json.loads(path.read_text()).items() if key in known})
 
 
 def _finite(plain: Any) -> Any:
@@ -162,16 +223,3 @@ def _finite(plain: Any) -> Any:
     if isinstance(plain, float) and not math.isfinite(plain):
         return None
     return plain
-
-
-def _alive(provenance: Mapping[str, Any]) -> bool:
-    """Whether the process that wrote this still runs; one on another machine is believed."""
-    if provenance.get("host") != platform.node():
-        return True
-    try:
-        os.kill(int(provenance["pid"]), 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return True

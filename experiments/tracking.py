@@ -1,28 +1,55 @@
-"""MLflow: one experiment per sweep, one parent run, one child per cell. Nothing else in the tree imports mlflow."""
+"""MLflow: one experiment per sweep, one parent run, one child per cell. Nothing else in the tree imports mlflow.
+
+The store is a copy for its own pages: where it cannot be reached, a run goes on without it and says so once.
+"""
 
 from __future__ import annotations
 
 import fcntl
+import json
 import logging
 import os
+import re
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from argparse import Namespace
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")  # read while mlflow is imported
-for _name in ("alembic", "mlflow.store.db.utils", "lightning.pytorch.loggers.mlflow"):
+# A server that is down is given up after seconds; MLflow would try for minutes, and the training waits.
+os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
+os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "20")
+for _name in ("alembic", "mlflow.store.db.utils"):
     logging.getLogger(_name).setLevel(logging.ERROR)
 
 import mlflow  # noqa: E402
-from lightning.pytorch.loggers import MLFlowLogger  # noqa: E402
-from mlflow.entities import Metric, RunStatus, RunTag  # noqa: E402
+from lightning.pytorch.loggers import Logger  # noqa: E402
+from mlflow.entities import (  # noqa: E402
+    Dataset,
+    DatasetInput,
+    InputTag,
+    LoggedModelOutput,
+    LoggedModelStatus,
+    Metric,
+    Param,
+    RunStatus,
+    RunTag,
+)
 from mlflow.exceptions import MlflowException  # noqa: E402
+from sqlalchemy.exc import SQLAlchemyError  # noqa: E402
+from typing_extensions import override  # noqa: E402
 
-from experiments.store import home  # noqa: E402
+from experiments.store import config_id, home  # noqa: E402
+
+T = TypeVar("T")
+
+BUSY = 30  # seconds that a write waits for another process to finish its own, in SQLite
+AGAIN = 60  # seconds after which a store that failed is tried again
+AT_ONCE = 100  # what a server takes of tags or parameters in one request; of metrics it takes more
 
 
 def uri() -> str:
@@ -31,67 +58,223 @@ def uri() -> str:
 
 
 class Tracker:
-    """The runs of one experiment. Opening it makes the database if there is none, safely beside other processes."""
+    """The runs of one experiment. Opening it makes the database if there is none, safely beside other processes.
 
-    def __init__(self, experiment: str) -> None:
-        self.uri = uri()
+    A store that fails is told of in one line, once, and left alone for a minute at a time; no method raises for it.
+    """
+
+    def __init__(self, experiment: str, told: Callable[[str], None]) -> None:
+        self.uri, self.experiment, self.told = uri(), experiment, told
+        self._experiment_id: str | None = None
+        self._silent_until = 0.0
+        self._told = False
+        self.reach(lambda: None)
+
+    def reach(self, ask: Callable[[], T]) -> T | None:
+        """What `ask` gives, or None where the store cannot be reached."""
+        if time.monotonic() < self._silent_until:
+            return None
+        try:
+            if self._experiment_id is None:
+                self._open()
+            return ask()
+        except (MlflowException, SQLAlchemyError, OSError) as error:  # OSError: of the network or the disk
+            self._silent_until = time.monotonic() + AGAIN
+            if not self._told:
+                why = str(error).strip().splitlines()[0][:200]
+                self.told(f"MLflow's store {self.uri} failed ({why}); results on disk are whole without it")
+            self._told = True
+            return None
+
+    @property
+    def experiment_id(self) -> str:
+        assert self._experiment_id is not None
+        return self._experiment_id
+
+    def _open(self) -> None:
         home().mkdir(parents=True, exist_ok=True)
+        wait = f"?timeout={BUSY}" if self.uri.startswith("sqlite:///") and "?" not in self.uri else ""
         with _locked(home() / "mlflow.lock"):  # processes that open a fresh database at once race in its migrations
-            self.client = mlflow.MlflowClient(self.uri)
-            found = self.client.get_experiment_by_name(experiment)
+            self.client = mlflow.MlflowClient(self.uri + wait)
+            found = self.client.get_experiment_by_name(self.experiment)
             # A server knows where artifacts go; a bare database would have them put beside the shell.
             served = self.uri.startswith(("http://", "https://", "databricks"))
-            local = None if served else (home() / "artifacts" / experiment).as_uri()
-            self.experiment_id: str = (
-                found.experiment_id if found else self.client.create_experiment(experiment, artifact_location=local)
+            local = None if served else (home() / "artifacts" / self.experiment).as_uri()
+            self._experiment_id = str(
+                found.experiment_id
+                if found
+                else self.client.create_experiment(self.experiment, artifact_location=local)
             )
-        self.experiment = experiment
 
-    def parent(self, name: str, run_id: str | None) -> str:
-        """The run above all cells: that of before, if this store still has it, or a new one."""
-        if run_id is not None:
-            try:
-                self.client.update_run(run_id, status=RunStatus.to_string(RunStatus.RUNNING))
-                return run_id
-            except MlflowException:
-                pass  # another store, or the run was deleted there: its children get a new parent
-        return str(self.client.create_run(self.experiment_id, run_name=name, tags={"zoo.sweep": name}).info.run_id)
+    def parent(self, name: str, about: str) -> str | None:
+        """The run above all cells of a sweep, made if there is none; None where the store cannot be reached."""
 
-    def logger(self, name: str, tags: Mapping[str, str], parent: str | None) -> MLFlowLogger:
-        """A logger for one new run, under `parent` if there is one."""
-        above = {"mlflow.parentRunId": parent} if parent else {}
-        return MLFlowLogger(self.experiment, name, self.uri, tags={**tags, **above})
+        def ask() -> str:
+            with _locked(home() / "mlflow.lock"):  # two that start the same sweep at once must not make two
+                found = self._search(f"tags.`zoo.parent` = '{name}'")
+                if found:
+                    self.client.update_run(found[0], status=RunStatus.to_string(RunStatus.RUNNING))
+                    run_id = found[0]
+                else:
+                    tags = {"zoo.parent": name, "zoo.sweep": name}
+                    run_id = str(self.client.create_run(self.experiment_id, run_name=name, tags=tags).info.run_id)
+                self.client.set_tag(run_id, "mlflow.note.content", about)
+            return run_id
 
-    def metrics(self, run_id: str, metrics: Mapping[str, float]) -> None:
-        now = int(time.time() * 1000)
-        self.client.log_batch(run_id, metrics=[Metric(key, float(value), now, 0) for key, value in metrics.items()])
+        return self.reach(ask)
 
-    def tags(self, run_id: str, tags: Mapping[str, str]) -> None:
-        self.client.log_batch(run_id, tags=[RunTag(_tag(key), value[:5000]) for key, value in tags.items()])
+    def run(self, name: str, cell: str, *, parent: str | None, before: str | None) -> Log:
+        """The run of one cell, as a logger: `before`, that of an interrupted cell which goes on, or a new one.
 
-    def plain(self, run_id: str, plain: dict[str, Any], name: str) -> None:
-        """A JSON artifact."""
-        self.client.log_dict(run_id, plain, name)
+        A new one takes the place of unfinished ones of the same cell, which are deleted as MLflow does it: they can be
+        restored.
+        """
 
-    def file(self, run_id: str, path: Path, folder: str | None = None) -> None:
-        self.client.log_artifact(run_id, str(path), folder)
+        def ask() -> Log:
+            if before is not None:
+                try:
+                    points = self.client.get_run(before).data.metrics
+                    self.client.update_run(before, status=RunStatus.to_string(RunStatus.RUNNING))
+                    history = {key: self.client.get_metric_history(before, key) for key in points}
+                    return Log(self, before, {key: max(p.step for p in past) for key, past in history.items()})
+                except MlflowException as error:
+                    if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+                        raise  # otherwise: another store, or deleted there
+            for stale in self._search(f"tags.`zoo.cell` = '{cell}'"):
+                if self.client.get_run(stale).info.status in ("RUNNING", "KILLED"):
+                    self.client.delete_run(stale)
+            above = {"mlflow.parentRunId": parent} if parent else {}
+            tags = {**above, "zoo.cell": cell, "zoo.sweep": self.experiment}
+            made = self.client.create_run(self.experiment_id, run_name=name, tags=tags)
+            return Log(self, str(made.info.run_id), {})
 
-    def end(self, run_id: str, status: str) -> None:
+        return self.reach(ask) or Log(self, None, {})
+
+    def end(self, run_id: str | None, status: str) -> None:
         """`status`: "FINISHED", "FAILED" or "KILLED"."""
-        self.client.set_terminated(run_id, status)
+        if run_id is not None:
+            self.reach(lambda: self.client.set_terminated(run_id, status))
+
+    def _search(self, wanted: str) -> list[str]:
+        return [str(run.info.run_id) for run in self.client.search_runs([self.experiment_id], wanted)]
+
+
+class Log(Logger):
+    """One run as Lightning's logger. Points are sent in batches, whenever Lightning or a checkpoint asks to save.
+
+    `last` maps a metric to the last step that was logged of it: a run that goes on from its checkpoint repeats the
+    steps after it, whose points are in the store already, and Lightning itself sends the epoch twice. `run_id` is None
+    where the store could not be reached.
+    """
+
+    def __init__(self, tracker: Tracker, run_id: str | None, last: Mapping[str, int]) -> None:
+        super().__init__()
+        self.tracker, self.run_id, self.last = tracker, run_id, dict(last)
+        self._waiting: list[Metric] = []
+
+    @property
+    @override
+    def name(self) -> str:
+        return self.tracker.experiment
+
+    @property
+    @override
+    def version(self) -> str | None:
+        return self.run_id
+
+    @override
+    def log_hyperparams(self, params: dict[str, Any] | Namespace, *_: Any, **__: Any) -> None:
+        """Nothing: what differs between cells is logged by `about`, and the rest is an artifact."""
+
+    @override
+    def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
+        now, at = int(time.time() * 1000), step or 0
+        new = {key: value for key, value in metrics.items() if at > self.last.get(key, -1)}
+        self.last |= dict.fromkeys(new, at)
+        if self.run_id is not None:
+            self._waiting += [Metric(key, float(value), now, at) for key, value in new.items()]
+
+    @override
+    def save(self) -> None:
+        while self._waiting:
+            if not self._ask(lambda client, run_id: client.log_batch(run_id, metrics=self._waiting[:AT_ONCE])):
+                return  # they wait for the next time
+            del self._waiting[:AT_ONCE]
+
+    @override
+    def finalize(self, status: str) -> None:
+        self.save()
+
+    def about(self, params: Mapping[str, Any], tags: Mapping[str, str]) -> None:
+        """Settings, for the columns of MLflow's table, and tags."""
+        self._ask(
+            lambda client, run_id: client.log_batch(
+                run_id,
+                params=[Param(key, str(value)[:5000]) for key, value in list(params.items())[:AT_ONCE]],
+                tags=[RunTag(key.replace(" ", "_"), value[:5000]) for key, value in tags.items()],
+            )
+        )
+
+    def data(self, name: str, settings: Mapping[str, Any], summary: Mapping[str, Any]) -> None:
+        """The films as MLflow's dataset inputs, one each for training and validation."""
+        source, profile = json.dumps({"datamodule": name, **settings}), json.dumps(summary)
+        inputs = []
+        for split in ("training", "validation"):  # two digests, or MLflow would take them for one
+            digest = config_id({"source": source, "profile": profile, "split": split})
+            films = Dataset(name, digest, "datamodule", source, None, profile)
+            inputs.append(DatasetInput(films, [InputTag("mlflow.data.context", split)]))
+        self._ask(lambda client, run_id: client.log_inputs(run_id, inputs))
+
+    def model(self, name: str, checkpoint: Path, settings: Mapping[str, Any], step: int) -> None:
+        """The trained model as MLflow's logged model, by the path of its checkpoint, which stays where it is."""
+
+        def ask(client: mlflow.MlflowClient, run_id: str) -> None:
+            if client.get_run(run_id).outputs.model_outputs:
+                return  # the process was killed between here and the end of the run
+            made = client.create_logged_model(
+                self.tracker.experiment_id,
+                re.sub(r"[/:.%\"']", "_", name),  # which MLflow does not take in a model's name
+                run_id,
+                tags={"zoo.checkpoint": str(checkpoint)},
+                params={key: str(value) for key, value in settings.items()},
+            )
+            client.finalize_logged_model(made.model_id, LoggedModelStatus.READY)
+            client.log_outputs(run_id, [LoggedModelOutput(made.model_id, step)])
+
+        self._ask(ask)
+
+    def plain(self, plain: dict[str, Any], name: str) -> None:
+        """A JSON artifact."""
+        self._ask(lambda client, run_id: client.log_dict(run_id, plain, name))
+
+    def file(self, path: Path, folder: str | None = None) -> None:
+        self._ask(lambda client, run_id: client.log_artifact(run_id, str(path), folder))
+
+    def end(self, status: str) -> None:
+        """`status`: "FINISHED", "FAILED" or "KILLED"."""
+        self.save()
+        self.tracker.end(self.run_id, status)
+
+    def _ask(self, ask: Callable[[mlflow.MlflowClient, str], object]) -> bool:
+        """Whether the store took it."""
+        run_id = self.run_id
+        if run_id is None:
+            return False
+
+        def asked() -> bool:
+            ask(self.tracker.client, run_id)
+            return True
+
+        return self.tracker.reach(asked) or False
 
 
 def serve(port: int) -> int:
     """MLflow's own page on this store, until it is stopped; its exit code."""
-    Tracker("Default")
+    Tracker("Default", lambda line: print(line, file=sys.stderr))
     return subprocess.call(
         [sys.executable, "-m", "mlflow", "ui", "--backend-store-uri", uri(), "--port", str(port)],
         env={**os.environ, "MLFLOW_DISABLE_TELEMETRY": "true"},
     )
-
-
-def _tag(name: str) -> str:
-    return name.replace(" ", "_")
 
 
 @contextmanager

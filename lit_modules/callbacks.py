@@ -7,6 +7,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast
 
@@ -44,7 +45,8 @@ class AttentionCost(Callback):
     """Counts what attention costs from the plans that ran, at the first training batch and every `every` batches.
 
     Logs `attention/density`, `attention/flops` (forward, routing apart, of one batch over all layers) and
-    `attention/density/layer_<i>`. `results` are those of the last counted batch, for pictures.
+    `attention/density/layer_<i>`. `results` are those of the last counted batch, for pictures; after a resumption those
+    of the first batch, until one is counted.
     """
 
     def __init__(self, every: int = 50) -> None:
@@ -58,9 +60,11 @@ class AttentionCost(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        if trainer.fit_loop.total_batch_idx % self.every and self._counted:
+        due = trainer.fit_loop.total_batch_idx % self.every == 0 or not self._counted
+        if due or not self.results:
+            self.results = outputs["results"]
+        if not due:
             return
-        self.results = outputs["results"]
         costs = [result.cost() for result in self.results]
         self._layers = [a + b for a, b in zip(self._layers, costs, strict=True)] if self._layers else costs
         self._counted += 1
@@ -69,6 +73,15 @@ class AttentionCost(Callback):
         logged |= {f"attention/density/layer_{i}": cost.density for i, cost in enumerate(costs)}
         for logger in trainer.loggers:
             logger.log_metrics(logged, step=trainer.global_step)
+
+    @override
+    def state_dict(self) -> dict[str, Any]:
+        return {"layers": [asdict(cost) for cost in self._layers], "counted": self._counted}
+
+    @override
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._layers = [zoo.Cost(**cost) for cost in state_dict["layers"]]
+        self._counted = state_dict["counted"]
 
     def summary(self) -> dict[str, Any]:
         """Means over the counted batches, JSON-able: per batch over all layers, and `layers`, the density of each.
@@ -100,12 +113,14 @@ def _sum(costs: Sequence[zoo.Cost]) -> zoo.Cost:
 class StepTimer(Callback):
     """Seconds of each training batch, from its start to its end, loading of data and validation not included.
 
-    The first `skip` batches, which compile and allocate, are left out.
+    The first `skip` batches, which compile and allocate, are left out, after each resumption anew.
     """
 
     def __init__(self, skip: int = 2) -> None:
         self.skip = skip
         self.seconds: list[float] = []
+        self._before: list[float] = []  # timed before a resumption
+        self._peak_before = 0
         self._start = 0.0
         self._memory = _PeakMemory(torch.device("cpu"))
 
@@ -126,13 +141,27 @@ class StepTimer(Callback):
         synchronize(pl_module.device)
         self.seconds.append(time.perf_counter() - self._start)
 
+    @override
+    def state_dict(self) -> dict[str, Any]:
+        return {"timed": self._timed(), "peak": self._peak()}
+
+    @override
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._before, self._peak_before = state_dict["timed"], state_dict["peak"]
+
+    def _timed(self) -> list[float]:
+        return self._before + self.seconds[self.skip :]
+
+    def _peak(self) -> int:
+        return max(self._peak_before, self._memory.read())
+
     def summary(self) -> dict[str, Any]:
         """Median seconds (None with no more than `skip` batches), how many were timed, peak memory and its meaning."""
-        timed = self.seconds[self.skip :]
+        timed = self._timed()
         return {
             "seconds_per_step": statistics.median(timed) if timed else None,
             "steps_timed": len(timed),
-            "peak_memory_bytes": self._memory.read(),
+            "peak_memory_bytes": self._peak(),
             "peak_memory_of": self._memory.meaning,
         }
 
@@ -202,6 +231,15 @@ class SampleFilms(Callback):
         refuse(
             "SampleFilms", [f"films of 1 or 3 channels can be drawn, got {channels}"] if channels not in (1, 3) else []
         )
+
+    @override
+    def state_dict(self) -> dict[str, Any]:
+        return {"validations": self._validations, "names": [path.name for path in self.paths]}
+
+    @override
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._validations = state_dict["validations"]
+        self.paths = [self.folder / name for name in state_dict["names"]]
 
     # Within the validation epoch, not at its end: by then the averaged weights are put back.
     @override

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import math
 import time
@@ -29,6 +30,8 @@ T = TypeVar("T")
 
 TIMES = (0.5, 0.9)  # the first is diagnosed; the second, close to noise, is there for churn: each costs a forward pass
 
+KEPT = ("layers", "_figures", "_plans", "_batch", "_step", "_own", "_training")  # by a checkpoint
+
 
 class RoutingWatch(Callback):
     """Diagnoses every layer's routing after the first optimizer step and then every `every` steps.
@@ -36,7 +39,7 @@ class RoutingWatch(Callback):
     The probe is the first item of the batch that made the first step this callback sees, with noise of its own, the
     same always, at two noise times, 0.5 and 0.9; the model is in eval mode, with the weights that are being trained,
     not their average. Nothing is changed by it, neither weights nor random state. Of several processes only the first
-    probes.
+    probes. A resumed run keeps the probe, and what was written of steps that it repeats is taken back.
 
     Logs the figures of `sparse_zoo.diagnostics` at time 0.5, averaged over heads: `diagnostics/<figure>`, the mean over
     layers, and `diagnostics/<figure>/layer_<i>`; of the routed branches where a layer has any, else of all. Besides
@@ -88,6 +91,23 @@ class RoutingWatch(Callback):
         for logger in trainer.loggers:
             logger.log_metrics(logged, step=step)
         self._own += time.perf_counter() - ended
+
+    @override
+    def state_dict(self) -> dict[str, Any]:
+        kept = io.BytesIO()
+        torch.save({name: getattr(self, name) for name in KEPT}, kept)
+        # As bytes in a tensor: a checkpoint is read as plain values alone, which plans and layouts are not.
+        return {"kept": torch.frombuffer(kept.getbuffer(), dtype=torch.uint8)}
+
+    @override
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        kept = torch.load(io.BytesIO(state_dict["kept"].numpy().tobytes()), weights_only=False)
+        for name in KEPT:
+            setattr(self, name, kept[name])
+        if self.path.exists():
+            lines = self.path.read_text().splitlines(keepends=True)
+            whole = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= self._step]
+            self.path.write_text("".join(whole))
 
     def summary(self) -> dict[str, Any]:
         """The last probe, JSON-able: its step, figures by name as logged, `share_of_time` up to the end of it, and

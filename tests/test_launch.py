@@ -3,35 +3,51 @@
 from __future__ import annotations
 
 import json
-import platform
+import os
+import signal
+import time
+from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import mlflow
 import pytest
 import torch
+from mlflow.exceptions import MlflowException
 from rich.console import Console
-from tiny import DIVERGES, write_sweep
+from tiny import BASE, DIVERGES, write_sweep
 
 import sparse_zoo as zoo
 from experiments import store
-from experiments.launch import execute
+from experiments.launch import differing, execute
 from experiments.progress import Bar
 from experiments.sweep import read
 from experiments.tracking import uri
+from sparse_zoo.errors import ZooError
 
 METHODS = {"attention": ["dense", "moc"]}
 
 
 class Silent(Bar):
-    """Counts the cells that ran."""
+    """Remembers the cells that ran and what was told."""
 
     def __init__(self) -> None:
         super().__init__(Console(quiet=True), 1)
         self.ran: list[str] = []
+        self.notes: list[str] = []
+        self.lost: list[str] = []
 
     def started(self, name: str) -> None:
         super().started(name)
         self.ran.append(name)
+
+    def note(self, line: str) -> None:
+        self.notes.append(line)
+
+    def dropped(self, name: str, why: str) -> None:
+        super().dropped(name, why)
+        self.lost.append(f"{name}: {why}")
 
 
 @pytest.fixture(scope="module")
@@ -58,6 +74,7 @@ def test_only_what_is_missing_runs(runs: Path) -> None:
     first = Silent()
     results = execute(sweep, first)
     assert first.ran == ["dense", "moc"]
+    assert first.notes == []
     assert [result.status for result in results] == ["finished", "finished"]
     for result in results:
         assert result.steps == 2
@@ -91,7 +108,7 @@ def test_only_what_is_missing_runs(runs: Path) -> None:
     assert len(children) == 3
     one = next(run for run in children if run.info.run_id == results[0].mlflow_run)
     assert one.info.status == "FINISHED"
-    assert one.data.params["attention/name"] == "dense"
+    assert one.data.params["attention.name"] == "dense"
     assert one.data.tags["zoo.kernel"] == results[0].kernel
     assert one.data.metrics["result/density"] == 1.0
     assert {"train/loss", "val/loss", "attention/flops"} <= one.data.metrics.keys()
@@ -148,15 +165,153 @@ def test_ctrl_c_keeps_what_has_finished(runs: Path) -> None:
     assert again.ran == ["moc"]
 
 
-def test_a_killed_run_counts_as_missing(runs: Path) -> None:
+def test_a_run_is_on_as_long_as_its_lock_is_held(runs: Path) -> None:
     cell = read(write_sweep(runs / "killed.yaml")).cells[0]
     folder = cell.folder("killed")
-    result = store.Result("killed", {"name": "dense"}, "running", 0, provenance={"host": "elsewhere", "pid": 1})
-    result.write(folder)
-    assert store.read(cell, "killed").status == "running"  # another machine is believed
-    plain = json.loads((folder / "result.json").read_text())
-    plain["provenance"] = {"host": platform.node(), "pid": 2**22 + 1}
-    (folder / "result.json").write_text(json.dumps(plain))
-    assert store.read(cell, "killed").status == "missing"
+    with store.lock(folder) as mine:
+        assert mine
+        store.Result("killed", {"name": "dense"}, "running", 0).write(folder)
+        assert store.read(cell, "killed").status == "running"
+        with store.lock(folder) as again:
+            assert not again
+        child = os.fork()
+        if not child:  # as a loader's process does, it has the lock's file open
+            time.sleep(60)
+    try:
+        assert store.read(cell, "killed").status == "missing"
+    finally:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
     (folder / "result.json").write_text('{"name": ')
     assert "cannot be read" in str(store.read(cell, "killed").reason)
+
+
+@pytest.mark.parametrize("end", ["finished", "failed", "killed"])
+def test_a_cell_that_runs_elsewhere_is_waited_for(runs: Path, monkeypatch: pytest.MonkeyPatch, end: str) -> None:
+    sweep = read(write_sweep(runs / f"{end}.yaml", axes=METHODS))
+    dense = sweep.cells[0]
+    with ExitStack() as elsewhere:
+        assert elsewhere.enter_context(store.lock(dense.folder(sweep.name)))
+
+        def other_driver(_: float) -> None:
+            assert bar.ran == ["moc"]
+            if end != "killed":
+                result = store.read(dense, sweep.name)
+                result.status, result.provenance = end, {"host": "another"}
+                result.write(dense.folder(sweep.name))
+            elsewhere.close()
+
+        monkeypatch.setattr("experiments.launch.time.sleep", other_driver)
+        bar = Silent()
+        results = execute(sweep, bar)
+    assert bar.notes == ["dense is running elsewhere"]
+    assert bar.ran == (["moc", "dense"] if end == "killed" else ["moc"])
+    assert results[0].status == ("finished" if end == "killed" else end)
+    assert (results[0].provenance.get("host") == "another") == (end != "killed")
+
+
+def test_a_store_out_of_reach_costs_no_run(runs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "sqlite:////dev/null/mlflow.db")
+    bar = Silent()
+    results = execute(read(write_sweep(runs / "alone.yaml", axes=METHODS)), bar)
+    assert [result.status for result in results] == ["finished"] * 2
+    assert [result.mlflow_run for result in results] == [None, None]
+    (line,) = bar.notes
+    assert line.startswith("MLflow's store sqlite:////dev/null/mlflow.db failed (")
+    assert "\n" not in line
+
+
+def test_a_store_that_is_lost_halfway_costs_its_points_alone(runs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def locked(*_: object, **__: object) -> None:
+        raise MlflowException("database is locked")
+
+    class Losing(Silent):
+        def step(self, *told: Any) -> None:
+            super().step(*told)
+            monkeypatch.setattr(mlflow.MlflowClient, "log_batch", locked)
+
+    bar = Losing()
+    (result,) = execute(read(write_sweep(runs / "halfway.yaml")), bar)
+    assert result.status == "finished"
+    assert len(result.curves["train/flow"]) == 2
+    assert len(bar.notes) == 1
+    assert "database is locked" in bar.notes[0]
+
+
+def test_mlflow_shows_what_differs_what_was_seen_and_what_came_out(runs: Path) -> None:
+    axes = {"attention": ["dense", {"name": "moc", "top_k": 1}], "optim.lr": [0.5, 0.25]}
+    sweep = read(write_sweep(runs / "shown.yaml", about="Which one?", axes=axes))
+    assert differing(sweep.cells)["moc_top_k=1-lr=0.25"] == {
+        "attention.name": "moc", "attention.top_k": 1, "optim.lr": 0.25,
+    }  # fmt: skip
+    bar = Silent()
+    result = execute(replace(sweep, cells=sweep.cells[-2:]), bar)[0]
+    assert bar.notes == []
+    client = mlflow.MlflowClient(uri())
+    run = client.get_run(str(result.mlflow_run))
+    assert run.info.run_name == "moc_top_k=1-lr=0.5"
+    assert run.data.params == {"attention.name": "moc", "attention.top_k": "1", "optim.lr": "0.5"}
+    assert {entry.dataset.name for entry in run.inputs.dataset_inputs} == {"shot_world"}
+    assert json.loads(run.inputs.dataset_inputs[0].dataset.profile) == result.data
+    assert {tag.value for entry in run.inputs.dataset_inputs for tag in entry.tags} == {"training", "validation"}
+    (output,) = run.outputs.model_outputs
+    assert client.get_logged_model(output.model_id).tags["zoo.checkpoint"] == result.checkpoint
+    parent = client.get_run(run.data.tags["mlflow.parentRunId"])
+    assert parent.info.run_name == "shown"
+    assert parent.data.tags["mlflow.note.content"].startswith("Which one?")
+
+
+def test_too_many_jobs_are_refused(runs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    sweep = read(write_sweep(runs / "many.yaml", base=BASE | {"trainer.accelerator": "auto"}))
+    with pytest.raises(ZooError, match="--jobs: must be at least 1, got 0"):
+        execute(sweep, Silent(), jobs=0)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    with pytest.raises(ZooError, match="a job has a GPU to itself, and there are 2; got 3"):
+        execute(sweep, Silent(), jobs=3)
+
+
+KILLED = '''
+import os
+import signal
+
+import torch
+
+import sparse_zoo as zoo
+
+
+@zoo.register("killed")
+class Killed(zoo.Attention):
+    """Dense attention whose process is killed in the second step, once."""
+
+    def plan(self, q, k, layout):
+        return zoo.Plan.dense(layout)
+
+    def losses(self, call):
+        once = __file__ + ".once"
+        if call.step and not os.path.exists(once):
+            open(once, "w").close()
+            os.kill(os.getpid(), signal.SIGKILL)
+        return {"threads": torch.tensor(float(torch.get_num_threads()))}
+'''
+
+
+@pytest.mark.slow
+def test_jobs_share_cells_and_survive_the_death_of_one(runs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ZOO_SAVE_SECONDS", "0")
+    monkeypatch.delenv("MLFLOW_TRACKING_URI")
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 4)
+    (runs / "killed.py").write_text(KILLED)
+    axes = {"attention": ["killed", "dense", "moc"]}
+    sweep = read(write_sweep(runs / "jobs.yaml", plugins=["killed.py"], axes=axes))
+    bar = Silent()
+    killed, *others = execute(sweep, bar, jobs=2)
+    assert killed.status == "missing"
+    assert bar.lost == ["killed: its process was killed by SIGKILL; the same command goes on with it"]
+    assert [result.status for result in others] == ["finished"] * 2
+    assert os.getpid() not in {result.provenance["pid"] for result in others}
+    killed, *again = execute(sweep, bar, jobs=2)
+    assert killed.status == "finished"
+    assert [part["step"] for part in killed.resumed] == [1]
+    assert killed.resumed[0]["threads"] == 2
+    assert again == others

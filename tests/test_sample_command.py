@@ -24,6 +24,7 @@ class Nobody:
     def started(self, *_: object) -> None: ...
     def step(self, *_: object) -> None: ...
     def ended(self, *_: object) -> None: ...
+    def note(self, *_: object) -> None: ...
 
 
 @pytest.fixture(scope="module")
@@ -34,7 +35,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
         patched.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{home / 'mlflow.db'}")
         scheduled = {"name": "moc", "causal": "strict", "schedule": {"top_k": {1: 2}}}
         config = load([BASE, {"attention": scheduled}, "data.val_films=3", "data.batch_size=2", "trainer.max_steps=1"])
-        result = run(Cell("moc", config), "train", Tracker("train"), Nobody())
+        result = run(Cell("moc", config), "train", Tracker("train", print), Nobody())
     assert result.status == "finished", result.traceback
     return Path(result.folder)
 

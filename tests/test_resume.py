@@ -1,0 +1,225 @@
+"""A run that is killed, again and again, ends as one that never was: weights, losses, diagnostics, curves."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import shutil
+import signal
+from pathlib import Path
+from typing import Any
+
+import mlflow
+import pytest
+import torch
+from tiny import BASE
+
+from experiments import store
+from experiments.config import load
+from experiments.run import RESUME, _begin, run
+from experiments.saving import saved_step
+from experiments.store import Cell, Result
+from experiments.tracking import Tracker, uri
+from lit_modules import SampleFilms
+from sparse_zoo.errors import ZooError
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+# Films of an epoch, the validation's interval and the diagnosed steps have no common beat; routing has random draws.
+LONG = {
+    "data.films_per_epoch": 5,
+    "data.subjects": 2,
+    "data.tags": 2,
+    "attention": {"name": "moc", "top_k": 1, "drop_off": 0.5},
+    "trainer.max_steps": 8,
+    "trainer.val_check_interval": 3,
+    "sampling.every": 1,
+    "flow": {"drop_text": 0.5},
+}
+
+
+class Killing:
+    """Kills its own process once `batches` were trained on; `told` are the lines a user would see."""
+
+    def __init__(self, batches: int = 0) -> None:
+        self.left, self.told = batches, list[str]()
+
+    def started(self, *_: object) -> None: ...
+
+    def step(self, *_: object) -> None:
+        self.left -= 1
+        if not self.left:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    def ended(self, *_: object) -> None: ...
+
+    def note(self, line: str) -> None:
+        self.told.append(line)
+
+
+@pytest.fixture(autouse=True)
+def runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("ZOO_HOME", str(tmp_path))
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    monkeypatch.setenv("ZOO_SAVE_SECONDS", "0")
+    return tmp_path
+
+
+@pytest.fixture(scope="module", autouse=True)
+def warm(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """What is imported and set up before a fork, every process after it has; but with a database of its own."""
+    home = tmp_path_factory.mktemp("warm")
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setenv("ZOO_HOME", str(home))
+        patched.delenv("MLFLOW_TRACKING_URI", raising=False)
+        go(Cell("warm", load([BASE])), "warm", Killing())
+
+
+def go(cell: Cell, sweep: str, watch: Killing) -> Result:
+    return run(cell, sweep, Tracker(sweep, watch.note), watch)
+
+
+def killed_or_done(cell: Cell, sweep: str, batches: int) -> int:
+    """Exit code of a process that runs the cell and kills itself after so many batches, if any.
+
+    Always a process of its own: SQLite's connections do not survive a fork.
+    """
+    child = os.fork()
+    if not child:
+        code = 1
+        try:
+            code = 0 if go(cell, sweep, Killing(batches)).status == "finished" else 1
+        finally:
+            os._exit(code)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+def end_state(result: Result) -> dict[str, Any]:
+    """What must not depend on interruptions."""
+    timed = {"seconds", "seconds_per_step", "steps_timed", "peak_memory_bytes", "share_of_time"}
+    apart = {"folder", "checkpoint", "mlflow_run", "provenance", "resumed", "seconds", "seconds_per_step"}
+    plain = {key: value for key, value in result.to_json().items() if key not in apart | {"peak_memory"}}
+    for part in ("costs", "diagnostics"):
+        plain[part] = {key: value for key, value in plain[part].items() if key not in timed}
+    return plain
+
+
+def points(run_id: str) -> dict[str, list[tuple[int, float]]]:
+    client = mlflow.MlflowClient(uri())
+    names = client.get_run(run_id).data.metrics
+    timed = ("result/", "diagnostics/share_of_time")
+    return {
+        name: sorted((point.step, point.value) for point in client.get_metric_history(run_id, name))
+        for name in names
+        if not name.startswith(timed)
+    }
+
+
+@pytest.mark.parametrize(("batches", "accumulate"), [(3, 1), (5, 2)])
+def test_a_run_that_was_killed_ends_like_one_that_was_not(batches: int, accumulate: int) -> None:
+    cell = Cell("moc", load([BASE, LONG, {"trainer.accumulate_grad_batches": accumulate}]))
+    assert killed_or_done(cell, "whole", 0) == 0
+    codes = list(iter(lambda: killed_or_done(cell, "killed", batches), 0))
+    assert set(codes) == {-signal.SIGKILL}
+    whole, parts = (store.read(cell, sweep) for sweep in ("whole", "killed"))
+
+    each = (batches - 1) // accumulate  # the last step is not saved before the kill
+    assert [part["step"] for part in parts.resumed] == [each * n for n in range(1, len(codes) + 1)]
+    assert end_state(parts) == end_state(whole)
+    one, other = (torch.load(str(result.checkpoint), weights_only=True) for result in (whole, parts))
+    for state in ("state_dict", "current_model_state"):
+        assert all(torch.equal(tensor, other[state][name]) for name, tensor in one[state].items())
+    assert len(list(Path(parts.folder).glob("**/*.ckpt"))) == 1
+
+    def probes(result: Result) -> list[Any]:
+        return [json.loads(line) for line in (Path(result.folder) / "diagnostics.jsonl").read_text().splitlines()]
+
+    assert probes(parts) == probes(whole)
+    assert {path.name for path in Path(parts.folder).iterdir()} == {path.name for path in Path(whole.folder).iterdir()}
+
+    assert points(str(parts.mlflow_run)) == points(str(whole.mlflow_run))
+    client = mlflow.MlflowClient(uri())
+    assert len(client.search_runs([client.get_run(str(parts.mlflow_run)).info.experiment_id])) == 1
+
+
+def test_a_run_that_was_killed_in_a_validation_validates_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    cell = Cell("moc", load([BASE, LONG]))
+    with monkeypatch.context() as patched:
+        patched.setattr(SampleFilms, "on_validation_batch_end", lambda *_: os.kill(os.getpid(), signal.SIGKILL))
+        assert killed_or_done(cell, "sweep", 0) == -signal.SIGKILL
+    assert saved_step(cell.folder("sweep") / RESUME) == 2
+    assert killed_or_done(cell, "sweep", 0) == 0
+    assert [step for step, _ in store.read(cell, "sweep").curves["val/loss"]] == [3, 6, 8]
+
+
+@pytest.fixture(scope="module")
+def killed_home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Holds the half-done cell of `half_done`."""
+    home = tmp_path_factory.mktemp("half_done")
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setenv("ZOO_HOME", str(home))
+        patched.setenv("ZOO_SAVE_SECONDS", "0")
+        assert killed_or_done(Cell("moc", load([BASE, LONG])), "sweep", 4) == -signal.SIGKILL
+    return home
+
+
+@pytest.fixture
+def half_done(runs: Path, killed_home: Path) -> Cell:
+    """Killed in its fourth step."""
+    shutil.copytree(killed_home, runs, dirs_exist_ok=True)
+    cell = Cell("moc", load([BASE, LONG]))
+    assert store.read(cell, "sweep").reason == "was interrupted before its end"
+    return cell
+
+
+@pytest.mark.parametrize("damage", ["removed", "cut", "one byte"])
+def test_a_damaged_checkpoint_starts_the_run_anew(half_done: Cell, damage: str) -> None:
+    path = half_done.folder("sweep") / RESUME
+    whole = path.read_bytes()
+    middle = len(whole) // 2
+    changed = whole[:middle] + bytes([whole[middle] ^ 1]) + whole[middle + 1 :]
+    path.write_bytes({"cut": whole[:middle], "one byte": changed, "removed": b""}[damage])
+    if damage == "removed":
+        path.unlink()
+    with pytest.raises(ValueError, match="there is none" if damage == "removed" else ""):
+        saved_step(path)
+    step, told = begun(half_done)
+    assert step == 0
+    assert told[0].startswith("moc starts anew: no checkpoint to go on from (")
+    assert not list(half_done.folder("sweep").iterdir())
+
+
+def test_fresh_starts_anew(half_done: Cell) -> None:
+    assert begun(half_done) == (3, ["moc goes on from step 3"])
+    assert begun(half_done, fresh=True) == (0, [])
+
+
+def begun(cell: Cell, fresh: bool = False) -> tuple[int, list[str]]:
+    watch = Killing()
+    result, step = _begin(cell, "sweep", watch, fresh)
+    assert len(result.resumed) == bool(step)
+    return step, watch.told
+
+
+def test_a_full_disk_loses_nothing(runs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The checkpoint's second half finds no room; what was saved before stays whole, and the run goes on from it."""
+    cell = Cell("moc", load([BASE, LONG]))
+    save = torch.save
+
+    def full(checkpoint: dict[str, Any], file: Any) -> None:
+        save(checkpoint, file)
+        if checkpoint.get("global_step") == 4:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(file.name))
+
+    watch = Killing()
+    with monkeypatch.context() as patched:
+        patched.setattr(torch, "save", full)
+        with pytest.raises(ZooError, match=r"moc was stopped: .*No space left on device.* give the command again"):
+            go(cell, "sweep", watch)
+    assert store.read(cell, "sweep").status == "missing"
+    assert "No space left" in str(store.read(cell, "sweep").reason)
+    assert saved_step(cell.folder("sweep") / RESUME) == 3
+    assert go(cell, "sweep", watch).status == "finished"
+    assert watch.told == ["moc goes on from step 3"]
+    assert not list(runs.glob("**/*.part"))
