@@ -13,6 +13,8 @@ import json
 import math
 import os
 import platform
+import shlex
+import sys
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -57,9 +59,10 @@ class Result:
     `first_loss` and `last_loss` are means of the training flow loss, auxiliary losses left out, over the first 3 and
     the last 20 steps; `val_loss` is the last validation's. `density` and `flops` (attention, one forward, all layers)
     are those of the plans that ran; `costs` is the whole ledger. `peak_memory` is in bytes; what it is the peak of
-    stands in `costs`. `diagnostics` is what routing did at the last probe, see `lit_modules.RoutingWatch`. `curves`
-    maps a loss to (step, value) pairs. `pictures`, {"file", "label"} each, and `strips` name files in the cell's
-    folder.
+    stands in `costs`. `diagnostics` is what routing did at the last probe, see `lit_modules.RoutingWatch`.
+    `chance` is what guessing scores in some of the `metrics`; `films` are their outcomes per validation film, in order,
+    where a metric keeps them. `curves` maps a loss to (step, value) pairs. `pictures`, {"file", "label"} each, and
+    `strips` name files in the cell's folder.
     """
 
     name: str
@@ -81,6 +84,8 @@ class Result:
     costs: dict[str, Any] = field(default_factory=dict)
     metrics: dict[str, float] = field(default_factory=dict)
     diagnostics: dict[str, Any] = field(default_factory=dict)
+    chance: dict[str, float] = field(default_factory=dict)
+    films: dict[str, list[float]] = field(default_factory=dict)
     curves: dict[str, list[tuple[int, float]]] = field(default_factory=dict)
     pictures: list[dict[str, str]] = field(default_factory=list)
     strips: list[str] = field(default_factory=list)
@@ -124,11 +129,12 @@ def read(cell: Cell, sweep: str) -> Result:
 
 @dataclass(frozen=True)
 class Asked:
-    """A sweep as it was last asked for: one line about it, its cells, and the MLflow run above them."""
+    """A sweep as it was last asked for: one line about it, its cells, the MLflow run above them, the command line."""
 
     about: str
     cells: tuple[Cell, ...]
     mlflow_run: str | None = None
+    command: str = field(default_factory=lambda: shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]))
 
 
 def write_sweep(name: str, asked: Asked) -> None:
@@ -143,7 +149,8 @@ def read_sweep(name: str) -> Asked:
         known = sorted(found.parent.name for found in home().glob("*/sweep.json"))
         raise ZooError(f"no sweep {name!r} in {home()}; there: {', '.join(known) or 'none'}")
     plain = json.loads(path.read_text())
-    return Asked(plain["about"], tuple(Cell(**cell) for cell in plain["cells"]), plain["mlflow_run"])
+    cells = tuple(Cell(**cell) for cell in plain["cells"])
+    return Asked(plain["about"], cells, plain["mlflow_run"], plain.get("command", ""))
 
 
 def write_json(path: Path, plain: Any) -> None:

@@ -135,6 +135,7 @@ class LitVideoDiT(LightningModule):
         self.sampling = Euler(**sampling)
         self.val_loss = LossByTime(VALIDATION_TIMES)
         self.sample_metrics = MetricCollection(dict(sample_metrics or {}), prefix="val/", compute_groups=False)
+        self.film_outcomes: dict[str, list[float]] = {}  # of the last validation, per film, in order
 
     @override
     def configure_callbacks(self) -> list[Callback]:
@@ -217,6 +218,8 @@ class LitVideoDiT(LightningModule):
         self.log_dict({f"val/loss_t{at}": part.float() for at, part in zip(VALIDATION_TIMES, by_time, strict=True)})
         if len(self.sample_metrics) and not self.trainer.sanity_checking:
             self.log_dict(self.sample_metrics.compute())
+            kept = [metric.films() for metric in self.sample_metrics.values() if hasattr(metric, "films")]
+            self.film_outcomes = {name: outcomes for films in kept for name, outcomes in films.items()}
             self.sample_metrics.reset()
 
 
