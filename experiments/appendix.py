@@ -11,9 +11,9 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from experiments.measures import Measure
 from experiments.report import (
-    Group,
     Report,
     giga,
+    half,
     interval,
     machines,
     mean,
@@ -22,6 +22,7 @@ from experiments.report import (
     percent,
     plain_values,
     settings,
+    signed,
 )
 
 
@@ -90,8 +91,8 @@ def _sheets(report: Report) -> Iterator[Sheet]:
         [
             [
                 f"{pair.a} – {pair.b}",
-                f"{pair.mean:+.3f}",
-                "" if pair.low is None else f"[{pair.low:+.3f}, {pair.high:+.3f}]",
+                signed(pair.mean),
+                "" if pair.low is None else f"[{signed(pair.low)}, {signed(pair.high)}]",
                 str(pair.n),
                 *map(p_value, (pair.p, pair.p_holm, pair.p_exact)),
                 "yes" if pair.holds else "no",
@@ -114,7 +115,7 @@ def _sheets(report: Report) -> Iterator[Sheet]:
         "Other measures",
         "Mean ± half of the 95 % interval over seeds.",
         ["method", *(Measure.of(name).label for name in others)],
-        [[group.name, *(_half(group, name) for name in others)] for group in done]
+        [[group.name, *(half(group.figure(name)) for name in others)] for group in done]
         + ([["chance", *(number(report.chance.get(name)) for name in others)]] if report.chance else []),
     )
     yield Sheet(
@@ -139,11 +140,6 @@ def _sheets(report: Report) -> Iterator[Sheet]:
         ["cell", "status", "reason"],
         [[result.name, result.status, result.reason or ""] for result in report.unfinished],
     )
-
-
-def _half(group: Group, name: str) -> str:
-    figure = group.figure(name)
-    return number(mean(figure)) if figure is None or figure.sd is None else f"{figure.mean:.3f} ± {figure.half:.3f}"
 
 
 def _markdown(text: str) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import io
 from collections.abc import Sequence
+from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -28,10 +29,12 @@ from experiments.report import (
     p_value,
     percent,
     settings,
+    signed,
 )
 from experiments.store import Result
 from lit_modules.callbacks import picture_rows
 
+WIDE = 12  # times as wide as high, from which on a film needs the whole page
 LONG = 25  # points of a curve from which on it is smoothed
 
 
@@ -44,7 +47,7 @@ def html(report: Report) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    formats = (mean, number, percent, giga, mib, interval, p_value, settings, image)
+    formats = (mean, number, percent, giga, mib, interval, p_value, settings, signed, image)
     environment.filters.update({one.__name__: one for one in formats})
     marks = _marks(report)
     levels = [] if report.headline.name not in report.chance else [("chance", report.chance[report.headline.name])]
@@ -140,25 +143,33 @@ def _smoothed(curve: Sequence[tuple[int, float]]) -> list[tuple[int, float]]:
     return list(zip(steps, plots.smooth(losses), strict=True))
 
 
-class Row(NamedTuple):
-    """A method's versions of a film: its guess from a half-noised copy, and its own from the captions."""
+@dataclass
+class Film:
+    """A film that was drawn, real, as a data URI, and what every group made of that very film."""
+
+    real: str
+    wide: bool
+    versions: list[Versions]
+
+
+class Versions(NamedTuple):
+    """A method's guess from a half-noised copy, and its own film from the captions, as data URIs."""
 
     group: Group
     guess: str
     drawn: str
 
 
-def _films(report: Report) -> list[tuple[str, list[Row]]]:
-    """Each film that was drawn, real, as a data URI, and every method's rows of that very film."""
-    found: dict[str, list[Row]] = {}
+def _films(report: Report) -> list[Film]:
+    found: dict[str, Film] = {}
     for group in report.groups:
         for strip in group.one.strips if group.finished else []:
-            picture = torch.from_numpy(
-                (255 * png.imread(Path(group.one.folder) / strip)[..., :3]).round().astype("uint8")
-            )
-            real, guess, drawn = map(_embedded, picture_rows(picture))
-            found.setdefault(real, []).append(Row(group, guess, drawn))
-    return list(found.items())
+            pixels = (255 * png.imread(Path(group.one.folder) / strip)[..., :3]).round().astype("uint8")
+            rows = picture_rows(torch.from_numpy(pixels))
+            real, guess, drawn = map(_embedded, rows)
+            film = found.setdefault(real, Film(real, rows[0].shape[1] > WIDE * len(rows[0]), []))
+            film.versions.append(Versions(group, guess, drawn))
+    return list(found.values())
 
 
 def _embedded(picture: torch.Tensor) -> str:

@@ -328,6 +328,13 @@ def number(value: float | None, digits: int = 3) -> str:
     return "–" if value is None else f"{value:.{digits}f}"
 
 
+def signed(value: float | None) -> str:
+    """`+0.035`; a difference that three digits would hide has one that counts."""
+    if value is None:
+        return "–"
+    return f"{value:+.1g}" if 0 < abs(value) < 0.001 else f"{value:+.3f}"
+
+
 def percent(value: float | None) -> str:
     return "–" if value is None else f"{100 * value:.1f} %"
 
