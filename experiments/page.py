@@ -50,18 +50,15 @@ def html(report: Report) -> str:
     formats = (mean, number, percent, giga, mib, interval, p_value, settings, signed, image)
     environment.filters.update({one.__name__: one for one in formats})
     marks = _marks(report)
-    levels = [] if report.headline.name not in report.chance else [("chance", report.chance[report.headline.name])]
-    levels += [(g.control, g.figure(report.headline.name).mean) for g in report.measured if g.control]  # type: ignore[union-attr, misc]
     return environment.get_template("report.html.j2").render(
         report=report,
         marks=marks,
         made=datetime.now().astimezone().strftime("%d %B %Y, %H:%M"),
         shared=_shared(report),
-        dots=_dots(report, levels),
+        dots=_dots(report),
         pairs={(pair.a, pair.b): pair for pair in report.differences},
-        films_of={(pair.a, pair.b): pair for pair in report.films},
-        cost_plots=_cost_plots(report, marks, levels),
-        effect_plots=[(effect, plots.effect(effect, report.headline, levels)) for effect in report.effects],
+        cost_plots=_cost_plots(report, marks),
+        effect_plots=[(effect, plots.effect(effect, report.headline, report.levels)) for effect in report.effects],
         curve_plots=_curve_plots(report, marks),
         films=_films(report),
         machines=machines(report),
@@ -86,16 +83,14 @@ def _shared(report: Report) -> dict[str, Any]:
     return {key: value for key, value in alike[0].items() if all(key in node and node[key] == value for node in alike)}
 
 
-def _dots(report: Report, levels: plots.Levels) -> dict[str, Any]:
-    """For the leaderboard's dot plots, all on one scale: a function value -> percent across, and the level lines.
-
-    The scale holds every run, and of the intervals as much as half of its length more on each side.
-    """
+def _dots(report: Report) -> dict[str, Any]:
+    """For the leaderboard's dot plots, all on one scale: a function value -> percent across, and the level lines."""
     figures = [figure for group in report.measured if (figure := group.figure(report.headline.name))]
     runs = [value for group in report.measured for value in group.values(report.headline.name).values()]
-    runs += [value for _, value in levels]
+    runs += [value for _, value in report.levels]
     if not runs:
         return {}
+    # Every run is on the scale, and the level lines; intervals as far as half of that to each side.
     room = (max(runs) - min(runs)) / 2 or abs(max(runs)) / 100 or 1.0
     low = max(min(runs) - room, min([f.low for f in figures if f.low is not None] + runs))
     high = min(max(runs) + room, max([f.high for f in figures if f.high is not None] + runs))
@@ -104,17 +99,22 @@ def _dots(report: Report, levels: plots.Levels) -> dict[str, Any]:
     def across(value: float) -> float:
         return round(3 + 94 * min(1.0, max(0.0, (value - low) / wide)), 2)
 
-    return {"across": across, "levels": [(label, across(value)) for label, value in levels], "low": low, "high": high}
+    return {
+        "across": across,
+        "levels": [(label, across(value)) for label, value in report.levels],
+        "low": low,
+        "high": high,
+    }
 
 
-def _cost_plots(report: Report, marks: dict[str, Mark], levels: plots.Levels) -> list[str]:
+def _cost_plots(report: Report, marks: dict[str, Mark]) -> list[str]:
     """The headline against each cost that was measured."""
     drawn = []
     for cost in COSTS:
         both = {g.name: (g.figure(report.headline.name), g.figure(cost)) for g in report.groups}
         points = {name: (good, paid) for name, (good, paid) in both.items() if good is not None and paid is not None}
         if points:
-            drawn.append(plots.pareto(points, marks, report.headline, Measure.of(cost), levels))
+            drawn.append(plots.pareto(points, marks, report.headline, Measure.of(cost), report.levels))
     return drawn
 
 
@@ -125,9 +125,9 @@ def _curve_plots(report: Report, marks: dict[str, Mark]) -> list[str]:
     for name in names:
         curves: dict[str, list[list[tuple[int, float]]]] = {}
         for group in report.groups:
-            of = [r.curves[name] for r in group.finished or group.results if len(r.curves.get(name, [])) > 1]
-            if of:
-                curves[group.name] = [_smoothed(curve) for curve in of]
+            of = [_smoothed(r.curves.get(name, [])) for r in group.finished or group.results]
+            if kept := [curve for curve in of if len(curve) > 1]:
+                curves[group.name] = kept
         if curves:
             known = {"train/flow": "training loss, running mean", "val/loss": LABELS["val_loss"]}
             label = known.get(name, name.removeprefix("val/").replace("_", " "))

@@ -126,8 +126,20 @@ class Report:
 
     @property
     def chance(self) -> dict[str, float]:
-        """What guessing scores, by measure, as the first finished run has it."""
-        return next((result.chance for result in self.finished if result.chance), {})
+        """What guessing scores, by measure, where all finished runs agree on it."""
+        found: dict[str, set[float]] = {}
+        for result in self.finished:
+            for name, value in result.chance.items():
+                found.setdefault(name, set()).add(value)
+        return {name: min(values) for name, values in found.items() if len(values) == 1}
+
+    @property
+    def levels(self) -> list[tuple[str, float]]:
+        """What the headline is read against: chance, and the mean of every control."""
+        name = self.headline.name
+        found = [("chance", self.chance[name])] if name in self.chance else []
+        controls = [(group.control, group.figure(name)) for group in self.measured]
+        return found + [(label, figure.mean) for label, figure in controls if label is not None and figure is not None]
 
     @property
     def commits(self) -> list[str]:

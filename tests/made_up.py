@@ -15,6 +15,19 @@ from experiments import pictures
 from experiments.store import Asked, Cell, Result, write_sweep
 from lit_modules.callbacks import film_pictures, write_picture
 
+# Of the page of the full sweep, in order.
+SECTIONS = [
+    "unfinished",
+    "leaderboard",
+    "differences",
+    "measures",
+    "cost",
+    "effects",
+    "training",
+    "plans",
+    "films",
+    "provenance",
+]
 COMMAND = "zoo sweep made_up --size gpu"
 LAYOUT = zoo.Layout.film([zoo.Shot(2, 4, 4), zoo.Shot(1, 4, 4)])
 

@@ -12,11 +12,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from made_up import COMMAND, finished, write_full_sweep
+from made_up import COMMAND, SECTIONS, finished, write_full_sweep
 from rich.console import Console
+from typer.testing import CliRunner, Result
 
 import sparse_zoo as zoo
 from experiments import appendix
+from experiments.cli import app
 from experiments.measures import Measure
 from experiments.page import html
 from experiments.plots import smooth, together
@@ -25,6 +27,7 @@ from experiments.store import Asked, Cell, write_sweep
 from lit_modules.callbacks import film_pictures, picture_rows
 from sparse_zoo.errors import ZooError
 
+ROOT = Path(__file__).parent.parent
 REQUIRED = [
     "name", "attention", "status", "seed", "first_loss", "val_loss", "density", "flops", "kernel", "seconds_per_step",
 ]  # fmt: skip
@@ -91,7 +94,7 @@ def test_page_names_what_did_not_finish(sweep: str) -> None:
 def test_page_without_any_finished_cell(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ZOO_HOME", str(tmp_path))
     write_sweep("none", Asked("", (Cell("a", {"attention": [{"name": "moc"}, {"name": "dense"}], "seed": 0}),)))
-    assert "1 of 1 cells did not finish" in page(Report.of("none"))
+    assert "1 of 1 cells did not finish" in html(Report.of("none"))
 
 
 def test_table_fits_a_terminal(sweep: str) -> None:
@@ -226,23 +229,11 @@ def test_without_pairs_nothing_is_claimed(sweep: str) -> None:
 
 def test_page_shows_what_the_seeds_say(full: str) -> None:
     page = html(Report.of(full))
-    sections = [
-        "unfinished",
-        "leaderboard",
-        "differences",
-        "measures",
-        "cost",
-        "effects",
-        "training",
-        "plans",
-        "films",
-        "provenance",
-    ]
-    assert [found for found in re.findall(r'<section[^>]* id="(\w+)"', page)] == sections
+    assert re.findall(r'<section[^>]* id="(\w+)"', page) == SECTIONS
     assert "1 of 15 cells did not finish" in page
     assert "ValueError: out of &lt;memory&gt;_&amp;" in page
     assert page.count('<span class="tag">control</span>') == 3
-    assert "Dotted: chance, dense, own shot only, random null." in page
+    assert "Dotted: chance, dense, random null, own shot only." in page
     assert "<h3>moc: top_k</h3>" in page
     assert "<h3>method</h3>" in page
     assert page.count('class="held"') == sum(pair.holds for pair in Report.of(full).differences)
@@ -330,3 +321,28 @@ def test_settings_read_well() -> None:
 def test_smoothing_keeps_the_first_loss() -> None:
     assert smooth([3.0, 1.0]) == [3.0, 1.0]
     assert smooth([float(i) for i in range(20)])[:3] == [0.0, 0.5, 1.5]
+
+
+def zoo_command(*arguments: str) -> Result:
+    return CliRunner().invoke(app, arguments)
+
+
+def test_the_commands_of_the_docs_run(full: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (block,) = re.findall(r"```\n(.*?)```", (ROOT / "docs" / "reports.md").read_text(), flags=re.DOTALL)
+    commands = [line.partition("#")[0].replace("NAME", full).split() for line in block.splitlines()]
+    assert len(commands) == 5
+    for zoo_, *arguments in commands:
+        assert zoo_ == "zoo"
+        assert (result := zoo_command(*arguments)).exit_code == 0, result.output
+    assert "## Differences" in Path("a.md").read_text()
+    assert r"\toprule" in Path("a.tex").read_text()
+    said = zoo_command("report", full).output
+    assert "differences in identity recall hold beyond chance" in said
+    assert "random_shot-s2, failed: ValueError: out of <memory>_&" in said
+    assert zoo_command("report", full, "--markdown").output.startswith("# full\n")
+
+
+def test_outputs_that_do_not_go_together_are_refused(full: str) -> None:
+    for arguments in (["--markdown", "--latex"], ["--latex", "--json"], ["--out", "a.md"]):
+        assert zoo_command("report", full, *arguments).exit_code == 2
