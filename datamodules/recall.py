@@ -62,7 +62,7 @@ class IdentityRecall(Metric):
         self.scored += len(seen)
         self.right.append(seen == true)
 
-    def films(self) -> dict[str, list[float]]:
+    def film_outcomes(self) -> dict[str, list[float]]:
         """{"identity_recall": 1 or 0 of every film since the last reset, in order}."""
         with self.sync_context():
             return {"identity_recall": dim_zero_cat(self.right).float().tolist()}

@@ -18,6 +18,7 @@ from experiments.measures import Measure
 from experiments.statistics import Figure
 
 METHOD = "attention"
+NO_SETTINGS = ("seed", "match", METHOD)  # runs are paired by the first; what a budget was solved to is in the attention
 
 
 @dataclass(frozen=True)
@@ -71,7 +72,7 @@ def effects(cells: Sequence[Cells], measure: Measure) -> list[Effect]:
 
 def _settings(config: Mapping[str, Any], cells: Sequence[Cells]) -> dict[str, str]:
     """Dotted key -> value as JSON, without the seed; settings of a method as `attention.METHOD.key`."""
-    plain = _flat({key: value for key, value in config.items() if key not in ("seed", METHOD)})
+    plain = _flat({key: value for key, value in config.items() if key not in NO_SETTINGS})
     attention = config[METHOD]
     if isinstance(attention, list):
         return plain | {METHOD: _json(attention)}

@@ -181,9 +181,11 @@ def _draw_levels(axis: Any, levels: Levels) -> None:
             written[-1][1].append(label)
         else:
             written.append((value, [label]))
-    style = {"size": 7.5, "color": QUIET, "ha": "right", "va": "bottom", "zorder": 1}
+    # Above the line by more than half a badge, so that a control's own point does not hide its label.
+    style = {"size": 7.5, "color": QUIET, "ha": "right", "va": "bottom", "zorder": 1, "textcoords": "offset points"}
     for value, labels in written:
-        axis.text(0.995, value, ", ".join(labels), transform=axis.get_yaxis_transform(), **style)
+        place = {"xy": (0.995, value), "xycoords": axis.get_yaxis_transform(), "xytext": (0, 6)}
+        axis.annotate(", ".join(labels), **place, **style)
 
 
 def _themed(svg: str) -> str:

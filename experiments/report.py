@@ -263,8 +263,16 @@ class Report:
                 f"; means over up to {shown.seeds} seeds, their 95 % intervals; who shares a letter was not told apart"
             )
         table = _table(title)
-        own = ("95 %", "", "n") if several else ("first", "last")
-        for name in ("cell", _short(head.name), *own, "density", "GFLOPs", "s/step", *(() if several else ("kernel",))):
+        spread = ("95 %", "", "n") if several else ("first", "last")
+        for name in (
+            "cell",
+            _short(head.name),
+            *spread,
+            "density",
+            "GFLOPs",
+            "s/step",
+            *(() if several else ("kernel",)),
+        ):
             table.add_column(
                 name,
                 justify="left" if name in ("cell", "", "kernel") else "right",

@@ -7,6 +7,7 @@ at hand only: more films make those surer, never the claims about methods.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import combinations
@@ -50,7 +51,7 @@ class Figure:
         """Half of the interval before it is cut; NaN of one run."""
         if self.sd is None:
             return float("nan")
-        return float(stats.t.ppf(1 - ALPHA / 2, self.n - 1)) * self.sd / float(self.n) ** 0.5
+        return float(stats.t.ppf(1 - ALPHA / 2, self.n - 1)) * self.sd / math.sqrt(self.n)
 
 
 @dataclass(frozen=True)
@@ -172,7 +173,7 @@ def letters(names: Sequence[str], told_apart: Sequence[tuple[str, str]]) -> dict
 
 def detectable(n: int, pairs: int) -> float:
     """How many standard deviations of the paired differences the mean must pass for the first of `pairs` to hold."""
-    return float(stats.t.ppf(1 - ALPHA / 2 / pairs, n - 1)) / float(n) ** 0.5
+    return float(stats.t.ppf(1 - ALPHA / 2 / pairs, n - 1)) / math.sqrt(n)
 
 
 def front(costs: Mapping[str, float], rank: Callable[[str], float]) -> list[str]:

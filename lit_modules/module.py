@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
-from typing import Any, Literal, cast
+from typing import Any, Literal, Protocol, cast, runtime_checkable
 
 import torch
 from lightning.pytorch import LightningModule
@@ -77,6 +77,13 @@ class Optim:
             return (step + 1) / (self.warmup_steps + 1)
         progress = min(1.0, (step - self.warmup_steps) / max(1.0, total - self.warmup_steps))
         return self.floor + (1 - self.floor) * 0.5 * (1 + math.cos(math.pi * progress))
+
+
+@runtime_checkable
+class KeepsFilms(Protocol):
+    """A metric that keeps its outcome for every film: by measure, in the order of the films."""
+
+    def film_outcomes(self) -> dict[str, list[float]]: ...
 
 
 class LitVideoDiT(LightningModule):
@@ -218,8 +225,10 @@ class LitVideoDiT(LightningModule):
         self.log_dict({f"val/loss_t{at}": part.float() for at, part in zip(VALIDATION_TIMES, by_time, strict=True)})
         if len(self.sample_metrics) and not self.trainer.sanity_checking:
             self.log_dict(self.sample_metrics.compute())
-            kept = [metric.films() for metric in self.sample_metrics.values() if hasattr(metric, "films")]
-            self.film_outcomes = {name: outcomes for films in kept for name, outcomes in films.items()}
+            self.film_outcomes = {}
+            for metric in self.sample_metrics.values():
+                if isinstance(metric, KeepsFilms):
+                    self.film_outcomes |= metric.film_outcomes()
             self.sample_metrics.reset()
 
 

@@ -59,7 +59,9 @@ def test_single_changes_are_held_against_what_they_change() -> None:
     assert means(top_k) == {1: 0.4, 3: 0.5}  # bare is left out: it has no twin of top_k 1
     assert (top_k.crossed, top_k.combinations) == (1, 2)
     assert {str(level.value[0]): level.figure.mean for level in anchors.levels} == {"['text', 'shot']": 0.5, "[]": 0.1}
-    assert means(of(found, "method")) == pytest.approx({"dense": 0.9, "moc": (0.5 + 0.4 + 0.1) / 3})
+    method = of(found, "method")
+    assert means(method) == pytest.approx({"dense": 0.9, "moc": (0.5 + 0.4 + 0.1) / 3})
+    assert (method.crossed, method.combinations) == (1, 1)  # its variants are inside a method, not beside it
 
 
 def test_settings_of_methods_are_apart() -> None:
@@ -78,8 +80,8 @@ def test_settings_of_methods_are_apart() -> None:
 def test_settings_that_change_together_are_one() -> None:
     found = effects(
         [
-            cell("off", {"name": "moc"}, {0: 0.9}),
-            cell("on", {"name": "moc", "drop_off": 1.0, "drop_in": 0.5}, {0: 0.4}),
+            cell("off", {"name": "moc"}, {0: 0.9}, match={"set": 1}),
+            cell("on", {"name": "moc", "drop_off": 1.0, "drop_in": 0.5}, {0: 0.4}, match={"set": 2}),
         ],
         RECALL,
     )

@@ -215,11 +215,11 @@ def test_recall_keeps_its_outcome_for_every_film() -> None:
     ):
         identity = (batch["truth"]["identity"][:, 5] + rows) % 192
         metric.update(repaint(world, batch, 5, identity), batch)
-    assert metric.films() == {"identity_recall": [1, 0, 1, 1, 0, 0, 1]}
+    assert metric.film_outcomes() == {"identity_recall": [1, 0, 1, 1, 0, 0, 1]}
     metric.reset()
     batch = world.batch("validation", range(2))
     metric.update(batch["clips"], batch)
-    assert metric.films() == {"identity_recall": [1, 1]}
+    assert metric.film_outcomes() == {"identity_recall": [1, 1]}
 
 
 def test_a_copy_of_the_wrong_subject_is_told_from_a_wrong_identity() -> None:
