@@ -83,18 +83,18 @@ def pareto(
     """Quality with its interval against cost, (quality, cost) by name; steps join the front, rings mark it."""
     canvas, axis = _panel(4.3, 3.5)
     found = front({name: of.mean for name, (_, of) in points.items()}, lambda name: quality.rank(points[name][0].mean))
-    steps = [(cost.unit * points[name][1].mean, quality.unit * points[name][0].mean) for name in found]
+    steps = [(cost.unit * points[name][1].mean, points[name][0].mean) for name in found]
     axis.step(*zip(*steps, strict=True), where="post", color=INK, lw=0.9, ls=(0, (4, 2)), zorder=2)
     for name, (good, paid) in points.items():
-        x, y, colour = cost.unit * paid.mean, quality.unit * good.mean, marks[name].colour
+        x, y, colour = cost.unit * paid.mean, good.mean, marks[name].colour
         if good.low is not None and good.high is not None:
-            axis.plot([x, x], [quality.unit * good.low, quality.unit * good.high], color=colour, lw=1.6, alpha=0.55)
+            axis.plot([x, x], [good.low, good.high], color=colour, lw=1.6, alpha=0.55)
         ring = INK if name in found else "none"
         axis.scatter(x, y, s=120, color=colour, edgecolors=ring, linewidths=1.3, zorder=4)
         _number(axis, x, y, marks[name])
     axis.set_xlabel(cost.label)
     axis.set_ylabel(quality.label)
-    _draw_levels(axis, [(label, quality.unit * value) for label, value in levels])
+    _draw_levels(axis, levels)
     return canvas
 
 

@@ -13,7 +13,7 @@ from rich import box
 from rich.table import Table
 
 from experiments.effects import Cells, Effect, effects
-from experiments.measures import CONTROLS, FIGURES, HEADLINES, Measure
+from experiments.measures import CONTROLS, COSTS, FIGURES, HEADLINES, Measure
 from experiments.statistics import Difference, Figure, Films, detectable, differences, letters, over_films
 from experiments.store import Result, home, read, read_sweep, write_json
 from sparse_zoo.errors import refuse, unknown
@@ -79,14 +79,15 @@ class Report:
     def of(name: str, by: str | None = None) -> Report:
         """The sweep of that name among the runs, by a measure of one's choice; raises `ZooError` where there is none.
 
-        By default the headline is the first of `HEADLINES` that any finished run has.
+        By default the headline is the first of `HEADLINES` that any finished run has. A cost is none.
         """
         asked = read_sweep(name)
         by_name: dict[str, list[Result]] = {}
         for cell in asked.cells:
             by_name.setdefault(cell.group or cell.name, []).append(read(cell, name))
         groups = [Group(key, tuple(runs)) for key, runs in by_name.items()]
-        measured = [key for key in (*FIGURES, *_metrics(groups)) if any(group.values(key) for group in groups)]
+        known = [key for key in (*FIGURES, *_metrics(groups)) if key not in COSTS]
+        measured = [key for key in known if any(group.values(key) for group in groups)]
         refuse(f"report {name}", [unknown("measure", by, measured)] if by is not None and by not in measured else [])
         headline = Measure.of(by or next((key for key in HEADLINES if key in measured), HEADLINES[-1]))
         refuse(
@@ -183,8 +184,8 @@ class Report:
         pairs = len(self.tested)
         if not pairs:
             return "No two methods have two seeds in common, so no difference can be told from chance."
-        held, n = sum(pair.holds for pair in self.tested), max(pair.n for pair in self.tested)
-        how = f"paired t tests over {n} seeds, at 5\u00a0%"
+        held, seeds = sum(pair.holds for pair in self.tested), {pair.n for pair in self.tested}
+        how = f"paired t tests over {'up to ' if len(seeds) > 1 else ''}{max(seeds)} seeds, at 5\u00a0%"
         if pairs == 1:
             return f"The difference in {self.headline.label} {'holds' if held else 'is not shown to hold'}: {how}."
         return (
