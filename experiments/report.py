@@ -203,9 +203,10 @@ class Report:
             return ""
         return (
             f"{n} seeds see large and steady differences only: the mean difference of a pair must pass"
-            f" {detectable(n, pairs):.1f} of its own standard deviations to be the first that holds. What is not shown"
-            " may well be there. And t trusts the differences to be normal, which so few cannot show: flipping their"
-            f" signs, which trusts nothing, cannot give less than p = {2 / 2**n:.2g}."
+            f" {detectable(n, pairs):.1f} of its own standard deviations to be the first that holds (with {n + 2} seeds"
+            f" {detectable(n + 2, pairs):.1f} would do). What is not shown may well be there. And t trusts the differences"
+            " to be normal, which so few cannot show: flipping their signs, which trusts nothing, cannot give less than"
+            f" p = {2 / 2**n:.2g}."
         )
 
     def singly(self) -> Report:
@@ -291,7 +292,7 @@ class Report:
                 else:
                     own = [number(mean(group.figure(name))) for name in ("first_loss", "last_loss")]
                 costs = [percent(density), giga(flops), number(seconds)]
-                table.add_row(group.name, number(mean(figure)), *own, *costs, None if several else group.one.kernel)
+                table.add_row(group.name, number(mean(figure)), *own, *costs, *([] if several else [group.one.kernel]))
             for status in dict.fromkeys(r.status for r in group.results if r.status != "finished"):
                 table.add_row(group.name, f"[red]{status}[/red]")
         return [table, *shown._others()]
