@@ -204,9 +204,9 @@ class Report:
         return (
             f"{n} seeds see large and steady differences only: the mean difference of a pair must pass"
             f" {detectable(n, pairs):.1f} of its own standard deviations to be the first that holds (with {n + 2} seeds"
-            f" {detectable(n + 2, pairs):.1f} would do). What is not shown may well be there. And t trusts the differences"
-            " to be normal, which so few cannot show: flipping their signs, which trusts nothing, cannot give less than"
-            f" p = {2 / 2**n:.2g}."
+            f" {detectable(n + 2, pairs):.1f} would do). What is not shown may well be there. And t trusts the"
+            " differences to be normal, which so few cannot show: flipping their signs, which trusts nothing, cannot"
+            f" give less than p = {2 / 2**n:.2g}."
         )
 
     def singly(self) -> Report:
