@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torchmetrics import Metric
+from torchmetrics.utilities import dim_zero_cat
 
 from datamodules.identities import Identities
 from datamodules.last_shots import last_shots
@@ -27,12 +28,14 @@ class IdentityRecall(Metric):
 
     scored: Tensor
     hits: Tensor
+    right: list[Tensor]
 
     def __init__(self, identities: Identities) -> None:
         super().__init__()
         self.identities = identities
         self.add_state("scored", torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum")
         self.add_state("hits", torch.zeros(5, dtype=torch.int64), dist_reduce_fx="sum")
+        self.add_state("right", [], dist_reduce_fx="cat")
 
     @property
     def chance(self) -> dict[str, float]:
@@ -57,6 +60,12 @@ class IdentityRecall(Metric):
         wrong = (seen != true) & (seen[:, None] == in_film).any(-1)
         self.hits += torch.stack([*right, wrong]).sum(-1)
         self.scored += len(seen)
+        self.right.append(seen == true)
+
+    def film_outcomes(self) -> dict[str, list[float]]:
+        """{"identity_recall": 1 or 0 of every film since the last reset, in order}."""
+        with self.sync_context():
+            return {"identity_recall": dim_zero_cat(self.right).float().tolist()}
 
     def compute(self) -> dict[str, Tensor]:
         names = ("identity_recall", "shape_recall", "colour_recall", "texture_recall", "wrong_subject")

@@ -18,6 +18,7 @@ from typer.core import TyperGroup
 
 if TYPE_CHECKING:
     from experiments.forecast import Forecast
+    from experiments.report import Report
     from experiments.sampling import Sampled
     from experiments.store import Result
     from sparse_zoo import Setting
@@ -180,10 +181,7 @@ def sweep(
         interrupted = True
     report = Report.of(loaded.name)
     page = report.write()
-    console.print(*report.tables(), sep="\n")
-    for result in report.unfinished:
-        console.print(f"[red]{result.name}[/red], {result.status}: {_escape(result.reason or '')}", soft_wrap=True)
-    console.print(f"Report: {page}", soft_wrap=True)
+    _show(report, page)
     if interrupted:
         console.print(f"Stopped. Finished cells are kept; go on with: {_escape(_again())}", soft_wrap=True)
         raise typer.Exit(130)
@@ -194,19 +192,41 @@ def sweep(
 @app.command(epilog="Example: [bold]zoo report quickstart[/bold]")
 def report(
     name: Annotated[str, typer.Argument(help="A sweep that has run.")],
+    by: Annotated[
+        str | None, typer.Option(help="The measure that ranks and is tested; identity_recall, or else val_loss.")
+    ] = None,
     runs: Annotated[bool, typer.Option("--runs", help="Show single runs, not their means over seeds.")] = False,
+    markdown: Annotated[
+        bool, typer.Option("--markdown", help="Print the tables as Markdown, for an appendix.")
+    ] = False,
+    latex: Annotated[bool, typer.Option("--latex", help="Print the tables as LaTeX, with booktabs.")] = False,
+    out: Annotated[Path | None, typer.Option(help="File for the Markdown or LaTeX.")] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Write the report of a sweep (report.html, report.json) and show its leaderboard."""
+    """Write the report of a sweep (report.html, report.json) and show its leaderboard and which differences hold."""
     from experiments.report import Report
+    from sparse_zoo.errors import refuse
 
-    found = Report.of(name)
+    refuse(
+        "report",
+        ["give one of --markdown, --latex and --json"] * (markdown + latex + as_json > 1)
+        + ["--out needs --markdown or --latex"] * (out is not None and not markdown and not latex),
+    )
+    found = Report.of(name, by)
+    if markdown or latex:
+        from experiments import appendix
+
+        text = appendix.markdown(found) if markdown else appendix.latex(found)
+        if out is None:
+            print(text)
+        else:
+            out.write_text(text)
+        return
     page = found.write()
     if as_json:
         print(json.dumps(found.to_json()))
         return
-    console.print(*found.tables(runs=runs), sep="\n")
-    console.print(f"Report: {page}", soft_wrap=True)
+    _show(found, page, runs=runs)
 
 
 @app.command(
@@ -560,6 +580,20 @@ def _load_plugins(paths: Sequence[Path]) -> None:
 
         for path in paths:
             zoo.load_plugin(path)
+
+
+def _show(report: Report, page: Path, *, runs: bool = False) -> None:
+    """The leaderboard, what holds, what did not finish, where the page is."""
+    from experiments.report import p_value, signed
+
+    console.print(*report.tables(runs=runs), sep="\n")
+    for pair in report.tested:
+        if pair.holds:
+            console.print(f"[bold]{pair.a} – {pair.b}[/bold] {signed(pair.mean)}, p {p_value(pair.p_holm)} (Holm)")
+    console.print(f"{report.verdict} {report.caution}".strip(), highlight=False)
+    for result in report.unfinished:
+        console.print(f"[red]{result.name}[/red], {result.status}: {_escape(result.reason or '')}", soft_wrap=True)
+    console.print(f"Report: {page}", soft_wrap=True)
 
 
 def _settings(settings: Mapping[str, Setting]) -> Table:

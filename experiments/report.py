@@ -1,51 +1,26 @@
-"""What a sweep found, from the results on disk: a page that opens anywhere, a JSON object, a table for the terminal."""
+"""What a sweep found, from the results on disk: means, intervals, tests; a JSON object, tables for the terminal."""
 
 from __future__ import annotations
 
-import base64
-import io
-import statistics
-from collections.abc import Sequence
+import json
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
-from datetime import datetime
+from functools import cached_property
 from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
 from rich import box
 from rich.table import Table
 
+from experiments.effects import Cells, Effect, effects
+from experiments.measures import CONTROLS, COSTS, FIGURES, HEADLINES, Measure
+from experiments.statistics import Difference, Figure, Films, detectable, differences, letters, over_films
 from experiments.store import Result, home, read, read_sweep, write_json
+from sparse_zoo.errors import refuse, unknown
 
-# Distinct on white and on near-black, for the usual kinds of colour blindness too as far as ten can be.
-PALETTE = ("#7a7f87", "#2f7ed8", "#e07b29", "#1f9d6b", "#a55fc9", "#d1495b", "#2aa7b8", "#b59a1f", "#6a6fdb", "#c2669a")
-MEASURES_ABREAST = 5  # columns of sample metrics in a terminal 80 wide
-INK, FAINT = "#010203", "#040506"  # stand-ins that the page replaces by its own colours, light or dark
-
-
-FIGURES = ("val_loss", "first_loss", "last_loss", "density", "flops", "seconds_per_step")
-
-
-@dataclass(frozen=True)
-class Figure:
-    """Mean over `n` runs and their sample standard deviation (n - 1 below the line; None of one run)."""
-
-    mean: float
-    sd: float | None
-    n: int
-
-    @staticmethod
-    def of(values: Sequence[float | None]) -> Figure | None:
-        """Of the runs that measured it; None if none did."""
-        measured = [value for value in values if value is not None]
-        if not measured:
-            return None
-        sd = statistics.stdev(measured) if len(measured) > 1 else None
-        return Figure(statistics.fmean(measured), sd, len(measured))
-
-    def __str__(self) -> str:
-        return number(self.mean) if self.sd is None else f"{number(self.mean)} ± {number(self.sd)}"
+MEASURES_ABREAST = 5  # columns of measures in a terminal 80 wide
+FEW_SEEDS = 5  # up to here the sign-flip test cannot rule chance out at 5 %: 2 / 2^5 is more
 
 
 @dataclass(frozen=True)
@@ -64,28 +39,65 @@ class Group:
         """The run that stands for all where one must: the first that finished, or else the first."""
         return (self.finished or self.results)[0]
 
+    @property
+    def control(self) -> str | None:
+        """What the group is a control for, by its method or its name: one of `CONTROLS`, None for a method."""
+        attention = self.one.attention
+        method = attention["name"] if isinstance(attention, dict) else None
+        return CONTROLS.get(self.name) or CONTROLS.get(str(method))
+
+    def values(self, name: str) -> dict[int, float]:
+        """Of a measure, by seed, over the finished runs that have it."""
+        found = {r.seed: getattr(r, name) if name in FIGURES else r.metrics.get(name) for r in self.finished}
+        return {seed: value for seed, value in found.items() if value is not None}
+
     def figure(self, name: str) -> Figure | None:
-        """One of `FIGURES` or of the sample metrics, over the finished runs."""
-        runs = self.finished
-        return Figure.of([getattr(r, name) if name in FIGURES else r.metrics.get(name) for r in runs])
+        """Mean and interval of one of `FIGURES` or of the sample metrics."""
+        return Figure.of([*self.values(name).values()], Measure.of(name).bounds)
+
+    def source(self, name: str) -> str:
+        """Where a figure comes from, a line per run: the value, the file that holds it, the commit."""
+        where = name if name in FIGURES else f"metrics.{name}"
+        values = self.values(name)
+        return "\n".join(
+            f"{number(values[r.seed], 4)}  {where} in {Path(r.folder).name}/result.json, commit {_commit(r)[:9]}"
+            for r in self.finished
+            if r.seed in values
+        )
 
 
 @dataclass(frozen=True)
 class Report:
-    """The groups of cells of a sweep, best first: by mean validation loss, those without one after, in file order."""
+    """The groups of cells of a sweep, best first by the headline, those without it after, in file order."""
 
     name: str
     about: str
     groups: tuple[Group, ...]
+    headline: Measure
+    command: str = ""
 
     @staticmethod
-    def of(name: str) -> Report:
-        """The sweep of that name among the runs; raises `ZooError` where there is none."""
+    def of(name: str, by: str | None = None) -> Report:
+        """The sweep of that name among the runs, by a measure of one's choice; raises `ZooError` where there is none.
+
+        By default the headline is the first of `HEADLINES` that any finished run has. A cost is none.
+        """
         asked = read_sweep(name)
         by_name: dict[str, list[Result]] = {}
         for cell in asked.cells:
             by_name.setdefault(cell.group or cell.name, []).append(read(cell, name))
-        return Report(name, asked.about, _best_first([Group(key, tuple(runs)) for key, runs in by_name.items()]))
+        groups = [Group(key, tuple(runs)) for key, runs in by_name.items()]
+        known = [key for key in (*FIGURES, *_metrics(groups)) if key not in COSTS]
+        measured = [key for key in known if any(group.values(key) for group in groups)]
+        refuse(f"report {name}", [unknown("measure", by, measured)] if by is not None and by not in measured else [])
+        headline = Measure.of(by or next((key for key in HEADLINES if key in measured), HEADLINES[-1]))
+        refuse(
+            f"report {name}",
+            [f"whether more or less {headline.label} is better is not known, so nothing can be ranked by it"]
+            if headline.higher is None
+            else [],
+        )
+        return Report(name, asked.about, _best_first(groups, headline), headline, asked.command)
 
     @property
     def results(self) -> list[Result]:
@@ -100,114 +112,250 @@ class Report:
         return [result for result in self.results if result.status != "finished"]
 
     @property
+    def measured(self) -> list[Group]:
+        """The groups that have the headline."""
+        return [group for group in self.groups if group.values(self.headline.name)]
+
+    @property
     def measures(self) -> list[str]:
         """The names of the sample metrics that any finished run has."""
-        return list(dict.fromkeys(name for result in self.finished for name in result.metrics))
+        return _metrics(self.groups)
 
     @property
     def seeds(self) -> int:
         """The most finished runs that differ by their seed alone."""
         return max((len(group.finished) for group in self.groups), default=0)
 
+    @property
+    def chance(self) -> dict[str, float]:
+        """What guessing scores, by measure, where all finished runs agree on it."""
+        found: dict[str, set[float]] = {}
+        for result in self.finished:
+            for name, value in result.chance.items():
+                found.setdefault(name, set()).add(value)
+        return {name: min(values) for name, values in found.items() if len(values) == 1}
+
+    @property
+    def levels(self) -> list[tuple[str, float]]:
+        """What the headline is read against: chance, and the mean of every control."""
+        name = self.headline.name
+        found = [("chance", self.chance[name])] if name in self.chance else []
+        controls = [(group.control, group.figure(name)) for group in self.measured]
+        return found + [(label, figure.mean) for label, figure in controls if label is not None and figure is not None]
+
+    @property
+    def commits(self) -> list[str]:
+        """Of the code that made the finished runs; a plus stands for changes that were not committed."""
+        return sorted({_commit(result) for result in self.finished})
+
+    @cached_property
+    def differences(self) -> list[Difference]:
+        """Every pair of groups that have the headline, in their order, better first."""
+        return differences({group.name: group.values(self.headline.name) for group in self.measured})
+
+    @property
+    def tested(self) -> list[Difference]:
+        return [pair for pair in self.differences if pair.p is not None]
+
+    @cached_property
+    def films(self) -> list[Films]:
+        """The same pairs, by the films that the models at hand judged, where they kept outcomes of the same films."""
+        name = self.headline.name
+        judged = [(group, {r.seed: r.films[name] for r in group.finished if name in r.films}) for group in self.groups]
+        same = [group.one.config.get("data") for group, kept in judged if kept]
+        if any(data != same[0] for data in same):
+            return []
+        return over_films({group.name: kept for group, kept in judged if kept})
+
+    @cached_property
+    def letters(self) -> dict[str, str]:
+        """Groups that share a letter were not told apart; empty where nothing could be tested."""
+        held = [(pair.a, pair.b) for pair in self.differences if pair.holds]
+        return letters([group.name for group in self.measured], held) if self.tested else {}
+
+    @cached_property
+    def effects(self) -> list[Effect]:
+        """What each setting that differs between cells does to the headline."""
+        values = [Cells(group.name, group.one.config, group.values(self.headline.name)) for group in self.measured]
+        return effects(values, self.headline)
+
+    @property
+    def verdict(self) -> str:
+        """How many differences hold, in a sentence."""
+        pairs = len(self.tested)
+        if not pairs:
+            return "No two methods have two seeds in common, so no difference can be told from chance."
+        held, seeds = sum(pair.holds for pair in self.tested), {pair.n for pair in self.tested}
+        how = f"paired t tests over {'up to ' if len(seeds) > 1 else ''}{max(seeds)} seeds, at 5\u00a0%"
+        if pairs == 1:
+            return f"The difference in {self.headline.label} {'holds' if held else 'is not shown to hold'}: {how}."
+        return (
+            f"{held} of {pairs} differences in {self.headline.label} hold beyond chance: {how} for all pairs together"
+            " (Holm's correction)."
+        )
+
+    @property
+    def caution(self) -> str:
+        """What so few seeds cannot show; empty where there are enough."""
+        if not self.tested:
+            return "Give the sweep file `seeds: 3` or more."
+        pairs, n = len(self.tested), max(pair.n for pair in self.tested)
+        if n > FEW_SEEDS:
+            return ""
+        return (
+            f"{n} seeds see large and steady differences only: the mean difference of a pair must pass"
+            f" {detectable(n, pairs):.1f} of its own standard deviations to be the first that holds (with {n + 2} seeds"
+            f" {detectable(n + 2, pairs):.1f} would do). What is not shown may well be there. And t trusts the"
+            " differences to be normal, which so few cannot show: flipping their signs, which trusts nothing, cannot"
+            f" give less than p = {2 / 2**n:.2g}."
+        )
+
     def singly(self) -> Report:
         """The same with every run a group of its own."""
-        return replace(self, groups=_best_first([Group(result.name, (result,)) for result in self.results]))
+        singles = [Group(result.name, (result,)) for result in self.results]
+        return replace(self, groups=_best_first(singles, self.headline))
 
     def to_json(self) -> dict[str, Any]:
-        """{"name", "cells": [{"name", "attention", "status", "seed", ...}], "groups": [{"name", "cells", "figures"}]}.
+        """{"name", "cells", "groups", "headline", "command", "verdict", "caution", "differences", "films", "effects"}.
 
-        A group names its cells; its figures are {"mean", "sd", "n"} each, over those that finished. null stands for
-        what was not measured.
+        A group names its cells; its figures are `Figure`s over those that finished, its letters those of `letters`.
+        null stands for what was not measured.
         """
         groups = [
             {
                 "name": group.name,
                 "cells": [result.name for result in group.results],
+                "control": group.control,
+                "letters": self.letters.get(group.name),
                 "figures": {
                     key: asdict(figure) if (figure := group.figure(key)) else None for key in (*FIGURES, *self.measures)
                 },
             }
             for group in self.groups
         ]
-        return {"name": self.name, "cells": [result.to_json() for result in self.results], "groups": groups}
+        return {
+            "name": self.name,
+            "cells": [result.to_json() for result in self.results],
+            "groups": groups,
+            "headline": self.headline.name,
+            "command": self.command,
+            "verdict": self.verdict,
+            "caution": self.caution,
+            "differences": [asdict(pair) | {"holds": pair.holds} for pair in self.differences],
+            "films": [asdict(pair) | {"holds": pair.holds} for pair in self.films],
+            "effects": [asdict(effect) for effect in self.effects],
+        }
+
+    def write(self) -> Path:
+        """Write `report.json` and `report.html` into the sweep's folder; the path of the page."""
+        from experiments.page import html  # here: matplotlib takes a second to import, for which no terminal need wait
+
+        folder = home() / self.name
+        write_json(folder / "report.json", self.to_json())
+        page = folder / "report.html"
+        page.write_text(html(self))
+        return page
 
     def tables(self, *, runs: bool = False) -> list[Table]:
-        """For a terminal: the leaderboard, and the measures of drawn shots; of single `runs`, or means over seeds."""
+        """For a terminal: the leaderboard, and the other measures; of single `runs`, or means over seeds."""
         shown = self.singly() if runs else self
-        title = f"{self.name}: {len(self.finished)} of {len(self.results)} cells finished"
-        if shown.seeds > 1:
-            title += f"; means over up to {shown.seeds} seeds ± sample standard deviation"
+        several, head = shown.seeds > 1, self.headline
+        title = f"{self.name}: {len(self.finished)} of {len(self.results)} cells finished, by {head.label}"
+        if several:
+            title += (
+                f"; means over up to {shown.seeds} seeds, their 95 % intervals; who shares a letter was not told apart"
+            )
         table = _table(title)
-        for name in ("cell", "val", "first", "last", "density", "GFLOPs", "s/step", "kernel"):
-            table.add_column(name, justify="left" if name in ("cell", "kernel") else "right", no_wrap=True)
+        spread = ("95 %", "", "n") if several else ("first", "last")
+        for name in (
+            "cell",
+            _short(head.name),
+            *spread,
+            "density",
+            "GFLOPs",
+            "s/step",
+            *(() if several else ("kernel",)),
+        ):
+            table.add_column(
+                name,
+                justify="left" if name in ("cell", "", "kernel") else "right",
+                no_wrap=name != "cell",
+                overflow="fold",
+            )
         for group in shown.groups:
             if group.finished:
-                val, first, last, density, flops, seconds = (group.figure(name) for name in FIGURES)
-                losses = [short(val), number(mean(first)), number(mean(last))]
-                costs = [percent(mean(density)), giga(mean(flops)), number(mean(seconds))]
-                table.add_row(group.name, *losses, *costs, group.one.kernel)
+                figure = group.figure(head.name)
+                density, flops, seconds = (
+                    mean(group.figure(name)) for name in ("density", "flops", "seconds_per_step")
+                )
+                if several:
+                    own = [interval(figure), self.letters.get(group.name, ""), str(len(group.finished))]
+                else:
+                    own = [number(mean(group.figure(name))) for name in ("first_loss", "last_loss")]
+                costs = [percent(density), giga(flops), number(seconds)]
+                table.add_row(group.name, number(mean(figure)), *own, *costs, *([] if several else [group.one.kernel]))
             for status in dict.fromkeys(r.status for r in group.results if r.status != "finished"):
                 table.add_row(group.name, f"[red]{status}[/red]")
-        return [table, *shown._drawn()]
+        return [table, *shown._others()]
 
-    def _drawn(self) -> list[Table]:
-        """The sample metrics, as many to a table as fit into a terminal."""
-        tables: list[Table] = []
-        for first in range(0, len(self.measures), MEASURES_ABREAST):
-            names = self.measures[first : first + MEASURES_ABREAST]
-            table = _table("" if tables else "last shots, drawn after the true ones before them")
-            table.add_column("cell", no_wrap=True)
+    def _others(self) -> list[Table]:
+        """The measures beside the headline, as many to a table as fit into a terminal."""
+        several, tables = self.seeds > 1, list[Table]()
+        others = [name for name in ("val_loss", *self.measures) if name != self.headline.name]
+        for first in range(0, len(others), MEASURES_ABREAST):
+            names = others[first : first + MEASURES_ABREAST]
+            told = "other measures; of last shots, drawn after the true ones before them, but for the loss"
+            table = _table("" if tables else told + ("; ± half a 95 % interval" if several else ""))
+            table.add_column("cell", overflow="fold")
             for name in names:
                 table.add_column(name.replace("_", " "), justify="right")
             for group in self.groups:
                 if group.finished:
-                    table.add_row(group.name, *(short(group.figure(name)) for name in names))
+                    table.add_row(group.name, *(half(group.figure(name)) for name in names))
+            if any(name in self.chance for name in names):
+                table.add_row("[dim]chance[/dim]", *(number(self.chance.get(name)) for name in names))
             tables.append(table)
-        return tables
+        return tables if self.measures else []
 
-    def write(self) -> Path:
-        """Write `report.json` and `report.html` into the sweep's folder; the path of the page."""
-        folder = home() / self.name
-        write_json(folder / "report.json", self.to_json())
-        page = folder / "report.html"
-        page.write_text(self.html())
-        return page
 
-    def html(self) -> str:
-        """The page: one file, nothing fetched from anywhere."""
-        environment = Environment(loader=PackageLoader("experiments"), autoescape=True, undefined=StrictUndefined)
-        environment.filters.update(
-            mean=mean, number=number, percent=percent, giga=giga, settings=settings, image=image, mib=mib
-        )
-        ordered = sorted(self.groups, key=lambda group: _order(group.one))
-        colours = {group.name: PALETTE[i % len(PALETTE)] for i, group in enumerate(ordered)}
-        return environment.get_template("report.html.j2").render(
-            report=self,
-            colours=colours,
-            made=datetime.now().astimezone().strftime("%d %B %Y, %H:%M"),
-            cost_plot=_themed(_cost_plot(self.groups, colours)) if self.finished else "",
-            curves_plot=_themed(_curves_plot(self.groups, colours)) if any(r.curves for r in self.results) else "",
-            machines=_distinct(
-                [{k: v for k, v in r.provenance.items() if k not in ("pid", "started")} for r in self.results]
-            ),
-            skipped=_distinct([bad for r in self.results for bad in r.data.get("skipped", [])]),
-            total_seconds=sum(r.seconds or 0 for r in self.results),
-        )
+def machines(report: Report) -> list[dict[str, Any]]:
+    """The distinct machines and versions, each with the runs that it made."""
+    found: list[dict[str, Any]] = []
+    for result in report.results:
+        kept = {key: value for key, value in result.provenance.items() if key not in ("pid", "started")}
+        if kept and not any(one["about"] == kept for one in found):
+            found.append({"about": kept, "runs": []})
+        for one in found:
+            if one["about"] == kept:
+                one["runs"].append(result.name)
+    return found
 
 
 def mean(figure: Figure | None) -> float | None:
     return None if figure is None else figure.mean
 
 
-def short(figure: Figure | None) -> str:
-    """`0.941`, or with several runs `.941±.012`."""
+def interval(figure: Figure | None) -> str:
+    """`[0.863, 1.000]`, nothing of one run."""
+    return "" if figure is None or figure.low is None else f"[{number(figure.low)}, {number(figure.high)}]"
+
+
+def half(figure: Figure | None) -> str:
+    """`0.941`, or with several runs `.941±.012`, half of the interval before it is cut."""
     if figure is None or figure.sd is None:
         return number(mean(figure))
-    return "±".join(number(value).removeprefix("0") for value in (figure.mean, figure.sd))
+    return "±".join(number(value).removeprefix("0") for value in (figure.mean, figure.half))
 
 
 def number(value: float | None, digits: int = 3) -> str:
     return "–" if value is None else f"{value:.{digits}f}"
+
+
+def signed(value: float | None) -> str:
+    """`+0.035`; a difference that three digits would hide has one that counts."""
+    if value is None:
+        return "–"
+    return f"{value:+.1g}" if 0 < abs(value) < 0.001 else f"{value:+.3f}"
 
 
 def percent(value: float | None) -> str:
@@ -222,33 +370,37 @@ def mib(value: float | None) -> str:
     return "–" if value is None else f"{value / 2**20:.0f} MiB"
 
 
-def settings(attention: dict[str, Any] | list[dict[str, Any]]) -> str:
-    """`moc · top_k 2 · anchors text` for people; layers that differ are joined: `dense ×2 / moc · top_k 2 ×10`."""
+def p_value(value: float | None) -> str:
+    return "–" if value is None else "< .001" if value < 0.001 else f"{value:.3f}".removeprefix("0")
+
+
+def settings(attention: dict[str, Any] | list[dict[str, Any]], without: Iterable[str] = ()) -> str:
+    """`moc · top_k 2 · anchors text` for people, `without` some keys; layers that differ are joined:
+    `dense ×2 / moc · top_k 2 ×10`."""
     if isinstance(attention, list):
-        alike = [(name, len(list(layers))) for name, layers in groupby(map(settings, attention))]
+        named = groupby(settings(layer, without) for layer in attention)
+        alike = [(name, len(list(layers))) for name, layers in named]
         return " / ".join(name if count == 1 else f"{name} ×{count}" for name, count in alike)
-    own = [f"{key} {_plain(value)}" for key, value in attention.items() if key != "name"]
-    return " · ".join([str(attention["name"]), *own])
+    kept = {key: value for key, value in attention.items() if key not in without}
+    return " · ".join(str(value) if key == "name" else f"{key} {plain(value)}" for key, value in kept.items())
 
 
-def image(result: Result, name: str) -> str:
-    """A picture of a run as a data URI."""
-    data = (Path(result.folder) / name).read_bytes()
-    return f"data:image/png;base64,{base64.b64encode(data).decode()}"
-
-
-def _plain(value: Any) -> str:
+def plain(value: Any) -> str:
+    """The value of a setting for people."""
     if isinstance(value, dict):
-        return "(" + ", ".join(f"{key}: {_plain(inner)}" for key, inner in value.items()) + ")"
+        return "(" + ", ".join(f"{key}: {plain(inner)}" for key, inner in value.items()) + ")"
     if isinstance(value, list | tuple):
-        return ("×" if value and isinstance(value[0], int) else "+").join(map(str, value)) or "none"
-    return "off" if value is None else str(value)
+        return ("×" if value and isinstance(value[0], int) else "+").join(map(plain, value)) or "none"
+    return "off" if value is None else value if isinstance(value, str) else json.dumps(value)
 
 
-def _best_first(groups: Sequence[Group]) -> tuple[Group, ...]:
+def _metrics(groups: Sequence[Group]) -> list[str]:
+    return list(dict.fromkeys(name for group in groups for result in group.finished for name in result.metrics))
+
+
+def _best_first(groups: Sequence[Group], headline: Measure) -> tuple[Group, ...]:
     def rank(group: Group) -> tuple[bool, float]:
-        loss = mean(group.figure("val_loss"))
-        return not group.finished, float("inf") if loss is None else loss
+        return not group.finished, headline.rank(mean(group.figure(headline.name)))
 
     return tuple(sorted(groups, key=rank))
 
@@ -257,102 +409,14 @@ def _table(title: str) -> Table:
     return Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1), pad_edge=False)
 
 
-def _order(result: Result) -> tuple[bool, str]:
-    name = result.attention[0]["name"] if isinstance(result.attention, list) else result.attention["name"]
-    return name != "dense", result.name
+def plain_values(values: Sequence[Any]) -> str:
+    """The value of a setting, or of several that change together, for people."""
+    return ", ".join(plain(value) for value in values)
 
 
-def _distinct(found: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    return [one for i, one in enumerate(found) if one and one not in found[:i]]
+def _short(name: str) -> str:
+    return {"val_loss": "val", "identity_recall": "recall"}.get(name, name.replace("_", " "))
 
 
-def _axes(columns: int, height: float) -> Any:
-    import matplotlib
-
-    matplotlib.use("svg")
-    from matplotlib import pyplot
-
-    pyplot.rcParams.update(
-        {
-            "svg.fonttype": "none",
-            "font.family": "sans-serif",
-            "font.size": 10,
-            "text.color": INK,
-            "axes.edgecolor": FAINT,
-            "axes.labelcolor": INK,
-            "axes.spines.top": False,
-            "axes.spines.right": False,
-            "xtick.color": INK,
-            "ytick.color": INK,
-            "grid.color": FAINT,
-            "axes.grid": True,
-            "grid.linewidth": 0.6,
-            "svg.hashsalt": "zoo",
-        }
-    )
-    return pyplot.subplots(1, columns, figsize=(4.6 * columns, height), layout="constrained", squeeze=False)
-
-
-def _cost_plot(groups: Sequence[Group], colours: dict[str, str]) -> str:
-    """Single runs as points; of several a larger ring at their mean."""
-    figure, axes = _axes(2, 3.9)
-    panels = (("attended share of pairs, %", "density", 100.0), ("seconds per step", "seconds_per_step", 1.0))
-    for axis, (label, cost, unit) in zip(axes[0], panels, strict=True):
-        for group in groups:
-            points = [(getattr(r, cost), r.val_loss) for r in group.finished]
-            points = [(unit * x, y) for x, y in points if x is not None and y is not None]
-            several = len(points) > 1
-            for x, y in points:
-                axis.scatter(x, y, s=24 if several else 64, color=colours[group.name], zorder=3, lw=0)
-            if several:
-                x, y = (statistics.fmean(values) for values in zip(*points, strict=True))
-                axis.scatter(x, y, s=110, facecolors="none", edgecolors=colours[group.name], zorder=3, lw=1.5)
-        axis.set_xlabel(label)
-        axis.set_ylabel("validation loss")
-        axis.margins(0.12)
-    from matplotlib.lines import Line2D
-
-    named = [group.name for group in groups if group.finished]
-    handles = [Line2D([], [], marker="o", ls="", color=colours[name], label=name) for name in named]
-    figure.legend(
-        handles=handles, loc="outside lower center", ncols=5, frameon=False, handletextpad=0.2, columnspacing=1.2
-    )
-    return _svg(figure)
-
-
-def _curves_plot(groups: Sequence[Group], colours: dict[str, str]) -> str:
-    figure, axes = _axes(2, 3.6)
-    for group in groups:
-        style: dict[str, Any] = {"color": colours[group.name], "lw": 1.5 if len(group.results) == 1 else 0.9}
-        for result in group.results:
-            train, val = result.curves.get("train/flow", []), result.curves.get("val/loss", [])
-            if train:
-                steps, losses = zip(*train, strict=True)
-                axes[0][0].plot(steps, smooth(list(losses)), alpha=0.9, **style)
-            if val:
-                axes[0][1].plot(*zip(*val, strict=True), marker="o", ms=3.5, **style)
-    for axis, label in zip(axes[0], ("training loss, running mean", "validation loss"), strict=True):
-        axis.set_xlabel("step")
-        axis.set_ylabel(label)
-    return _svg(figure)
-
-
-def smooth(losses: list[float]) -> list[float]:
-    """Mean over the last tenth of the run at most, so that the first point is the first loss."""
-    reach = max(1, len(losses) // 10)
-    return [statistics.fmean(losses[max(0, i + 1 - reach) : i + 1]) for i in range(len(losses))]
-
-
-def _svg(figure: Any) -> str:
-    from matplotlib import pyplot
-
-    buffer = io.StringIO()
-    figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
-    pyplot.close(figure)
-    text = buffer.getvalue()
-    return text[text.index("<svg") :]
-
-
-def _themed(svg: str) -> str:
-    """The page's own colours and fonts in a plot, so that it follows light and dark."""
-    return svg.replace(INK, "var(--ink)").replace(FAINT, "var(--line)").replace("'DejaVu Sans'", "inherit")
+def _commit(result: Result) -> str:
+    return str(result.provenance.get("commit", "unknown")) + ("+" if result.provenance.get("changed since") else "")

@@ -279,6 +279,9 @@ def _train(config: Config, folder: Path, result: Result, log: Log, watch: Watch,
             for key, value in trainer.callback_metrics.items()
             if key.startswith("val/") and not key.startswith("val/loss")
         }
+        guessing = [getattr(metric, "chance", {}) for metric in module.sample_metrics.values()]
+        result.chance = {name: score for scores in guessing for name, score in scores.items()}
+        result.films = module.film_outcomes
         result.diagnostics = routing.summary()
         result.pictures = pictures.of_results(cost.results, folder) + pictures.of_routing(routing.layers, folder)
         last = max((path.name.rpartition("_film_")[0] for path in films.paths), default="")

@@ -14,6 +14,8 @@ import hashlib
 import json
 import math
 import os
+import shlex
+import sys
 import traceback as tracebacks
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -62,9 +64,9 @@ class Result:
     are those of the plans that ran; `costs` is the whole ledger. `peak_memory` is in bytes; what it is the peak of
     stands in `costs`. `seconds` leaves out what was lost to interruptions; `resumed` has, for each of them, the step
     from which the run went on and the provenance of the process that took over. `diagnostics` is what routing did at
-    the last probe, see `lit_modules.RoutingWatch`. `curves` maps a loss to (step, value) pairs. `pictures`, {"file",
-    "label"} each, and `strips` name files in the cell's
-    folder.
+    the last probe, see `lit_modules.RoutingWatch`. `chance` is what guessing scores in some of the `metrics`; `films`
+    are their outcomes per validation film, in order, where a metric keeps them. `curves` maps a loss to (step, value)
+    pairs. `pictures`, {"file", "label"} each, and `strips` name files in the cell's folder.
     """
 
     name: str
@@ -86,6 +88,8 @@ class Result:
     costs: dict[str, Any] = field(default_factory=dict)
     metrics: dict[str, float] = field(default_factory=dict)
     diagnostics: dict[str, Any] = field(default_factory=dict)
+    chance: dict[str, float] = field(default_factory=dict)
+    films: dict[str, list[float]] = field(default_factory=dict)
     curves: dict[str, list[tuple[int, float]]] = field(default_factory=dict)
     pictures: list[dict[str, str]] = field(default_factory=list)
     strips: list[str] = field(default_factory=list)
@@ -166,11 +170,12 @@ def running(folder: Path) -> bool:
 
 @dataclass(frozen=True)
 class Asked:
-    """A sweep as it was last asked for: one line about it, its cells, and the MLflow run above them."""
+    """A sweep as it was last asked for: one line about it, its cells, the MLflow run above them, the command line."""
 
     about: str
     cells: tuple[Cell, ...]
     mlflow_run: str | None = None
+    command: str = field(default_factory=lambda: shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]))
 
 
 def write_sweep(name: str, asked: Asked) -> None:
@@ -185,7 +190,8 @@ def read_sweep(name: str) -> Asked:
         known = sorted(found.parent.name for found in home().glob("*/sweep.json"))
         raise ZooError(f"no sweep {name!r} in {home()}; there: {', '.join(known) or 'none'}")
     plain = json.loads(path.read_text())
-    return Asked(plain["about"], tuple(Cell(**cell) for cell in plain["cells"]), plain["mlflow_run"])
+    cells = tuple(Cell(**cell) for cell in plain["cells"])
+    return Asked(plain["about"], cells, plain["mlflow_run"], plain.get("command", ""))
 
 
 def write_json(path: Path, plain: Any) -> None:

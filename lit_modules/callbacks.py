@@ -271,6 +271,7 @@ class SampleFilms(Callback):
 
 
 FRAMES = 4  # of a shot that a strip shows at most
+ROW_GAP = 2  # pixels between the rows of a film, before they are zoomed
 
 
 def film_pictures(layout: zoo.Layout, rows: Sequence[Sequence[Tensor]], item: int = 0) -> list[Tensor]:
@@ -313,10 +314,28 @@ def film_strip(clips: Sequence[Tensor], frames: int) -> Tensor:
 
 
 def _stack(rows: Sequence[Tensor]) -> Tensor:
-    gap = _gap(2, rows[0].shape[1])
+    gap = _gap(ROW_GAP, rows[0].shape[1])
     stacked = torch.cat([part for row in rows for part in (row, gap)][:-1])
-    zoom = max(1, 64 // len(rows[0]))  # films of a few pixels would be drawn too small to see
+    zoom = _zoom(len(rows[0]))
     return stacked.repeat_interleave(zoom, dim=0).repeat_interleave(zoom, dim=1)
+
+
+def _zoom(height: int) -> int:
+    return max(1, 64 // height)  # films of a few pixels would be drawn too small to see
+
+
+def picture_rows(picture: Tensor, rows: int = 3) -> list[Tensor]:
+    """The rows that `film_pictures` stacked into one uint8 (H, W, 3): (h, W, 3) each, still zoomed."""
+    for height in range(1, len(picture) + 1):
+        zoom = _zoom(height)
+        # Where two heights give one H, the larger zoom is right if the picture is made of blocks of its size.
+        if zoom * (rows * height + (rows - 1) * ROW_GAP) == len(picture):
+            blocks = picture[::zoom, ::zoom].repeat_interleave(zoom, dim=0).repeat_interleave(zoom, dim=1)
+            if torch.equal(blocks, picture):
+                step = zoom * (height + ROW_GAP)
+                return [picture[i * step : i * step + zoom * height] for i in range(rows)]
+    refuse("picture_rows", [f"a picture {len(picture)} pixels high is no stack of {rows} rows"])
+    return []
 
 
 def _gap(height: int, width: int) -> Tensor:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
-from typing import Any, Literal, cast
+from typing import Any, Literal, Protocol, cast, runtime_checkable
 
 import torch
 from lightning.pytorch import LightningModule
@@ -79,6 +79,13 @@ class Optim:
         return self.floor + (1 - self.floor) * 0.5 * (1 + math.cos(math.pi * progress))
 
 
+@runtime_checkable
+class KeepsFilms(Protocol):
+    """A metric that keeps its outcome for every film: by measure, in the order of the films."""
+
+    def film_outcomes(self) -> dict[str, list[float]]: ...
+
+
 class LitVideoDiT(LightningModule):
     """Trains a `VideoDiT` by rectified flow.
 
@@ -135,6 +142,7 @@ class LitVideoDiT(LightningModule):
         self.sampling = Euler(**sampling)
         self.val_loss = LossByTime(VALIDATION_TIMES)
         self.sample_metrics = MetricCollection(dict(sample_metrics or {}), prefix="val/", compute_groups=False)
+        self.film_outcomes: dict[str, list[float]] = {}  # of the last validation, per film, in order
 
     @override
     def configure_callbacks(self) -> list[Callback]:
@@ -217,6 +225,10 @@ class LitVideoDiT(LightningModule):
         self.log_dict({f"val/loss_t{at}": part.float() for at, part in zip(VALIDATION_TIMES, by_time, strict=True)})
         if len(self.sample_metrics) and not self.trainer.sanity_checking:
             self.log_dict(self.sample_metrics.compute())
+            self.film_outcomes = {}
+            for metric in self.sample_metrics.values():
+                if isinstance(metric, KeepsFilms):
+                    self.film_outcomes |= metric.film_outcomes()
             self.sample_metrics.reset()
 
 

@@ -61,6 +61,8 @@ def test_every_cell_of_every_preset_runs(
         assert result.density is not None
         assert "identity_recall" in result.metrics
         assert "cross_shot_consistency" in result.metrics
+        assert len(result.films["identity_recall"]) == TINY["data.val_films"]  # each film of the last validation, once
+        assert result.chance["identity_recall"] == 1 / 192
     assert {group.name for group in Report.of(sweep.name).groups} == {cell.group for cell in sweep.cells}
     assert all(cell.config["trainer"]["accelerator"] == "cpu" for cell in sweep.cells)
     densities = {round(result.density or 0, 6) for result in results}

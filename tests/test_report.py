@@ -5,51 +5,32 @@ from __future__ import annotations
 import io
 import json
 import re
+import shutil
+import subprocess
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from made_up import COMMAND, SECTIONS, finished, write_full_sweep
 from rich.console import Console
+from typer.testing import CliRunner, Result
 
-from experiments import pictures
-from experiments.report import Figure, Report, settings, smooth
-from experiments.store import Asked, Cell, Result, write_sweep
+import sparse_zoo as zoo
+from experiments import appendix
+from experiments.cli import app
+from experiments.measures import Measure
+from experiments.page import html
+from experiments.plots import smooth, together
+from experiments.report import Report, settings, signed
+from experiments.store import Asked, Cell, write_sweep
+from lit_modules.callbacks import film_pictures, picture_rows
 from sparse_zoo.errors import ZooError
 
+ROOT = Path(__file__).parent.parent
 REQUIRED = [
     "name", "attention", "status", "seed", "first_loss", "val_loss", "density", "flops", "kernel", "seconds_per_step",
 ]  # fmt: skip
-
-
-def finished(cell: Cell, sweep: str, val_loss: float) -> Result:
-    folder = cell.folder(sweep)
-    for name in ("plan-1-1.png", "film.png"):
-        pictures.save(torch.zeros(8, 8, 3, dtype=torch.uint8), folder / name)
-    return Result(
-        name=cell.name,
-        attention=cell.config["attention"],
-        status="finished",
-        seed=0,
-        first_loss=1.25,
-        last_loss=1.0,
-        val_loss=val_loss,
-        density=0.25,
-        flops=2e9,
-        kernel="cpu",
-        seconds_per_step=0.5,
-        id=cell.id,
-        steps=2,
-        seconds=3.0,
-        peak_memory=2**20,
-        curves={"train/flow": [(1, 1.3), (2, 1.2)], "val/loss": [(2, val_loss)]},
-        pictures=[{"file": "plan-1-1.png", "label": "layer 1"}],
-        strips=["film.png"],
-        folder=str(folder),
-        provenance={"commit": "abc", "pid": 1, "host": "here"},
-        data={"skipped": [{"path": "bad.mp4", "reason": "no video stream"}]},
-        config=cell.config,
-    )
 
 
 @pytest.fixture
@@ -75,7 +56,7 @@ def sweep(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
 
 def test_json_has_what_was_promised(sweep: str) -> None:
     plain = json.loads(json.dumps(Report.of(sweep).to_json(), allow_nan=False))
-    assert list(plain) == ["name", "cells", "groups"]
+    assert list(plain)[:3] == ["name", "cells", "groups"]
     assert plain["name"] == "s"
     by_name = {cell["name"]: cell for cell in plain["cells"]}
     assert list(by_name) == ["better", "worse", "broken", "later"]
@@ -89,34 +70,31 @@ def test_json_has_what_was_promised(sweep: str) -> None:
 
 
 def test_page_is_one_file_that_opens_anywhere(sweep: str) -> None:
-    page = Report.of(sweep).write()
-    html = page.read_text()
-    assert json.loads((page.parent / "report.json").read_text())["name"] == "s"
-    named = re.findall(r"""(?:src|href|url|@import)\s*[=(]\s*["']?([^"')\s>]+)""", html)
+    path = Report.of(sweep).write()
+    page = path.read_text()
+    assert json.loads((path.parent / "report.json").read_text())["name"] == "s"
+    named = re.findall(r"""(?:src|href|url|@import)\s*[=(]\s*["']?([^"')\s>]+)""", page)
     assert named
     assert all(link.startswith(("data:", "#")) for link in named), named
-    assert "<script" not in html
-    links = set(re.findall(r"https?://[^\s\"'<]+", html))
-    assert all(
-        link.startswith(("http://www.w3.org/", "http://purl.org/", "http://creativecommons.org/")) for link in links
-    )
-    assert html.count("data:image/png;base64,") == 4  # a plan and a film of each finished cell
+    assert "<script" not in page
+    assert all(link.startswith("http://www.w3.org/") for link in set(re.findall(r"https?://[^\s\"'<]+", page)))
+    assert page.count("data:image/png;base64,") == 2 + 2 + 2 * 2  # plans; the real film; guesses and films of two cells
 
 
 def test_page_names_what_did_not_finish(sweep: str) -> None:
-    html = Report.of(sweep).html()
-    assert "2 of 4 cells did not finish" in html
-    assert "step 1: &lt;flow&gt; is nan" in html
-    assert "a/step=1.ckpt" in html
-    assert "has not run yet" in html
-    assert "bad.mp4</code>: no video stream" in html
-    assert "About &lt;this&gt;." in html
+    page = html(Report.of(sweep))
+    assert "2 of 4 cells did not finish" in page
+    assert "step 1: &lt;flow&gt; is nan" in page
+    assert "a/step=1.ckpt" in page
+    assert "has not run yet" in page
+    assert "bad.mp4</code>: no video stream" in page
+    assert "About &lt;this&gt;." in page
 
 
 def test_page_without_any_finished_cell(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ZOO_HOME", str(tmp_path))
     write_sweep("none", Asked("", (Cell("a", {"attention": [{"name": "moc"}, {"name": "dense"}], "seed": 0}),)))
-    assert "1 of 1 cells did not finish" in Report.of("none").html()
+    assert "1 of 1 cells did not finish" in html(Report.of("none"))
 
 
 def test_table_fits_a_terminal(sweep: str) -> None:
@@ -150,24 +128,53 @@ def seeded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
 
 
 def test_runs_that_differ_by_seed_alone_are_one_group(seeded: str) -> None:
-    report = Report.of(seeded)
+    report = Report.of(seeded, by="val_loss")
     assert [group.name for group in report.groups] == ["alone", "moc", "dense"]
     alone, moc, dense = report.groups
     assert [len(group.results) for group in report.groups] == [1, 3, 3]
-    assert dense.figure("val_loss") == Figure(pytest.approx(0.8), pytest.approx(0.1), 3)  # n - 1 below the line
-    assert moc.figure("val_loss") == Figure(pytest.approx(0.55), pytest.approx(0.05 * 2**0.5), 2)
-    assert moc.figure("identity_recall") == Figure(pytest.approx(0.45), pytest.approx(0.05 * 2**0.5), 2)
-    assert alone.figure("val_loss") == Figure(0.3, None, 1)
+    figure = dense.figure("val_loss")
+    assert figure is not None
+    assert (figure.mean, figure.sd, figure.n) == (pytest.approx(0.8), pytest.approx(0.1), 3)  # n - 1 below the line
+    recall = moc.figure("identity_recall")
+    assert recall is not None
+    assert (recall.mean, recall.n, recall.low) == (pytest.approx(0.45), 2, 0.0)
+    assert alone.values("val_loss") == {0: 0.3}
     assert alone.figure("identity_recall") is None
     plain = json.loads(json.dumps(report.to_json(), allow_nan=False))
     assert len(plain["cells"]) == 7
     by_name = {group["name"]: group for group in plain["groups"]}
     assert by_name["dense"]["cells"] == ["dense-s0", "dense-s1", "dense-s2"]
-    assert by_name["dense"]["figures"]["density"] == {"mean": pytest.approx(0.4), "sd": pytest.approx(0.05), "n": 3}
+    density = by_name["dense"]["figures"]["density"]
+    assert (density["mean"], density["sd"], density["n"]) == (pytest.approx(0.4), pytest.approx(0.05), 3)
+    assert density["high"] == pytest.approx(0.4 + 4.302653 * 0.05 / 3**0.5)
     assert by_name["alone"]["figures"]["identity_recall"] is None
 
 
-def test_terminal_shows_means_and_single_runs_on_demand(seeded: str) -> None:
+def test_the_headline_is_recall_where_it_is_measured(seeded: str) -> None:
+    report = Report.of(seeded)
+    assert report.headline.name == "identity_recall"
+    assert [group.name for group in report.groups] == ["moc", "dense", "alone"]  # more is better; not measured, last
+    for unknown in ("recall", "density"):  # a cost is no measure of quality
+        with pytest.raises(ZooError, match=rf"unknown measure '{unknown}'.*identity_recall"):
+            Report.of(seeded, by=unknown)
+
+
+def test_a_measure_without_a_better_way_is_no_headline(sweep: str) -> None:
+    cell = Report.of(sweep).groups[0].one
+    replace(cell, metrics={"dynamic_degree": 0.5}).write(Path(cell.folder))
+    with pytest.raises(ZooError, match="whether more or less dynamic degree is better is not known"):
+        Report.of(sweep, by="dynamic_degree")
+    for name, higher in {
+        "identity_recall_film": True,
+        "wrong_subject": False,
+        "val_loss": False,
+        "seconds_per_step": False,
+        "motion_smoothness": True,
+    }.items():
+        assert Measure.of(name).higher is higher
+
+
+def test_terminal_shows_intervals_letters_and_single_runs_on_demand(seeded: str) -> None:
     def shown(**options: bool) -> str:
         console = Console(width=80, record=True, file=io.StringIO())
         console.print(*Report.of(seeded).tables(**options))
@@ -175,26 +182,127 @@ def test_terminal_shows_means_and_single_runs_on_demand(seeded: str) -> None:
 
     text = shown()
     assert "…" not in text
-    assert "5 of 7" not in text
     assert "6 of 7 cells finished" in text
-    assert re.search(r"dense +\.800±\.100", text)
-    assert re.search(r"moc +\.550±\.071", text)
+    assert re.search(r"dense +0\.200 +\[0\.000, 0\.448\] +a +3", text)
     assert re.search(r"moc +failed", text)
-    assert re.search(r"dense +\.200±\.100", text)  # of the drawn shots
+    assert re.search(r"dense +\.800±\.248", text)  # of the other measures
     single = shown(runs=True)
     assert "±" not in single
-    assert re.search(r"dense-s1 +0\.700", single)
-    assert re.search(r"dense-s1 +0\.300", single)
+    assert re.search(r"dense-s1 +0\.300 +1\.250", single)
 
 
-def test_page_shows_spread_measures_and_single_runs(seeded: str) -> None:
-    html = Report.of(seeded).html()
-    assert "0.800 ± 0.100" in html
-    assert "mean ± sample standard deviation of n runs" in html
-    assert "<th>identity recall</th>" in html
-    assert html.count("0.200 ± 0.100") == 1
-    assert "moc-s0" in html[html.index("single runs") :]
-    assert "1 of 7 cells did not finish" in html
+@pytest.fixture
+def full(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    monkeypatch.setenv("ZOO_HOME", str(tmp_path))
+    return write_full_sweep()
+
+
+def test_which_differences_hold(full: str) -> None:
+    report = Report.of(full)
+    assert [group.name for group in report.groups][:2] == ["dense", "moc_k2"]
+    tests = {(pair.a, pair.b): pair for pair in report.differences}
+    assert len(tests) == 10
+    assert tests["dense", "own_shot"].holds
+    assert not tests["random_shot", "own_shot"].holds
+    assert tests["dense", "random_shot"].n == 2  # the seeds that both have
+    assert report.letters["dense"] != report.letters["own_shot"]
+    assert f"{sum(pair.holds for pair in report.differences)} of 10 differences in identity recall" in report.verdict
+    assert "over up to 3 seeds" in report.verdict
+    assert "cannot give less than p = 0.25" in report.caution
+    films = {(one.a, one.b): one for one in report.films}
+    assert films["dense", "own_shot"].films == 64
+    assert films["dense", "own_shot"].better == 64
+    assert films["dense", "own_shot"].holds
+
+
+def test_films_are_not_compared_where_they_differ(full: str) -> None:
+    one = Report.of(full).groups[0].one
+    replace(one, config=one.config | {"data": {"seed": 1}}).write(Path(one.folder))
+    assert Report.of(full).films == []
+
+
+def test_without_pairs_nothing_is_claimed(sweep: str) -> None:
+    report = Report.of(sweep)
+    assert report.tested == []
+    assert report.letters == {}
+    assert "no difference can be told from chance" in html(report)
+
+
+def test_page_shows_what_the_seeds_say(full: str) -> None:
+    page = html(Report.of(full))
+    assert re.findall(r'<section[^>]* id="(\w+)"', page) == SECTIONS
+    assert "1 of 15 cells did not finish" in page
+    assert "ValueError: out of &lt;memory&gt;_&amp;" in page
+    assert page.count('<span class="tag">control</span>') == 3
+    assert "Dotted: chance, dense, random null, own shot only." in page
+    assert "<h3>moc: top_k</h3>" in page
+    assert "<h3>method</h3>" in page
+    assert page.count('class="held"') == sum(pair.holds for pair in Report.of(full).differences)
+    assert COMMAND in page
+    # Each number says where it comes from.
+    assert re.search(r'title="0\.9300  metrics\.identity_recall in moc_k2-s0-\w{12}/result\.json, commit abc\+', page)
+    # Three panels of cost, two effects, two curves; a dotted line for each level in all but the curves.
+    assert page.count("<svg ") - page.count('<svg class="dots"') == 3 + 2 + 2
+    assert page.count('alt="The real film"') == 1  # the same for all
+    assert page.count('alt="Generated by') == 5
+
+
+def test_page_shows_single_runs(seeded: str) -> None:
+    page = html(Report.of(seeded))
+    assert "<th>identity recall</th>" in page
+    assert "moc-s0" in page[page.index("single runs") :]
+
+
+def test_rows_of_a_strip_come_back() -> None:
+    layout = zoo.Layout.film([zoo.Shot(1, 1, 1)])
+    for height in (12, 22, 32, 40, 70):  # of 12 and 32, stacks have one height
+        rows = [[2 * torch.rand(1, 1, 3, height, 9) - 1] for _ in range(3)]
+        picture = film_pictures(layout, rows)[0]
+        zoom = max(1, 64 // height)
+        for row, clips in zip(picture_rows(picture), rows, strict=True):
+            want = ((clips[0][0, 0] + 1) * 127.5).round().to(torch.uint8).permute(1, 2, 0)
+            assert torch.equal(row[::zoom, ::zoom], want)
+    with pytest.raises(ZooError, match="no stack of 3 rows"):
+        picture_rows(torch.zeros(8, 8, 3, dtype=torch.uint8))
+
+
+def test_markdown_has_whole_tables(full: str) -> None:
+    text = appendix.markdown(Report.of(full))
+    blocks = re.findall(r"(?:^\|.*\n)+", text, re.MULTILINE)
+    assert len(blocks) == 7
+    for block in blocks:
+        widths = {len(re.findall(r"(?<!\\)\|", line)) for line in block.splitlines()}
+        assert len(widths) == 1, block
+    assert r"out of \<memory\>\_&" in text
+    assert re.search(r"\| chance \| 0\.005 \|", text)
+    assert COMMAND in text
+
+
+def test_latex_compiles(full: str, tmp_path: Path) -> None:
+    text = appendix.latex(Report.of(full))
+    plain = re.sub(r"\\[\\&%$#_{}]|%.*", "", text)
+    assert plain.count("{") == plain.count("}")
+    assert not re.search(r"[&%$#_^~]", re.sub(r"\$\\\w+\$|& |~", "", plain))
+    for rows in re.findall(r"\\begin\{tabular\}.*?\\end\{tabular\}", text, re.DOTALL):
+        counts = {line.replace("\\&", "").count("&") for line in rows.splitlines() if line.endswith("\\\\")}
+        assert len(counts) == 1
+    if shutil.which("pdflatex"):
+        (tmp_path / "tables.tex").write_text(text)
+        whole = r"\documentclass{article}\usepackage{booktabs}\begin{document}\input{tables}\end{document}"
+        (tmp_path / "paper.tex").write_text(whole)
+        command = ["pdflatex", "-interaction=nonstopmode", "-halt-on-error", "paper.tex"]
+        made = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+        assert made.returncode == 0, made.stdout[-2000:]
+
+
+def test_curves_of_unlike_lengths_meet_at_steps_of_the_first() -> None:
+    steps, values = together([[(0, 0.0), (10, 1.0), (20, 2.0)], [(0, 1.0), (15, 4.0)]])
+    assert steps.tolist() == [0, 10]
+    assert values.tolist() == [[0.0, 1.0], [1.0, 3.0]]
+
+
+def test_small_differences_are_not_rounded_away() -> None:
+    assert [signed(x) for x in (0.0346, -0.00042, 0.0, None)] == ["+0.035", "-0.0004", "+0.000", "–"]
 
 
 @pytest.mark.usefixtures("sweep")
@@ -214,3 +322,29 @@ def test_settings_read_well() -> None:
 def test_smoothing_keeps_the_first_loss() -> None:
     assert smooth([3.0, 1.0]) == [3.0, 1.0]
     assert smooth([float(i) for i in range(20)])[:3] == [0.0, 0.5, 1.5]
+
+
+def zoo_command(*arguments: str) -> Result:
+    return CliRunner().invoke(app, arguments)
+
+
+def test_the_commands_of_the_docs_run(full: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (block,) = re.findall(r"```\n(.*?)```", (ROOT / "docs" / "reports.md").read_text(), flags=re.DOTALL)
+    commands = [line.partition("#")[0].replace("NAME", full).split() for line in block.splitlines()]
+    assert len(commands) == 5
+    assert {name for name, *_ in commands} == {"zoo"}
+    results = [zoo_command(*arguments) for _, *arguments in commands]
+    assert [result.exit_code for result in results] == [0] * 5
+    said = results[0].output
+    assert "## Differences" in Path("a.md").read_text()
+    assert r"\toprule" in Path("a.tex").read_text()
+    assert "differences in identity recall hold beyond chance" in said
+    assert "random_shot-s2, failed: ValueError: out of <memory>_&" in said
+    assert "±" not in results[-1].output  # single runs
+    assert zoo_command("report", full, "--markdown").output.startswith("# full\n")
+
+
+def test_outputs_that_do_not_go_together_are_refused(full: str) -> None:
+    for arguments in (["--markdown", "--latex"], ["--latex", "--json"], ["--out", "a.md"]):
+        assert zoo_command("report", full, *arguments).exit_code == 2

@@ -206,6 +206,22 @@ def test_guessing_scores_what_the_metric_calls_chance() -> None:
     assert found["wrong_subject"] < 0.03
 
 
+def test_recall_keeps_its_outcome_for_every_film() -> None:
+    world = ShotWorld()
+    metric = world.sample_metrics()["identity"]
+    wrong = [torch.tensor([0, 1, 0, 0, 1]), torch.tensor([1, 0])]
+    for batch, rows in zip(
+        [world.batch("validation", range(5)), world.batch("validation", range(5, 7))], wrong, strict=True
+    ):
+        identity = (batch["truth"]["identity"][:, 5] + rows) % 192
+        metric.update(repaint(world, batch, 5, identity), batch)
+    assert metric.film_outcomes() == {"identity_recall": [1, 0, 1, 1, 0, 0, 1]}
+    metric.reset()
+    batch = world.batch("validation", range(2))
+    metric.update(batch["clips"], batch)
+    assert metric.film_outcomes() == {"identity_recall": [1, 1]}
+
+
 def test_a_copy_of_the_wrong_subject_is_told_from_a_wrong_identity() -> None:
     world = ShotWorld()
     batch = world.batch("validation", range(64))

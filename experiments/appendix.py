@@ -1,0 +1,168 @@
+"""A report's tables for a paper's appendix, as Markdown and LaTeX."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+
+from experiments.measures import Measure
+from experiments.report import (
+    Report,
+    giga,
+    half,
+    interval,
+    machines,
+    mean,
+    number,
+    p_value,
+    percent,
+    plain_values,
+    settings,
+    signed,
+)
+
+
+def markdown(report: Report) -> str:
+    """The tables as Markdown, a section each."""
+    return _rendered(report, "report.md.j2", _markdown)
+
+
+def latex(report: Report) -> str:
+    """The tables as LaTeX, to be `\\input`; needs the package booktabs."""
+    return _rendered(report, "report.tex.j2", _latex)
+
+
+def _rendered(report: Report, template: str, cell: Callable[[str], str]) -> str:
+    environment = Environment(
+        loader=PackageLoader("experiments"), undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    environment.filters["cell"] = cell
+    return environment.get_template(template).render(
+        report=report,
+        made=datetime.now().astimezone().strftime("%Y-%m-%d"),
+        sheets=[sheet for sheet in _sheets(report) if sheet.rows],
+        machines=machines(report),
+    )
+
+
+@dataclass(frozen=True)
+class Sheet:
+    """A table in plain text, its first column on the left, the others on the right."""
+
+    title: str
+    note: str
+    head: Sequence[str]
+    rows: Sequence[Sequence[str]]
+
+
+def _sheets(report: Report) -> Iterator[Sheet]:
+    head = report.headline
+    done = [group for group in report.groups if group.finished]
+    yield Sheet(
+        "Leaderboard",
+        f"By {head.label} ({head.better}): mean and 95 % interval over n seeds (Student's t). Methods that share a"
+        " letter were not told apart. Density and FLOPs are those of the plans that ran.",
+        ["method", head.label, "95 % interval", "", "n", "density", "GFLOPs", "s / step"],
+        [
+            [
+                group.name + (f" ({group.control})" if group.control else ""),
+                number(mean(group.figure(head.name))),
+                interval(group.figure(head.name)),
+                report.letters.get(group.name, ""),
+                str(len(group.finished)),
+                percent(mean(group.figure("density"))),
+                giga(mean(group.figure("flops"))),
+                number(mean(group.figure("seconds_per_step"))),
+            ]
+            for group in done
+        ]
+        + ([["chance", number(report.chance[head.name])] + [""] * 6] if head.name in report.chance else []),
+    )
+    yield Sheet("Settings", "", ["method", "settings"], [[group.name, settings(group.one.attention)] for group in done])
+    yield Sheet(
+        "Differences",
+        f"In {head.label}, the first less the second, paired by seed, each with its own 95 % interval; p of the paired"
+        f" t test, corrected by Holm, and of flipping signs. {report.verdict} {report.caution}",
+        ["pair", "difference", "95 % interval", "n", "p", "p (Holm)", "p (signs)", "holds"],
+        [
+            [
+                f"{pair.a} – {pair.b}",
+                signed(pair.mean),
+                "" if pair.low is None else f"[{signed(pair.low)}, {signed(pair.high)}]",
+                str(pair.n),
+                *map(p_value, (pair.p, pair.p_holm, pair.p_exact)),
+                "yes" if pair.holds else "no",
+            ]
+            for pair in report.tested
+        ],
+    )
+    yield Sheet(
+        "Films",
+        "The same by film, which speaks of these trained models and not of the methods: on how many films the first did"
+        " better and worse than the second; exact sign test, corrected by Holm.",
+        ["pair", "films", "better", "worse", "p", "p (Holm)"],
+        [
+            [f"{one.a} – {one.b}", *map(str, (one.films, one.better, one.worse)), p_value(one.p), p_value(one.p_holm)]
+            for one in report.films
+        ],
+    )
+    others = [name for name in ("val_loss", *report.measures) if name != head.name]
+    yield Sheet(
+        "Other measures",
+        "Mean ± half of the 95 % interval over seeds.",
+        ["method", *(Measure.of(name).label for name in others)],
+        [[group.name, *(half(group.figure(name)) for name in others)] for group in done]
+        + ([["chance", *(number(report.chance.get(name)) for name in others)]] if report.chance else []),
+    )
+    yield Sheet(
+        "Settings, one at a time",
+        f"Mean {head.label} at each value, over the combinations of all else that were run with every value.",
+        ["setting", "value", "mean", "95 % interval", "cells"],
+        [
+            [
+                effect.name if first else "",
+                plain_values(level.value),
+                number(level.figure.mean),
+                interval(level.figure),
+                str(len(level.cells)),
+            ]
+            for effect in report.effects
+            for first, level in ((i == 0, level) for i, level in enumerate(effect.levels))
+        ],
+    )
+    yield Sheet(
+        "Not finished",
+        "",
+        ["cell", "status", "reason"],
+        [[result.name, result.status, result.reason or ""] for result in report.unfinished],
+    )
+
+
+def _markdown(text: str) -> str:
+    return re.sub(r"([\\`*_|<>\[\]])", r"\\\1", " ".join(text.split()))
+
+
+TEX = {
+    "\\": r"\textbackslash{}",
+    "\u00a0": "~",
+    "~": r"\textasciitilde{}",
+    "^": r"\textasciicircum{}",
+    "<": r"\textless{}",
+    ">": r"\textgreater{}",
+    "|": r"\textbar{}",
+    "[": "{[}",  # not the option of a \\ before it
+    "–": "--",
+    "±": r"$\pm$",
+    "×": r"$\times$",
+    "·": r"$\cdot$",
+} | {special: f"\\{special}" for special in "&%$#_{}"}
+
+
+def _latex(text: str) -> str:
+    """Escaped; what pdfTeX has no letter for becomes a question mark."""
+    escaped = "".join(TEX.get(letter, letter) for letter in " ".join(text.split()))
+    return escaped.encode("latin-1", "replace").decode("latin-1")

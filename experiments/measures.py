@@ -1,0 +1,59 @@
+"""What is measured of a run: how it reads, which way is better, where it ends. The one place that says so."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+HEADLINES = ("identity_recall", "val_loss")  # what a leaderboard goes by: the first that was measured
+COSTS = ("density", "flops", "seconds_per_step")
+FIGURES = ("val_loss", "first_loss", "last_loss", *COSTS)  # fields of a `Result`; the others are in its `metrics`
+
+LABELS = {
+    "val_loss": "validation loss",
+    "first_loss": "first training loss",
+    "last_loss": "last training loss",
+    "flops": "attention GFLOPs",
+    "density": "density, %",
+    "seconds_per_step": "seconds per step",
+}
+UNITS = {"flops": 1e-9, "density": 100.0}  # a figure times this is what its label names
+# By a word of the name, so that a measure of one's own, or one at a certain distance, needs no entry.
+HIGHER = ("recall", "consistency", "smoothness", "accuracy")
+LOWER = ("loss", "wrong", "error", *COSTS)
+SHARES = (*HIGHER, "wrong", "degree", "density")
+
+# Attention that no method has to beat or to fear: what the others are read against.
+CONTROLS = {"dense": "dense", "own_shot": "own shot only", "random_shot": "random null"}
+
+
+@dataclass(frozen=True)
+class Measure:
+    """`higher`: whether more is better, None where that is not known. `bounds`: least and most possible values."""
+
+    name: str
+    higher: bool | None
+    bounds: tuple[float, float]
+
+    @staticmethod
+    def of(name: str) -> Measure:
+        def has(words: tuple[str, ...]) -> bool:
+            return any(word in name for word in words)
+
+        higher = False if has(LOWER) else True if has(HIGHER) else None
+        return Measure(name, higher, (0.0, 1.0) if has(SHARES) else (-float("inf"), float("inf")))
+
+    @property
+    def label(self) -> str:
+        return LABELS.get(self.name, self.name.replace("_", " "))
+
+    @property
+    def unit(self) -> float:
+        return UNITS.get(self.name, 1.0)
+
+    @property
+    def better(self) -> str:
+        return {True: "higher is better", False: "lower is better", None: ""}[self.higher]
+
+    def rank(self, value: float | None) -> float:
+        """Smaller for better, infinite for what was not measured."""
+        return float("inf") if value is None else -value if self.higher else value

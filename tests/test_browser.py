@@ -1,0 +1,88 @@
+"""The report in a real browser: on a desktop, a phone and paper, it fits, it is whole, and it fetches nothing."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from made_up import SECTIONS, write_full_sweep
+
+from experiments.report import Report
+
+sync_api = pytest.importorskip("playwright.sync_api", reason="needs the extra: pip install -e '.[browser]'")
+
+BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome")
+DESKTOP, PHONE, PAPER = 1280, 390, 690  # pixels across; the last is A4 between the margins
+
+
+@pytest.fixture(scope="module")
+def report(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("ZOO_HOME", str(tmp_path_factory.mktemp("runs")))
+        return Report.of(write_full_sweep()).write()
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    with sync_api.sync_playwright() as driver:
+        own = driver.chromium.executable_path
+        path = next(filter(None, map(shutil.which, BROWSERS)), own if Path(own).exists() else None)
+        if path is None:
+            pytest.skip("no browser: `apt-get install chromium`, or `playwright install chromium`")
+        opened = driver.chromium.launch(executable_path=path, args=["--no-sandbox"])
+        yield opened
+        opened.close()
+
+
+def wider_than(page: Any, width: int) -> list[str]:
+    """What reaches past the right edge, but for what scrolls in a box of its own."""
+    found: list[str] = page.evaluate(
+        """width => [...document.querySelectorAll("body *")]
+            .filter(one => !one.parentElement.closest(".scroll, pre, svg"))
+            .filter(one => one.getBoundingClientRect().right > width + 1)
+            .map(one => `${one.tagName}.${one.className} in ${one.closest("section")?.id}`)""",
+        width,
+    )
+    return found
+
+
+@pytest.mark.parametrize(("width", "scheme"), [(DESKTOP, "light"), (PHONE, "dark")])
+def test_the_page_fits_and_is_whole(browser: Any, report: Path, tmp_path: Path, width: int, scheme: str) -> None:
+    page = browser.new_page(viewport={"width": width, "height": 900}, color_scheme=scheme)
+    requests, said = [], []
+    page.on("request", lambda request: requests.append(request.url))
+    page.on("console", lambda message: said.append(message.text))
+    page.goto(report.as_uri())
+    page.screenshot(path=tmp_path / f"{width}.png", full_page=True)
+    assert {url for url in requests if not url.startswith("data:")} == {report.as_uri()}
+    assert said == []
+    assert page.evaluate("document.documentElement.scrollWidth") <= width
+    assert wider_than(page, width) == []
+    for section in SECTIONS:
+        box = page.locator(f"#{section}").bounding_box()
+        assert box is not None, section
+        assert box["height"] > 60, section
+    assert page.evaluate("[...document.images].every(image => image.naturalWidth > 0)")
+    assert page.evaluate("[...document.images].length") > 15
+    drawn = page.evaluate("[...document.querySelectorAll('.plots svg')].map(svg => svg.getBoundingClientRect().width)")
+    assert len(drawn) == 7
+    assert min(drawn) > 200
+    ink = page.evaluate("getComputedStyle(document.querySelector('.plots svg text')).fill")
+    assert ink == {"light": "rgb(27, 31, 36)", "dark": "rgb(232, 234, 236)"}[scheme]  # plots follow the page
+    page.close()
+
+
+def test_paper_is_light_and_cuts_no_table(browser: Any, report: Path) -> None:
+    page = browser.new_page(viewport={"width": PAPER, "height": 1000}, color_scheme="dark")
+    page.goto(report.as_uri())
+    page.emulate_media(media="print")
+    assert page.evaluate("getComputedStyle(document.documentElement).backgroundColor") == "rgb(255, 255, 255)"
+    assert page.evaluate("getComputedStyle(document.body).color") == "rgb(27, 31, 36)"
+    right = page.evaluate("[...document.querySelectorAll('table')].map(one => one.getBoundingClientRect().right)")
+    assert max(right) <= PAPER
+    assert page.locator("#differences details table").first.is_visible()  # what is folded on a screen is printed
+    assert not page.locator("#provenance pre").first.is_visible()
+    page.close()
