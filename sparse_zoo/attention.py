@@ -257,12 +257,7 @@ class Attention(nn.Module):
 
     def run(self, call: Call) -> Result:
         """Attend, with everything given as one `Call`."""
-        if self.pools_queries and call.q_rows is not None:
-            raise ZooError(
-                f"{type(self).__name__} chooses for blocks of queries: it needs all of them, not q_rows alone"
-            )
-        if call.features is None and call.hidden is not None:
-            call = replace(call, features=self.features(call.hidden))
+        call = self.ready(call)
         terms: list[Tensor] = []
         plans, used, flops = [], [], 0
         # Text queries that read text alone get nothing of terms and coarse branches.
@@ -306,6 +301,16 @@ class Attention(nn.Module):
             routing_flops=self.routing_flops(call),
             term_flops=flops,
         )
+
+    def ready(self, call: Call) -> Call:
+        """The call as `branches` wants it: with features. Raises `ZooError` for some queries where all are needed."""
+        if self.pools_queries and call.q_rows is not None:
+            raise ZooError(
+                f"{type(self).__name__} chooses for blocks of queries: it needs all of them, not q_rows alone"
+            )
+        if call.features is None and call.hidden is not None:
+            call = replace(call, features=self.features(call.hidden))
+        return call
 
     def attended(self, branch: Branch, call: Call) -> Plan:
         """The plan that runs for a branch: its own, unless `text_reads` says otherwise for text queries.
