@@ -212,9 +212,7 @@ Times = Annotated[
 ]
 
 
-@app.command(
-    epilog="Example: [bold]zoo ladder runs/train/moc-0123456789ab --method moc:top_k=8 --plot ladder.png[/bold]"
-)
+@app.command(epilog="Example: [bold]zoo ladder runs/train/moc-0123456789ab --method moc:top_k=8[/bold]")
 def ladder(
     run: Annotated[Path, typer.Argument(help="A run's folder, or a .ckpt in one.")],
     overrides: Annotated[
@@ -229,16 +227,16 @@ def ladder(
     heads: Annotated[bool, typer.Option("--heads", help="Show each head of each layer.")] = False,
     out: Annotated[
         Path | None,
-        typer.Option("--plot", help="Where to draw the plot, PNG or SVG; ladder.png in the run if not given."),
+        typer.Option("--plot", help="The plot, PNG or SVG; ladder.png in the run if not given."),
     ] = None,
     plugin: Plugin = [],  # noqa: B006
     as_json: AsJson = False,
 ) -> None:
     """Tell a wrong router from a small budget: what a trained model's attention keeps beside other choices of its size.
 
-    Validation films are noised and run through the model. In each layer and head, the share of dense attention's softmax
-    that the method kept, and the error of its output, stand beside those of the best possible choice of as many pieces,
-    of the choice by pooled keys, and of a random one.
+    Validation films are noised and run through the model. In each layer and head, the share of dense attention's
+    softmax that the method kept, and the error of its output, stand beside those of the best possible choice of as many
+    pieces, of the choice by pooled keys, and of a random one.
     """
     _load_plugins(plugin)
     from experiments.ladder import RULE, TIMES, climb, plot
@@ -261,9 +259,7 @@ def ladder(
     console.print(f"Plot: {picture}", soft_wrap=True)
 
 
-@app.command(
-    epilog="Example: [bold]zoo capture runs/train/moc-0123456789ab --out calls.safetensors --layers 0,2[/bold]"
-)
+@app.command(epilog="Example: [bold]zoo capture runs/train/moc-0123456789ab --layers 0,2 --times 0.5[/bold]")
 def capture(
     run: Annotated[Path, typer.Argument(help="A run's folder, or a .ckpt in one.")],
     overrides: Annotated[
@@ -331,9 +327,7 @@ def replay(
         print(json.dumps(offline.to_json(captured, rows)))
     else:
         console.print(offline.table(captured, rows))
-        console.print(
-            "[dim]* no other has both fewer pairs and less error. at best: as many pieces, chosen by mass.[/dim]"
-        )
+        console.print(f"[dim]{offline.LEGEND}[/dim]")
         for row in failed:
             console.print(f"[red]{_escape(row.label)}[/red]: {_escape(row.failed or '')}", soft_wrap=True)
         if out is not None and len(failed) < len(rows):

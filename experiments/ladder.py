@@ -26,9 +26,9 @@ from sparse_zoo.ladder import RUNGS, chance, ladder, verdict
 TIMES = (0.1, 0.3, 0.5, 0.7, 0.9)
 FIGURES = ("mass", "error", "density")
 RULE = (
-    "kept: share of dense attention's softmax on the keys; error: of the output, ‖out − dense‖ ÷ ‖dense‖. best, pooled, "
-    "random: as many pieces, chosen by mass, by q · mean k, at random. router: the best would bring back a third or more "
-    "of what is missing; budget: it would not, only more keys would; enough: 95 % are kept."
+    "In %. kept: share of dense attention's softmax on the keys; error: of the output, ‖out − dense‖ ÷ ‖dense‖. best, "
+    "pooled, random: as many pieces, chosen by mass, by q · mean k, at random. router: the best would bring back a "
+    "third or more of what is missing; budget: it would not, only more keys would; enough: 95 % are kept."
 )
 COLOURS = {"method": "#2f7ed8", "best": "#1f9d6b", "pooled": "#e07b29", "random": "#d1495b"}
 QUIET = "#6b7280"
@@ -65,15 +65,13 @@ class Climbed:
     ) -> Figures:
         """Means over whatever is not given."""
         found = [x for x in self.steps if x.method == method and layer in (None, x.layer) and time in (None, x.time)]
-        names = [name for name in RUNGS if all(name in x.rungs for x in found)]
+
+        def mean(rung: str, figure: str) -> float:
+            by_head = torch.stack([x.rungs[rung][figure] for x in found]).mean(0)
+            return float(by_head.mean() if head is None else by_head[head])
+
         return {
-            rung: {
-                key: float(
-                    torch.stack([x.rungs[rung][key] for x in found]).mean(0)[... if head is None else head].mean()
-                )
-                for key in FIGURES
-            }
-            for rung in names
+            rung: {key: mean(rung, key) for key in FIGURES} for rung in RUNGS if all(rung in x.rungs for x in found)
         }
 
     def verdict(self, method: str, layer: int) -> dict[str, Any]:
@@ -115,9 +113,7 @@ class Climbed:
             for layer in range(self.layers)
             for head in which
         ]
-        by_time = [
-            (method, f"{time:g}", self.figures(method, time=time)) for method in self.methods for time in self.times
-        ]
+        by_time = [(name, f"{time:g}", self.figures(name, time=time)) for name in self.methods for time in self.times]
         return [
             _table(f"By layer, mean over noise times {', '.join(f'{x:g}' for x in self.times)}", "layer", by_layer),
             _table("By noise time, mean over layers", "time", by_time),
@@ -242,43 +238,43 @@ def build(text: str, like: zoo.Attention) -> zoo.Attention:
 def plot(found: Climbed, path: Path) -> Path:
     """Kept mass and output error by layer and by noise time, a row a method, as PNG, SVG or PDF by the name's end."""
     from matplotlib.figure import Figure
-    from matplotlib.ticker import MaxNLocator, PercentFormatter
 
     rows = len(found.methods)
     figure = Figure(figsize=(12, 2.9 * rows + 0.5), dpi=130, layout="constrained")
     grid = figure.subplots(rows, 4, squeeze=False)
     for axes, method in zip(grid, found.methods, strict=True):
-        by_layer = [found.figures(method, layer=layer) for layer in range(found.layers)]
-        by_time = [found.figures(method, time=time) for time in found.times]
-        for i, (figure_of, of) in enumerate((("mass", "softmax kept"), ("error", "error of the output"))):
-            for axis, x, series, by in (
-                (axes[2 * i], list(range(found.layers)), by_layer, "layer"),
-                (axes[2 * i + 1], list(found.times), by_time, "noise time"),
-            ):
-                for rung in reversed([name for name in RUNGS if name in series[0]]):
-                    values = [one[rung][figure_of] for one in series]
-                    width, style = (2.4, "-") if rung == "method" else (1.4, "--")
-                    axis.plot(x, values, style, marker="o", ms=4, lw=width, color=COLOURS[rung], label=rung)
-                axis.axhline(1 if figure_of == "mass" else 0, color=QUIET, lw=1, label="dense")
-                axis.set_xlabel(by, fontsize=8)
-                axis.set_title(f"{of}, by {by}", fontsize=9, loc="left")
-                axis.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
-                axis.set_ylim(bottom=0, top=1.05 if figure_of == "mass" else None)
-                axis.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=8)) if by == "layer" else axis.set_xticks(
-                    x
-                )
-                axis.tick_params(labelsize=8)
-                axis.grid(alpha=0.3)
-                axis.spines[["top", "right"]].set_visible(False)
-        share = percent(found.figures(method)["method"]["density"])
-        axes[0].text(
-            0, 1.18, f"{method}: {share} of pairs", transform=axes[0].transAxes, fontsize=10, fontweight="bold"
-        )
+        by_layer = {layer: found.figures(method, layer=layer) for layer in range(found.layers)}
+        by_time = {time: found.figures(method, time=time) for time in found.times}
+        for i, key in enumerate(("mass", "error")):
+            _draw(axes[2 * i], by_layer, key, "layer")
+            _draw(axes[2 * i + 1], by_time, key, "noise time")
+        title = f"{method}: {percent(found.figures(method)['method']['density'])} of pairs"
+        axes[0].text(0, 1.18, title, transform=axes[0].transAxes, fontsize=10, fontweight="bold")
     handles, labels = grid[0][0].get_legend_handles_labels()
     figure.legend(handles[::-1], labels[::-1], loc="outside lower left", ncols=len(labels), fontsize=8, frameon=False)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path)
     return path
+
+
+def _draw(axis: Any, series: Mapping[float, Figures], key: str, by: str) -> None:
+    """One figure of every rung against layer or time, and dense attention's."""
+    from matplotlib.ticker import PercentFormatter
+
+    places = list(series)
+    axis.axhline(1 if key == "mass" else 0, color=QUIET, lw=1, label="dense")
+    for rung in reversed(series[places[0]]):
+        width, style = (2.4, "-") if rung == "method" else (1.4, "--")
+        values = [found[rung][key] for found in series.values()]
+        axis.plot(places, values, style, marker="o", ms=4, lw=width, color=COLOURS[rung], label=rung)
+    axis.set_xlabel(by, fontsize=8)
+    axis.set_title(f"{'softmax kept' if key == 'mass' else 'error of the output'}, by {by}", fontsize=9, loc="left")
+    axis.set_xticks(places[:: -(-len(places) // 10)])
+    axis.set_ylim(bottom=0, top=1.05 if key == "mass" else None)
+    axis.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
+    axis.tick_params(labelsize=8)
+    axis.grid(alpha=0.3)
+    axis.spines[["top", "right"]].set_visible(False)
 
 
 def _check_times(times: Sequence[float]) -> None:

@@ -258,7 +258,8 @@ def scores_of(call: Call, at: Tensor) -> tuple[Tensor, Tensor]:
     wide = torch.promote_types(q.dtype, torch.float32)
     token = at if call.q_rows is None else call.q_rows[at]
     same_film = call.layout.sample[token][:, None] == call.layout.sample
-    scores = q.to(wide) @ k.to(wide).transpose(-1, -2) / math.sqrt(q.shape[-1])
+    with torch.autocast(q.device.type, enabled=False):  # would narrow what is widened here
+        scores = q.to(wide) @ k.to(wide).transpose(-1, -2) / math.sqrt(q.shape[-1])
     return scores.masked_fill(~same_film, -torch.inf), same_film
 
 

@@ -118,6 +118,11 @@ def ladder(attention: Attention, call: Call, *, draws: int = DRAWS) -> Ladder:
     branches = [
         x if isinstance(x, Term) else replace(x, plan=attention.attended(x, call)) for x in attention.branches(call)
     ]
+    with torch.autocast(call.q.device.type, enabled=False):  # would narrow what is widened here
+        return _climbed(attention, call, branches, draws)
+
+
+def _climbed(attention: Attention, call: Call, branches: Sequence[Branch | Term], draws: int) -> Ladder:
     own = [x for x in branches if isinstance(x, Branch) and x.q is x.k is x.rows is None]
     rest = _rest(attention, call, [x for x in branches if not any(x is y for y in own)])
     plans = [branch.plan.parts for branch in own]
@@ -180,7 +185,7 @@ def _slabs(call: Call, queries: Partition) -> Iterator[tuple[Tensor, list[Tensor
 
 
 def _largest(scores: Tensor, candidates: Tensor, number: Tensor) -> Tensor:
-    """Indices of the `number`, (B|1, H|1, Q), candidates of largest score (B, H, Q, C), ties to the earlier; then -1."""
+    """Indices of the candidates of largest score (B, H, Q, C), ties to the earlier: `number` (B|1, H|1, Q), then -1."""
     order = scores.masked_fill(~candidates, -torch.inf).sort(dim=-1, descending=True, stable=True).indices
     most = int(number.max()) if number.numel() else 0
     late = torch.arange(most, device=order.device) >= number[..., None]
