@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -145,7 +146,7 @@ def climb(
     _check_times(times)
     blocks = [cast(Block, block).attention for block in trained.module.model.blocks]
     run = settings(trained.config["attention"])
-    others = {text: build(text, blocks[0]) for text in asked}
+    others = {name: own for name, own in (build(text, blocks[0]) for text in asked) if name != run}
     found: dict[tuple[str, int, float], list[dict[str, dict[str, Tensor]]]] = {}
 
     def look(time: float, attention: zoo.Attention, call: zoo.Call) -> None:
@@ -215,9 +216,17 @@ def each_call(trained: Trained, times: Sequence[float], look: Callable[[float, z
         batch = move_data_to_device(cpu, device)
         for time in times:
             with torch.no_grad(), trained.trainer.precision_plugin.forward_context():
-                each_attention(
-                    module, batch, time, trained.step, lambda attention, call, _, time=time: look(time, attention, call)
-                )
+                each_attention(module, batch, time, trained.step, partial(_look, look, time))
+
+
+def _look(
+    look: Callable[[float, zoo.Attention, zoo.Call], None],
+    time: float,
+    attention: zoo.Attention,
+    call: zoo.Call,
+    result: zoo.Result,  # noqa: ARG001
+) -> None:
+    look(time, attention, call)
 
 
 def layer_numbers(text: str) -> list[int]:
@@ -227,12 +236,14 @@ def layer_numbers(text: str) -> list[int]:
     return [int(part) for part in parts]
 
 
-def build(text: str, like: zoo.Attention) -> zoo.Attention:
-    """METHOD[:key=value,...] in eval mode, of another's shape; parameters are those of seed 0."""
+def build(text: str, like: zoo.Attention) -> tuple[str, zoo.Attention]:
+    """METHOD[:key=value,...], named for people and in eval mode, of another's shape; parameters are those of seed 0."""
     name, given = parse_method(text)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        return zoo.build(name, heads=like.heads, head_dim=like.head_dim, dim=like.dim, **given).eval()
+        made = zoo.build(name, heads=like.heads, head_dim=like.head_dim, dim=like.dim, **given).eval()
+    untrained = any(True for _ in made.parameters())
+    return settings({"name": name, **given}) + (" (untrained)" if untrained else ""), made
 
 
 def plot(found: Climbed, path: Path) -> Path:
@@ -240,24 +251,25 @@ def plot(found: Climbed, path: Path) -> Path:
     from matplotlib.figure import Figure
 
     rows = len(found.methods)
-    figure = Figure(figsize=(12, 2.9 * rows + 0.5), dpi=130, layout="constrained")
-    grid = figure.subplots(rows, 4, squeeze=False)
-    for axes, method in zip(grid, found.methods, strict=True):
+    figure = Figure(figsize=(12, 3.2 * rows + 0.3), dpi=130, layout="constrained")
+    lines = figure.subfigures(rows, 1, squeeze=False)[:, 0]
+    for line, method in zip(lines, found.methods, strict=True):
         by_layer = {layer: found.figures(method, layer=layer) for layer in range(found.layers)}
         by_time = {time: found.figures(method, time=time) for time in found.times}
+        axes = line.subplots(1, 4)
         for i, key in enumerate(("mass", "error")):
             _draw(axes[2 * i], by_layer, key, "layer")
             _draw(axes[2 * i + 1], by_time, key, "noise time")
         title = f"{method}: {percent(found.figures(method)['method']['density'])} of pairs"
-        axes[0].text(0, 1.18, title, transform=axes[0].transAxes, fontsize=10, fontweight="bold")
-    handles, labels = grid[0][0].get_legend_handles_labels()
-    figure.legend(handles[::-1], labels[::-1], loc="outside lower left", ncols=len(labels), fontsize=8, frameon=False)
+        line.suptitle(title, x=0.01, ha="left", fontsize=10, fontweight="bold")
+        handles, labels = axes[0].get_legend_handles_labels()
+        line.legend(handles[::-1], labels[::-1], loc="outside lower left", ncols=5, fontsize=8, frameon=False)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path)
     return path
 
 
-def _draw(axis: Any, series: Mapping[float, Figures], key: str, by: str) -> None:
+def _draw(axis: Any, series: Mapping[Any, Figures], key: str, by: str) -> None:
     """One figure of every rung against layer or time, and dense attention's."""
     from matplotlib.ticker import PercentFormatter
 

@@ -27,21 +27,19 @@ LEGEND = "* no other row has both fewer pairs and less error. at best: with as m
 
 @dataclass(frozen=True)
 class Replayed:
-    """One method with settings; means over calls, batch items and heads, None where it failed.
+    """One method with settings.
 
-    density: of all pairs that ran, pooled ones too; mass, best, error: see `sparse_zoo.ladder`; best_error: that of the
-    best choice. seconds: of one call, routing included. untrained: it has parameters, which are as initialised.
-    pareto: no other row has both fewer pairs and less error.
+    figures: means over calls, batch items and heads; none where it failed. "density": of all pairs that ran, pooled
+        ones too; "mass", "error" of the method and "best_mass", "best_error" of the best choice, see
+        `sparse_zoo.ladder`; "seconds" of one call, routing included.
+    untrained: it has parameters, which are as initialised.
+    pareto: no other row has fewer pairs and no more error, or less error and no more pairs.
+    failed: why it could not serve the calls.
     """
 
     method: str
     settings: dict[str, Any]
-    density: float | None = None
-    mass: float | None = None
-    best: float | None = None
-    error: float | None = None
-    best_error: float | None = None
-    seconds: float | None = None
+    figures: dict[str, float]
     untrained: bool = False
     pareto: bool = False
     failed: str | None = None
@@ -78,57 +76,45 @@ def replay(
         zoo.get(name)
     rows = []
     for name, given in methods:
-        blank = Replayed(name, dict(given))
         try:
-            rows.append(_served(captured, blank))
+            rows.append(_served(captured, name, given))
         except ZooError as error:
-            rows.append(replace(blank, failed=str(error)))
+            rows.append(Replayed(name, dict(given), {}, failed=str(error)))
         told(name)
-    rows.sort(key=lambda row: (row.failed is not None, row.error, row.density))
-    return [replace(row, pareto=row.failed is None and not any(_beats(x, row) for x in rows)) for row in rows]
+    ran = sorted((row for row in rows if row.figures), key=lambda row: (row.figures["error"], row.figures["density"]))
+    places = [(row.figures["density"], row.figures["error"]) for row in ran]
+    front = [not any(a <= x and b <= y and (a, b) != (x, y) for a, b in places) for x, y in places]
+    best_first = [replace(row, pareto=pareto) for row, pareto in zip(ran, front, strict=True)]
+    return best_first + [row for row in rows if row.failed is not None]
 
 
-def _served(captured: Sequence[Captured], row: Replayed) -> Replayed:
+def _served(captured: Sequence[Captured], method: str, given: Mapping[str, Any]) -> Replayed:
     found: list[dict[str, float]] = []
     untrained = False
-    for one in captured:
-        call = one.call
+    for call in (one.call for one in captured):
+        dim, dtype = (None, call.q.dtype) if call.hidden is None else (call.hidden.shape[-1], call.hidden.dtype)
         with torch.random.fork_rng(devices=[]), torch.no_grad():
             torch.manual_seed(0)
-            dim = None if call.hidden is None else call.hidden.shape[-1]
-            shape = {"heads": call.q.shape[1], "head_dim": call.q.shape[-1], "dim": dim}
-            dtype = call.q.dtype if call.hidden is None else call.hidden.dtype
-            attention = zoo.build(row.method, **shape, **row.settings).eval().to(dtype)
+            attention = zoo.build(method, heads=call.q.shape[1], head_dim=call.q.shape[-1], dim=dim, **given)
+            attention.eval().to(dtype)
             untrained = any(True for _ in attention.parameters())
-            means = ladder(attention, call).means()  # first: it warms up what depends on the layout alone
+            means = ladder(attention, call).means()
+            attention.run(call)  # what depends on the layout alone is made once, and a kernel's first call loads it
             start = time.perf_counter()
             result = attention.run(call)
             seconds = time.perf_counter() - start
-        found.append(
-            {
-                "density": result.cost().density,
-                "mass": means["method"]["mass"],
-                "best": means["best"]["mass"],
-                "error": means["method"]["error"],
-                "best_error": means["best"]["error"],
-                "seconds": seconds,
-            }
-        )
-    means_over_calls = {key: fmean(x[key] for x in found) for key in found[0]}
-    return replace(row, untrained=untrained, **means_over_calls)
-
-
-def _beats(a: Replayed, b: Replayed) -> bool:
-    """Whether a is nowhere worse than b, and somewhere better."""
-    if a.failed is not None or a.density is None or b.density is None or a.error is None or b.error is None:
-        return False
-    return a.density <= b.density and a.error <= b.error and (a.density, a.error) != (b.density, b.error)
+        of_rungs = {"": means["method"], "best_": means["best"]}
+        masses = {f"{which}{key}": rung[key] for which, rung in of_rungs.items() for key in ("mass", "error")}
+        found.append({"density": result.cost().density, "seconds": seconds, **masses})
+    figures = {key: fmean(one[key] for one in found) for key in found[0]}
+    return Replayed(method, dict(given), figures, untrained)
 
 
 def to_json(captured: Sequence[Captured], rows: Sequence[Replayed]) -> dict[str, Any]:
     """Plain: how many calls of which layers and films, and the rows."""
     calls = [{"layer": x.call.layer, "tokens": len(x.call.layout), "method": dict(x.method)} for x in captured]
-    return {"calls": calls, "rows": [asdict(row) for row in rows]}
+    plain = [asdict(row) for row in rows]
+    return {"calls": calls, "rows": [{**row, **row.pop("figures")} for row in plain]}
 
 
 def table(captured: Sequence[Captured], rows: Sequence[Replayed]) -> Table:
@@ -145,8 +131,8 @@ def table(captured: Sequence[Captured], rows: Sequence[Replayed]) -> Table:
         found.add_column(name, justify="left" if name in ("", "method") else "right", no_wrap=name != "method")
     for row in rows:
         if row.failed is None:
-            shares = map(percent, (row.density, row.mass, row.best, row.error, row.best_error))
-            found.add_row("*" if row.pareto else "", row.label, *shares, f"{row.seconds:.3g}")
+            shares = (percent(row.figures[key]) for key in ("density", "mass", "best_mass", "error", "best_error"))
+            found.add_row("*" if row.pareto else "", row.label, *shares, f"{row.figures['seconds']:.3g}")
     return found
 
 
@@ -155,20 +141,22 @@ def plot(rows: Sequence[Replayed], path: Path) -> Path:
     from matplotlib.figure import Figure
     from matplotlib.ticker import PercentFormatter
 
-    ran = [row for row in rows if row.failed is None and row.density is not None and row.error is not None]
+    ran = [(row, row.figures["density"], row.figures["error"]) for row in rows if row.failed is None]
     refuse("replay", [] if ran else ["no method ran, so there is nothing to draw"])
-    figure = Figure(figsize=(7.5, 4.8), dpi=150, layout="constrained")
+    figure = Figure(figsize=(7.5, 4.2 + 0.17 * len(ran)), dpi=150, layout="constrained")
     axes = figure.add_subplot()
-    front = sorted((row.density, row.error) for row in ran if row.pareto)  # type: ignore[type-var]
+    front = sorted((density, error) for row, density, error in ran if row.pareto)
     axes.plot(*zip(*front, strict=True), color="0.7", lw=1.2, zorder=1)
-    for row in ran:
-        axes.scatter(row.density, row.error, s=46, zorder=2, edgecolor="0.2", alpha=1 if row.pareto else 0.45)
-        axes.annotate(row.label, (row.density, row.error), xytext=(6, 4), textcoords="offset points", fontsize=7)
+    for number, (row, density, error) in enumerate(ran, 1):
+        label, faint = f"{number}  {row.label}", 1 if row.pareto else 0.45
+        axes.scatter(density, error, s=46, zorder=2, edgecolor="0.2", alpha=faint, label=label)
+        axes.annotate(str(number), (density, error), xytext=(5, 5), textcoords="offset points", fontsize=8)
+    figure.legend(loc="outside lower left", fontsize=7, frameon=False)
     axes.set_xlabel("pairs, of dense attention's")
     axes.set_ylabel("error of the output, ‖out − dense‖ ÷ ‖dense‖")
     axes.xaxis.set_major_formatter(PercentFormatter(1, decimals=0))
     axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
-    axes.set_xlim(left=0, right=1.25 * max(row.density for row in ran if row.density is not None))
+    axes.set_xlim(left=0)
     axes.set_ylim(bottom=-0.02)
     axes.grid(alpha=0.3)
     axes.spines[["top", "right"]].set_visible(False)

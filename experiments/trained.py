@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import pickle
+import warnings
 from collections.abc import Sequence
 from operator import itemgetter
 from pathlib import Path
@@ -65,15 +66,17 @@ class Trained:
         self.data = data
         self.batches = _first(data.val_dataloader(), films)
         logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)  # it would tell of GPUs and products
-        self.trainer = pl.Trainer(
-            accelerator=self.config["trainer"].get("accelerator", "auto"),
-            devices=1,
-            precision=self.config["trainer"].get("precision"),
-            logger=False,
-            enable_checkpointing=False,
-            enable_progress_bar=False,
-            enable_model_summary=False,
-        )
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "The `srun` command")  # a trained model is looked at where one is
+            self.trainer = pl.Trainer(
+                accelerator=self.config["trainer"].get("accelerator", "auto"),
+                devices=1,
+                precision=self.config["trainer"].get("precision"),
+                logger=False,
+                enable_checkpointing=False,
+                enable_progress_bar=False,
+                enable_model_summary=False,
+            )
 
     @property
     def folder(self) -> Path:

@@ -125,7 +125,7 @@ def ladder(attention: Attention, call: Call, *, draws: int = DRAWS) -> Ladder:
 def _climbed(attention: Attention, call: Call, branches: Sequence[Branch | Term], draws: int) -> Ladder:
     own = [x for x in branches if isinstance(x, Branch) and x.q is x.k is x.rows is None]
     rest = _rest(attention, call, [x for x in branches if not any(x is y for y in own)])
-    plans = [branch.plan.parts for branch in own]
+    plans: list[Parts] = [branch.plan.parts for branch in own]
     chosen = any(part.routed for parts in plans for part in parts)
 
     def by(rule: Rule) -> list[Parts]:
@@ -267,10 +267,9 @@ def _measured(
                 mass += (softmax * union).double().sum((2, 3))
                 error += (out - dense).double().square().sum((2, 3))
     rungs = {}
-    for name, found in sums.items():
-        mass, error, pairs = (
-            torch.stack(x).mean(0) for x in zip(*((m / length, (e / norm).sqrt(), p) for m, e, p in found), strict=True)
-        )
+    for name, each in sums.items():
+        figures = [(mass / length, (error / norm).sqrt(), pairs) for mass, error, pairs in each]
+        mass, error, pairs = (torch.stack(x).mean(0) for x in zip(*figures, strict=True))
         rungs[name] = Rung(mass, error, pairs, pairs / dense_pairs)
     return rungs
 
