@@ -274,6 +274,135 @@ def sample(
     console.print(f"The strips lie in {sampled.folder}", soft_wrap=True)
 
 
+Times = Annotated[
+    list[float], typer.Option("--times", help="Noise time, above 0 (clean) up to 1; may be repeated. .1 .3 .5 .7 .9.")
+]
+
+
+@app.command(epilog="Example: [bold]zoo ladder runs/train/moc-0123456789ab --method moc:top_k=8[/bold]")
+def ladder(
+    run: Annotated[Path, typer.Argument(help="A run's folder, or a .ckpt in one.")],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(help="data.key=value over the run's config: other films, longer ones.")
+    ] = None,
+    method: Annotated[
+        list[str],
+        typer.Option(help="Ask what METHOD[:key=value,...] would keep of the same q, k, v; may be repeated."),
+    ] = [],  # noqa: B006
+    films: Annotated[int, typer.Option(min=1, help="How many validation films to run.")] = 2,
+    times: Times = [],  # noqa: B006
+    heads: Annotated[bool, typer.Option("--heads", help="Show each head of each layer.")] = False,
+    out: Annotated[
+        Path | None,
+        typer.Option("--plot", help="The plot, PNG or SVG; ladder.png in the run if not given."),
+    ] = None,
+    plugin: Plugin = [],  # noqa: B006
+    as_json: AsJson = False,
+) -> None:
+    """Tell a wrong router from a small budget: what a trained model's attention keeps beside other choices of its size.
+
+    Validation films are noised and run through the model. In each layer and head, the share of dense attention's
+    softmax that the method kept, and the error of its output, stand beside those of the best possible choice of as many
+    pieces, of the choice by pooled keys, and of a random one.
+    """
+    _load_plugins(plugin)
+    from experiments.ladder import RULE, TIMES, climb, plot
+    from experiments.progress import counting
+    from experiments.trained import Trained
+
+    trained = Trained("zoo ladder", run, overrides or [], films)
+    at = tuple(times) or TIMES
+    with counting(errors, "attentions", len(trained.batches) * len(at) * len(trained.module.model.blocks)) as told:
+        found = climb(trained, at, method, told)
+    picture = plot(found, out or trained.folder / "ladder.png").absolute()
+    if as_json:
+        print(json.dumps({**found.to_json(), "plot": str(picture)}))
+        return
+    for table in found.tables(heads=heads):
+        console.print(table, "")
+    for line in found.told():
+        console.print(_escape(line), soft_wrap=True)
+    console.print(f"[dim]{RULE}[/dim]")
+    console.print(f"Plot: {picture}", soft_wrap=True)
+
+
+@app.command(epilog="Example: [bold]zoo capture runs/train/moc-0123456789ab --layers 0,2 --times 0.5[/bold]")
+def capture(
+    run: Annotated[Path, typer.Argument(help="A run's folder, or a .ckpt in one.")],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(help="data.key=value over the run's config: other films, longer ones.")
+    ] = None,
+    out: Annotated[Path, typer.Option(help="The safetensors file to write.")] = Path("calls.safetensors"),
+    layers: Annotated[str | None, typer.Option(help="Only these, from 0: 0,2.")] = None,
+    films: Annotated[int, typer.Option(min=1, help="How many validation films to run.")] = 1,
+    times: Times = [],  # noqa: B006
+    plugin: Plugin = [],  # noqa: B006
+    as_json: AsJson = False,
+) -> None:
+    """Save what attention is given in a trained model (q, k, v, hidden, layout), for zoo replay and for your own code.
+
+    Each call of each chosen layer and noise time is kept bit for bit; experiments.captures.load gives them back.
+    """
+    _load_plugins(plugin)
+    from experiments.captures import save
+    from experiments.ladder import TIMES, layer_numbers
+    from experiments.ladder import capture as captured_of
+    from experiments.progress import counting
+    from experiments.trained import Trained
+
+    chosen = None if layers is None else layer_numbers(layers)
+    trained = Trained("zoo capture", run, overrides or [], films)
+    at = tuple(times) or TIMES
+    with counting(errors, "attentions", len(trained.batches) * len(at) * len(trained.module.model.blocks)) as told:
+        captured = captured_of(trained, at, chosen, told)
+    path = save(out, captured).absolute()
+    found = {"file": str(path), "bytes": path.stat().st_size, "calls": len(captured), "step": trained.step}
+    if as_json:
+        print(json.dumps(found))
+        return
+    console.print(f"{len(captured)} calls, {path.stat().st_size / 2**20:.1f} MiB: {path}", soft_wrap=True)
+
+
+@app.command(epilog="Example: [bold]zoo replay calls.safetensors dense moc:top_k=2 moc:top_k=4 --plot front.png[/bold]")
+def replay(
+    file: Annotated[Path, typer.Argument(help="What zoo capture wrote.")],
+    methods: Annotated[
+        list[str] | None, typer.Argument(help="METHOD[:key=value,...]; every registered one, if none is given.")
+    ] = None,
+    out: Annotated[Path | None, typer.Option("--plot", help="Also draw error against pairs, PNG or SVG.")] = None,
+    plugin: Plugin = [],  # noqa: B006
+    as_json: AsJson = False,
+) -> None:
+    """Rank methods on captured calls, offline: pairs, softmax kept and at best, error of the output, seconds.
+
+    Errors are against dense attention on the same q, k, v. What a method learns (moga's router) is not learnt here, and
+    the row says so. Without settings a method has its defaults, on films under 1024 tokens its settings for tiny films.
+    """
+    _load_plugins(plugin)
+    from experiments import replay as offline
+    from experiments.captures import load
+    from experiments.progress import counting
+
+    captured = load(file)
+    asked = offline.asked(methods or [], captured)
+    with counting(errors, "methods", len(asked)) as told:
+        rows = offline.replay(captured, asked, told)
+    failed = [row for row in rows if row.failed is not None]
+    if out is not None and len(failed) < len(rows):
+        offline.plot(rows, out)
+    if as_json:
+        print(json.dumps(offline.to_json(captured, rows)))
+    else:
+        console.print(offline.table(captured, rows))
+        console.print(f"[dim]{offline.LEGEND}[/dim]")
+        for row in failed:
+            console.print(f"[red]{_escape(row.label)}[/red]: {_escape(row.failed or '')}", soft_wrap=True)
+        if out is not None and len(failed) < len(rows):
+            console.print(f"Plot: {out.absolute()}", soft_wrap=True)
+    if failed:
+        raise typer.Exit(1)
+
+
 @app.command(epilog="Example: [bold]zoo ui --port 5001[/bold]")
 def ui(port: Annotated[int, typer.Option(help="Port on this machine.")] = 5000) -> None:
     """Open MLflow's own page on the runs; Ctrl-C ends it."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import re
 import types
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
@@ -226,6 +227,15 @@ def parse(override: str) -> tuple[str, Any]:
         raise ZooError(f"config: the value in {override!r} is no YAML: {error}") from error
     assert isinstance(parsed, dict)
     return key.strip(), parsed["value"]
+
+
+def parse_method(text: str) -> tuple[str, dict[str, Any]]:
+    """METHOD[:key=value,...], values being YAML, as (name, settings): "moc:top_k=2,anchors=[text,shot]".
+
+    Raises `ZooError` for settings that are not key=value.
+    """
+    name, _, rest = text.partition(":")
+    return name.strip(), dict(parse(part) for part in re.split(r",(?=\s*\w+=)", rest) if rest)
 
 
 def _assign(config: Config, path: list[str], value: Any) -> str:

@@ -313,10 +313,8 @@ def _draw_groups(axis: Any, labels: Tensor) -> None:
 def _groups(plan: zoo.Plan) -> Tensor | None:
     """The group of each token (L,), -1 for none, of the first item and head, where values sorted tokens into groups."""
     for part in plan.parts:
-        if part.routed and not part.by_table and part.edges.shape[2:] == (part.keys.count, 1):
-            order = torch.arange(part.keys.count, device=part.edges.device)
-            if not part.queries.is_singles and bool((part.edges[..., 0] == order).all()):
-                return part.keys.piece_of[0, 0].cpu()
+        if part.routed and part.grouping:
+            return part.keys.piece_of[0, 0].cpu()
     return None
 
 

@@ -119,8 +119,10 @@ class RoutingWatch(Callback):
 
     def _probe(self, trained: LitVideoDiT, step: int) -> list[dict[str, float]]:
         """Figures by name of each layer."""
-        layers = _forward(trained, self._batch, TIMES[0], step, lambda call, plans: (plans, diagnose(call, plans)))
-        noisy = _forward(trained, self._batch, TIMES[1], step, lambda _, plans: plans)
+        layers = each_attention(
+            trained, self._batch, TIMES[0], step, lambda _, call, result: (result.plans, diagnose(call, result.plans))
+        )
+        noisy = each_attention(trained, self._batch, TIMES[1], step, lambda _, __, result: result.plans)
         plans, self.layers = [plans for plans, _ in layers], [found for _, found in layers]
         by_layer = []
         for i, layer in enumerate(self.layers):
@@ -143,19 +145,23 @@ class RoutingWatch(Callback):
             file.write(json.dumps({"step": self._step, "layers": layers}) + "\n")
 
 
-def _forward(
+def each_attention(
     trained: LitVideoDiT,
     batch: Mapping[str, Any],
     at: float,
     step: int,
-    look: Callable[[zoo.Call, list[zoo.Plan]], T],
+    look: Callable[[zoo.Attention, zoo.Call, zoo.Result], T],
 ) -> list[T]:
-    """What `look` makes of each layer's attention, on a batch with noise of time `at`."""
+    """What `look` makes of each layer's attention, on a batch with noise of time `at`, always the same noise.
+
+    The model runs in eval mode; neither its mode nor any random state is changed. Gradients are the caller's to turn
+    off.
+    """
     seen: list[T] = []
 
     # At once, layer by layer: the calls of all layers need not fit into memory together.
-    def see(module: nn.Module, given: tuple[Any, ...], context: dict[str, Any], result: zoo.Result) -> None:  # noqa: ARG001
-        seen.append(look(zoo.Call(*given, **context), result.plans))
+    def see(module: nn.Module, given: tuple[Any, ...], context: dict[str, Any], result: zoo.Result) -> None:
+        seen.append(look(cast(zoo.Attention, module), zoo.Call(*given, **context), result))
 
     model, text = trained.model, batch["text"]
     layout = batch["layout"].to(text.device)

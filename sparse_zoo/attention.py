@@ -272,12 +272,7 @@ class Attention(nn.Module):
 
     def run(self, call: Call) -> Result:
         """Attend, with everything given as one `Call`."""
-        if self.pools_queries and call.q_rows is not None:
-            raise ZooError(
-                f"{type(self).__name__} chooses for blocks of queries: it needs all of them, not q_rows alone"
-            )
-        if call.features is None and call.hidden is not None:
-            call = replace(call, features=self.features(call.hidden))
+        call = self.ready(call)
         terms: list[Tensor] = []
         plans, used, flops = [], [], 0
         # Text queries that read text alone get nothing of terms and coarse branches.
@@ -331,6 +326,16 @@ class Attention(nn.Module):
         if self.dense_above is None or call.memory is None or call.noise is None:
             return False
         return float(torch.as_tensor(call.noise).max()) > self.dense_above
+
+    def ready(self, call: Call) -> Call:
+        """The call as `branches` wants it: with features. Raises `ZooError` for some queries where all are needed."""
+        if self.pools_queries and call.q_rows is not None:
+            raise ZooError(
+                f"{type(self).__name__} chooses for blocks of queries: it needs all of them, not q_rows alone"
+            )
+        if call.features is None and call.hidden is not None:
+            call = replace(call, features=self.features(call.hidden))
+        return call
 
     def attended(self, branch: Branch, call: Call) -> Plan:
         """The plan that runs for a branch: its own, unless `text_reads` says otherwise for text queries.

@@ -232,7 +232,8 @@ def _diagnose(call: Call, plan: Plan, part: Part | None, branch: int, at: Tensor
 def _masses(call: Call, plan: Plan, part: Part | None, at: Tensor) -> tuple[Tensor, Tensor]:
     """Of the queries `at`, (n,): the masses of plan, best keys, best pieces and random pieces, (2 or 4, B, H, n); and
     which pieces of the part some of them could have picked, bool (B, H, C)."""
-    softmax, same_film = _softmax(call, at)  # (B, H, n, L), (n, L)
+    scores, same_film = scores_of(call, at)
+    softmax = scores.softmax(-1)
     mask = plan.narrow(at).dense_mask().expand_as(softmax)
     best = softmax.sort(dim=-1, descending=True).values
     found = [(softmax * mask).sum(-1), _of_first(best, mask.sum(-1))]
@@ -241,23 +242,25 @@ def _masses(call: Call, plan: Plan, part: Part | None, at: Tensor) -> tuple[Tens
     taken = part.narrow(at).mask().expand_as(softmax)
     beside = mask & ~taken
     pieces = part.keys.piece_of
-    mass = _per_piece(softmax * ~beside, pieces, part.keys.count)  # (B, H, n, C)
-    open_ = _per_piece((same_film & ~beside).int(), pieces, part.keys.count) > 0
-    picked = (_per_piece(taken.int(), pieces, part.keys.count) > 0).sum(-1)
+    mass = per_piece(softmax * ~beside, pieces, part.keys.count)  # (B, H, n, C)
+    open_ = per_piece((same_film & ~beside).int(), pieces, part.keys.count) > 0
+    picked = (per_piece(taken.int(), pieces, part.keys.count) > 0).sum(-1)
     given = (softmax * beside).sum(-1)
     found.append(given + _of_first(mass.sort(dim=-1, descending=True).values, picked))
     found.append(given + mass.sum(-1) * picked / open_.sum(-1).clamp(min=1))
     return torch.stack(found), open_.any(2)
 
 
-def _softmax(call: Call, at: Tensor) -> tuple[Tensor, Tensor]:
-    """Of the queries `at`, (n,): the softmax over their film, float32 at least (B, H, n, L); its keys, bool (n, L)."""
+def scores_of(call: Call, at: Tensor) -> tuple[Tensor, Tensor]:
+    """Of the queries `at`, (n,): q · k / √D, float32 at least (B, H, n, L), -inf outside their film; the keys of their
+    film, bool (n, L)."""
     q, k = call.q[:, :, at], call.k.repeat_interleave(call.q.shape[1] // call.k.shape[1], dim=1)
     wide = torch.promote_types(q.dtype, torch.float32)
     token = at if call.q_rows is None else call.q_rows[at]
     same_film = call.layout.sample[token][:, None] == call.layout.sample
-    scores = q.to(wide) @ k.to(wide).transpose(-1, -2) / math.sqrt(q.shape[-1])
-    return scores.masked_fill(~same_film, -torch.inf).softmax(-1), same_film
+    with torch.autocast(q.device.type, enabled=False):  # would narrow what is widened here
+        scores = q.to(wide) @ k.to(wide).transpose(-1, -2) / math.sqrt(q.shape[-1])
+    return scores.masked_fill(~same_film, -torch.inf), same_film
 
 
 def _of_first(values: Tensor, count: Tensor) -> Tensor:
@@ -265,10 +268,12 @@ def _of_first(values: Tensor, count: Tensor) -> Tensor:
     return torch.nn.functional.pad(values.cumsum(-1), (1, 0)).gather(-1, count[..., None])[..., 0]
 
 
-def _per_piece(x: Tensor, pieces: Tensor, count: int) -> Tensor:
-    """Sums of x (B, H, n, L) over pieces (B|1, H|1, L), -1 for none: (B, H, n, count)."""
-    total = x.new_zeros(*x.shape[:3], count + 1)
-    return total.scatter_add_(-1, (pieces + 1)[:, :, None].expand_as(x), x)[..., 1:]
+def per_piece(x: Tensor, pieces: Tensor, count: int) -> Tensor:
+    """Sums of x (B|1, H|1, n, L) over pieces (B|1, H|1, L), -1 for none: (B|1, H|1, n, count)."""
+    lead = torch.broadcast_shapes(x.shape[:2], pieces.shape[:2])
+    total = x.new_zeros(*lead, x.shape[2], count + 1)
+    index = (pieces + 1)[:, :, None].expand(*lead, *x.shape[2:])
+    return total.scatter_add_(-1, index, x.expand(*lead, -1, -1))[..., 1:]
 
 
 def _numbers(layout: Layout) -> tuple[tuple[Tensor, int], tuple[Tensor, int]]:

@@ -71,6 +71,14 @@ class Part:
         table = torch.zeros(*self.edges.shape[:3], self.keys.count + 1, dtype=torch.bool, device=self.edges.device)
         return table.scatter_(-1, self.edges.long() + 1, True)[..., 1:]
 
+    @lazy
+    def grouping(self) -> bool:
+        """Whether each piece of several queries attends to the key piece of its own number, as groups do."""
+        if self.by_table or self.queries.is_singles or self.edges.shape[2:] != (self.keys.count, 1):
+            return False
+        order = torch.arange(self.keys.count, device=self.edges.device)
+        return bool((self.edges[..., 0] == order).all())
+
     def pairs(self) -> Tensor:
         """Number of (query, key) pairs: int64 (B|1, H|1), without any L × L."""
         queries, keys = self.queries.sizes, self.keys.sizes

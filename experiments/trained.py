@@ -1,0 +1,127 @@
+"""A run that was trained before, opened again: its model, and validation films that fit it."""
+
+from __future__ import annotations
+
+import json
+import logging
+import pickle
+import warnings
+from collections.abc import Sequence
+from operator import itemgetter
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from torch.utils._pytree import tree_map_only
+
+from experiments.config import Config, load
+from experiments.data import build
+from lit_modules import LitVideoDiT
+from sparse_zoo.errors import ZooError, refuse
+
+Batch = dict[str, Any]
+
+
+class Trained:
+    """A model with its averaged weights, its step of training, and batches of validation films on the CPU.
+
+    `trainer` says on which device, and how precisely, the run computed.
+
+    Args:
+        command: Who asks, for refusals.
+        run: A run's folder, or one of its checkpoints.
+        overrides: "data.key=value" over the run's config.
+        films: How many films; where several are packed in a stream, all of a stream are there.
+
+    Raises:
+        ZooError: if there is no checkpoint or no config beside it, or the data does not fit the model.
+    """
+
+    def __init__(self, command: str, run: Path, overrides: Sequence[str], films: int) -> None:
+        self.checkpoint, before = _find(command, run)
+        foreign = [x for x in overrides if x.partition("=")[0].strip().split(".")[0] != "data"]
+        refuse(command, [f"only data can be changed, the rest is the checkpoint's; got {x!r}" for x in foreign])
+        self.config = load([before, *overrides])
+        self.module, self.step = _load(self.checkpoint)
+        data = build(self.config["data"])
+        assert isinstance(data, pl.LightningDataModule)
+        model = self.module.model
+        refuse(
+            command,
+            [
+                f"films have {data.channels} channels, the model {model.channels}"
+                if data.channels != model.channels
+                else "",
+                f"films have patches of {tuple(data.patch)}, the model of {model.patch}"
+                if tuple(data.patch) != model.patch
+                else "",
+                f"captions have {data.vocabulary} token ids, the model {model.vocabulary}"
+                if data.vocabulary > model.vocabulary
+                else "",
+            ],
+        )
+        data.prepare_data()
+        data.setup("validate")
+        self.data = data
+        self.batches = _first(data.val_dataloader(), films)
+        logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)  # it would tell of GPUs and products
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "The `srun` command")  # a trained model is looked at where one is
+            self.trainer = pl.Trainer(
+                accelerator=self.config["trainer"].get("accelerator", "auto"),
+                devices=1,
+                precision=self.config["trainer"].get("precision"),
+                logger=False,
+                enable_checkpointing=False,
+                enable_progress_bar=False,
+                enable_model_summary=False,
+            )
+
+    @property
+    def folder(self) -> Path:
+        """The run's."""
+        return self.checkpoint.parent.parent
+
+    def ready(self) -> tuple[LitVideoDiT, torch.device]:
+        """The module on its device and in its precision, and that device."""
+        device = self.trainer.strategy.root_device
+        module = self.module.to(device)
+        self.trainer.precision_plugin.convert_module(module)  # in place
+        return module, device
+
+
+def _find(command: str, run: Path) -> tuple[Path, Config]:
+    """The latest checkpoint of a run's folder, or the one named, and the run's config."""
+    refuse(command, [] if run.exists() else [f"no such run or checkpoint: {run}"])
+    checkpoints = sorted(run.glob("checkpoints/*.ckpt"), key=lambda path: path.stat().st_mtime)
+    if run.is_file():
+        checkpoints = [run]
+    refuse(command, [] if checkpoints else [f"{run} holds no checkpoints/*.ckpt; is it a run's folder?"])
+    path = checkpoints[-1].absolute()
+    result = path.parent.parent / "result.json"
+    refuse(command, [] if result.is_file() else [f"{path} lies in no run: there is no {result} with its config"])
+    config: Config = json.loads(result.read_text())["config"]
+    return path, config
+
+
+def _load(checkpoint: Path) -> tuple[LitVideoDiT, int]:
+    """The module with its averaged weights, and its step of training."""
+    try:
+        step = int(torch.load(checkpoint, map_location="cpu", weights_only=True)["global_step"])
+        return LitVideoDiT.load_from_checkpoint(checkpoint, map_location="cpu"), step
+    except (KeyError, TypeError, EOFError, RuntimeError, pickle.UnpicklingError) as error:
+        raise ZooError(f"{checkpoint} is no checkpoint of a run: {type(error).__name__}: {error}") from error
+
+
+def _first(loader: Any, films: int) -> list[Batch]:
+    """The first batches that hold so many films, of the last one only the items that are needed."""
+    batches = []
+    for batch in loader:
+        in_stream = len(batch["layout"].films)
+        items = min(len(batch["text"]), -(-films // in_stream))
+        batches.append(tree_map_only(torch.Tensor, itemgetter(slice(items)), batch))  # batch items come first in all
+        films -= items * in_stream
+        if films <= 0:
+            break
+    return batches

@@ -1,0 +1,321 @@
+"""`zoo ladder`, `zoo capture` and `zoo replay` on a run that was trained for two steps."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from matplotlib import image
+from safetensors.torch import load_file, save_file
+from test_cli import zoo
+from test_sample_command import Nobody
+from tiny import BASE
+from torch import Tensor
+
+from experiments.captures import FORMAT, Captured, load, save
+from experiments.config import load as load_config
+from experiments.config import parse_method
+from experiments.replay import Replayed, asked, replay
+from experiments.run import run
+from experiments.store import Cell
+from experiments.tracking import Tracker
+from experiments.trained import Trained
+from lit_modules.routing_watch import each_attention
+from sparse_zoo import Call, Layout, Shot, ZooError
+from sparse_zoo import build as build_method
+from sparse_zoo.ladder import RUNGS, ladder, verdict
+
+LAYERS = [{"name": "moc", "top_k": 1, "anchors": []}, {"name": "moga", "groups": 2}]
+FIELDS = ("layer", "layers", "step", "seed", "head_offset")
+TENSORS = ("q", "k", "v", "hidden", "noise", "q_rows")
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    home = tmp_path_factory.mktemp("home")
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setenv("ZOO_HOME", str(home))
+        patched.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{home / 'mlflow.db'}")
+        few = ["data.val_films=3", "data.batch_size=2", "trainer.max_steps=2", "model.depth=2", "sampling.every=9"]
+        result = run(Cell("two", load_config([BASE, {"attention": LAYERS}, *few])), "train", Tracker("train"), Nobody())
+    assert result.status == "finished", result.traceback
+    return Path(result.folder)
+
+
+@pytest.fixture(scope="module")
+def calls(trained: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    file = tmp_path_factory.mktemp("calls") / "deep" / "calls.safetensors"
+    result = zoo("capture", trained, "--out", file, "--films", "3", "--times", ".3", "--times", ".9", "--json")
+    assert result.exit_code == 0, result.output
+    # Two batches of films, two times, two layers.
+    told = {"file": str(file), "bytes": file.stat().st_size, "calls": 8, "step": 2}
+    assert json.loads(result.stdout) == told
+    assert [path.name for path in file.parent.iterdir()] == [file.name]
+    return file
+
+
+def same(a: Call, b: Call) -> None:
+    for name in TENSORS:
+        one, other = getattr(a, name), getattr(b, name)
+        if isinstance(one, Tensor):
+            assert torch.equal(one, other), name
+            assert one.dtype == other.dtype, name
+        else:
+            assert one == other, name
+    assert (a.features or {}).keys() == (b.features or {}).keys()
+    assert all(torch.equal(value, (b.features or {})[name]) for name, value in (a.features or {}).items())
+    assert [getattr(a, name) for name in FIELDS] == [getattr(b, name) for name in FIELDS]
+    assert a.layout == b.layout
+
+
+# -- captures -------------------------------------------------------------------------------------------------------
+
+
+def test_a_capture_is_what_the_layers_were_given(trained: Path, calls: Path) -> None:
+    opened = Trained("test", trained, [], 3)
+    want: list[Call] = []
+    with torch.no_grad():
+        for batch in opened.batches:
+            for time in (0.3, 0.9):
+                want += each_attention(opened.module, batch, time, opened.step, lambda _, call, __: call)
+    got = load(calls)
+    for one, call in zip(got, want, strict=True):
+        same(one.call, call)
+        assert one.method == LAYERS[call.layer]
+    assert [(len(one.call.q), one.call.layer) for one in got] == [(2, 0), (2, 1)] * 2 + [(1, 0), (1, 1)] * 2
+    assert got[0].call.step == 2
+
+
+def test_some_layers(trained: Path, tmp_path: Path) -> None:
+    file = tmp_path / "some.safetensors"
+    result = zoo("capture", trained, "--out", file, "--layers", "1", "--times", "0.5")
+    assert (result.exit_code, result.stdout.split()[:2]) == (0, ["1", "calls,"])
+    assert [one.call.layer for one in load(file)] == [1]
+    for layers, message in (("2", "layers are 0 … 1, got 2"), ("a", "must be whole numbers as in 0,2, got 'a'")):
+        refused = zoo("capture", trained, "--out", tmp_path / "none", "--layers", layers)
+        assert (refused.exit_code, message in refused.stderr) == (2, True)
+    assert not (tmp_path / "none").exists()
+
+
+def awkward() -> list[Captured]:
+    """Half precision, shared key heads, some queries, features, two films, k and v that are one tensor."""
+    film = Layout.film([Shot(1, 2, 3, 1), Shot(2, 1, 1)], caption=2)
+    packed = Layout.pack([film, Layout.film([Shot(1, 1, 2)])])
+    k = torch.randn(2, 2, len(packed), 4).bfloat16()
+    rows = torch.tensor([3, 0, 9])
+    some = Call(torch.randn(2, 4, 3, 4).bfloat16(), k, k, packed, q_rows=rows, noise=0.25, step=None, head_offset=4)
+    q = torch.randn(1, len(film), 2, 4).transpose(1, 2)  # not contiguous
+    features = {"p": torch.rand(1, len(film), 3), "group": torch.randint(3, (1, len(film)))}
+    noise, hidden = torch.rand(1, 2), torch.randn(1, len(film), 6, dtype=torch.float64)
+    whole = Call(q, q, q, film, hidden=hidden, features=features, layer=3, layers=5, noise=noise, step=7, seed=1 << 40)
+    return [Captured(some, {"name": "dense"}), Captured(whole, {"name": "moga", "mix": ["group"], "schedule": None})]
+
+
+def test_a_call_is_saved_bit_for_bit(tmp_path: Path) -> None:
+    given = awkward()
+    got = load(save(tmp_path / "calls.safetensors", given))
+    for one, two in zip(got, given, strict=True):
+        same(one.call, two.call)
+        assert one.method == two.method
+
+
+def test_what_cannot_be_saved_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ZooError, match="there is no call to save"):
+        save(tmp_path / "none", [])
+    some, whole = awkward()
+    with pytest.raises(ZooError, match="call 1 has a sampler's memory"):
+        save(tmp_path / "none", [some, Captured(replace(whole.call, memory={}), {})])
+    assert not list(tmp_path.iterdir())
+
+
+def test_bad_files_are_refused_with_all_reasons(tmp_path: Path) -> None:
+    good = save(tmp_path / "good", awkward())
+    tensors = load_file(good)
+    (tmp_path / "text").write_text("no tensors")
+    save_file(tensors, tmp_path / "foreign", {"format": "pt"})
+    save_file(tensors, tmp_path / "broken", {"format": FORMAT, "calls": "[{"})
+    save_file({}, tmp_path / "empty", {"format": FORMAT, "calls": "[]"})
+    for name, message in (
+        ("none", "no such file"),
+        ("text", "is no safetensors file"),
+        ("foreign", "its format is 'pt'"),
+        ("broken", "its list of calls is no JSON"),
+        ("empty", "it holds no call"),
+    ):
+        result = zoo("replay", tmp_path / name)
+        assert (result.exit_code, message in result.stderr.replace("\n", " ")) == (2, True), result.stderr
+    first = {"films": [], "noise": None, "method": {}, "layer": 0}
+    second = {"films": [{"caption": 0, "shots": [[0, 1, 1, 0]]}], "noise": None, "method": {}, "layer": 0}
+    del tensors["0.v"]
+    tensors |= {"0.w": torch.zeros(1), "5.q": torch.zeros(1)}
+    save_file(tensors, tmp_path / "bad", {"format": FORMAT, "calls": json.dumps([first, second])})
+    with pytest.raises(ZooError) as error:
+        load(tmp_path / "bad")
+    for reason in (
+        "v is missing",
+        "w is not known",
+        "'5.q' is of no call",
+        "call 1: Shot",
+        "frames must be at least 1",
+    ):
+        assert reason in str(error.value), reason
+
+
+# -- ladder ---------------------------------------------------------------------------------------------------------
+
+
+def test_the_ladder_of_a_run(trained: Path, calls: Path, tmp_path: Path) -> None:
+    asked = ["--films", "3", "--times", ".3", "--times", ".9", "--method", "moc:top_k=2,anchors=[text]"]
+    result = zoo("ladder", trained, *asked, "--plot", tmp_path / "a" / "ladder.svg", "--json")
+    assert result.exit_code == 0, result.output
+    found = json.loads(result.stdout)
+    assert Path(found["plot"]).read_text().startswith("<?xml")
+    assert (found["step"], found["films"], found["times"]) == (2, 3, [0.3, 0.9])
+    own, other = found["methods"]
+    assert (own, other) == ("moc · top_k 1 · anchors none / moga · groups 2", "moc · top_k 2 · anchors text")
+    steps = {(x["method"], x["layer"], x["time"]): x for x in found["steps"]}
+    assert steps.keys() == {(m, layer, time) for m in found["methods"] for layer in (0, 1) for time in (0.3, 0.9)}
+
+    # Each step is the ladder of the calls of that layer and time, its items the films of both batches.
+    opened = Trained("test", trained, [], 3).module.eval()
+    captured = load(calls)
+    asked_for = build_method("moc", heads=2, head_dim=8, top_k=2, anchors=["text"])
+    for number, time in ((0, 0.3), (2, 0.9)):
+        for layer in (0, 1):
+            parts = [captured[number + layer].call, captured[number + 4 + layer].call]
+            attention = opened.model.blocks[layer].attention
+            for method, name in ((attention, own), (asked_for, other)):
+                rungs = [ladder(method, call).rungs for call in parts]
+                step = steps[name, layer, time]
+                assert list(step["rungs"]) == list(rungs[0]) == list(RUNGS)
+                for rung in rungs[0]:
+                    for key in ("mass", "error", "density"):
+                        by_head = torch.cat([getattr(x[rung], key) for x in rungs]).mean(0)
+                        assert step["heads"][rung][key] == pytest.approx(by_head.tolist(), abs=1e-6)
+                        assert step["rungs"][rung][key] == pytest.approx(float(by_head.mean()), abs=1e-6)
+
+    for layer in (0, 1):
+        (judged,) = [x for x in found["verdicts"] if (x["method"], x["layer"]) == (own, layer)]
+        mass = {rung: sum(steps[own, layer, time]["rungs"][rung]["mass"] for time in (0.3, 0.9)) / 2 for rung in RUNGS}
+        assert judged["mass"] == pytest.approx(mass)
+        assert judged["verdict"] == verdict(mass)
+
+
+def test_the_ladder_for_people(trained: Path) -> None:
+    result = zoo("ladder", trained, "--films", "1", "--times", "0.5", "--heads", "--method", "dense")
+    assert result.exit_code == 0, result.output
+    assert "By layer, mean over noise times 0.5" in result.stdout
+    assert "By noise time, mean over layers" in result.stdout
+    assert "1, head 1" in result.stdout
+    assert "dense, layer 1: enough: keeps 100.0 %, the best choice of as many pieces 100.0 %" in result.stdout
+    assert image.imread(trained / "ladder.png").shape[1] == 12 * 130
+    alone = zoo("ladder", trained, "--films", "1", "--times", "0.5", "--method", "moga:groups=3").stdout
+    assert "moga · groups 3 (untrained), layer 0: " in alone
+    assert "head" not in alone
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--times", "0"], "must be above 0 and at most 1, got 0"),
+        (["--method", "mocc"], "did you mean 'moc'"),
+        (["--method", "moc:topk=2"], "did you mean 'top_k'"),
+        (["--method", "moc:2"], "an override is key=value"),
+        (["model.dim=3"], "zoo ladder: only data can be changed"),
+    ],
+)
+def test_what_the_ladder_refuses(trained: Path, arguments: list[str], message: str) -> None:
+    result = zoo("ladder", trained, *arguments)
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert message in result.stderr
+
+
+def test_a_method_in_one_word() -> None:
+    assert parse_method("moc") == ("moc", {})
+    given = {"top_k": 2, "anchors": ["text", "shot"], "causal": None}
+    assert parse_method("moc:top_k=2,anchors=[text,shot],causal=null") == ("moc", given)
+
+
+# -- replay ---------------------------------------------------------------------------------------------------------
+
+
+def test_all_methods_are_ranked_on_the_calls(calls: Path, tmp_path: Path) -> None:
+    result = zoo("replay", calls, "dense", "moc:top_k=1", "moc:top_k=2", "moga", "--json", "--plot", tmp_path / "a.png")
+    assert result.exit_code == 0, result.output
+    found = json.loads(result.stdout)
+    assert found["calls"][1] == {"layer": 1, "tokens": len(load(calls)[0].call.layout), "method": LAYERS[1]}
+    assert image.imread(tmp_path / "a.png").shape[2] == 4
+    rows = {(row["method"], row["settings"].get("top_k")): row for row in found["rows"]}
+    assert [row["error"] for row in found["rows"]] == sorted(row["error"] for row in found["rows"])
+    dense = rows["dense", None]
+    assert (dense["density"], dense["pareto"], dense["untrained"]) == (1, True, False)
+    assert dense["error"] < 1e-5
+    assert rows["moga", None]["untrained"]
+    assert rows["moga", None]["settings"] == {"groups": 3, "frames_per_group": 2}  # the films are tiny
+    one = rows["moc", 1]
+    calls_of = [captured.call for captured in load(calls)]
+    moc = build_method("moc", heads=2, head_dim=8, top_k=1)
+    assert one["density"] == pytest.approx(sum(moc.run(call).cost().density for call in calls_of) / 8)
+    for key, rung, figure in (
+        ("mass", "method", "mass"),
+        ("best_mass", "best", "mass"),
+        ("best_error", "best", "error"),
+    ):
+        assert one[key] == pytest.approx(sum(ladder(moc, call).means()[rung][figure] for call in calls_of) / 8)
+    assert one["seconds"] > 0
+
+
+def test_replay_for_people(calls: Path, here: Path) -> None:
+    result = zoo("replay", calls)
+    assert result.exit_code == 0, result.output
+    assert "untrained" in result.stdout
+    assert "by error" in result.stdout
+    assert not list(here.glob("*.png"))
+
+
+def test_a_method_that_cannot_run_says_why(calls: Path) -> None:
+    result = zoo("replay", calls, "moc:top_k=0", "dense", "--plot", "front.png")
+    assert result.exit_code == 1
+    assert "top_k must be a whole number of at least 1, got 0" in result.stdout
+    assert "100.0 %" in result.stdout
+    assert zoo("replay", calls, "moc:top_k=0", "--plot", "none.png").exit_code == 1
+    assert not Path("none.png").exists()
+    unknown = zoo("replay", calls, "mocc")
+    assert (unknown.exit_code, unknown.stdout) == (2, "")
+    assert "did you mean 'moc'" in unknown.stderr
+
+
+def test_the_front_is_what_nothing_beats(calls: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    figures = {1: (0.2, 0.5), 2: (0.4, 0.3), 3: (0.4, 0.4), 4: (0.5, 0.3), 5: (0.2, 0.5)}
+
+    def served(_: object, method: str, given: dict[str, int]) -> Replayed:
+        density, error = figures[given["top_k"]]
+        return Replayed(method, given, {"density": density, "error": error})
+
+    monkeypatch.setattr("experiments.replay._served", served)
+    rows = replay(load(calls), [("moc", {"top_k": n}) for n in figures])
+    assert {row.settings["top_k"] for row in rows if row.pareto} == {1, 2, 5}
+    assert [row.settings["top_k"] for row in rows] == [2, 4, 3, 1, 5]
+
+
+def test_settings_for_tiny_films_are_for_tiny_films() -> None:
+    def captured(frames: int) -> list[Captured]:
+        film = Layout.film([Shot(frames, 16, 16)])
+        x = torch.zeros(1, 1, 1, 1).expand(1, 1, len(film), 1)
+        return [Captured(Call(x, x, x, film), {})]
+
+    tiny: Any = dict(asked([], captured(3)))
+    assert tiny["moc_fixed"]["chunk_tokens"] == 7
+    assert dict(asked([], captured(4)))["moc_fixed"] == {}
+    assert asked(["moc:top_k=3", "moc"], captured(4)) == [("moc", {"top_k": 3}), ("moc", {})]
+
+
+@pytest.mark.parametrize("command", ["ladder", "capture", "replay"])
+def test_help_teaches(command: str) -> None:
+    text = zoo(command, "--help").stdout
+    assert "Usage" in text
+    assert f"Example: zoo {command}" in text
