@@ -193,7 +193,7 @@ def test_ctrl_c_ends_a_sweep_politely(here: Path) -> None:
 import signal, sys
 from experiments import cli, progress
 
-def step(self, number, total, loss):
+def step(self, name, number, total, loss):
     if number == 3:
         signal.raise_signal(signal.SIGINT)
 

@@ -41,7 +41,9 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
         patched.setenv("ZOO_HOME", str(home))
         patched.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{home / 'mlflow.db'}")
         few = ["data.val_films=3", "data.batch_size=2", "trainer.max_steps=2", "model.depth=2", "sampling.every=9"]
-        result = run(Cell("two", load_config([BASE, {"attention": LAYERS}, *few])), "train", Tracker("train"), Nobody())
+        result = run(
+            Cell("two", load_config([BASE, {"attention": LAYERS}, *few])), "train", Tracker("train", print), Nobody()
+        )
     assert result.status == "finished", result.traceback
     return Path(result.folder)
 
