@@ -238,7 +238,8 @@ def test_a_store_that_is_lost_halfway_costs_its_points_alone(runs: Path, monkeyp
     assert "database is locked" in bar.notes[0]
 
 
-def test_a_run_that_goes_on_logs_no_step_twice(runs: Path) -> None:
+@pytest.mark.usefixtures("runs")
+def test_a_run_that_goes_on_logs_no_step_twice() -> None:
     tracker = Tracker("again", print)
     first = tracker.run("moc", "0123", parent=None, before=None)
     for before, steps in ((None, range(4)), (first.run_id, range(2, 6))):

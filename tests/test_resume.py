@@ -193,7 +193,10 @@ def test_a_damaged_checkpoint_starts_the_run_anew(half_done: Cell, damage: str) 
 
 
 def test_fresh_starts_anew(half_done: Cell) -> None:
+    part = half_done.folder("sweep") / "checkpoints" / "step=9.ckpt.1.part"  # what a kill amid a write leaves
+    part.touch()
     assert begun(half_done) == (3, ["moc goes on from step 3"])
+    assert not part.exists()
     assert begun(half_done, fresh=True) == (0, [])
 
 
