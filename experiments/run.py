@@ -294,9 +294,9 @@ def _record(log: Log, result: Result, folder: Path) -> None:
     plain = result.to_json()
     log.log_metrics({f"result/{key}": plain[key] for key in figures if plain[key] is not None}, 0)
     log.log_metrics({f"result/{key}": value for key, value in plain["metrics"].items() if value is not None}, 0)
-    told = {f"zoo.{key}": str(value) for key, value in result.provenance.items()}
-    told |= {"zoo.kernel": result.kernel or "", "zoo.status": result.status, "zoo.reason": result.reason or ""}
-    log.about({}, told)
+    told: dict[str, str | None] = {f"zoo.{key}": str(value) for key, value in result.provenance.items()}
+    told |= {"zoo.kernel": result.kernel, "zoo.status": result.status, "zoo.reason": result.reason}
+    log.about({}, {key: value for key, value in told.items() if value})
     if result.diagnostics:
         log.file(folder / "diagnostics.jsonl")
     for name in [picture["file"] for picture in result.pictures]:

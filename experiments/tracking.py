@@ -49,6 +49,7 @@ T = TypeVar("T")
 
 BUSY = 30  # seconds that a write waits for another process to finish its own, in SQLite
 AGAIN = 60  # seconds after which a store that failed is tried again
+TRAINING = {"mlflow.experimentKind": "custom_model_development"}  # else its page takes it for language models
 AT_ONCE = 100  # what a server takes of tags or parameters in one request; of metrics it takes more
 
 
@@ -103,7 +104,7 @@ class Tracker:
             self._experiment_id = str(
                 found.experiment_id
                 if found
-                else self.client.create_experiment(self.experiment, artifact_location=local)
+                else self.client.create_experiment(self.experiment, artifact_location=local, tags=TRAINING)
             )
 
     def parent(self, name: str, about: str) -> str | None:
@@ -144,7 +145,7 @@ class Tracker:
                 if self.client.get_run(stale).info.status in ("RUNNING", "KILLED"):
                     self.client.delete_run(stale)
             above = {"mlflow.parentRunId": parent} if parent else {}
-            tags = {**above, "zoo.cell": cell, "zoo.sweep": self.experiment}
+            tags = {**above, "zoo.cell": cell, "zoo.sweep": self.experiment, "mlflow.source.name": "zoo"}
             made = self.client.create_run(self.experiment_id, run_name=name, tags=tags)
             return Log(self, str(made.info.run_id), {})
 

@@ -23,7 +23,7 @@ from experiments import store
 from experiments.launch import differing, execute
 from experiments.progress import Bar
 from experiments.sweep import read
-from experiments.tracking import uri
+from experiments.tracking import Tracker, uri
 from sparse_zoo.errors import ZooError
 
 METHODS = {"attention": ["dense", "moc"]}
@@ -238,6 +238,26 @@ def test_a_store_that_is_lost_halfway_costs_its_points_alone(runs: Path, monkeyp
     assert "database is locked" in bar.notes[0]
 
 
+@pytest.mark.usefixtures("runs")
+def test_a_run_that_goes_on_logs_no_step_twice() -> None:
+    tracker = Tracker("again", print)
+    first = tracker.run("moc", "0123", parent=None, before=None)
+    for before, steps in ((None, range(4)), (first.run_id, range(2, 6))):
+        log = first if before is None else tracker.run("moc", "0123", parent=None, before=before)
+        for step in steps:
+            log.log_metrics({"loss": step / 2}, step)
+            log.log_metrics({f"only_at_{step}": 1.0}, step)
+        log.save()
+    assert log.run_id == first.run_id
+    history = tracker.client.get_metric_history(str(first.run_id), "loss")
+    assert [(point.step, point.value) for point in history] == [(step, step / 2) for step in range(6)]
+    assert len(tracker.client.get_run(str(first.run_id)).data.metrics) == 7
+
+    anew = tracker.run("moc", "0123", parent=None, before=None)  # it takes the unfinished one's place
+    (found,) = tracker.client.search_runs([tracker.experiment_id])
+    assert found.info.run_id == anew.run_id
+
+
 def test_mlflow_shows_what_differs_what_was_seen_and_what_came_out(runs: Path) -> None:
     axes = {"attention": ["dense", {"name": "moc", "top_k": 1}], "optim.lr": [0.5, 0.25]}
     sweep = read(write_sweep(runs / "shown.yaml", about="Which one?", axes=axes))
@@ -256,6 +276,8 @@ def test_mlflow_shows_what_differs_what_was_seen_and_what_came_out(runs: Path) -
     assert {tag.value for entry in run.inputs.dataset_inputs for tag in entry.tags} == {"training", "validation"}
     (output,) = run.outputs.model_outputs
     assert client.get_logged_model(output.model_id).tags["zoo.checkpoint"] == result.checkpoint
+    experiment = client.get_experiment(run.info.experiment_id)
+    assert experiment.tags["mlflow.experimentKind"] == "custom_model_development"
     parent = client.get_run(run.data.tags["mlflow.parentRunId"])
     assert parent.info.run_name == "shown"
     assert parent.data.tags["mlflow.note.content"].startswith("Which one?")

@@ -34,7 +34,8 @@ LONG = {
     "attention": {"name": "moc", "top_k": 1, "drop_off": 0.5},
     "trainer.max_steps": 8,
     "trainer.val_check_interval": 3,
-    "sampling.every": 1,
+    "trainer.log_every_n_steps": 5,
+    "sampling.every": 2,
     "flow": {"drop_text": 0.5},
 }
 
@@ -139,6 +140,7 @@ def test_a_run_that_was_killed_ends_like_one_that_was_not(batches: int, accumula
     assert {path.name for path in Path(parts.folder).iterdir()} == {path.name for path in Path(whole.folder).iterdir()}
 
     assert points(str(parts.mlflow_run)) == points(str(whole.mlflow_run))
+    assert all(len(dict(found)) == len(found) for found in points(str(parts.mlflow_run)).values())
     client = mlflow.MlflowClient(uri())
     assert len(client.search_runs([client.get_run(str(parts.mlflow_run)).info.experiment_id])) == 1
 
@@ -191,7 +193,10 @@ def test_a_damaged_checkpoint_starts_the_run_anew(half_done: Cell, damage: str) 
 
 
 def test_fresh_starts_anew(half_done: Cell) -> None:
+    part = half_done.folder("sweep") / "checkpoints" / "step=9.ckpt.1.part"  # what a kill amid a write leaves
+    part.touch()
     assert begun(half_done) == (3, ["moc goes on from step 3"])
+    assert not part.exists()
     assert begun(half_done, fresh=True) == (0, [])
 
 
