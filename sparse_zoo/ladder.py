@@ -42,6 +42,7 @@ from sparse_zoo.schedule import Scheduled
 RUNGS = ("method", "best", "pooled", "random")
 DRAWS = 3
 BLOCK = 1 << 24  # numbers in one table of some queries × all keys: 64 MB in float32, and a few such tables
+FAINT = 1e-30
 ENOUGH, BROUGHT_BACK = 0.95, 1 / 3
 
 Parts = Sequence[Part]
@@ -256,15 +257,16 @@ def _measured(
         dense = softmax @ v
         norm += dense.double().square().sum((2, 3))
         dense_pairs += int(same_film.sum())
+        held: dict[Part, Tensor] = {}  # anchors are the same parts in every choice
         for name, found in choices.items():
             for plans, (mass, error, pairs) in zip(found, sums[name], strict=True):
                 out, union = rest[:, :, at], torch.zeros_like(same_film)[None, None]
                 for branch, parts, own in zip(branches, plans, values, strict=True):
-                    mask = _mask(parts, at, call)
-                    out = out + _at(branch.weight, at) * _attended(scores, mask, own)
+                    mask = _mask(parts, at, call, held)
+                    out = out + _at(branch.weight, at) * _attended(scores, softmax, mask, own)
                     union = union | mask
-                    pairs += mask.sum((2, 3))
-                mass += (softmax * union).double().sum((2, 3))
+                    pairs += mask.sum(-1).sum(-1)
+                mass += (softmax * union).sum(-1).double().sum(-1)
                 error += (out - dense).double().square().sum((2, 3))
     rungs = {}
     for name, each in sums.items():
@@ -289,7 +291,7 @@ def _rest(attention: Attention, call: Call, branches: Sequence[Branch | Term]) -
         outs = []
         for at in _slices(call, q.shape[2]):
             scores = q[:, :, at].to(wide) @ k.transpose(-1, -2) / math.sqrt(q.shape[-1])
-            outs.append(_attended(scores, branch.plan.narrow(at).dense_mask(), v))
+            outs.append(_attended(scores, scores.softmax(-1), branch.plan.narrow(at).dense_mask(), v))
         out = torch.cat(outs, dim=2)
         if branch.rows is not None:
             out = pad(out, (0, 0, 1, 0))[:, :, branch.rows.masked_fill(silent, -1) + 1]
@@ -297,12 +299,19 @@ def _rest(attention: Attention, call: Call, branches: Sequence[Branch | Term]) -
     return total
 
 
-def _attended(scores: Tensor, mask: Tensor, v: Tensor) -> Tensor:
-    """Softmax over the scores (B, H, n, L) where the mask holds, times v; 0 for a query without keys."""
-    kept = scores.masked_fill(~mask, -torch.inf)
-    top = kept.amax(-1, keepdim=True)
-    weights = (kept - top.masked_fill(top == -torch.inf, 0)).exp()
-    return (weights @ v) / weights.sum(-1, keepdim=True).clamp(min=torch.finfo(v.dtype).tiny)
+def _attended(scores: Tensor, softmax: Tensor, mask: Tensor, v: Tensor) -> Tensor:
+    """What queries get of v where the mask holds, from their scores and softmax over all keys (B, H, n, L).
+
+    0 for a query without keys.
+    """
+    kept = softmax * mask
+    total = kept.sum(-1, keepdim=True)
+    if bool((total < FAINT).any()):  # beside the largest of all keys nothing is left of these: they get their own scale
+        kept = scores.masked_fill(~mask, -torch.inf)
+        top = kept.amax(-1, keepdim=True)
+        kept = (kept - top.masked_fill(top == -torch.inf, 0)).exp()
+        total = kept.sum(-1, keepdim=True)
+    return (kept @ v) / total.clamp(min=FAINT)
 
 
 # -- slices of queries ----------------------------------------------------------------------------------------------
@@ -321,11 +330,14 @@ def _same_film(call: Call, at: Tensor) -> Tensor:
     return call.layout.sample[token][:, None] == call.layout.sample
 
 
-def _mask(parts: Parts, at: Tensor, call: Call) -> Tensor:
-    """What the parts hold of the queries `at`, bool (B|1, H|1, n, L)."""
+def _mask(parts: Parts, at: Tensor, call: Call, known: dict[Part, Tensor] | None = None) -> Tensor:
+    """What the parts hold of the queries `at`, bool (B|1, H|1, n, L); a part's mask is looked up in `known` first."""
+    known = {} if known is None else known
     mask = torch.zeros(1, 1, len(at), call.k.shape[2], dtype=torch.bool, device=at.device)
     for part in parts:
-        mask = mask | part.narrow(at).mask()
+        if part not in known:
+            known[part] = part.narrow(at).mask()
+        mask = mask | known[part]
     return mask
 
 

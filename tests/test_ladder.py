@@ -308,6 +308,22 @@ def test_random_is_every_candidate_alike() -> None:
     assert not torch.equal(one, ladder(attention, call, draws=2).rungs["random"].mass)
 
 
+def test_keys_of_which_the_largest_leave_nothing_still_give_an_output() -> None:
+    """The chosen chunks lie e^-200 below the own shot, which no float32 holds; among themselves they are attended."""
+    call = call_on(FILM)
+    bias = torch.nn.functional.one_hot(FILM.shot.clamp(min=0), 4).double() * 25
+    q, k = (torch.cat([x, bias.expand(*x.shape[:2], -1, -1)], dim=-1) for x in (call.q, call.k))
+    v = torch.nn.functional.pad(call.v, (0, 4))
+    attention = zoo.build("moc", heads=HEADS, head_dim=8, top_k=2, anchors=(), causal="routing")
+    for dtype in (torch.float32, torch.float64):
+        given = Call(q.to(dtype), k.to(dtype), v.to(dtype), FILM)
+        rung = ladder(attention, given).rungs["method"]
+        dense = zoo.build("dense", heads=HEADS, head_dim=8).run(given).out
+        error = (attention.run(given).out - dense).square().sum((2, 3)) / dense.square().sum((2, 3))
+        torch.testing.assert_close(rung.error, error.sqrt().double(), rtol=1e-5, atol=0)
+    assert rung.mass.max() < 0.3
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_half_precision_is_widened(dtype: torch.dtype) -> None:
     attention, call = method("moc, no anchors"), call_on(PACKED)
