@@ -165,7 +165,8 @@ class Attention(nn.Module):
     - `may_be_empty`: whether a query may be left without keys (its output is 0).
     - `pools_queries`: whether it chooses for blocks of queries, so that it needs all queries of the stream (no
       `q_rows`).
-    - `own_heads`: what makes heads differ other than their q, k, v (parameters of each), in a sentence; None: nothing.
+    - `own_heads`: what makes heads differ other than their q, k, v (parameters or windows of each), in a sentence;
+      None: nothing.
     - `knob`: the setting that buys density.
     - `card`: what a table of methods says of it (docs/zoo.md); checks do not look at it.
     - `small`: settings that suit films of a few dozen tokens; the conformance suite uses them.

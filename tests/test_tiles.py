@@ -145,6 +145,14 @@ def test_blocks_are_those_of_the_mask_of_tokens(film: str, decay: float, block: 
     assert torch.equal(mask_of(radial, make(layout))[0, 0], want)
 
 
+def test_a_block_attends_to_itself_where_its_mask_is_thin() -> None:
+    film = zoo.Layout.film([zoo.Shot(24, 1, 1)])
+    radial = zoo.build("radial", heads=1, head_dim=8, block=12)
+    mask = mask_of(radial, make(film))[0, 0]  # each token sees 3 of 12 in its own block, less than a third
+    assert mask[12:, 12:].all()
+    assert not mask[12:, :12].any()
+
+
 def test_slices_of_blocks_make_no_difference(monkeypatch: pytest.MonkeyPatch) -> None:
     layout = RADIAL_FILMS["unequal frames"]
     radial = zoo.build("radial", heads=1, head_dim=8, decay=0.31, block=3)
@@ -214,6 +222,12 @@ def test_each_film_and_batch_item_has_its_own_kinds_of_heads() -> None:
     assert isinstance(svg, SVG)
     temporal = svg._temporal(Call(together("q"), together("k"), together("v"), packed))
     assert temporal.tolist() == [[[False, True], [True, False]], [[True, False], [False, True]]]  # (B, H, films)
+
+
+def test_a_tie_makes_a_spatial_head() -> None:
+    svg, call = zoo.build("svg", heads=2, head_dim=16), leaning(FILM)
+    assert isinstance(svg, SVG)
+    assert not svg._temporal(replace(call, v=torch.zeros_like(call.v))).any()
 
 
 def test_samples_are_spread_evenly_over_the_video() -> None:
