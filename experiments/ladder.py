@@ -296,8 +296,9 @@ def _check_times(times: Sequence[float]) -> None:
 def _table(title: str, by: str, rows: Sequence[tuple[str, str, Figures]]) -> Table:
     table = Table(title=title, title_justify="left", box=None, pad_edge=False)
     several = len({method for method, _, _ in rows}) > 1
-    for name in (*(["method"] if several else []), by):
-        table.add_column(name, overflow="fold")
+    if several:
+        table.add_column("method", overflow="fold")
+    table.add_column(by, no_wrap=True)
     for name in ("pairs", "kept", *RUNGS[1:], "error", *RUNGS[1:]):
         table.add_column(name, justify="right", no_wrap=True, style="bold" if name in ("kept", "error") else "")
     for method, label, found in rows:
