@@ -197,9 +197,9 @@ class _Range:
         return [bisect_left(line, self.cost(high), key=self.cost) + 1 for line in lines]
 
     def look_around(self, goal: float) -> None:
-        """Where the goal lies between two values of a number, measure some more at either side of it."""
+        """Where the goal lies between two whole numbers, measure some more at either side of it."""
         found, (at, *_) = self.nearest(goal), self._ranked(goal)[0]
-        if not self.several and found.below and found.above:
+        if isinstance(self.axes[0][0], int) and not self.several and found.below and found.above:
             for near in range(max(0, at - AROUND), min(len(self.axes[0]), at + AROUND + 1)):
                 self.cost((near,))
 
