@@ -14,8 +14,9 @@ import sparse_zoo as zoo
 from sparse_zoo import testing
 from sparse_zoo.attention import Branch, Call
 from sparse_zoo.cost import Cost
+from sparse_zoo.kmeans import kmeans
 from sparse_zoo.methods.svg import SVG, _sampled
-from sparse_zoo.methods.svg2 import SVG2, _kmeans
+from sparse_zoo.methods.svg2 import SVG2
 from sparse_zoo.testing import slow
 from sparse_zoo.testing.slow_tiles import lloyd, radial_keys
 from sparse_zoo.testing.subject import PACKED, STORY, Subject, make
@@ -261,7 +262,7 @@ def test_k_means_is_lloyds() -> None:
     draw = torch.Generator().manual_seed(0)
     x = torch.randn(2, 3, 40, 5, generator=draw)
     tokens = torch.arange(3, 40)
-    labels, centroids = _kmeans(x, tokens, x[:, :, tokens[(2 * torch.arange(6) + 1) * 37 // 12]], 4)
+    labels, centroids = kmeans(x, tokens, x[:, :, tokens[(2 * torch.arange(6) + 1) * 37 // 12]], 4)
     for item in range(2):
         for head in range(3):
             found = lloyd(x[item, head].double(), tokens.tolist(), 6, 4)
@@ -272,13 +273,13 @@ def test_k_means_is_lloyds() -> None:
 
 def test_slices_of_tokens_make_no_difference(monkeypatch: pytest.MonkeyPatch) -> None:
     whole = mask_of(svg2(), make(PACKED))
-    monkeypatch.setattr("sparse_zoo.methods.svg2.SCORES", 1)
+    monkeypatch.setattr("sparse_zoo.kmeans.SCORES", 1)
     assert torch.equal(mask_of(svg2(), make(PACKED)), whole)
 
 
 def test_an_empty_cluster_stays_and_is_never_chosen() -> None:
     x = torch.zeros(1, 1, 4, 2)
-    labels, centroids = _kmeans(x, torch.arange(4), torch.tensor([[[[1.0, 0.0], [0.1, 0.0], [5.0, 5.0]]]]), 3)
+    labels, centroids = kmeans(x, torch.arange(4), torch.tensor([[[[1.0, 0.0], [0.1, 0.0], [5.0, 5.0]]]]), 3)
     assert labels.tolist() == [[[1, 1, 1, 1]]]
     assert centroids[0, 0].tolist() == [[1.0, 0.0], [0.0, 0.0], [5.0, 5.0]]
     call = make(STORY)

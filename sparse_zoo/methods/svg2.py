@@ -16,14 +16,12 @@ from torch import Tensor
 from sparse_zoo.attention import Attention, Branch, Call, Card, Knob, Limit, Term, is_count
 from sparse_zoo.blocks import chosen, heaviest, joint, largest
 from sparse_zoo.errors import refuse
+from sparse_zoo.kmeans import clusters
 from sparse_zoo.layout import Layout
 from sparse_zoo.partition import Partition
 from sparse_zoo.plan import Part
 from sparse_zoo.registry import register
 from sparse_zoo.remember import remembered
-
-SCORES = 1 << 24
-"""Distances held at once while tokens are assigned to clusters."""
 
 
 @register("svg2")
@@ -108,8 +106,9 @@ class SVG2(Attention):
         kept = self._kept(call)
         rounds = self.later_rounds if kept else self.first_rounds
         starts = (kept.queries, kept.keys) if kept else (None, None)
-        query_labels, query_centroids = _clusters(call.q, call.layout, self.clusters[0], rounds, starts[0])
-        key_labels, key_centroids = _clusters(call.k, call.layout, self.clusters[1], rounds, starts[1])
+        videos = _videos(call.layout)
+        query_labels, query_centroids = clusters(call.q, videos, self.clusters[0], rounds, starts[0])
+        key_labels, key_centroids = clusters(call.k, videos, self.clusters[1], rounds, starts[1])
         if call.memory is not None:
             call.memory[self._place(call)] = _Kept(query_centroids, key_centroids, rounds)
 
@@ -164,43 +163,3 @@ def _videos(layout: Layout) -> list[Tensor]:
     """The video tokens of each film that has any: int64 (n,), of the stream."""
     films = [(layout.sample == film) & ~layout.is_text for film in range(len(layout.films))]
     return [video.nonzero()[:, 0] for video in films if bool(video.any())]
-
-
-def _clusters(
-    x: Tensor, layout: Layout, count: int, rounds: int, start: list[Tensor] | None
-) -> tuple[Tensor, list[Tensor]]:
-    """The cluster of each token of x (B, H, L, D), int64 (B, H, L), counted through the films, -1 for text; and each
-    film's centroids, which are the means of its clusters."""
-    labels = torch.full(x.shape[:3], -1, device=x.device)
-    found: list[Tensor] = []
-    for film, tokens in enumerate(_videos(layout)):
-        many = min(count, len(tokens))
-        spread = (2 * torch.arange(many, device=x.device) + 1) * len(tokens) // (2 * many)
-        centroids = start[film] if start else x[:, :, tokens[spread]].float()
-        nearest, centroids = _kmeans(x, tokens, centroids, rounds)
-        labels[:, :, tokens] = nearest + sum(held.shape[2] for held in found)
-        found.append(centroids)
-    return labels, found
-
-
-def _kmeans(x: Tensor, tokens: Tensor, centroids: Tensor, rounds: int) -> tuple[Tensor, Tensor]:
-    """The nearest centroid of each of `tokens` of x (B, H, L, D), int64 (B, H, n), and the means that follow from it.
-
-    centroids: float32 (B, H, C, D). Sums are products with one-hot tables, which give the same bits every time.
-    """
-    batch, heads, count, _ = centroids.shape
-    step = max(1, SCORES // (batch * heads * count))
-    nearest = torch.empty(batch, heads, len(tokens), dtype=torch.int64, device=x.device)
-    for _ in range(rounds):
-        total, number = torch.zeros_like(centroids), torch.zeros_like(centroids[..., :1])
-        for first in range(0, len(tokens), step):
-            some = slice(first, first + step)
-            part = x[:, :, tokens[some]].float()
-            # |x - c|^2 is least where x c - |c|^2 / 2 is largest; the first of equals is taken.
-            scores = part @ centroids.transpose(-1, -2) - centroids.square().sum(-1)[:, :, None] / 2
-            nearest[:, :, some] = scores.argmax(-1)
-            taken = torch.zeros_like(scores).scatter_(-1, nearest[:, :, some, None], 1.0)
-            total += taken.transpose(-1, -2) @ part
-            number += taken.sum(2)[..., None]
-        centroids = torch.where(number > 0, total / number.clamp(min=1), centroids)
-    return nearest, centroids

@@ -10,10 +10,11 @@ from unittest.mock import patch
 import torch
 from torch import Tensor
 
+from sparse_zoo import kmeans
 from sparse_zoo.attention import Branch, Call, Term
 from sparse_zoo.blocks import joint, windowed
 from sparse_zoo.layout import Layout
-from sparse_zoo.methods import radial, svg2
+from sparse_zoo.methods import radial
 from sparse_zoo.methods.radial import Radial
 from sparse_zoo.methods.sta import STA
 from sparse_zoo.methods.svg import SVG
@@ -107,13 +108,13 @@ class FirstGuessStays(SVG2):
 
     def branches(self, call: Call) -> list[Branch | Term]:
         def one_round(x: Tensor, tokens: Tensor, centroids: Tensor, _: int) -> tuple[Tensor, Tensor]:
-            return kmeans(x, tokens, centroids, 1)[0], centroids
+            return in_full(x, tokens, centroids, 1)[0], centroids
 
-        with patch.object(svg2, "_kmeans", one_round):
+        with patch.object(kmeans, "kmeans", one_round):
             return super().branches(call)
 
 
-kmeans = svg2._kmeans
+in_full = kmeans.kmeans
 
 
 @mutant("leaves_no_state", "draws_recomputed", "checkpointing", later_rounds=1)

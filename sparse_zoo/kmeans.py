@@ -1,0 +1,57 @@
+"""K-means (Lloyd's rounds, Euclidean) of tokens, apart for each batch item and head, without random numbers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+SCORES = 1 << 24
+"""Distances held at once while tokens are assigned to clusters."""
+
+
+def clusters(
+    x: Tensor, films: Sequence[Tensor], count: int, rounds: int, start: Sequence[Tensor] | None = None
+) -> tuple[Tensor, list[Tensor]]:
+    """Cluster the tokens of each film, `count` clusters or as many as it has tokens, in float32.
+
+    x (B, H, L, D); `films` are tokens of the stream, int64 (n,) with n at least 1. `start` are centroids to go on from,
+    else tokens spread evenly over the film. Returns the cluster of each token, int64 (B, H, L), counted through the
+    films, -1 for tokens of none; and each film's centroids, float32 (B, H, clusters, D), which are the means of its
+    clusters. Clusters may be empty.
+    """
+    labels = torch.full(x.shape[:3], -1, device=x.device)
+    found: list[Tensor] = []
+    for film, tokens in enumerate(films):
+        many = min(count, len(tokens))
+        spread = (2 * torch.arange(many, device=x.device) + 1) * len(tokens) // (2 * many)
+        centroids = start[film] if start else x[:, :, tokens[spread]].float()
+        nearest, centroids = kmeans(x, tokens, centroids, rounds)
+        labels[:, :, tokens] = nearest + sum(held.shape[2] for held in found)
+        found.append(centroids)
+    return labels, found
+
+
+def kmeans(x: Tensor, tokens: Tensor, centroids: Tensor, rounds: int) -> tuple[Tensor, Tensor]:
+    """The nearest centroid of each of `tokens` of x (B, H, L, D), int64 (B, H, n), and the means that follow from it.
+
+    centroids: float32 (B, H, C, D); an empty cluster's stays. Sums are products with one-hot tables, which give the
+    same bits every time on a GPU too, where adding by index does not.
+    """
+    batch, heads, count, _ = centroids.shape
+    step = max(1, SCORES // (batch * heads * count))
+    nearest = torch.empty(batch, heads, len(tokens), dtype=torch.int64, device=x.device)
+    for _ in range(rounds):
+        total, number = torch.zeros_like(centroids), torch.zeros_like(centroids[..., :1])
+        for first in range(0, len(tokens), step):
+            some = slice(first, first + step)
+            part = x[:, :, tokens[some]].float()
+            # |x - c|^2 is least where x c - |c|^2 / 2 is largest; the first of equals is taken.
+            scores = part @ centroids.transpose(-1, -2) - centroids.square().sum(-1)[:, :, None] / 2
+            nearest[:, :, some] = scores.argmax(-1)
+            taken = torch.zeros_like(scores).scatter_(-1, nearest[:, :, some, None], 1.0)
+            total += taken.transpose(-1, -2) @ part
+            number += taken.sum(2)[..., None]
+        centroids = torch.where(number > 0, total / number.clamp(min=1), centroids)
+    return nearest, centroids
