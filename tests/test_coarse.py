@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 import sparse_zoo as zoo
-from sparse_zoo import Branch, Call, Layout, Shot, Term
+from sparse_zoo import Branch, Call, Layout, Shot, Term, testing
 from sparse_zoo.blocks import largest, members, pooled
 from sparse_zoo.methods.nsa import NSA
 from sparse_zoo.methods.sla import SLA
@@ -20,10 +20,11 @@ DIM = 6
 FILM = Layout.pack([Layout.film([Shot(2, 3, 3, 2), Shot(1, 2, 5)], caption=1), Layout.film([Shot(1, 2, 3, 1)])])
 
 
-def make(film: Layout, heads: int = 2, head_dim: int = 4, seed: int = 0) -> Call:
-    draw = torch.Generator().manual_seed(seed)
-    of_keys = (1, heads // 2, len(film), head_dim)
-    shapes = [(1, heads, len(film), head_dim), of_keys, of_keys, (1, len(film), DIM)]
+def make(film: Layout, head_dim: int = 4) -> Call:
+    """Two heads that share keys and values."""
+    draw = torch.Generator().manual_seed(0)
+    of_keys = (1, 1, len(film), head_dim)
+    shapes = [(1, 2, len(film), head_dim), of_keys, of_keys, (1, len(film), DIM)]
     q, k, v, hidden = (torch.randn(*s, generator=draw, dtype=torch.float64).requires_grad_() for s in shapes)
     return Call(q, k, v, film, hidden=hidden)
 
@@ -54,6 +55,11 @@ def dense(call: Call) -> Tensor:
 
 def close(ours: Tensor, right: Tensor, atol: float = 1e-12) -> None:
     torch.testing.assert_close(ours, right, rtol=0, atol=atol)
+
+
+@testing.parametrize_methods("vsa", "nsa", "sla")
+def test_methods_conform(check: Any) -> None:
+    check()
 
 
 # -- gradients, through means, gates, choices and the linear part ------------------------------------------------------
@@ -215,11 +221,12 @@ def test_sla_linear_flops_and_memory() -> None:
 # -- what is shared ----------------------------------------------------------------------------------------------------
 
 
-def test_pooled_sums_in_float32() -> None:
-    """In bfloat16 256 + 1 is 256 again: a mean of 1024 ones summed there would be 1/4."""
-    pieces = Layout.film([Shot(16, 8, 8)]).partition()
-    x = torch.ones(1, 1, 1024, 1, dtype=torch.bfloat16)
-    assert pooled(pieces, x).item() == 1
+def test_means_are_float32_at_least() -> None:
+    """1 + 1/256 lies between two numbers of bfloat16."""
+    pieces = Layout.film([Shot(2, 8, 8)]).partition()
+    x = torch.ones(1, 1, 128, 1, dtype=torch.bfloat16)
+    x[:, :, ::2] += 1 / 128
+    assert pooled(pieces, x).item() == 1 + 1 / 256
     assert pooled(pieces, x.double()).dtype == torch.float64
 
 
