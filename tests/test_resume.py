@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-import errno
 import json
 import os
 import shutil
 import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import mlflow
 import pytest
 import torch
 from tiny import BASE
 
-from experiments import store
+from experiments import saving, store
 from experiments.config import load
 from experiments.run import RESUME, _begin, run
 from experiments.saving import saved_step
@@ -208,18 +209,18 @@ def begun(cell: Cell, fresh: bool = False) -> tuple[int, list[str]]:
 
 
 def test_a_full_disk_loses_nothing(runs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The checkpoint's second half finds no room; what was saved before stays whole, and the run goes on from it."""
-    cell = Cell("moc", load([BASE, LONG]))
-    save = torch.save
+    """A checkpoint finds no room; the one before it stays whole, and the run goes on from it."""
+    cell, saved = Cell("moc", load([BASE, LONG])), list[str]()
 
-    def full(checkpoint: dict[str, Any], file: Any) -> None:
-        save(checkpoint, file)
-        if checkpoint.get("global_step") == 4:
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(file.name))
+    @contextmanager
+    def full(path: Path) -> Iterator[IO[bytes]]:
+        saved.append(path.name)
+        with store.whole(path) as file, open("/dev/full", "wb", buffering=0) as no_room:
+            yield no_room if saved.count(RESUME) == 4 else file
 
     watch = Killing()
     with monkeypatch.context() as patched:
-        patched.setattr(torch, "save", full)
+        patched.setattr(saving, "whole", full)
         with pytest.raises(ZooError, match=r"moc was stopped: .*No space left on device.* give the command again"):
             go(cell, "sweep", watch)
     assert store.read(cell, "sweep").status == "missing"
