@@ -238,6 +238,18 @@ def test_a_store_that_is_lost_halfway_costs_its_points_alone(runs: Path, monkeyp
     assert "database is locked" in bar.notes[0]
 
 
+def test_a_database_is_made_whole_or_not_at_all(runs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("MLFLOW_TRACKING_URI")
+    told: list[str] = []
+    with monkeypatch.context() as patched:
+        patched.setattr("experiments.tracking.os.replace", lambda *_: os.stat(runs / "nowhere"))
+        assert Tracker("first", told.append).parent("first", "") is None
+    assert len(told) == 1
+    assert not (store.home() / "mlflow.db").exists()
+    assert Tracker("first", told.append).parent("first", "") is not None
+    assert len(told) == 1
+
+
 @pytest.mark.usefixtures("runs")
 def test_a_run_that_goes_on_logs_no_step_twice() -> None:
     tracker = Tracker("again", print)
@@ -304,14 +316,14 @@ import sparse_zoo as zoo
 
 @zoo.register("killed")
 class Killed(zoo.Attention):
-    """Dense attention whose process is killed in the second step, once."""
+    """Dense attention whose process is killed after the second step, once."""
 
     def plan(self, q, k, layout):
         return zoo.Plan.dense(layout)
 
     def losses(self, call):
         once = __file__ + ".once"
-        if call.step and not os.path.exists(once):
+        if (call.step or 0) > 1 and not os.path.exists(once):
             open(once, "w").close()
             os.kill(os.getpid(), signal.SIGKILL)
         return {"threads": torch.tensor(float(torch.get_num_threads()))}
@@ -325,7 +337,8 @@ def test_jobs_share_cells_and_survive_the_death_of_one(runs: Path, monkeypatch: 
     monkeypatch.setattr(torch, "get_num_threads", lambda: 4)
     (runs / "killed.py").write_text(KILLED)
     axes = {"attention": ["killed", "dense", "moc"]}
-    sweep = read(write_sweep(runs / "jobs.yaml", plugins=["killed.py"], axes=axes))
+    base = BASE | {"trainer.max_steps": 4}
+    sweep = read(write_sweep(runs / "jobs.yaml", base=base, plugins=["killed.py"], axes=axes))
     bar = Silent()
     killed, *others = execute(sweep, bar, jobs=2)
     assert killed.status == "missing"

@@ -61,7 +61,8 @@ class Killing:
 
 
 @pytest.fixture(autouse=True)
-def runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, database: Path) -> Path:
+    shutil.copy(database, tmp_path / "mlflow.db")
     monkeypatch.setenv("ZOO_HOME", str(tmp_path))
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     monkeypatch.setenv("ZOO_SAVE_SECONDS", "0")
@@ -69,13 +70,16 @@ def runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @pytest.fixture(scope="module", autouse=True)
-def warm(tmp_path_factory: pytest.TempPathFactory) -> None:
-    """What is imported and set up before a fork, every process after it has; but with a database of its own."""
+def database(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An empty database to be copied; a run beside it, since what is imported before a fork is there after it."""
     home = tmp_path_factory.mktemp("warm")
     with pytest.MonkeyPatch.context() as patched:
         patched.setenv("ZOO_HOME", str(home))
         patched.delenv("MLFLOW_TRACKING_URI", raising=False)
+        Tracker("empty", print)
+        shutil.copy(home / "mlflow.db", home / "empty.db")
         go(Cell("warm", load([BASE])), "warm", Killing())
+    return home / "empty.db"
 
 
 def go(cell: Cell, sweep: str, watch: Killing) -> Result:
@@ -157,9 +161,10 @@ def test_a_run_that_was_killed_in_a_validation_validates_again(monkeypatch: pyte
 
 
 @pytest.fixture(scope="module")
-def killed_home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def killed_home(tmp_path_factory: pytest.TempPathFactory, database: Path) -> Path:
     """Holds the half-done cell of `half_done`."""
     home = tmp_path_factory.mktemp("half_done")
+    shutil.copy(database, home / "mlflow.db")
     with pytest.MonkeyPatch.context() as patched:
         patched.setenv("ZOO_HOME", str(home))
         patched.setenv("ZOO_SAVE_SECONDS", "0")
