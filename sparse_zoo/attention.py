@@ -74,7 +74,7 @@ class Branch:
     """A softmax over a plan, times a weight that broadcasts to the output (B, H, Lq, D); branches are summed.
 
     Coarse branches bring their own q, k, v (None: the call's) and `rows`, int64 (Lq,): which of their queries each
-    token of the output reads.
+    token of the output reads, -1 for none (it gets 0).
     """
 
     plan: Plan
@@ -104,6 +104,7 @@ class Result:
     layout: Layout
     q_rows: Tensor | None = field(default=None, repr=False)
     routing_flops: int = 0
+    term_flops: int = 0
 
     def cost(self) -> Cost:
         """Counted from the plans that ran, for this batch and these heads. Reads numbers back from the device."""
@@ -113,7 +114,7 @@ class Result:
             lengths = torch.tensor([len(film) for film in self.layout.films], device=self.q_rows.device)
             dense = int(lengths[self.layout.sample[self.q_rows]].sum())
         pairs = sum(int(plan.pairs.expand(batch, heads).sum()) for plan in self.plans)
-        return Cost.of(pairs, batch * heads * dense, dim, self.routing_flops)
+        return Cost.of(pairs, batch * heads * dense, dim, self.routing_flops, self.term_flops)
 
 
 @dataclass(frozen=True)
@@ -133,6 +134,22 @@ class Knob:
     high: Any
 
 
+@dataclass(frozen=True)
+class Card:
+    """What a table of methods says of one, beyond what the class itself shows.
+
+    paper: its title and arXiv number. granularity: who chooses, of what ("query token -> block of keys"). chosen_by: by
+    what the choice is made; "" where the layout alone decides. trained: whether the paper trains with it. claim: the
+    paper's own figure for speed or density, and what it was measured against.
+    """
+
+    paper: str
+    granularity: str
+    chosen_by: str
+    trained: str
+    claim: str
+
+
 class Attention(nn.Module):
     """Base class of methods: override `plan`, or `branches` for what one plan cannot say.
 
@@ -146,7 +163,11 @@ class Attention(nn.Module):
       causality, of its shot and those before), "shot" (its own, caption too), "chunk" (its own, cut as the method
       cuts; at least the token itself).
     - `may_be_empty`: whether a query may be left without keys (its output is 0).
+    - `pools_queries`: whether it chooses for blocks of queries, so that it needs all queries of the stream (no
+      `q_rows`).
+    - `own_heads`: what makes heads differ other than their q, k, v (parameters of each), in a sentence; None: nothing.
     - `knob`: the setting that buys density.
+    - `card`: what a table of methods says of it (docs/zoo.md); checks do not look at it.
     - `small`: settings that suit films of a few dozen tokens; the conformance suite uses them.
 
     Args:
@@ -164,7 +185,10 @@ class Attention(nn.Module):
     causality: Literal["routing", "strict"] | None = None
     anchors: tuple[str, ...] = ()
     may_be_empty: bool = False
+    pools_queries: bool = False
+    own_heads: ClassVar[str | None] = None
     knob: ClassVar[Knob | None] = None
+    card: ClassVar[Card | None] = None
     small: ClassVar[Mapping[str, Any]] = {}
 
     def __init__(
@@ -233,16 +257,23 @@ class Attention(nn.Module):
 
     def run(self, call: Call) -> Result:
         """Attend, with everything given as one `Call`."""
+        if self.pools_queries and call.q_rows is not None:
+            raise ZooError(
+                f"{type(self).__name__} chooses for blocks of queries: it needs all of them, not q_rows alone"
+            )
         if call.features is None and call.hidden is not None:
             call = replace(call, features=self.features(call.hidden))
         terms: list[Tensor] = []
-        plans, used = [], []
+        plans, used, flops = [], [], 0
+        # Text queries that read text alone get nothing of terms and coarse branches.
+        silent = None if self.text_reads == "method" else _at(call.layout.is_text, call)
         # Branches on the call's own q, k, v go to the kernel together, which then shares memory between them.
         shared: list[Plan] = []
         weights: list[Tensor | float] = []
         for branch in self.branches(call):
             if isinstance(branch, Term):
-                terms.append(branch.value)
+                terms.append(branch.value if silent is None else branch.value.masked_fill(silent[:, None], 0))
+                flops += branch.flops
                 continue
             plan = self.attended(branch, call)
             plans.append(plan)
@@ -252,7 +283,10 @@ class Attention(nn.Module):
                 continue
             q, k, v = (getattr(branch, x) if getattr(branch, x) is not None else getattr(call, x) for x in "qkv")
             value, _, kernel = attend(q, k, v, plan, kernel=self.kernel)
-            terms.append(branch.weight * (value if branch.rows is None else value[:, :, branch.rows]))
+            if branch.rows is not None:
+                rows = branch.rows if silent is None else branch.rows.masked_fill(silent, -1)
+                value = value[:, :, rows.clamp(min=0)].masked_fill((rows < 0)[:, None], 0)
+            terms.append(branch.weight * value)
             used.append(kernel)
         if shared:
             value, kernel = attend_sum(call.q, call.k, call.v, shared, weights, kernel=self.kernel)
@@ -263,20 +297,37 @@ class Attention(nn.Module):
         out = sum(terms[1:], terms[0])
         kernel = ",".join(dict.fromkeys(used))
         return Result(
-            out.to(call.q.dtype), plans, self.losses(call), kernel, call.layout, call.q_rows, self.routing_flops(call)
+            out=out.to(call.q.dtype),
+            plans=plans,
+            losses=self.losses(call),
+            kernel=kernel,
+            layout=call.layout,
+            q_rows=call.q_rows,
+            routing_flops=self.routing_flops(call),
+            term_flops=flops,
         )
 
     def attended(self, branch: Branch, call: Call) -> Plan:
-        """The plan that runs for a branch: its own, unless `text_reads` says otherwise for text queries."""
-        if self.text_reads == "method":
+        """The plan that runs for a branch: its own, unless `text_reads` says otherwise for text queries.
+
+        Where queries are pooled it is its own, and text tokens do not read the result.
+        """
+        if self.text_reads == "method" or branch.rows is not None:
             return branch.plan
-        if branch.rows is not None:
-            raise ZooError(f"{type(self).__name__}: text_reads='text' has no meaning for a branch with pooled queries")
-        is_text, among = call.layout.is_text, _text_among_itself(call.layout, self.causality == "strict")
+        is_text = _at(call.layout.is_text, call)
+        video = branch.plan.keep(~is_text)
+        if branch.k is not None:
+            return video  # its keys are no tokens
+        among = _text_among_itself(call.layout, self.causality == "strict")
         if call.q_rows is not None:
-            is_text, among = is_text[call.q_rows], among.narrow(call.q_rows)
+            among = among.narrow(call.q_rows)
         # Their queries are apart, so the parts cannot share a pair.
-        return Plan(*branch.plan.keep(~is_text).parts, *among.parts)
+        return Plan(*video.parts, *among.parts)
+
+
+def _at(values: Tensor, call: Call) -> Tensor:
+    """A token field at the tokens that q holds."""
+    return values if call.q_rows is None else values[call.q_rows]
 
 
 @remembered(32)

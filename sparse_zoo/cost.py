@@ -11,7 +11,8 @@ class Cost:
 
     pairs: (query, key) pairs, summed over batch, heads and branches.
     dense_pairs: what one dense branch would take, batch · heads · Σ (sample length)².
-    flops, flops_backward: 4 and 10 · pairs · head dim (two and five products), routing apart.
+    flops, flops_backward: 4 and 10 · pairs · head dim (two and five products), and once and twice what terms outside
+    any softmax took; routing apart.
     routing_flops: what it took to decide who attends to whom.
     """
 
@@ -22,8 +23,9 @@ class Cost:
     routing_flops: int = 0
 
     @staticmethod
-    def of(pairs: int, dense_pairs: int, head_dim: int, routing_flops: int = 0) -> Cost:
-        return Cost(pairs, dense_pairs, 4 * pairs * head_dim, 10 * pairs * head_dim, routing_flops)
+    def of(pairs: int, dense_pairs: int, head_dim: int, routing_flops: int = 0, term_flops: int = 0) -> Cost:
+        forward, backward = 4 * pairs * head_dim + term_flops, 10 * pairs * head_dim + 2 * term_flops
+        return Cost(pairs, dense_pairs, forward, backward, routing_flops)
 
     @property
     def density(self) -> float:

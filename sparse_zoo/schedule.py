@@ -56,6 +56,7 @@ class Scheduled(Attention):
         common = ANCHORS if strict or "strict" not in causal else ("shot", "chunk")
         self.anchors = tuple(x for x in ANCHORS if x in common and all(x in phase.anchors for phase in built))
         self.may_be_empty = any(phase.may_be_empty for phase in built)
+        self.pools_queries = any(phase.pools_queries for phase in built)
 
     def phase(self, step: int | None) -> int:
         """The number of the phase that attends at a step: the last one that has begun, the first one for None."""

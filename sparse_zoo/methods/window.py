@@ -8,13 +8,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, Literal
 
-import torch
 from torch import Tensor
 
 from sparse_zoo.attention import Attention, Knob, Limit, is_count
+from sparse_zoo.blocks import grid, joint, same_film
 from sparse_zoo.errors import refuse, unknown
 from sparse_zoo.layout import Layout
-from sparse_zoo.plan import Part, Plan
+from sparse_zoo.plan import Plan
 from sparse_zoo.registry import register
 from sparse_zoo.remember import remembered
 
@@ -76,33 +76,13 @@ def _three(sizes: tuple[int, ...]) -> bool:
 @remembered(32)
 def _window(layout: Layout, tile: tuple[int, ...], window: tuple[int, ...], edge: str, stop_at_shots: bool) -> Plan:
     """Tiles × tiles, all × text, text × video."""
-    everyone, video = layout.partition(), layout.partition(where=~layout.is_text)
-    text = layout.partition(where=layout.is_text)
-    parts: list[Part] = []
-    if video.count:
-        tiles = layout.tiles(tile, stop_at_shots=stop_at_shots)
-        near = tiles.sample[:, None] == tiles.sample
-        for (place, count), size in zip(_places(layout, tile, stop_at_shots), window, strict=True):
-            reach = size // 2
-            at, last = tiles.of(place), tiles.of(count) - 1
-            middle = at.clamp(min=reach).minimum((last - reach).clamp(min=reach)) if edge == "shift" else at
-            near &= (at - middle[:, None]).abs() <= reach
-        parts += Plan.blocks(tiles, tiles, near).parts
-    if text.count:
-        parts += Plan.blocks(everyone, text, everyone.sample[:, None] == text.sample).parts
-    if text.count and video.count:
-        parts += Plan.blocks(text, video, text.sample[:, None] == video.sample).parts
-    return Plan(*parts)
-
-
-def _places(layout: Layout, tile: tuple[int, ...], stop_at_shots: bool) -> list[tuple[Tensor, Tensor]]:
-    """For each axis, the place of each token's tile (L,) and how many places there are for it (L,)."""
-    video = ~layout.is_text
-    within = layout.shot_frame if stop_at_shots else layout.frame
-    keys = ("shot", within // tile[0]) if stop_at_shots else (within // tile[0],)
-    steps = layout.partition(*keys, where=video)
-    films = len(layout.films)
-    number = torch.bincount(steps.sample, minlength=films)
-    time = steps.piece_of[0, 0] - (number.cumsum(0) - number)[layout.sample]
-    rows, cols = (-(-size // step) for size, step in ((layout.rows, tile[1]), (layout.cols, tile[2])))
-    return [(time, number[layout.sample]), (layout.row // tile[1], rows), (layout.col // tile[2], cols)]
+    tiles = layout.tiles(tile, stop_at_shots=stop_at_shots)
+    if not tiles.count:
+        return joint(layout)
+    near = same_film(tiles, tiles)
+    for (place, count), size in zip(grid(layout, tile, stop_at_shots=stop_at_shots), window, strict=True):
+        reach = size // 2
+        at, last = tiles.of(place), tiles.of(count) - 1
+        middle = at.clamp(min=reach).minimum((last - reach).clamp(min=reach)) if edge == "shift" else at
+        near &= (at - middle[:, None]).abs() <= reach
+    return joint(layout, *Plan.blocks(tiles, tiles, near).parts)

@@ -70,12 +70,16 @@ def batch_items_apart(subject: Subject) -> None:
 
 @checks
 def heads_permute(subject: Subject) -> None:
-    """Permuting the heads of q, k, v permutes those of the output."""
+    """Permuting the heads of q, k, v permutes those of the output; with `own_heads` it does not."""
     attention, call = subject.build(), make(STORY)
     # Query heads 0, 1 read key head 0, and 2, 3 read 1: both sides are permuted alike.
     order, kv_order = torch.tensor([3, 2, 0, 1]), torch.tensor([1, 0])
     permuted = replace(call, q=call.q[:, order], k=call.k[:, kv_order], v=call.v[:, kv_order])
     change = "decide for each head by its own q and k"
+    if subject.cls.own_heads is not None:
+        differ = not torch.equal(attention.run(permuted).out, attention.run(call).out[:, order])
+        expect(differ, f"heads that differ: {subject.cls.own_heads}", "outputs of heads alike", "own_heads = None")
+        return
     same(
         attention.run(permuted).out,
         attention.run(call).out[:, order],

@@ -66,7 +66,13 @@ def masks(attention: Attention, call: Call, branch: Branch) -> Tensor:
     mask = mask_of(branch.plan)
     if attention.text_reads == "text" and branch.rows is None:
         rows = torch.arange(len(call.layout)) if call.q_rows is None else call.q_rows
-        mask = torch.where(call.layout.is_text[rows][:, None], readable_text(attention, call.layout)[rows], mask)
+        text = call.layout.is_text[rows][:, None]
+        # Pooled keys are no tokens: text does not read them.
+        mask = (
+            mask & ~text
+            if branch.k is not None
+            else torch.where(text, readable_text(attention, call.layout)[rows], mask)
+        )
     return mask
 
 
@@ -94,17 +100,24 @@ def plain(
     if branches is None:
         call, branches = routed(attention, call)
     dtype = dtype or call.q.dtype
+    is_text = call.layout.is_text if call.q_rows is None else call.layout.is_text[call.q_rows]
+    silent = is_text & (attention.text_reads == "text")
     total = torch.zeros((), dtype=dtype, device=call.q.device)
     for branch in branches:
         if not isinstance(branch, Branch):
-            total = total + branch.value.to(dtype)
+            total = total + branch.value.to(dtype).masked_fill(silent[:, None], 0)
             continue
         q, k, v = (own.to(dtype) for own in inputs_of(branch, call))
         out, _ = masked_softmax(q, k, v, masks(attention, call, branch))
-        out = out if branch.rows is None else out[:, :, branch.rows]
+        out = out if branch.rows is None else at_rows(out, branch.rows.masked_fill(silent, -1))
         weight = branch.weight.to(dtype) if isinstance(branch.weight, Tensor) else branch.weight
         total = total + weight * out
     return total
+
+
+def at_rows(x: Tensor, rows: Tensor) -> Tensor:
+    """x (B, H, P, n) at rows, int64 (Lq,): 0 where -1."""
+    return torch.nn.functional.pad(x, (0, 0, 1, 0))[:, :, rows + 1]
 
 
 EAGER = 2.0

@@ -92,7 +92,7 @@ def influence_equals_mask(subject: Subject) -> None:
                     oracle.masks(attention, call, branch).double()
                     @ (value.repeat_interleave(call.q.shape[1] // value.shape[1], dim=1) != 0).double()
                 )
-                read = read if branch.rows is None else read[:, :, branch.rows]
+                read = read if branch.rows is None else oracle.at_rows(read, branch.rows)
                 reach = reach | (read > 0)
             else:
                 reach = reach | (branch.value != 0)

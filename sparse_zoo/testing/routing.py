@@ -11,8 +11,8 @@ A method of one's own gets its rule by `slow_routing`, next to the class or in i
 
 It answers for the mode that the attention is in, one (mask, weight) a branch: mask bool, broadcasting to
 (B, H, Lq, Lk), and weight a number or a tensor that broadcasts to (B, H, Lq, D). Subclasses are judged by the rule of
-their nearest base that has one. Branches with pooled q, k, v have no such masks: a method that has them goes without a
-rule, and its check is skipped.
+their nearest base that has one. Branches with pooled q, k, v, and terms, have no such masks: for a method that has them
+the rule answers with the output itself, (B, H, Lq, D) in float64.
 """
 
 from __future__ import annotations
@@ -37,14 +37,15 @@ from sparse_zoo.testing.suite import Checks, Skip, expect, same, some
 
 checks: Checks[Subject] = Checks()
 
-Rule = Callable[..., list[tuple[Tensor, Tensor | float]]]
+Rule = Callable[..., list[tuple[Tensor, Tensor | float]] | Tensor]
 R = TypeVar("R", bound=Rule)
 
 _rules: dict[type[Attention], Rule] = {}
 
 
 def slow_routing(cls: type[Attention]) -> Callable[[R], R]:
-    """Decorator: judge a method by an independent rule, (attention, call) -> [(mask, weight), ...], one a branch."""
+    """Decorator: judge a method by an independent rule, (attention, call) -> [(mask, weight), ...], one a branch, or
+    the output."""
 
     def add(rule: R) -> R:
         _rules[cls] = rule
@@ -155,6 +156,15 @@ def routing_is_the_papers(subject: Subject) -> None:
         if "close" in how:  # half precision cannot tell these means apart
             call.k.mul_(0.1).add_(1.0)
         expected = rule(attention.at(call.step) if isinstance(attention, Scheduled) else attention, call)
+        if isinstance(expected, Tensor):
+            same(
+                attention.run(call).out,
+                expected,
+                1e-6,
+                f"outputs and the rule's on {film}{how}",
+                "branches, or the rule",
+            )
+            continue
         made = branches(attention, call)
         expect(len(made) == len(expected), f"{len(expected)} branches", f"{len(made)}", "branches(call)")
         want = torch.zeros_like(call.q)
