@@ -51,10 +51,11 @@ class Work:
     fresh: bool
 
     def since(self) -> Result | None:
-        """The cell's result, if any process has begun with it since the sweep was started."""
-        now = read(self.cell, self.sweep)
-        same = (now.provenance, now.resumed) == (self.before.provenance, self.before.resumed)
-        return None if same else now
+        """The cell's result, if any process has begun or ended it since the sweep was started."""
+        now, before = read(self.cell, self.sweep), self.before
+        begun = (now.provenance, now.resumed) != (before.provenance, before.resumed)
+        ended = now.status in ("finished", "failed") and now.status != before.status
+        return now if begun or ended else None
 
     def attempt(self, tracker: Tracker, watch: Watch) -> Result | None:
         """What became of the cell; None if it runs elsewhere."""

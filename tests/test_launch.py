@@ -186,25 +186,30 @@ def test_a_run_is_on_as_long_as_its_lock_is_held(runs: Path) -> None:
     assert "cannot be read" in str(store.read(cell, "killed").reason)
 
 
+@pytest.mark.parametrize("begun", [True, False])
 @pytest.mark.parametrize("end", ["finished", "failed", "killed"])
-def test_a_cell_that_runs_elsewhere_is_waited_for(runs: Path, monkeypatch: pytest.MonkeyPatch, end: str) -> None:
-    sweep = read(write_sweep(runs / f"{end}.yaml", axes=METHODS))
+def test_a_cell_that_runs_elsewhere_is_waited_for(
+    runs: Path, monkeypatch: pytest.MonkeyPatch, end: store.Status, begun: bool
+) -> None:
+    sweep = read(write_sweep(runs / f"{end}{begun}.yaml", axes=METHODS))
     dense = sweep.cells[0]
+    there = store.Result("dense", {"name": "dense"}, "running", 0, provenance={"host": "another"})
     with ExitStack() as elsewhere:
         assert elsewhere.enter_context(store.lock(dense.folder(sweep.name)))
+        if begun:  # before this sweep is started
+            there.write(dense.folder(sweep.name))
 
         def other_driver(_: float) -> None:
             assert bar.ran == ["moc"]
             if end != "killed":
-                result = store.read(dense, sweep.name)
-                result.status, result.provenance = end, {"host": "another"}
-                result.write(dense.folder(sweep.name))
+                replace(there, status=end).write(dense.folder(sweep.name))
             elsewhere.close()
 
         monkeypatch.setattr("experiments.launch.time.sleep", other_driver)
         bar = Silent()
         results = execute(sweep, bar)
-    assert bar.notes == ["dense is running elsewhere"]
+    assert bar.notes[0] == "dense is running elsewhere"
+    assert len(bar.notes) == 1 + (begun and end == "killed")  # it starts anew, and says so
     assert bar.ran == (["moc", "dense"] if end == "killed" else ["moc"])
     assert results[0].status == ("finished" if end == "killed" else end)
     assert (results[0].provenance.get("host") == "another") == (end != "killed")
