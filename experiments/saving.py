@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 import zipfile
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, cast
 
 import lightning.pytorch as pl
 import torch
@@ -25,7 +25,7 @@ class WholeCheckpoints(TorchCheckpointIO):
         with whole(Path(path)) as file:
             writing = _Writing(file)
             try:
-                torch.save(checkpoint, writing)
+                torch.save(checkpoint, cast("IO[bytes]", writing))
             except RuntimeError as error:
                 raise (writing.failed or error) from None
 
