@@ -51,10 +51,11 @@ class Work:
     fresh: bool
 
     def since(self) -> Result | None:
-        """The cell's result, if any process has begun with it since the sweep was started."""
-        now = read(self.cell, self.sweep)
-        same = (now.provenance, now.resumed) == (self.before.provenance, self.before.resumed)
-        return None if same else now
+        """The cell's result, if any process has begun or ended it since the sweep was started."""
+        now, before = read(self.cell, self.sweep), self.before
+        begun = (now.provenance, now.resumed) != (before.provenance, before.resumed)
+        ended = now.status in ("finished", "failed") and now.status != before.status
+        return now if begun or ended else None
 
     def attempt(self, tracker: Tracker, watch: Watch) -> Result | None:
         """What became of the cell; None if it runs elsewhere."""
@@ -219,11 +220,11 @@ class _Worker:
         self.number = number
         self.work: Work | None = None
         self.pipe, theirs = get_context("spawn").Pipe()
-        given = {"OMP_NUM_THREADS": str(max(1, torch.get_num_threads() // jobs))}
+        threads, given = max(1, torch.get_num_threads() // jobs), dict[str, str]()
         if torch.cuda.is_available():
             visible = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(torch.cuda.device_count())))
             given["CUDA_VISIBLE_DEVICES"] = visible.split(",")[number % torch.cuda.device_count()]
-        self.process = get_context("spawn").Process(target=_serve, args=(theirs,), name=f"job {number}")
+        self.process = get_context("spawn").Process(target=_serve, args=(theirs, threads), name=f"job {number}")
         with patch.dict(os.environ, given):
             self.process.start()
         theirs.close()
@@ -239,8 +240,9 @@ class _Worker:
         return f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
 
 
-def _serve(pipe: Connection) -> None:
+def _serve(pipe: Connection, threads: int) -> None:
     """What such a process does."""
+    torch.set_num_threads(threads)
     # Ctrl-C reaches all processes of a terminal: the driver alone answers it, and ends the others as if by Ctrl-C.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.default_int_handler)

@@ -115,7 +115,7 @@ def _begin(cell: Cell, sweep: str, watch: Watch, fresh: bool) -> tuple[Result, i
     folder = cell.folder(sweep)
     folder.mkdir(parents=True, exist_ok=True)
     before = read(cell, sweep)
-    interrupted = before.status in ("running", "missing") and before.id == cell.id and bool(before.provenance)
+    interrupted = before.status in ("running", "missing") and bool(before.provenance)
     step = 0
     if interrupted and not fresh:
         try:

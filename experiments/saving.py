@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 import zipfile
 from pathlib import Path
-from typing import Any
+from typing import IO, Any, cast
 
 import lightning.pytorch as pl
 import torch
@@ -23,7 +23,26 @@ class WholeCheckpoints(TorchCheckpointIO):
     @override
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
         with whole(Path(path)) as file:
-            torch.save(checkpoint, file)
+            writing = _Writing(file)
+            try:
+                torch.save(checkpoint, cast("IO[bytes]", writing))
+            except RuntimeError as error:
+                raise (writing.failed or error) from None
+
+
+class _Writing:
+    """Keeps the reason why a write failed, say a full disk, of which torch.save makes a RuntimeError without one."""
+
+    def __init__(self, file: IO[bytes]) -> None:
+        self.file, self.flush = file, file.flush
+        self.failed: OSError | None = None
+
+    def write(self, data: bytes) -> int:
+        try:
+            return self.file.write(data)
+        except OSError as error:
+            self.failed = error
+            raise
 
 
 class Saving(Checkpoint):

@@ -96,6 +96,8 @@ class Tracker:
         home().mkdir(parents=True, exist_ok=True)
         wait = f"?timeout={BUSY}" if self.uri.startswith("sqlite:///") and "?" not in self.uri else ""
         with _locked(home() / "mlflow.lock"):  # processes that open a fresh database at once race in its migrations
+            if wait:
+                _make(Path(self.uri.removeprefix("sqlite:///")))
             self.client = mlflow.MlflowClient(self.uri + wait)
             found = self.client.get_experiment_by_name(self.experiment)
             # A server knows where artifacts go; a bare database would have them put beside the shell.
@@ -276,6 +278,16 @@ def serve(port: int) -> int:
         [sys.executable, "-m", "mlflow", "ui", "--backend-store-uri", uri(), "--port", str(port)],
         env={**os.environ, "MLFLOW_DISABLE_TELEMETRY": "true"},
     )
+
+
+def _make(database: Path) -> None:
+    """An empty database, whole or not at all: MLflow cannot go on with one whose making was killed."""
+    if not database.exists():
+        for left in database.parent.glob(f"{database.name}.*.part"):
+            left.unlink()
+        part = database.with_name(f"{database.name}.{time.time_ns()}.part")  # MLflow keeps the one of before open
+        mlflow.MlflowClient(f"sqlite:///{part}").search_experiments(max_results=1)
+        os.replace(part, database)
 
 
 @contextmanager

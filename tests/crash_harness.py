@@ -34,6 +34,7 @@ from experiments.tracking import uri
 
 CELLS = 6
 DRIVERS = 2
+STAGGER = 0.3  # seconds by which one driver starts after the other, and finds a cell of the other half-done
 STEPS = 6
 
 
@@ -93,6 +94,8 @@ def drivers(path: Path, count: int) -> int:
         try:
             os.setpgid(0, 0)
             others = [other for _ in range(count - 1) if (other := os.fork())]
+            if os.getpid() != os.getpgid(0):
+                time.sleep(STAGGER)
             execute(read(path), _quiet())
             code = max((os.waitstatus_to_exitcode(os.waitpid(other, 0)[1]) for other in others), default=0)
         finally:

@@ -186,25 +186,30 @@ def test_a_run_is_on_as_long_as_its_lock_is_held(runs: Path) -> None:
     assert "cannot be read" in str(store.read(cell, "killed").reason)
 
 
+@pytest.mark.parametrize("begun", [True, False])
 @pytest.mark.parametrize("end", ["finished", "failed", "killed"])
-def test_a_cell_that_runs_elsewhere_is_waited_for(runs: Path, monkeypatch: pytest.MonkeyPatch, end: str) -> None:
-    sweep = read(write_sweep(runs / f"{end}.yaml", axes=METHODS))
+def test_a_cell_that_runs_elsewhere_is_waited_for(
+    runs: Path, monkeypatch: pytest.MonkeyPatch, end: store.Status, begun: bool
+) -> None:
+    sweep = read(write_sweep(runs / f"{end}{begun}.yaml", axes=METHODS))
     dense = sweep.cells[0]
+    there = store.Result("dense", {"name": "dense"}, "running", 0, provenance={"host": "another"})
     with ExitStack() as elsewhere:
         assert elsewhere.enter_context(store.lock(dense.folder(sweep.name)))
+        if begun:  # before this sweep is started
+            there.write(dense.folder(sweep.name))
 
         def other_driver(_: float) -> None:
             assert bar.ran == ["moc"]
             if end != "killed":
-                result = store.read(dense, sweep.name)
-                result.status, result.provenance = end, {"host": "another"}
-                result.write(dense.folder(sweep.name))
+                replace(there, status=end).write(dense.folder(sweep.name))
             elsewhere.close()
 
         monkeypatch.setattr("experiments.launch.time.sleep", other_driver)
         bar = Silent()
         results = execute(sweep, bar)
-    assert bar.notes == ["dense is running elsewhere"]
+    assert bar.notes[0] == "dense is running elsewhere"
+    assert len(bar.notes) == 1 + (begun and end == "killed")  # it starts anew, and says so
     assert bar.ran == (["moc", "dense"] if end == "killed" else ["moc"])
     assert results[0].status == ("finished" if end == "killed" else end)
     assert (results[0].provenance.get("host") == "another") == (end != "killed")
@@ -236,6 +241,18 @@ def test_a_store_that_is_lost_halfway_costs_its_points_alone(runs: Path, monkeyp
     assert len(result.curves["train/flow"]) == 2
     assert len(bar.notes) == 1
     assert "database is locked" in bar.notes[0]
+
+
+def test_a_database_is_made_whole_or_not_at_all(runs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("MLFLOW_TRACKING_URI")
+    told: list[str] = []
+    with monkeypatch.context() as patched:
+        patched.setattr("experiments.tracking.os.replace", lambda *_: os.stat(runs / "nowhere"))
+        assert Tracker("first", told.append).parent("first", "") is None
+    assert len(told) == 1
+    assert not (store.home() / "mlflow.db").exists()
+    assert Tracker("first", told.append).parent("first", "") is not None
+    assert len(told) == 1
 
 
 @pytest.mark.usefixtures("runs")
@@ -297,24 +314,22 @@ KILLED = '''
 import os
 import signal
 
-import torch
-
 import sparse_zoo as zoo
 
 
 @zoo.register("killed")
 class Killed(zoo.Attention):
-    """Dense attention whose process is killed in the second step, once."""
+    """Dense attention whose process is killed after the second step, once."""
 
     def plan(self, q, k, layout):
         return zoo.Plan.dense(layout)
 
     def losses(self, call):
         once = __file__ + ".once"
-        if call.step and not os.path.exists(once):
+        if (call.step or 0) > 1 and not os.path.exists(once):
             open(once, "w").close()
             os.kill(os.getpid(), signal.SIGKILL)
-        return {"threads": torch.tensor(float(torch.get_num_threads()))}
+        return {}
 '''
 
 
@@ -325,15 +340,16 @@ def test_jobs_share_cells_and_survive_the_death_of_one(runs: Path, monkeypatch: 
     monkeypatch.setattr(torch, "get_num_threads", lambda: 4)
     (runs / "killed.py").write_text(KILLED)
     axes = {"attention": ["killed", "dense", "moc"]}
-    sweep = read(write_sweep(runs / "jobs.yaml", plugins=["killed.py"], axes=axes))
+    base = BASE | {"trainer.max_steps": 4}
+    sweep = read(write_sweep(runs / "jobs.yaml", base=base, plugins=["killed.py"], axes=axes))
     bar = Silent()
     killed, *others = execute(sweep, bar, jobs=2)
     assert killed.status == "missing"
     assert bar.lost == ["killed: its process was killed by SIGKILL; the same command goes on with it"]
     assert [result.status for result in others] == ["finished"] * 2
     assert os.getpid() not in {result.provenance["pid"] for result in others}
+    assert {result.provenance["threads"] for result in (killed, *others)} == {2}
     killed, *again = execute(sweep, bar, jobs=2)
     assert killed.status == "finished"
     assert [part["step"] for part in killed.resumed] == [1]
-    assert killed.resumed[0]["threads"] == 2
     assert again == others

@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-import errno
 import json
 import os
 import shutil
 import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import mlflow
 import pytest
 import torch
 from tiny import BASE
 
-from experiments import store
+from experiments import saving, store
 from experiments.config import load
 from experiments.run import RESUME, _begin, run
 from experiments.saving import saved_step
@@ -60,7 +61,8 @@ class Killing:
 
 
 @pytest.fixture(autouse=True)
-def runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, database: Path) -> Path:
+    shutil.copy(database, tmp_path / "mlflow.db")
     monkeypatch.setenv("ZOO_HOME", str(tmp_path))
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     monkeypatch.setenv("ZOO_SAVE_SECONDS", "0")
@@ -68,13 +70,16 @@ def runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @pytest.fixture(scope="module", autouse=True)
-def warm(tmp_path_factory: pytest.TempPathFactory) -> None:
-    """What is imported and set up before a fork, every process after it has; but with a database of its own."""
+def database(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An empty database to be copied; a run beside it, since what is imported before a fork is there after it."""
     home = tmp_path_factory.mktemp("warm")
     with pytest.MonkeyPatch.context() as patched:
         patched.setenv("ZOO_HOME", str(home))
         patched.delenv("MLFLOW_TRACKING_URI", raising=False)
+        Tracker("empty", print)
+        shutil.copy(home / "mlflow.db", home / "empty.db")
         go(Cell("warm", load([BASE])), "warm", Killing())
+    return home / "empty.db"
 
 
 def go(cell: Cell, sweep: str, watch: Killing) -> Result:
@@ -156,9 +161,10 @@ def test_a_run_that_was_killed_in_a_validation_validates_again(monkeypatch: pyte
 
 
 @pytest.fixture(scope="module")
-def killed_home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def killed_home(tmp_path_factory: pytest.TempPathFactory, database: Path) -> Path:
     """Holds the half-done cell of `half_done`."""
     home = tmp_path_factory.mktemp("half_done")
+    shutil.copy(database, home / "mlflow.db")
     with pytest.MonkeyPatch.context() as patched:
         patched.setenv("ZOO_HOME", str(home))
         patched.setenv("ZOO_SAVE_SECONDS", "0")
@@ -208,18 +214,18 @@ def begun(cell: Cell, fresh: bool = False) -> tuple[int, list[str]]:
 
 
 def test_a_full_disk_loses_nothing(runs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The checkpoint's second half finds no room; what was saved before stays whole, and the run goes on from it."""
-    cell = Cell("moc", load([BASE, LONG]))
-    save = torch.save
+    """A checkpoint finds no room; the one before it stays whole, and the run goes on from it."""
+    cell, saved = Cell("moc", load([BASE, LONG])), list[str]()
 
-    def full(checkpoint: dict[str, Any], file: Any) -> None:
-        save(checkpoint, file)
-        if checkpoint.get("global_step") == 4:
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(file.name))
+    @contextmanager
+    def full(path: Path) -> Iterator[IO[bytes]]:
+        saved.append(path.name)
+        with store.whole(path) as file, open("/dev/full", "wb", buffering=0) as no_room:
+            yield no_room if saved.count(RESUME) == 4 else file
 
     watch = Killing()
     with monkeypatch.context() as patched:
-        patched.setattr(torch, "save", full)
+        patched.setattr(saving, "whole", full)
         with pytest.raises(ZooError, match=r"moc was stopped: .*No space left on device.* give the command again"):
             go(cell, "sweep", watch)
     assert store.read(cell, "sweep").status == "missing"
