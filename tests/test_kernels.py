@@ -148,6 +148,43 @@ def test_queries_of_the_same_keys_share_one_rectangle() -> None:
     check("cpu", plan, inputs(62, 62), 1e-12)
 
 
+@pytest.mark.parametrize("per_head", [False, True])
+def test_either_way_of_making_rectangles_holds_the_same_pairs(per_head: bool) -> None:
+    film = zoo.Layout.film([zoo.Shot(4, 3, 5, text=2), zoo.Shot(3, 2, 2)])
+    queries, keys = film.chunks("frame"), film.chunks("fixed", tokens=4)
+    draw = torch.Generator().manual_seed(0)
+    wanted = torch.rand(2, 3 if per_head else 1, queries.count, keys.count, generator=draw) < 0.4
+    wanted[..., 1, :] = wanted[..., 0, :]  # pieces to be joined on both sides
+    wanted[..., 3] = wanted[..., 2]
+    plan = zoo.Plan.blocks(queries, keys, wanted if per_head else wanted[:1])
+    shapes = []
+    for cost in (lambda q, k: q + 1000 * k, lambda q, k: k + 1000 * q):
+        (rects,) = rectangles(plan, 2, 3, cost)
+        held = torch.zeros(6, len(film), len(film), dtype=torch.int64)
+        for r in range(len(rects)):
+            rows = rects.q_list[rects.q_start[r] :][: rects.q_size[r]].long()
+            cols = rects.k_list[rects.k_start[r] :][: rects.k_size[r]].long()
+            held[rects.group[r], rows[:, None], cols] += 1
+        assert torch.equal(held.view(2, 3, *held.shape[1:]), plan.dense_mask().long().expand(2, 3, -1, -1))
+        shapes.append((int(rects.q_size.sum()), int(rects.k_size.sum())))
+    assert shapes[0][1] < shapes[1][1]
+    assert shapes[0][0] > shapes[1][0]
+
+
+def test_large_rectangles_are_cut_between_queries(monkeypatch: pytest.MonkeyPatch) -> None:
+    film = zoo.Layout.film([zoo.Shot(4, 5, 5), zoo.Shot(1, 2, 3)])
+    plan = zoo.Plan.within(film.chunks("shot"))
+    (rects,) = rectangles(plan, 1, 2)
+    monkeypatch.setattr(grouped, "LEAST_QUERIES", 7)
+    cut = grouped._cut(rects, 120)
+    assert int(cut.q_size.max()) == 50  # half the keys; 120 - 100 would gather keys too often
+    assert int((cut.q_size * cut.k_size).sum()) == int((rects.q_size * rects.k_size).sum())
+    assert int(grouped._cut(rects, 170).q_size.max()) <= 70
+    assert grouped._cut(rects, 10_000) is rects
+    monkeypatch.setattr(grouped, "_budget", lambda _: 1)
+    check("cpu", plan, inputs(len(film), len(film)), 1e-12)
+
+
 def test_merge_is_exact() -> None:
     q, k, v = (torch.randn(1, 2, 9, 8, dtype=torch.float64) for _ in range(3))
     labels = [torch.tensor([0] * 4 + [-1] * 5), torch.tensor([-1] * 4 + [0] * 3 + [-1] * 2)]

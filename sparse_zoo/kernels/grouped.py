@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, cast
 
 import torch
@@ -17,12 +17,14 @@ from torch.autograd.function import once_differentiable
 from torch.nn.functional import embedding
 
 from sparse_zoo.kernels.base import Kernel, plus
-from sparse_zoo.kernels.rectangles import Rectangles, rectangles, slabs
+from sparse_zoo.kernels.rectangles import Cost, Rectangles, alike, rectangles, slabs
 from sparse_zoo.plan import Plan
 
 SLAB_BYTES = 64 << 20
-BATCH_BYTES = 16 << 20
+BATCH_BYTES = 12 << 20
 LEAST_BYTES = 4 << 20
+WAITING_BYTES = 2 << 20
+LEAST_QUERIES = 768
 PAIRS_OF_A_CALL = 1 << 16
 """Padded pairs that cost about what one more call of the CPU engine costs, 0.2 ms."""
 
@@ -52,6 +54,9 @@ class Rows:
 
 class Grouped(Kernel, ABC):
     """A kernel made of a dense engine on gathered rectangles."""
+
+    cost: Cost = staticmethod(alike)
+    """Which rectangles suit the engine."""
 
     def run(self, q: Tensor, k: Tensor, v: Tensor, plan: Plan, scale: float) -> tuple[Tensor, Tensor]:
         out, lse = _Sum.apply(q, k, v, self, scale, (plan,), 1.0)
@@ -128,16 +133,16 @@ class _Sum(torch.autograd.Function):
                 gate, factor = next(gates), 1.0
                 to_weight = _dots(grad, out.view(q_shape), gate)
             to_weights.append(to_weight)
-            some = _gather(grad, gate)
+            some = _gather(grad, gate, factor)
             saved = (q, k, v, out, lse)
-            for rects in rectangles(plan, q_shape[0], q_shape[1]):
+            for rects in rectangles(plan, q_shape[0], q_shape[1], ctx.engine.cost):
                 for q_rows, q_part, k_rows, k_part, v_part in ctx.engine.backward(
                     rects, ctx.at, saved, some, ctx.scale
                 ):
-                    # Gradients are linear in what comes in, so a number can be multiplied here.
-                    dq.index_add_(0, q_rows, q_part.to(wide), alpha=factor)
-                    dk.index_add_(0, k_rows, k_part.to(wide), alpha=factor)
-                    dv.index_add_(0, k_rows, v_part.to(wide), alpha=factor)
+                    dq.index_add_(0, q_rows, q_part.to(wide))
+                    dk.index_add_(0, k_rows, k_part.to(wide))
+                    dv.index_add_(0, k_rows, v_part.to(wide))
+                    del q_part, k_part, v_part  # else they would stay beside those of the next batch
         given = (dq.to(q.dtype).view(q_shape), dk.to(q.dtype).view(k_shape), dv.to(q.dtype).view(k_shape))
         return *given, None, None, None, *to_weights
 
@@ -147,22 +152,27 @@ def _softmax(
 ) -> tuple[Tensor, Tensor]:
     """out (rows, D) and lse (rows,) over one plan."""
     q, k, v = flat
-    lists = rectangles(plan, batch, at.heads)
+    lists = rectangles(plan, batch, at.heads, engine.cost)
     total = _Softmax(len(q), q.shape[1], q)
     for low, high in slabs(lists, batch * at.heads, SLAB_BYTES // (q.shape[1] * q.element_size())):
         for rects in lists:
             if len(some := rects.of_groups(low, high)):
                 for partial in engine.forward(some, at, q, k, v, scale):
                     total.add(*partial)
+                    del partial  # else it would stay beside the next one
     return total.result(q.dtype)
 
 
-def _gather(grad: Tensor, gate: Tensor | None) -> Gather:
-    """Rows of gate · grad, (B, H, L, D) flattened; a gate of one number a row is multiplied in as they are gathered."""
+def _gather(grad: Tensor, gate: Tensor | None, factor: float) -> Gather:
+    """Rows of factor · gate · grad, (B, H, L, D) flattened.
+
+    A gate of one number a row is multiplied in as they are gathered; so is the factor, since torch adds rows on one
+    thread where it has to scale them.
+    """
     batch, heads, length, dim = grad.shape
     if gate is None or gate.shape[-1] != 1:
         flat = (grad if gate is None else gate * grad).reshape(-1, dim)
-        return lambda rows: embedding(rows, flat)
+        return lambda rows: embedding(rows, flat) if factor == 1 else embedding(rows, flat).mul_(factor)
     flat, gates = grad.reshape(-1, dim), gate.expand(batch, heads, length, 1).reshape(-1, 1)
     return lambda rows: embedding(rows, flat).mul_(gates[rows])
 
@@ -178,7 +188,8 @@ class _Softmax:
     """The running softmax of n rows, to which partial results are added in any order, in float32 or wider.
 
     Sums are kept relative to a base for each row, which is moved only when a partial's lse passes it by `RISE`: what
-    is summed stays in range, and the sums are seldom scaled again.
+    is summed stays in range, and the sums are seldom scaled again. Small partials wait for others, since each merge
+    takes a dozen passes over all rows.
     """
 
     RISE = 20.0
@@ -188,10 +199,17 @@ class _Softmax:
         self.sum = like.new_zeros(n, dim, dtype=wide)
         self.weight = like.new_zeros(n, dtype=wide)
         self.base = torch.full_like(self.weight, -torch.inf)
+        self.waiting: list[tuple[Tensor, Tensor, Tensor]] = []
 
     def add(self, rows: Tensor, out: Tensor, lse: Tensor) -> None:
         """Partial outputs (m, D), which may be overwritten, and lse (m,), -inf for what means nothing, of rows (m,)."""
-        rows, out, lse = rows.long(), out.to(self.sum.dtype), lse.to(self.weight.dtype)
+        self.waiting.append((rows.long(), out.to(self.sum.dtype), lse.to(self.weight.dtype)))
+        if sum(some.nbytes for _, some, _ in self.waiting) > WAITING_BYTES:
+            self._merge()
+
+    def _merge(self) -> None:
+        rows, out, lse = self.waiting[0] if len(self.waiting) == 1 else map(torch.cat, zip(*self.waiting, strict=True))
+        self.waiting.clear()
         top = self.base.scatter_reduce(0, rows, lse, "amax")
         risen = ((top > self.base + self.RISE) & (self.base > -torch.inf)).nonzero()[:, 0]
         if len(risen):
@@ -205,15 +223,25 @@ class _Softmax:
 
     def result(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """out (n, D) and lse (n,); rows that nothing was added to have 0 and -inf."""
+        if self.waiting:
+            self._merge()
         lse = self.base + self.weight.log()
         self.sum /= self.weight.masked_fill(self.weight == 0, 1)[:, None]
         return self.sum.to(dtype), lse
+
+
+def _cpu_cost(q_size: Tensor, k_size: Tensor) -> Tensor:
+    """In pairs. The engine works in blocks of 256 queries from 768 on, of 64 from 192, or of 32, of which the smaller
+    ones ran at .9 and .7 of the speed; a row, gathered, merged and its gradient added, took as long as 64 pairs."""
+    speed = torch.where(q_size >= 768, 1.0, torch.where(q_size >= 192, 0.9, 0.7))
+    return q_size * k_size / speed + 64 * (q_size + k_size)
 
 
 class Cpu(Grouped):
     """ATen's CPU flash attention on batches of rectangles of about one size, padded to it."""
 
     name = "cpu"
+    cost = staticmethod(_cpu_cost)
 
     def why_not(self, q: Tensor | None = None, v: Tensor | None = None) -> list[str]:
         if q is None or v is None:
@@ -233,7 +261,7 @@ class Cpu(Grouped):
     def executed(self, plan: Plan, batch: int, heads: int) -> int:
         return sum(
             len(group) * int(group.q_size.max()) * int(group.k_size.max())
-            for rects in rectangles(plan, batch, heads)
+            for rects in rectangles(plan, batch, heads, self.cost)
             for group in _alike(rects, 1, BATCH_BYTES)
         )
 
@@ -241,35 +269,50 @@ class Cpu(Grouped):
         self, rects: Rectangles, at: Rows, q: Tensor, k: Tensor, v: Tensor, scale: float
     ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         for batch in _alike(rects, q.shape[-1] * q.element_size(), _budget(q)):
-            q_rows, q_pad, k_rows, k_mask = _padded(batch, at, q.dtype)
-            out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-                *(embedding(rows, x)[:, None] for rows, x in ((q_rows, q), (k_rows, k), (k_rows, v))),
-                attn_mask=None if k_mask is None else k_mask.expand(-1, 1, q_rows.shape[1], -1),
-                scale=scale,
-            )
-            lse = lse[:, 0] if q_pad is None else lse[:, 0].masked_fill(q_pad, -torch.inf)
-            yield q_rows.flatten(), out.reshape(-1, q.shape[-1]), lse.flatten()
+            yield _attend(batch, at, q, k, v, scale)
 
     def backward(
         self, rects: Rectangles, at: Rows, saved: tuple[Tensor, ...], grad: Gather, scale: float
     ) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor, Tensor]]:
-        q, k, v, out, lse = saved
+        q = saved[0]
         for batch in _alike(rects, q.shape[-1] * q.element_size(), _budget(q)):
-            q_rows, q_pad, k_rows, k_mask = _padded(batch, at, q.dtype)
-            some_grad = grad(q_rows)
-            if q_pad is not None:  # a row that is there for padding passes nothing on
-                some_grad.masked_fill_(q_pad[..., None], 0)
-            parts = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
-                some_grad[:, None],
-                *(embedding(rows, x)[:, None] for rows, x in ((q_rows, q), (k_rows, k), (k_rows, v), (q_rows, out))),
-                lse[q_rows][:, None],
-                0.0,
-                False,
-                attn_mask=None if k_mask is None else k_mask.expand(-1, 1, q_rows.shape[1], -1),
-                scale=scale,
-            )
-            dq, dk, dv = (x.reshape(-1, q.shape[-1]) for x in parts)
-            yield q_rows.flatten(), dq, k_rows.flatten(), dk, dv
+            yield _gradients(batch, at, saved, grad, scale)
+
+
+def _attend(
+    batch: Rectangles, at: Rows, q: Tensor, k: Tensor, v: Tensor, scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Rows of queries, their partial outputs and lse, of one batch. What it gathered is gone when it returns."""
+    q_rows, q_pad, k_rows, k_mask = _padded(batch, at, q.dtype)
+    out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+        *(embedding(rows, x)[:, None] for rows, x in ((q_rows, q), (k_rows, k), (k_rows, v))),
+        attn_mask=None if k_mask is None else k_mask.expand(-1, 1, q_rows.shape[1], -1),
+        scale=scale,
+    )
+    lse = lse[:, 0] if q_pad is None else lse[:, 0].masked_fill(q_pad, -torch.inf)
+    return q_rows.flatten(), out.reshape(-1, q.shape[-1]), lse.flatten()
+
+
+def _gradients(
+    batch: Rectangles, at: Rows, saved: tuple[Tensor, ...], grad: Gather, scale: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Rows of queries, dq, rows of keys, dk, dv of one batch."""
+    q, k, v, out, lse = saved
+    q_rows, q_pad, k_rows, k_mask = _padded(batch, at, q.dtype)
+    some_grad = grad(q_rows)
+    if q_pad is not None:  # a row that is there for padding passes nothing on
+        some_grad.masked_fill_(q_pad[..., None], 0)
+    dq, dk, dv = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
+        some_grad[:, None],
+        *(embedding(rows, x)[:, None] for rows, x in ((q_rows, q), (k_rows, k), (k_rows, v), (q_rows, out))),
+        lse[q_rows][:, None],
+        0.0,
+        False,
+        attn_mask=None if k_mask is None else k_mask.expand(-1, 1, q_rows.shape[1], -1),
+        scale=scale,
+    )
+    dq, dk, dv = (x.reshape(-1, q.shape[-1]) for x in (dq, dk, dv))
+    return q_rows.flatten(), dq, k_rows.flatten(), dk, dv
 
 
 CPU_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -288,18 +331,35 @@ def _alike(rects: Rectangles, row: int, budget: int) -> Iterator[Rectangles]:
     if not len(rects):
         return
     threads = torch.get_num_threads()  # the engine's backward gives each rectangle to one
+    rects = _cut(rects, budget // (4 * row * threads))
     # Keys first: rectangles with the same number of keys, as equal chunks have, need no mask together.
     kinds, kind = torch.unique(_size_class(rects.k_size) * (1 << 32) + _size_class(rects.q_size), return_inverse=True)
-    order = kind.argsort(stable=True)
+    by_size = rects.q_size.argsort(stable=True)  # a batch is padded to its longest
+    order = by_size[kind[by_size].argsort(stable=True)]
     number = torch.bincount(kind)
     queries, keys = (torch.zeros_like(kinds).scatter_reduce(0, kind, x, "amax") for x in (rects.q_size, rects.k_size))
     for most_queries, most_keys, which in _worth_joining(
         zip(number.tolist(), queries.tolist(), keys.tolist(), strict=True), order
     ):
-        rows = 4 * (most_queries + most_keys)
-        most = budget // (rows * row)
-        for some in which.split(max(threads, most - most % threads)):
+        most = budget // (4 * (most_queries + most_keys) * row)
+        for some in which.split(max(1, -(-most // threads)) * threads):
             yield rects.select(some)
+
+
+def _cut(rects: Rectangles, most: int) -> Rectangles:
+    """The same pairs with at most `most` rows of queries and keys in a rectangle, cut between queries.
+
+    But for pieces of half as many queries as keys, or `LEAST_QUERIES`: keys would be gathered too often.
+    """
+    limit = (most - rects.k_size).clamp(min=LEAST_QUERIES).maximum(rects.k_size // 2)
+    number = -(-rects.q_size // limit)
+    if bool((number == 1).all()):
+        return rects
+    of = torch.arange(len(rects)).repeat_interleave(number)
+    nth = torch.arange(len(of)) - (number.cumsum(0) - number)[of]
+    low, high = (x * rects.q_size[of] // number[of] for x in (nth, nth + 1))
+    parts = rects.select(of)
+    return replace(parts, q_start=parts.q_start + low, q_size=high - low)
 
 
 def _worth_joining(kinds: Iterable[tuple[int, int, int]], order: Tensor) -> Iterator[tuple[int, int, Tensor]]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
 import torch
@@ -43,9 +43,18 @@ class Rectangles:
         return self.select(slice(int(bounds[0]), int(bounds[1])))
 
 
-def rectangles(plan: Plan, batch: int, heads: int) -> list[Rectangles]:
-    """The rectangles of each part of a plan, remembered with the part."""
-    return [_of_part(part, batch, heads) for part in plan.parts]
+Cost = Callable[[Tensor, Tensor], Tensor]
+"""Numbers of queries and of keys, float64 (R,), of some rectangles -> what an engine pays for each."""
+
+
+def alike(q_size: Tensor, k_size: Tensor) -> Tensor:  # noqa: ARG001
+    """The same for every rectangle: the fewest are the best."""
+    return torch.ones_like(q_size)
+
+
+def rectangles(plan: Plan, batch: int, heads: int, cost: Cost = alike) -> list[Rectangles]:
+    """The rectangles of each part of a plan, those that cost less of the two ways; remembered with the part."""
+    return [_of_part(part, batch, heads, cost) for part in plan.parts]
 
 
 def slabs(lists: list[Rectangles], groups: int, most: int) -> Iterator[tuple[int, int]]:
@@ -63,34 +72,43 @@ def slabs(lists: list[Rectangles], groups: int, most: int) -> Iterator[tuple[int
 
 
 @torch.inference_mode(False)  # remembered with the part
-def _of_part(part: Part, batch: int, heads: int) -> Rectangles:
-    known: dict[tuple[int, int], Rectangles] = part.__dict__.setdefault("_rectangles", {})
-    if (batch, heads) not in known:
-        known[batch, heads] = _shared(part, batch * heads) if part.batch_heads == (1, 1) else _each(part, batch, heads)
-    return known[batch, heads]
+def _of_part(part: Part, batch: int, heads: int, cost: Cost) -> Rectangles:
+    known: dict[tuple[int, int, Cost], Rectangles] = part.__dict__.setdefault("_rectangles", {})
+    key = batch, heads, cost
+    if key not in known:
+        shared = part.batch_heads == (1, 1)
+        known[key] = _shared(part, batch * heads, cost) if shared else _each(part, batch, heads, cost)
+    return known[key]
 
 
-def _shared(part: Part, groups: int) -> Rectangles:
-    one = _each(_coarse(part) if part.by_table else part, 1, 1)
+def _shared(part: Part, groups: int, cost: Cost) -> Rectangles:
+    one = _each(_coarse(part) if part.by_table else part, 1, 1, cost)
     again = {name: getattr(one, name).repeat(groups) for name in ("q_start", "q_size", "k_start", "k_size")}
     group = torch.arange(groups, device=one.group.device).repeat_interleave(len(one))
     return replace(one, **again, group=group)
 
 
 def _coarse(part: Part) -> Part:
-    """The same pairs, with query pieces that attend to the same keys made one: those keys are then gathered once."""
+    """The same pairs, with query pieces that attend to the same keys made one, and key pieces of the same queries."""
     if not part.edges.numel():  # which `unique` refuses
         return part
-    rows, row = torch.unique(part.edges[0, 0], dim=0, return_inverse=True)
-    if len(rows) == part.queries.count:
-        return part
-    piece = part.queries.piece_of
-    labels = torch.where(piece < 0, -1, row[piece.clamp(min=0)])
-    return Part(Partition.from_labels(labels, len(rows)), part.keys, rows[None, None])
+    table = part.edges[0, 0]
+    queries, table = _merged(part.queries, table, 0)
+    keys, table = _merged(part.keys, table, 1)
+    return Part(queries, keys, table[None, None])
 
 
-def _each(part: Part, batch: int, heads: int) -> Rectangles:
-    """One rectangle for each query piece and all its keys, or each key piece and all its queries: whichever are fewer.
+def _merged(pieces: Partition, table: Tensor, dim: int) -> tuple[Partition, Tensor]:
+    found, of = torch.unique(table, dim=dim, return_inverse=True)
+    if len(of) == found.shape[dim]:
+        return pieces, table
+    piece = pieces.piece_of
+    labels = torch.where(piece < 0, -1, of[piece.clamp(min=0)])
+    return Partition.from_labels(labels, found.shape[dim]), found
+
+
+def _each(part: Part, batch: int, heads: int, cost: Cost) -> Rectangles:
+    """One rectangle for each query piece and all its keys, or each key piece and all its queries: whichever cost less.
 
     Keys gathered per query piece need no merge afterwards, so a tie goes to them.
     """
@@ -102,7 +120,11 @@ def _each(part: Part, batch: int, heads: int) -> Rectangles:
     real = (q_size[group, query] > 0) & (k_size[group, key] > 0)
     group, query, key = group[real], query[real], key[real]
     by_query, by_key = group * part.queries.count + query, group * part.keys.count + key
-    if _distinct(by_key) < _distinct(by_query):
+    q_most, k_most = (
+        torch.bincount(x, sizes[group, y].double(), batch * heads * n)
+        for x, sizes, y, n in ((by_key, q_size, query, part.keys.count), (by_query, k_size, key, part.queries.count))
+    )
+    if _total(cost, q_most, k_size.flatten()) < _total(cost, q_size.flatten(), k_most):
         order = by_key.argsort(stable=True)
         (q_list, q_start, q_size), (k_list, k_start, k_size), group = _collect(
             part.queries, part.keys, group[order], query[order], key[order], batch, heads
@@ -153,5 +175,6 @@ def _per_group(x: Tensor, batch: int, heads: int) -> Tensor:
     return x.expand(batch, heads, -1).flatten(0, 1)
 
 
-def _distinct(ids: Tensor) -> int:
-    return len(torch.unique(ids))
+def _total(cost: Cost, q_size: Tensor, k_size: Tensor) -> float:
+    real = (q_size > 0) & (k_size > 0)
+    return float(cost(q_size[real].double(), k_size[real].double()).sum())
