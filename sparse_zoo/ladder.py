@@ -41,7 +41,7 @@ from sparse_zoo.schedule import Scheduled
 
 RUNGS = ("method", "best", "pooled", "random")
 DRAWS = 3
-BLOCK = 1 << 24  # numbers in one table of some queries × all keys: 64 MB in float32, and a few such tables
+BLOCK = 1 << 21  # numbers in one table of some queries × all keys: 8 MB in float32, and a few such tables
 FAINT = 1e-30
 ENOUGH, BROUGHT_BACK = 0.95, 1 / 3
 
@@ -260,12 +260,12 @@ def _measured(
         held: dict[Part, Tensor] = {}  # anchors are the same parts in every choice
         for name, found in choices.items():
             for plans, (mass, error, pairs) in zip(found, sums[name], strict=True):
-                out, union = rest[:, :, at], torch.zeros_like(same_film)[None, None]
+                out, union = rest[:, :, at], softmax.new_zeros(())
                 for branch, parts, own in zip(branches, plans, values, strict=True):
-                    mask = _mask(parts, at, call, held)
+                    mask = _mask(parts, at, call, held).to(wide)
                     out = out + _at(branch.weight, at) * _attended(scores, softmax, mask, own)
-                    union = union | mask
-                    pairs += mask.sum(-1).sum(-1)
+                    union = torch.maximum(union, mask)
+                    pairs += mask.sum(-1).double().sum(-1)
                 mass += (softmax * union).sum(-1).double().sum(-1)
                 error += (out - dense).double().square().sum((2, 3))
     rungs = {}
@@ -291,7 +291,7 @@ def _rest(attention: Attention, call: Call, branches: Sequence[Branch | Term]) -
         outs = []
         for at in _slices(call, q.shape[2]):
             scores = q[:, :, at].to(wide) @ k.transpose(-1, -2) / math.sqrt(q.shape[-1])
-            outs.append(_attended(scores, scores.softmax(-1), branch.plan.narrow(at).dense_mask(), v))
+            outs.append(_attended(scores, scores.softmax(-1), branch.plan.narrow(at).dense_mask().to(wide), v))
         out = torch.cat(outs, dim=2)
         if branch.rows is not None:
             out = pad(out, (0, 0, 1, 0))[:, :, branch.rows.masked_fill(silent, -1) + 1]
@@ -300,14 +300,14 @@ def _rest(attention: Attention, call: Call, branches: Sequence[Branch | Term]) -
 
 
 def _attended(scores: Tensor, softmax: Tensor, mask: Tensor, v: Tensor) -> Tensor:
-    """What queries get of v where the mask holds, from their scores and softmax over all keys (B, H, n, L).
+    """What queries get of v where the mask (1 or 0) holds, from their scores and softmax over all keys (B, H, n, L).
 
     0 for a query without keys.
     """
     kept = softmax * mask
     total = kept.sum(-1, keepdim=True)
     if bool((total < FAINT).any()):  # beside the largest of all keys nothing is left of these: they get their own scale
-        kept = scores.masked_fill(~mask, -torch.inf)
+        kept = scores.masked_fill(mask == 0, -torch.inf)
         top = kept.amax(-1, keepdim=True)
         kept = (kept - top.masked_fill(top == -torch.inf, 0)).exp()
         total = kept.sum(-1, keepdim=True)
