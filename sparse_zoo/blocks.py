@@ -94,7 +94,9 @@ def products(queries: Tensor, keys: Tensor) -> Iterator[tuple[slice, Tensor]]:
     rows = max(1, SLICE // max(1, queries.shape[0] * queries.shape[1] * keys.shape[-1]))
     for start in range(0, queries.shape[2], rows):
         some = slice(start, start + rows)
-        yield some, queries[:, :, some].float() @ keys
+        with torch.autocast(queries.device.type, enabled=False):  # would narrow what is widened here
+            scores = queries[:, :, some].float() @ keys
+        yield some, scores
 
 
 def pooled(pieces: Partition, x: Tensor) -> Tensor:

@@ -107,7 +107,8 @@ def top_chunks(
     rows = max(1, BLOCK_SCORES // max(1, batch * heads * chunks.count))
     for start in range(0, length, rows):
         block = slice(start, start + rows)
-        scores = q[:, :, block].float() @ means
+        with torch.autocast(q.device.type, enabled=False):  # would narrow what is widened here
+            scores = q[:, :, block].float() @ means
         scores.masked_fill_(~legal[kind[block]], -torch.inf)
         best = _top(scores, top_k)
         if drops:

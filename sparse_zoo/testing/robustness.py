@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 
-from sparse_zoo.attention import Attention, Call, Result
+from sparse_zoo.attention import Attention, Branch, Call, Result
 from sparse_zoo.errors import ZooError
 from sparse_zoo.kernels import _kernels
 from sparse_zoo.kernels.base import Kernel
@@ -228,8 +228,19 @@ def copies_and_pickles(subject: Subject) -> None:
 
 @checks
 def autocast(subject: Subject) -> None:
-    """Under autocast to bfloat16 it gives q's dtype, what its branches mean there, finite losses and gradients."""
+    """Under autocast to bfloat16 it chooses as without; gives q's dtype, what its branches mean, finite gradients."""
     attention = subject.build(dtype=torch.float32)
+    call, plain = oracle.routed(attention, make(STORY, dtype=torch.float32))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        narrowed = attention.branches(call)
+    for mine, other in zip(narrowed, plain, strict=True):
+        if isinstance(mine, Branch) and isinstance(other, Branch):
+            expect(
+                torch.equal(oracle.mask_of(mine.plan), oracle.mask_of(other.plan)),
+                "the same plan from the same q, k and features under autocast",
+                "another",
+                "take products that decide under torch.autocast(device, enabled=False): it narrows .float() too",
+            )
     for dtype in (torch.float32, torch.bfloat16):
         call = make(STORY, dtype=dtype, grad=True)
         with torch.autocast("cpu", dtype=torch.bfloat16):
