@@ -118,7 +118,7 @@ def suite(name: str) -> Iterator[Round]:
     elif name == "cpu":
         for tokens in (2048, 4096, 16384, 32768):
             yield Round(film_of(tokens), CPU_ENTRIES)
-        yield Round(film_of(65536), (MOC,), heads=1)
+        yield Round(film_of(65536), (MOC,))
     elif name == "shots":
         for shots in (1, 2, 4, 8, 16, 32):
             yield Round(film_of(1024 * shots, shots), (MOC,))
