@@ -237,7 +237,8 @@ class Attention(nn.Module):
 
     def branches(self, call: Call) -> list[Branch | Term]:
         """The softmaxes to sum; by default one over `plan`."""
-        with torch.no_grad():
+        # Autocast would narrow the products that decide, those of .float() too.
+        with torch.no_grad(), torch.autocast(call.q.device.type, enabled=False):
             plan = self.plan(call.q, call.k, call.layout)
         if call.q_rows is not None and plan.shape[0] == len(call.layout):
             plan = plan.narrow(call.q_rows)
