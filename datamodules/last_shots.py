@@ -20,21 +20,22 @@ class Shown:
 
 @dataclass(frozen=True, eq=False)
 class LastShot:
-    """The last shot of B films of one shape, the shots before it, and the true identities of all N shots (B, N)."""
+    """The last shot of B films of one shape, the shots before it, and the subjects of all N shots, numbers (B, N)."""
 
     shot: Shown
     earlier: list[Shown]
-    identities: Tensor
-
-    @property
-    def identity(self) -> Tensor:
-        """The true one of the last shot, int64 (B,)."""
-        return self.identities[:, -1]
+    subjects: Tensor
 
     @property
     def introduction(self) -> Tensor:
-        """int64 (B,): number of the first shot that shows the last one's identity."""
-        return (self.identities == self.identity[:, None]).int().argmax(-1)
+        """int64 (B,): number of the first shot that shows the last one's subject."""
+        return (self.subjects == self.subjects[:, -1:]).int().argmax(-1)
+
+    @property
+    def source(self) -> Tensor:
+        """int64 (B,): number of the nearest earlier shot that shows the last one's subject."""
+        same = (self.subjects[:, :-1] == self.subjects[:, -1:]).int()
+        return same.shape[1] - 1 - same.flip(-1).argmax(-1)
 
 
 def last_shots(clips: list[Tensor], batch: dict[str, Any]) -> Iterator[LastShot]:
@@ -45,5 +46,5 @@ def last_shots(clips: list[Tensor], batch: dict[str, Any]) -> Iterator[LastShot]
     start = 0
     for film in batch["layout"].films:
         stop = start + len(film.shots)
-        yield LastShot(shown[stop - 1], shown[start : stop - 1], truth["identity"][:, start:stop])
+        yield LastShot(shown[stop - 1], shown[start : stop - 1], truth["subject"][:, start:stop])
         start = stop

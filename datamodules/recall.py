@@ -10,63 +10,81 @@ from torchmetrics import Metric
 from torchmetrics.utilities import dim_zero_cat
 
 from datamodules.identities import Identities
-from datamodules.last_shots import last_shots
+from datamodules.last_shots import LastShot, last_shots
+
+PARTS = ("shape", "colour", "texture")
 
 
 class IdentityRecall(Metric):
     """Shares of films whose last shot shows the right subject, by `Identities.decode`.
 
-    `compute` gives five scalars: "identity_recall", "shape_recall", "colour_recall", "texture_recall" (chance, with all
-    192 identities: 1/192, 1/6, 1/8 and 1/4; `chance` has them for the sizes at hand) and "wrong_subject", the share
-    decoded as another identity of the same film: a model that remembers, but the wrong subject. Chance for that is
-    (other identities in the film) / (all identities).
+    Right is the identity that the nearest earlier shot of the same subject shows. Where the earlier shots are given,
+    that is the true one; where the whole film was drawn, it is what the model drew there, since no caption tells it.
+
+    `compute` gives scalars: "identity_recall"; "shape_recall", "colour_recall", "texture_recall"; "wrong_subject", the
+    share that shows another identity of the film instead: a model that remembers, but the wrong subject; and
+    "identity_recall_back_<d>" over the films whose subject was last seen d shots before, for each d there is.
+
+    Args:
+        identities: What subjects look like.
+        whole: Whether whole films are judged. The names then begin with "whole_", and "whole_identity_chance" is added:
+            what would be right if last shots were dealt out to the films at random. A model that draws one subject
+            everywhere has a recall of 1, and so has its chance.
     """
 
     full_state_update = False
     is_differentiable = False
     higher_is_better = True
 
-    scored: Tensor
-    hits: Tensor
-    right: list[Tensor]
+    scored: list[Tensor]
 
-    def __init__(self, identities: Identities) -> None:
+    def __init__(self, identities: Identities, *, whole: bool = False) -> None:
         super().__init__()
         self.identities = identities
-        self.add_state("scored", torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum")
-        self.add_state("hits", torch.zeros(5, dtype=torch.int64), dist_reduce_fx="sum")
-        self.add_state("right", [], dist_reduce_fx="cat")
+        self.whole = whole
+        # Of each batch, int64 (films, 4): the identity seen, the right one, whether the seen one is another subject's,
+        # and how many shots before the subject was seen.
+        self.add_state("scored", [], dist_reduce_fx="cat")
 
     @property
     def chance(self) -> dict[str, float]:
-        """What guessing an identity at random scores."""
+        """What guessing an identity at random scores, where that is known without looking: not for whole films."""
         of = self.identities
-        return {
-            "identity_recall": 1 / len(of),
-            "shape_recall": 1 / of.shapes,
-            "colour_recall": 1 / of.colours,
-            "texture_recall": 1 / of.textures,
-        }
+        kinds = {"identity": len(of), "shape": of.shapes, "colour": of.colours, "texture": of.textures}
+        return {} if self.whole else {f"{name}_recall": 1 / kind for name, kind in kinds.items()}
 
     def update(self, clips: list[Tensor], batch: dict[str, Any]) -> None:
         """`clips`, generated, are shaped as `batch["clips"]`; the batch is one of `ShotWorld`'s."""
         for last in last_shots(clips, batch):
-            seen = self.identities.decode(last.shot.clip, last.shot.position, last.shot.background)
-            self._score(seen, last.identity, last.identities)
+            earlier = torch.stack([self._seen(last, shot) for shot in range(len(last.earlier))], dim=1)
+            seen, source = self._seen(last, -1), last.source
+            true = earlier.gather(1, source[:, None])[:, 0]
+            wrong = (seen != true) & (seen[:, None] == earlier).any(-1)
+            self.scored.append(torch.stack([seen, true, wrong.long(), len(last.earlier) - source], dim=-1))
 
-    def _score(self, seen: Tensor, true: Tensor, in_film: Tensor) -> None:
-        saw, is_ = self.identities.attributes(seen), self.identities.attributes(true)
-        right = [seen == true, *(saw[name] == is_[name] for name in ("shape", "colour", "texture"))]
-        wrong = (seen != true) & (seen[:, None] == in_film).any(-1)
-        self.hits += torch.stack([*right, wrong]).sum(-1)
-        self.scored += len(seen)
-        self.right.append(seen == true)
+    def _seen(self, last: LastShot, shot: int) -> Tensor:
+        """The identities (B,) that an earlier shot shows, or, at -1, the last one."""
+        shown = last.shot if shot < 0 else last.earlier[shot]
+        return self.identities.decode(shown.clip, shown.position, shown.background)
 
     def film_outcomes(self) -> dict[str, list[float]]:
         """{"identity_recall": 1 or 0 of every film since the last reset, in order}."""
         with self.sync_context():
-            return {"identity_recall": dim_zero_cat(self.right).float().tolist()}
+            seen, true = dim_zero_cat(self.scored)[:, :2].unbind(-1)
+            return {self._name("identity_recall"): (seen == true).float().tolist()}
 
     def compute(self) -> dict[str, Tensor]:
-        names = ("identity_recall", "shape_recall", "colour_recall", "texture_recall", "wrong_subject")
-        return dict(zip(names, self.hits / self.scored, strict=True))
+        seen, true, wrong, back = dim_zero_cat(self.scored).unbind(-1)
+        right = (seen == true).float()
+        saw, is_ = self.identities.attributes(seen), self.identities.attributes(true)
+        found = {"identity_recall": right.mean()}
+        found |= {f"{part}_recall": (saw[part] == is_[part]).float().mean() for part in PARTS}
+        found["wrong_subject"] = wrong.float().mean()
+        found |= {f"identity_recall_back_{d}": right[back == d].mean() for d in back.unique().tolist()}
+        if self.whole:
+            drawn, shown = (torch.bincount(x, minlength=len(self.identities)).double() / len(x) for x in (seen, true))
+            found["identity_chance"] = (drawn * shown).sum().float()
+        return {self._name(name): value for name, value in found.items()}
+
+    def _name(self, measure: str) -> str:
+        return f"whole_{measure}" if self.whole else measure

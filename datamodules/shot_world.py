@@ -20,6 +20,7 @@ from datamodules.recall import IdentityRecall
 from sparse_zoo.errors import refuse
 from sparse_zoo.layout import Layout, Shot
 
+SPLITS = ("train", "validation", "test")
 TEXT = 4  # tokens of a caption: the subject's tag, its start cell, its end cell, the background
 
 
@@ -45,12 +46,13 @@ class ShotWorld(LightningDataModule):
     a model must find, by the tag, the shot that introduced the subject. In a shot the subject moves evenly from its
     start to its end cell, in whole patches. Returns go through all subjects in random order before any comes again.
 
-    Film n of training is a function of (seed, n), and every epoch draws new ones; validation has films of its own, the
-    same always. Films of one shape are stacked (B = `batch_size`); where `subjects` or `frames_per_shot` is a range
-    they differ in shape, and `batch_size` films are packed into one stream (B = 1).
+    Film n of training is a function of (seed, n), and every epoch draws new ones; validation and test have films of
+    their own, the same always. Films of one shape are stacked (B = `batch_size`); where `subjects` or
+    `frames_per_shot` is a range they differ in shape, and `batch_size` films are packed into one stream (B = 1).
 
-    A batch's "truth", in stream order: "identity" and "background", int64 (B, shots); "position", int64 (B, frames, 2),
-    the subject's top left pixel in each frame. It is what the sample metrics need.
+    A batch's "truth", in stream order: "subject" (a number within its film), "identity" and "background", int64 (B,
+    shots); "position", int64 (B, frames, 2), the subject's top left pixel in each frame. It is what the sample metrics
+    need.
 
     Args:
         subjects: subjects, and so introductions, per film; or a range [least, most], drawn per film.
@@ -61,6 +63,7 @@ class ShotWorld(LightningDataModule):
         subject_size: side of a subject in patches; its places are patch-aligned.
         shapes, colours, textures, backgrounds, tags: how many of each there are.
         films_per_epoch, val_films: films drawn for an epoch of training, and for validation.
+        test_films: films of a judgement apart, after training; with 0 there is none.
 
     Raises:
         ZooError: for settings out of range, all at once.
@@ -85,6 +88,7 @@ class ShotWorld(LightningDataModule):
         batch_size: int = 16,
         films_per_epoch: int = 1600,
         val_films: int = 64,
+        test_films: int = 0,
         num_workers: int = 0,
         seed: int = 0,
     ) -> None:
@@ -97,6 +101,7 @@ class ShotWorld(LightningDataModule):
             "films_per_epoch": (films_per_epoch, 1),
             "val_films": (val_films, 1),
             "returns": (1 if returns is None else returns, 1),
+            "test_films": (test_films, 0),
             "num_workers": (num_workers, 0),
             "seed": (seed, 0),
         }
@@ -130,6 +135,7 @@ class ShotWorld(LightningDataModule):
         self.batch_size = batch_size
         self.films_per_epoch = films_per_epoch
         self.val_films = val_films
+        self.test_films = test_films
         self.num_workers = num_workers
         self.seed = seed
 
@@ -150,23 +156,32 @@ class ShotWorld(LightningDataModule):
     def val_dataloader(self) -> DataLoader[Batch]:
         return val_loader(_Films(self, "validation", self.val_films), self.batch_size, self.num_workers)
 
+    def test_dataloader(self) -> DataLoader[Batch]:
+        return val_loader(_Films(self, "test", self.test_films), self.batch_size, self.num_workers)
+
     def sample_metrics(self) -> dict[str, Metric]:
         cell = torch.arange(self.cells[0] * self.cells[1])
         places = torch.stack([cell // self.cells[1], cell % self.cells[1]], dim=-1) * self.patch[1]
         return {"identity": IdentityRecall(self.identities), "quality": ShotQuality(self.identities, places)}
 
+    def whole_metrics(self) -> dict[str, Metric]:
+        return {"whole": IdentityRecall(self.identities, whole=True)}
+
     def summary(self) -> dict[str, Any]:
         """Sizes, ready for JSON; the shots and frames of a range are counted over the films themselves."""
         counts = {}
-        for split, films in (("train", self.films_per_epoch), ("validation", self.val_films)):
+        sizes = {"train": self.films_per_epoch, "validation": self.val_films, "test": self.test_films}
+        for split, films in sizes.items():
+            if not films:
+                continue
             scripts = [self.script(split, number) for number in range(films)]
             frames = sum(int(script.frames.sum()) for script in scripts)
             counts[split] = {"films": films, "shots": sum(len(script.frames) for script in scripts), "frames": frames}
         return counts | {"identities": len(self.identities), "vocabulary": self.vocabulary, "skipped": []}
 
     def script(self, split: str, number: int) -> Script:
-        """What happens in film `number` of "train" or "validation"."""
-        draw = np.random.default_rng([self.seed, ("train", "validation").index(split), number])
+        """What happens in film `number` of "train", "validation" or "test"."""
+        draw = np.random.default_rng([self.seed, SPLITS.index(split), number])
         count = int(draw.integers(self.subjects[0], self.subjects[1] + 1))
         returns = count if self.returns is None else self.returns
         rounds = [draw.permutation(count) for _ in range(-(-returns // count))]
@@ -184,13 +199,13 @@ class ShotWorld(LightningDataModule):
         )
 
     def batch(self, split: str, numbers: Sequence[int]) -> Batch:
-        """These films of "train" or "validation", stacked or packed, as the class says."""
+        """These films of "train", "validation" or "test", stacked or packed, as the class says."""
         scripts = [self.script(split, number) for number in numbers]
         rows = len(scripts) if self.stacked else 1
         frames = np.concatenate([script.frames for script in scripts])
-        identity, background, start, end, tag = (
+        subject, identity, background, start, end, tag = (
             torch.from_numpy(np.concatenate([getattr(script, name) for script in scripts]))
-            for name in ("identity", "background", "start", "end", "tag")
+            for name in ("subject", "identity", "background", "start", "end", "tag")
         )
         shot = torch.arange(len(frames)).repeat_interleave(torch.from_numpy(frames))
         position = self._position(start, end, frames, shot)
@@ -209,6 +224,7 @@ class ShotWorld(LightningDataModule):
             "clips": list(video.view(rows, -1, *video.shape[1:]).split(lengths, dim=1)),
             "text": text.view(rows, -1),
             "truth": {
+                "subject": subject.view(rows, -1),
                 "identity": identity.view(rows, -1),
                 "background": background.view(rows, -1),
                 "position": position.view(rows, -1, 2),

@@ -279,8 +279,8 @@ class _Telling:
     def started(self, name: str) -> None:
         self.tell("started", name)
 
-    def step(self, name: str, step: int, total: int | None, loss: float) -> None:
-        self.tell("step", name, step, total, loss)
+    def step(self, name: str, step: int, total: int | None, note: str) -> None:
+        self.tell("step", name, step, total, note)
 
     def ended(self, result: Result) -> None:
         self.tell("ended", result)

@@ -52,8 +52,8 @@ class Bar:
     def started(self, name: str) -> None:
         self.running[name] = self.progress.add_task(name, total=None, note="")
 
-    def step(self, name: str, step: int, total: int | None, loss: float) -> None:
-        self.progress.update(self.running[name], completed=step, total=total, note=f"loss {loss:.3f}")
+    def step(self, name: str, step: int, total: int | None, note: str) -> None:
+        self.progress.update(self.running[name], completed=step, total=total, note=note)
 
     def kept(self, count: int) -> None:
         """Cells that had finished before."""

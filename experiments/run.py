@@ -35,6 +35,7 @@ from sparse_zoo.errors import ZooError
 
 FIRST, LAST = 3, 20  # steps whose mean is the first and the last training loss
 CURVE_POINTS = 500
+VALIDATED = ("val/loss", "val/identity_recall")  # of what validations find, the curves
 RESUME = "resume.ckpt"
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 
@@ -46,7 +47,7 @@ class Watch(Protocol):
     """Who is told how a run goes."""
 
     def started(self, name: str) -> None: ...
-    def step(self, name: str, step: int, total: int | None, loss: float) -> None: ...
+    def step(self, name: str, step: int, total: int | None, note: str) -> None: ...
     def ended(self, result: Result) -> None: ...
     def note(self, line: str) -> None: ...
 
@@ -180,12 +181,12 @@ def provenance() -> dict[str, Any]:
 
 
 class History(Callback):
-    """Flow losses as training goes, auxiliary ones left out so that methods compare: (step, loss) each."""
+    """Curves, (step, value) each: the flow loss, auxiliary ones left out so that methods compare, and validations."""
 
     def __init__(self, result: Result, watch: Watch) -> None:
         self.result, self.watch = result, watch
         self.losses: list[tuple[int, torch.Tensor]] = []
-        self.validations: list[tuple[int, float]] = []
+        self.validations: dict[str, list[tuple[int, float]]] = {}
         self._start = time.perf_counter()
 
     @override
@@ -212,24 +213,45 @@ class History(Callback):
         if trainer.global_step % every == 0:
             total = trainer.estimated_stepping_batches
             self.watch.step(
-                self.result.name, trainer.global_step, int(total) if total != float("inf") else None, float(loss)
+                self.result.name,
+                trainer.global_step,
+                int(total) if total != float("inf") else None,
+                f"loss {float(loss):.3f}",
             )
 
     @override
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if not trainer.sanity_checking and "val/loss" in trainer.callback_metrics:
-            self.validations.append((trainer.global_step, float(trainer.callback_metrics["val/loss"])))
+        if trainer.sanity_checking:
+            return
+        for name in VALIDATED:
+            if name in trainer.callback_metrics:
+                points = self.validations.setdefault(name, [])
+                if points and points[-1][0] == trainer.global_step:  # validated once more, after a resumption
+                    points.pop()
+                points.append((trainer.global_step, float(trainer.callback_metrics[name])))
+
+    @override
+    def on_test_batch_end(
+        self,
+        trainer: pl.Trainer,
+        pl_module: pl.LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        self.watch.step(self.result.name, batch_idx + 1, int(trainer.num_test_batches[0]), "judging")
 
     def write(self) -> None:
         """Into the result."""
         train = [(step, float(loss)) for step, loss in self.losses]
         stride = max(1, len(train) // CURVE_POINTS)
-        self.result.curves = {"train/flow": train[::stride], "val/loss": self.validations}
+        self.result.curves = {"train/flow": train[::stride], "val/loss": [], **self.validations}
         if train:
             self.result.first_loss = statistics.fmean(loss for _, loss in train[:FIRST])
             self.result.last_loss = statistics.fmean(loss for _, loss in train[-LAST:])
-        if self.validations:
-            self.result.val_loss = self.validations[-1][1]
+        if points := self.validations.get("val/loss"):
+            self.result.val_loss = points[-1][1]
 
 
 def _train(config: Config, folder: Path, result: Result, log: Log, watch: Watch, *, resume: bool) -> None:
@@ -248,6 +270,7 @@ def _train(config: Config, folder: Path, result: Result, log: Log, watch: Watch,
         seed=config["seed"],
         sample_metrics=data.sample_metrics(),
         sampling=sampling,
+        whole_metrics=getattr(data, "whole_metrics", dict)(),
     )
     log.data(config["data"]["name"], config["data"], result.data)
     history, cost, timer = History(result, watch), AttentionCost(every=10), StepTimer()
@@ -266,18 +289,22 @@ def _train(config: Config, folder: Path, result: Result, log: Log, watch: Watch,
     )
     try:
         trainer.fit(module, datamodule=data, ckpt_path=folder / RESUME if resume else None, weights_only=False)
-        if "val/loss" not in trainer.callback_metrics or history.validations[-1][0] != trainer.global_step:
+        validated = history.validations.get("val/loss", [(-1, 0.0)])[-1][0] == trainer.global_step
+        if not validated or "val/loss" not in trainer.callback_metrics:
             trainer.validate(module, datamodule=data, verbose=False)
+        if getattr(data, "test_films", 0):
+            trainer.test(module, datamodule=data, verbose=False)
     finally:
         history.write()
         counted, timed = cost.summary(), timer.summary()
         result.density, result.flops, result.kernel = (counted.get(key) for key in ("density", "flops", "kernel"))
         result.seconds_per_step, result.peak_memory = timed["seconds_per_step"], timed["peak_memory_bytes"]
         result.costs = {**counted, **timed}
+        # Of the last stage: of the test, where there was one.
         result.metrics = {
-            key.removeprefix("val/"): float(value)
+            name: float(value)
             for key, value in trainer.callback_metrics.items()
-            if key.startswith("val/") and not key.startswith("val/loss")
+            if (name := key.partition("/")[2]) and key.startswith(("val/", "test/")) and not name.startswith("loss")
         }
         guessing = [getattr(metric, "chance", {}) for metric in module.sample_metrics.values()]
         result.chance = {name: score for scores in guessing for name, score in scores.items()}

@@ -160,7 +160,7 @@ class _Telling:
     def started(self, name: str) -> None:
         self.note(f"{name} begins")
 
-    def step(self, name: str, step: int, total: int | None, loss: float) -> None: ...
+    def step(self, name: str, step: int, total: int | None, note: str) -> None: ...
 
     def ended(self, result: Result) -> None:
         self.note(f"{result.name} {result.status}")

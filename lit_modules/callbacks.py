@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 
 class EMA(WeightAveraging):
-    """Exponential moving average of the weights: validation and the `state_dict` of checkpoints use it.
+    """Exponential moving average of the weights: validation, test and the `state_dict` of checkpoints use it.
 
     The decay of update n is min(decay, (1 + n) / (10 + n)), so that a short run is not judged by its first weights.
     """
@@ -39,6 +39,15 @@ class EMA(WeightAveraging):
             torch._foreach_lerp_(averages, wide, 1 - min(decay, (1 + n) / (10 + n)))
 
         super().__init__(use_buffers=False, multi_avg_fn=average)
+
+    # Training that was over before it was resumed does not end again, and so leaves the last weights in their place.
+    @override
+    def on_test_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.on_validation_epoch_start(trainer, pl_module)
+
+    @override
+    def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.on_validation_epoch_end(trainer, pl_module)
 
 
 class AttentionCost(Callback):

@@ -10,7 +10,7 @@ from typing import Any, Literal, Protocol, cast, runtime_checkable
 import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.callbacks import Callback
-from torch import nn
+from torch import Tensor, nn
 from torchmetrics import Metric, MetricCollection
 from typing_extensions import override
 
@@ -99,8 +99,9 @@ class LitVideoDiT(LightningModule):
         optim: Fields of `Optim`.
         sampling: Fields of `Euler`, for `sample_metrics`.
         seed: Of noise, times and the attention's draws; with the number of the batch it fixes them all.
-        sample_metrics: Metrics by name, whose `update(clips, batch)` judges films that are generated at validation:
-            the last shot of each film, the earlier ones given. Not kept in checkpoints.
+        sample_metrics: Metrics by name, whose `update(clips, batch)` judges films that are generated in validation and
+            test: the last shot of each film, the earlier ones given. Not kept in checkpoints.
+        whole_metrics: The same for films of which every shot is generated, in test alone.
 
     Attention is told the number of optimizer steps taken, by which schedules go, in training, validation and sampling
     alike; its seed differs between batches and ranks.
@@ -108,7 +109,8 @@ class LitVideoDiT(LightningModule):
     Logs `train/loss` = `train/flow` + every `train/aux/<name>`, `train/grad_norm`, the scheduled settings in force
     (see `schedules`), and in validation, with EMA weights, `val/loss`: the flow loss at `VALIDATION_TIMES` with noise
     that depends on the number of the validation batch alone, so that it compares between steps, methods and seeds;
-    `val/loss_t<time>` are its parts. Raises `NonFiniteLoss` before a bad loss or gradient reaches the weights.
+    `val/loss_t<time>` are its parts. What metrics give is `val/<name>` and `test/<name>`. Raises `NonFiniteLoss` before
+    a bad loss or gradient reaches the weights.
     """
 
     def __init__(
@@ -119,11 +121,12 @@ class LitVideoDiT(LightningModule):
         seed: int = 0,
         sample_metrics: Mapping[str, Metric] | None = None,
         sampling: Mapping[str, Any] | None = None,
+        whole_metrics: Mapping[str, Metric] | None = None,
     ) -> None:
         super().__init__()
         # Plain containers, so that a checkpoint loads without whatever made the configuration.
         model, flow, optim, sampling = (_plain(part) for part in (model, flow, optim, sampling))
-        self.save_hyperparameters(ignore=["sample_metrics"])
+        self.save_hyperparameters(ignore=["sample_metrics", "whole_metrics"])
         parts = {"flow": (RectifiedFlow, flow), "optim": (Optim, optim), "sampling": (Euler, sampling)}
         refuse(
             "LitVideoDiT",
@@ -142,7 +145,9 @@ class LitVideoDiT(LightningModule):
         self.sampling = Euler(**sampling)
         self.val_loss = LossByTime(VALIDATION_TIMES)
         self.sample_metrics = MetricCollection(dict(sample_metrics or {}), prefix="val/", compute_groups=False)
-        self.film_outcomes: dict[str, list[float]] = {}  # of the last validation, per film, in order
+        self.test_metrics = self.sample_metrics.clone(prefix="test/")
+        self.whole_metrics = MetricCollection(dict(whole_metrics or {}), prefix="test/", compute_groups=False)
+        self.film_outcomes: dict[str, list[float]] = {}  # of the last validation or test, per film, in order
 
     @override
     def configure_callbacks(self) -> list[Callback]:
@@ -207,12 +212,19 @@ class LitVideoDiT(LightningModule):
             draws = generator("validation", self.global_rank, batch_idx, which)
             found = self.flow.loss(self.model, batch["clips"], text, time, layout, draws, step=self.global_step)
             self.val_loss.update(found.per_token, which)
-        if len(self.sample_metrics) and not self.trainer.sanity_checking:
-            known = ~stream(layout).last_shots
-            clips = self.sampling.sample(
-                self.model, self.flow, batch, seed=batch_idx, known=known, step=self.global_step
-            )
-            self.sample_metrics.update(clips, batch)
+        if not self.trainer.sanity_checking:
+            self._judge(self.sample_metrics, batch, batch_idx, ~stream(layout).last_shots)
+
+    @override
+    def test_step(self, batch: dict[str, Any], batch_idx: int) -> None:
+        self._judge(self.test_metrics, batch, batch_idx, ~stream(batch["layout"]).last_shots)
+        self._judge(self.whole_metrics, batch, batch_idx, None)
+
+    def _judge(self, metrics: MetricCollection, batch: dict[str, Any], seed: int, known: Tensor | None) -> None:
+        """Let metrics see the batch's films, drawn but for the `known` shots."""
+        if len(metrics):
+            clips = self.sampling.sample(self.model, self.flow, batch, seed=seed, known=known, step=self.global_step)
+            metrics.update(clips, batch)
 
     @override
     def on_validation_epoch_end(self) -> None:
@@ -223,13 +235,23 @@ class LitVideoDiT(LightningModule):
             raise NonFiniteLoss(self.global_step, {"val/loss": float(loss)})
         self.log("val/loss", loss, prog_bar=True)
         self.log_dict({f"val/loss_t{at}": part.float() for at, part in zip(VALIDATION_TIMES, by_time, strict=True)})
-        if len(self.sample_metrics) and not self.trainer.sanity_checking:
-            self.log_dict(self.sample_metrics.compute())
-            self.film_outcomes = {}
-            for metric in self.sample_metrics.values():
+        if not self.trainer.sanity_checking:
+            self._tell(self.sample_metrics)
+
+    @override
+    def on_test_epoch_end(self) -> None:
+        self._tell(self.test_metrics, self.whole_metrics)
+
+    def _tell(self, *judges: MetricCollection) -> None:
+        """Log what metrics found, keep what they know of each film, and reset them."""
+        self.film_outcomes = {}
+        for metrics in judges:
+            if len(metrics):
+                self.log_dict(metrics.compute())
+            for metric in metrics.values():
                 if isinstance(metric, KeepsFilms):
                     self.film_outcomes |= metric.film_outcomes()
-            self.sample_metrics.reset()
+            metrics.reset()
 
 
 def schedules(model: VideoDiT, step: int) -> dict[str, float]:

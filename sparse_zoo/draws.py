@@ -27,12 +27,20 @@ def uniform(call: Call, purpose: str, n: int, rows: slice = slice(None)) -> Tens
     `purpose`, a name that tells one use of draws from another; nothing else, not the number of draws either.
     """
     device = call.q.device
-    named = hashlib.blake2b(repr((purpose, call.seed, call.step, call.layer)).encode(), digest_size=8).digest()
     heads = call.head_offset + torch.arange(call.q.shape[1], device=device)
     tokens = torch.arange(call.q.shape[2], device=device) if call.q_rows is None else call.q_rows
+    return numbers((purpose, call.seed, call.step, call.layer), heads, tokens[rows], n)
+
+
+def numbers(of: object, heads: Tensor, tokens: Tensor, n: int) -> Tensor:
+    """`n` draws from [0, 1) for each of `heads` and `tokens`, int64: float32 (heads, tokens, n), multiples of 2^-24.
+
+    A function of `of` (printed, then hashed), head, token and index alone.
+    """
+    named = hashlib.blake2b(repr(of).encode(), digest_size=8).digest()
     key = _mix(heads * GAMMA + int.from_bytes(named, "little", signed=True))
-    key = _mix(key[:, None] + tokens[rows] * GAMMA)
-    key = _mix(key[..., None] + torch.arange(n, device=device) * GAMMA)
+    key = _mix(key[:, None] + tokens * GAMMA)
+    key = _mix(key[..., None] + torch.arange(n, device=tokens.device) * GAMMA)
     return _right(key, 64 - BITS).float().mul_(2.0**-BITS)
 
 

@@ -116,38 +116,48 @@ def test_the_own_shot_is_all_that_the_null_sees() -> None:
     assert torch.equal(mask.expand(1, 2, -1, -1), same.expand(1, 2, -1, -1))
 
 
+@pytest.mark.parametrize("each", ["shot", "token"])
 @pytest.mark.parametrize("shots", [0, 1, 9])
-def test_random_shots_are_whole_of_the_film_and_drawn_for_each_query(shots: int) -> None:
+def test_random_shots_are_whole_of_the_film_and_fixed_for_it(shots: int, each: str) -> None:
     zoo.load_plugin(SWEEPS / "baselines.py")
     film = zoo.Layout.film([zoo.Shot(1, 2, 2, 1)] * 5)
     layout = zoo.Layout.pack([film, zoo.Layout.film([zoo.Shot(1, 2, 1)] * 2)])
-    attention = zoo.build("random_shots", heads=2, head_dim=8, shots=shots)
+    attention = zoo.build("random_shots", heads=2, head_dim=8, shots=shots, each=each)
     x = torch.randn(1, 2, len(layout), 8)
-
-    def mask(**context: object) -> torch.Tensor:
-        return attention(x, x, x, layout, **context).plans[0].dense_mask().expand(1, 2, -1, -1)[0]
-
     numbers = torch.stack([layout.sample, layout.shot]).unique(dim=1, return_inverse=True)[1]
-    seen = torch.zeros(2, len(layout), 7).index_add_(2, numbers, mask(step=0).float()) / numbers.bincount()
-    assert set(seen.unique().tolist()) <= {0.0, 1.0}  # shots are seen whole or not at all
-    assert seen.gather(2, numbers[None, :, None].expand(2, -1, 1)).all()
-    assert not mask(step=0)[:, layout.sample[:, None] != layout.sample].any()
+
+    def seen(**context: int) -> torch.Tensor:
+        """The share of each shot that each token sees, (heads, tokens, shots)."""
+        mask = attention(x, x, x, layout, **context).plans[0].dense_mask().expand(1, 2, -1, -1)[0]
+        assert not mask[:, layout.sample[:, None] != layout.sample].any()
+        return torch.zeros(2, len(layout), 7).index_add_(2, numbers, mask.float()) / numbers.bincount()
+
+    drawn = seen(seed=3)
+    assert set(drawn.unique().tolist()) <= {0.0, 1.0}  # shots are seen whole or not at all
+    assert drawn.gather(2, numbers[None, :, None].expand(2, -1, 1)).all()
     others = torch.where(layout.sample == 0, 4, 1).clamp(max=shots)
-    assert torch.equal(seen.sum(-1) - 1, others.expand(2, -1).float())
-    by_step = [mask(step=step, seed=step) for step in (0, 1)]
-    assert not torch.equal(*by_step) or shots != 1
-    attention.eval()
-    by_step = [mask(step=step, seed=step) for step in (0, 1)]
-    assert torch.equal(*by_step)
-    if shots == 1:
-        assert not torch.equal(by_step[0][0], by_step[0][1])
-        assert not torch.equal(seen[0, 0], seen[0, 1])
+    assert torch.equal(drawn.sum(-1) - 1, others.expand(2, -1).float())
+    assert torch.equal(drawn, seen(seed=3, step=7))
+    if shots != 1:
+        return
+    assert any(not torch.equal(drawn, seen(seed=seed)) for seed in range(4, 9))
+    first, second = (layout.shot == 0) & (layout.sample == 0), (layout.shot == 1) & (layout.sample == 0)
+    alike = [
+        torch.equal(drawn, seen(seed=3, layer=1)),
+        torch.equal(drawn[0], drawn[1]),
+        bool((drawn[:, first] == drawn[:, first][:, :1]).all()),
+        bool((drawn[:, second] == drawn[:, second][:, :1]).all()),
+    ]
+    assert alike == [each == "shot"] * 4
 
 
 def test_the_baselines_conform() -> None:
     zoo.load_plugin(SWEEPS / "baselines.py")
-    for name in ("own_shot", "random_shots"):
-        testing.check_method(name)
+    testing.check_method("own_shot")
+    for each in ("shot", "token"):
+        testing.check_method(
+            "random_shots", each=each, known_failures={"eval_draws_nothing": "a seed stands for films"}
+        )
 
 
 def _films() -> list[dict[str, object]]:

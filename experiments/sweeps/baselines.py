@@ -2,15 +2,17 @@
 
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
 
 import sparse_zoo as zoo
 from sparse_zoo.attention import is_count
-from sparse_zoo.draws import uniform
-from sparse_zoo.errors import refuse
+from sparse_zoo.draws import numbers, uniform
+from sparse_zoo.errors import refuse, unknown
+
+EACH = ("shot", "token")
 
 
 @zoo.register("own_shot")
@@ -31,41 +33,52 @@ class OwnShot(zoo.Attention):
 
 @zoo.register("random_shots")
 class RandomShots(zoo.Attention):
-    """The own shot, and others at random for each query and head: what a budget brings without a choice.
+    """The own shot, and others at random: what a budget brings without a choice.
 
-    Captions belong to their shots; the global caption counts as one. Training draws anew in every step; in eval mode a
-    draw is a function of layer, head and token, so that a film is drawn with the same choice throughout.
+    Captions belong to their shots; the global caption counts as one. Films are drawn with the same choice from first
+    to last step; the films of a batch share it.
 
     Args:
-        shots: Other shots for each query and head; all of the film where it has fewer.
+        shots: Other shots; all of the film where it has fewer.
+        each: Who draws. "shot": every shot once, for all its tokens, in all heads and layers, so that a shot that was
+            not drawn cannot be seen in any way: the null. "token": every query in every head and layer, which is no
+            null, since together the tokens of a shot see nearly all others.
     """
 
     limits = zoo.Limit({"shots": 1 << 30})
     strict = "later shots are drawn too"
     anchors = ("shot",)
-    own_heads = "each head draws shots of its own"
     knob = zoo.Knob("shots", 0, 64)
     small: ClassVar[Mapping[str, Any]] = {"shots": 1}
 
-    def __init__(self, *, shots: int = 2, **base: Any) -> None:
+    def __init__(self, *, shots: int = 2, each: Literal["shot", "token"] = "shot", **base: Any) -> None:
         super().__init__(**base)
         refuse(
             "random_shots",
-            [f"shots must be a whole number of at least 0, got {shots!r}"] if not is_count(shots, least=0) else [],
+            [
+                f"shots must be a whole number of at least 0, got {shots!r}" if not is_count(shots, least=0) else "",
+                unknown("each", each, EACH) if each not in EACH else "",
+            ],
         )
-        self.shots = shots
+        self.shots, self.each = shots, each
+        self.own_heads = "each head draws shots of its own" if each == "token" else None
 
     def branches(self, call: zoo.Call) -> list[zoo.Branch | zoo.Term]:
         pieces = call.layout.partition("shot")
-        own = zoo.Plan.within(pieces)
         rows = torch.arange(len(call.layout), device=call.q.device) if call.q_rows is None else call.q_rows
+        mine = pieces.piece_of[0, 0][rows]
+        own = zoo.Plan.within(pieces)
         if call.q_rows is not None:
             own = own.narrow(rows)
-        mine = pieces.piece_of[0, 0][rows]
-        legal = (pieces.sample[mine][:, None] == pieces.sample) & (
-            mine[:, None] != torch.arange(pieces.count, device=rows.device)
-        )
-        drawn = uniform(call if self.training else replace(call, seed=0, step=None), "random shots", pieces.count)
+        if not self.shots:
+            return [zoo.Branch(own)]
+        number = torch.arange(pieces.count, device=rows.device)
+        # Not of the step: a seed stands for a batch of films, in all the steps in which they are drawn.
+        if self.each == "shot":
+            drawn = numbers(("random shots", call.seed), number[:1], number, pieces.count)[:, mine]
+        else:
+            drawn = uniform(replace(call, step=None), "random shots", pieces.count)
+        legal = (pieces.sample[mine][:, None] == pieces.sample) & (mine[:, None] != number)
         best, which = drawn.masked_fill(~legal, -1.0).topk(min(self.shots, pieces.count))
         chosen = which.masked_fill(best < 0, -1)[None]
-        return [zoo.Branch(zoo.Plan(*own.parts, *zoo.Plan.routed(pieces, chosen).parts) if self.shots else own)]
+        return [zoo.Branch(zoo.Plan(*own.parts, *zoo.Plan.routed(pieces, chosen).parts))]
