@@ -20,11 +20,15 @@ class Shown:
 
 @dataclass(frozen=True, eq=False)
 class LastShot:
-    """The last shot of B films of one shape, the shots before it, and the subjects of all N shots, numbers (B, N)."""
+    """The last shot of B films of one shape, and the shots before it.
+
+    Of all N shots the true subjects, numbers within a film, and identities: int64 (B, N).
+    """
 
     shot: Shown
     earlier: list[Shown]
     subjects: Tensor
+    identities: Tensor
 
     @property
     def introduction(self) -> Tensor:
@@ -46,5 +50,6 @@ def last_shots(clips: list[Tensor], batch: dict[str, Any]) -> Iterator[LastShot]
     start = 0
     for film in batch["layout"].films:
         stop = start + len(film.shots)
-        yield LastShot(shown[stop - 1], shown[start : stop - 1], truth["subject"][:, start:stop])
+        true = (truth[name][:, start:stop] for name in ("subject", "identity"))
+        yield LastShot(shown[stop - 1], shown[start : stop - 1], *true)
         start = stop

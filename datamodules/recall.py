@@ -10,7 +10,7 @@ from torchmetrics import Metric
 from torchmetrics.utilities import dim_zero_cat
 
 from datamodules.identities import Identities
-from datamodules.last_shots import LastShot, last_shots
+from datamodules.last_shots import Shown, last_shots
 
 PARTS = ("shape", "colour", "texture")
 
@@ -18,8 +18,8 @@ PARTS = ("shape", "colour", "texture")
 class IdentityRecall(Metric):
     """Shares of films whose last shot shows the right subject, by `Identities.decode`.
 
-    Right is the identity that the nearest earlier shot of the same subject shows. Where the earlier shots are given,
-    that is the true one; where the whole film was drawn, it is what the model drew there, since no caption tells it.
+    Right is the true identity; of whole films, of which no caption tells it, the one that the nearest earlier shot of
+    the same subject shows as the model drew it.
 
     `compute` gives scalars: "identity_recall"; "shape_recall", "colour_recall", "texture_recall"; "wrong_subject", the
     share that shows another identity of the film instead: a model that remembers, but the wrong subject; and
@@ -56,16 +56,15 @@ class IdentityRecall(Metric):
     def update(self, clips: list[Tensor], batch: dict[str, Any]) -> None:
         """`clips`, generated, are shaped as `batch["clips"]`; the batch is one of `ShotWorld`'s."""
         for last in last_shots(clips, batch):
-            earlier = torch.stack([self._seen(last, shot) for shot in range(len(last.earlier))], dim=1)
-            seen, source = self._seen(last, -1), last.source
+            seen, source = self._seen(last.shot), last.source
+            earlier = torch.stack([*map(self._seen, last.earlier)], 1) if self.whole else last.identities[:, :-1]
             true = earlier.gather(1, source[:, None])[:, 0]
             wrong = (seen != true) & (seen[:, None] == earlier).any(-1)
             self.scored.append(torch.stack([seen, true, wrong.long(), len(last.earlier) - source], dim=-1))
 
-    def _seen(self, last: LastShot, shot: int) -> Tensor:
-        """The identities (B,) that an earlier shot shows, or, at -1, the last one."""
-        shown = last.shot if shot < 0 else last.earlier[shot]
-        return self.identities.decode(shown.clip, shown.position, shown.background)
+    def _seen(self, shot: Shown) -> Tensor:
+        """int64 (B,)"""
+        return self.identities.decode(shot.clip, shot.position, shot.background)
 
     def film_outcomes(self) -> dict[str, list[float]]:
         """{"identity_recall": 1 or 0 of every film since the last reset, in order}."""

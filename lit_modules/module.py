@@ -10,6 +10,7 @@ from typing import Any, Literal, Protocol, cast, runtime_checkable
 import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
 from torchmetrics import Metric, MetricCollection
 from typing_extensions import override
@@ -151,7 +152,9 @@ class LitVideoDiT(LightningModule):
 
     @override
     def configure_callbacks(self) -> list[Callback]:
-        return [EMA(self.optim.ema_decay)] if self.optim.ema_decay else []
+        # One for each fit: a validation or test after it goes on with the one that holds the averages.
+        fitting = self.trainer.state.fn == TrainerFn.FITTING
+        return [EMA(self.optim.ema_decay)] if self.optim.ema_decay and fitting else []
 
     @override
     def configure_optimizers(self) -> Any:

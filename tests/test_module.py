@@ -43,10 +43,10 @@ class Record(Callback):
         self.rates.append(optimizer.param_groups[0]["lr"])
 
 
-def lit(seed=0, sample_metrics=None, sampling=None, flow=None, optim=None, **model):
+def lit(seed=0, sample_metrics=None, sampling=None, flow=None, optim=None, whole_metrics=None, **model):
     torch.manual_seed(0)
     optim = {"lr": 5e-3, "warmup_steps": 2} | (optim or {})
-    return LitVideoDiT(arguments(**model), flow, optim, seed, sample_metrics, sampling)
+    return LitVideoDiT(arguments(**model), flow, optim, seed, sample_metrics, sampling, whole_metrics)
 
 
 def trainer(steps, *callbacks, **settings):
@@ -439,6 +439,47 @@ def test_sample_metrics_judge_the_last_shots_only(tmp_path):
     found = [float(run.callback_metrics[f"val/shot_{i}"]) for i in range(7)]
     assert found == stream(PACKED).last_shots.float().tolist()
     LitVideoDiT.load_from_checkpoint(tmp_path / "last.ckpt")  # without the metrics
+
+
+class Bright(Metric):
+    """Of all pixels that it was shown, the sum for each batch."""
+
+    def __init__(self):
+        super().__init__()
+        self.add_state("pixels", torch.zeros(2, dtype=torch.float64), dist_reduce_fx="sum")
+
+    def update(self, clips, batch):  # noqa: ARG002
+        self.pixels = self.pixels + torch.stack([sum(c.double().sum() for c in clips), torch.tensor(1.0).double()])
+
+    def compute(self):
+        return self.pixels[0] / self.pixels[1]
+
+
+def test_a_test_draws_last_shots_and_whole_films_with_the_averaged_weights(tmp_path):
+    keep, films = ModelCheckpoint(tmp_path, filename="last"), batch(PACKED)
+    judges = {"sample_metrics": {"last": Bright()}, "whole_metrics": {"all": Bright(), "seen": Seen()}}
+    module = lit(**judges, sampling={"steps": 2})
+    run = trainer(2, keep, limit_val_batches=0)
+    run.fit(module, loader(films, times=2))
+    run.test(module, loader(films, times=1), verbose=False)
+    once = {name: float(value) for name, value in run.callback_metrics.items()}
+    assert [once[f"test/shot_{i}"] for i in range(7)] == [1.0] * 7
+    averaged = LitVideoDiT.load_from_checkpoint(tmp_path / "last.ckpt")
+    for name, known in (("last", ~stream(PACKED).last_shots), ("all", None)):
+        clips = averaged.sampling.sample(averaged.model, averaged.flow, films, seed=0, known=known, step=2)
+        assert once[f"test/{name}"] == pytest.approx(float(sum(clip.double().sum() for clip in clips)), rel=1e-5)
+
+
+def test_a_resumed_run_whose_training_was_over_is_tested_with_the_averaged_weights(tmp_path):
+    keep, films = ModelCheckpoint(tmp_path, filename="last"), batch(PACKED)
+    found = []
+    for path in (None, tmp_path / "last.ckpt"):
+        module = lit(sample_metrics={"last": Bright()}, sampling={"steps": 2}, optim={"lr": 0.1, "warmup_steps": 0})
+        run = trainer(3, keep, limit_val_batches=0)
+        run.fit(module, loader(films, times=3), ckpt_path=path, weights_only=False)
+        run.test(module, loader(films, times=1), verbose=False)
+        found.append(float(run.callback_metrics["test/last"]))
+    assert found[0] == found[1]
 
 
 def test_sample_metrics_of_shot_world_are_logged():

@@ -145,7 +145,7 @@ def test_the_truth_scores_one(settings: dict[str, Any]) -> None:
     metric = world.sample_metrics()["identity"]
     for batch in world.val_dataloader():
         metric.update(batch["clips"], batch)
-    assert metric.scored == 100
+    assert len(metric.film_outcomes()["identity_recall"]) == 100
     values = {name: float(value) for name, value in metric.compute().items()}
     assert values.pop("wrong_subject") == 0
     assert set(values.values()) == {1.0}
@@ -185,8 +185,9 @@ def test_the_metric_decodes_as_comparing_whole_renderings_does() -> None:
     seen = torch.tensor([nearest(world, clips[i][0], places[i], truth["background"][i]) for i in last])
     for i, identity in zip(last.tolist(), seen, strict=True):
         assert world.identities.decode(clips[i], places[i][None], truth["background"][i, None]) == identity
-    truth["identity"][last] = seen
-    assert score(world, batch, clips)["identity_recall"] == 1
+    metric = world.sample_metrics()["identity"]
+    metric.update(clips, batch)
+    assert torch.cat(metric.scored)[:, 0].tolist() == seen.tolist()
 
 
 def test_guessing_scores_what_the_metric_calls_chance() -> None:
@@ -258,6 +259,59 @@ def test_only_the_last_shot_of_each_film_is_scored() -> None:
         (12, 12),
     )[None]
     assert score(world, batch, spoilt)["identity_recall"] == pytest.approx(0.9)
+
+
+def test_recall_is_told_apart_by_how_long_ago_the_subject_was_seen() -> None:
+    world = ShotWorld(subjects=3, returns=5)
+    batch, (rows, last) = world.batch("validation", range(200)), (200, 7)
+    subject, identity = batch["truth"]["subject"], batch["truth"]["identity"]
+    back = torch.tensor([next(d for d in range(1, 8) if film[last - d] == film[last]) for film in subject])
+    right = torch.rand(rows, generator=torch.Generator().manual_seed(1)) < back / 6
+    found = score(
+        world, batch, repaint(world, batch, last, torch.where(right, identity[:, last], identity[:, last] ^ 1))
+    )
+    told = {int(name.rpartition("_")[2]): value for name, value in found.items() if "_back_" in name}
+    expected = {d: right[back == d].float().mean().item() for d in set(back.tolist())}
+    assert told == pytest.approx(expected)
+    assert len(told) == 3  # 2 to 4: the second return of a subject is of the second round
+
+
+def test_a_whole_film_is_right_if_it_agrees_with_itself() -> None:
+    world, films = ShotWorld(), 300
+    batch, draw = world.batch("test", range(films)), torch.Generator().manual_seed(0)
+    subject = batch["truth"]["subject"]
+    drawn = torch.randint(192, (films, 3), generator=draw)  # what a model makes of the three subjects
+    shown = drawn.gather(1, subject)
+    right = torch.rand(films, generator=draw) < 0.6
+    shown[:, 5] = torch.where(right, shown[:, 5], drawn.gather(1, (subject[:, 5:] + 1) % 3)[:, 0])
+    clips = batch["clips"]
+    for shot in range(6):
+        clips = repaint(world, batch | {"clips": clips}, shot, shown[:, shot])
+    metric = world.whole_metrics()["whole"]
+    metric.update(clips, batch)
+    found = {name: float(value) for name, value in metric.compute().items()}
+    agrees = shown[:, 5] == drawn.gather(1, subject[:, 5:])[:, 0]
+    assert found["whole_identity_recall"] == pytest.approx(agrees.float().mean().item())
+    assert found["whole_identity_recall"] + found["whole_wrong_subject"] == pytest.approx(1)
+    assert metric.film_outcomes() == {"whole_identity_recall": agrees.float().tolist()}
+    assert score(world, batch, clips)["identity_recall"] < 0.05  # held against the truth it is nothing
+    assert found["whole_identity_chance"] < 0.02
+    # One subject everywhere agrees with itself, and by chance as well.
+    for shot in range(6):
+        clips = repaint(world, batch | {"clips": clips}, shot, torch.full((films,), 17))
+    metric.reset()
+    metric.update(clips, batch)
+    found = {name: float(value) for name, value in metric.compute().items()}
+    assert found["whole_identity_recall"] == found["whole_identity_chance"] == 1
+
+
+def test_films_of_the_test_are_others() -> None:
+    world = ShotWorld(test_films=20)
+    assert sum(len(batch["names"]) for batch in world.test_dataloader()) == 20
+    assert world.summary()["test"]["films"] == 20
+    assert "test" not in ShotWorld().summary()
+    others = [world.batch(split, [5])["clips"][0] for split in ("train", "validation")]
+    assert not any(torch.equal(world.batch("test", [5])["clips"][0], other) for other in others)
 
 
 # Order, loaders, errors

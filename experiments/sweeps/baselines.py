@@ -12,23 +12,37 @@ from sparse_zoo.attention import is_count
 from sparse_zoo.draws import numbers, uniform
 from sparse_zoo.errors import refuse, unknown
 
-EACH = ("shot", "token")
+CAPTIONS, EACH = ("own", "all"), ("shot", "token")
 
 
 @zoo.register("own_shot")
 class OwnShot(zoo.Attention):
-    """Every token attends to its own shot alone: what can be drawn without memory of other shots.
+    """Every token attends to its own shot: what can be drawn without memory of other shots.
 
     A shot's caption belongs to it; the global caption, which has no shot, attends to itself.
+
+    Args:
+        captions: Which captions are attended to besides. "all": those of the whole film. Where captions read video,
+            which `text_reads="text"` forbids, they then carry it from shot to shot.
     """
 
-    limits = "no setting reaches another shot"
-    strict: ClassVar[Mapping[str, Any]] = {}
-    causality = "strict"
+    limits = "no setting reaches the video of another shot"
+    strict = "captions of later shots are read too"
     anchors = ("shot",)
 
+    def __init__(self, *, captions: Literal["own", "all"] = "own", **base: Any) -> None:
+        super().__init__(**base)
+        refuse("own_shot", [unknown("captions", captions, CAPTIONS)] if captions not in CAPTIONS else [])
+        self.captions = captions
+        if captions == "own":
+            self.causality, self.strict = "strict", {}  # type: ignore[misc]
+
     def plan(self, q: Tensor, k: Tensor, layout: zoo.Layout) -> zoo.Plan:  # noqa: ARG002
-        return zoo.Plan.within(layout.partition("shot"))
+        shots = zoo.Plan.within(layout.partition("shot"))
+        if self.captions == "own":
+            return shots
+        films, text = layout.partition(), layout.partition(where=layout.is_text)
+        return shots | zoo.Plan.blocks(films, text, films.sample[:, None] == text.sample)
 
 
 @zoo.register("random_shots")
