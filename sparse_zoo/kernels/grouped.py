@@ -326,24 +326,29 @@ def _budget(q: Tensor) -> int:
 def _alike(rects: Rectangles, row: int, budget: int) -> Iterator[Rectangles]:
     """Batches of rectangles of about one size, which gathered in rows of `row` bytes take about `budget` bytes.
 
-    Sides differ by at most an eighth, or by as little as makes one batch cheaper than two.
+    The engine's backward gives each rectangle to one thread: a batch is made of rounds, of as many rectangles as there
+    are threads, next to one another in size. Only the last round of a size of keys may leave threads idle.
     """
     if not len(rects):
         return
-    threads = torch.get_num_threads()  # the engine's backward gives each rectangle to one
+    threads = torch.get_num_threads()
     rects = _cut(rects, budget // (4 * row * threads))
     # Keys first: rectangles with the same number of keys, as equal chunks have, need no mask together.
-    kinds, kind = torch.unique(_size_class(rects.k_size) * (1 << 32) + _size_class(rects.q_size), return_inverse=True)
-    by_size = rects.q_size.argsort(stable=True)  # a batch is padded to its longest
-    order = by_size[kind[by_size].argsort(stable=True)]
-    number = torch.bincount(kind)
-    queries, keys = (torch.zeros_like(kinds).scatter_reduce(0, kind, x, "amax") for x in (rects.q_size, rects.k_size))
-    for most_queries, most_keys, which in _worth_joining(
-        zip(number.tolist(), queries.tolist(), keys.tolist(), strict=True), order
+    by_queries = rects.q_size.argsort(stable=True)
+    classes = _size_class(rects.k_size)
+    rects = rects.select(by_queries[classes[by_queries].argsort(stable=True)])
+    _, of, number = torch.unique_consecutive(_size_class(rects.k_size), return_inverse=True, return_counts=True)
+    nth = torch.arange(len(rects)) - (number.cumsum(0) - number)[of]
+    _, of, number = torch.unique_consecutive(of * len(rects) + nth // threads, return_inverse=True, return_counts=True)
+    queries, keys = (torch.zeros_like(number).scatter_reduce(0, of, x, "amax") for x in (rects.q_size, rects.k_size))
+    start = 0
+    for number_, most_queries, most_keys in _worth_joining(
+        zip(number.tolist(), queries.tolist(), keys.tolist(), strict=True), threads
     ):
-        most = budget // (4 * (most_queries + most_keys) * row)
-        for some in which.split(max(1, -(-most // threads)) * threads):
-            yield rects.select(some)
+        most = max(1, -(-budget // (4 * (most_queries + most_keys) * row * threads))) * threads
+        for first in range(start, start + number_, most):
+            yield rects.select(slice(first, min(first + most, start + number_)))
+        start += number_
 
 
 def _cut(rects: Rectangles, most: int) -> Rectangles:
@@ -362,16 +367,19 @@ def _cut(rects: Rectangles, most: int) -> Rectangles:
     return replace(parts, q_start=parts.q_start + low, q_size=high - low)
 
 
-def _worth_joining(kinds: Iterable[tuple[int, int, int]], order: Tensor) -> Iterator[tuple[int, int, Tensor]]:
-    """From (rectangles, queries, keys) of each kind: the sizes and the members of each batch, neighbours joined."""
-    start = held = most_queries = most_keys = 0
-    for number, queries, keys in kinds:
-        joined = (held + number) * max(most_queries, queries) * max(most_keys, keys)
-        if held and joined - held * most_queries * most_keys - number * queries * keys > PAIRS_OF_A_CALL:
-            yield most_queries, most_keys, order[start : start + held]
-            start, held, most_queries, most_keys = start + held, 0, 0, 0
-        held, most_queries, most_keys = held + number, max(most_queries, queries), max(most_keys, keys)
-    yield most_queries, most_keys, order[start:]
+def _worth_joining(rounds: Iterable[tuple[int, int, int]], threads: int) -> Iterator[tuple[int, int, int]]:
+    """From the (rectangles, most queries, most keys) of each round those of each batch: of rounds next to one another
+    as long as padding them to one size costs less than another call."""
+    held = apart = most_queries = most_keys = 0
+    for number, queries, keys in rounds:
+        alone = threads * queries * keys
+        together = -(-(held + number) // threads) * threads * max(most_queries, queries) * max(most_keys, keys)
+        if held and together - apart - alone > PAIRS_OF_A_CALL:
+            yield held, most_queries, most_keys
+            held = apart = most_queries = most_keys = 0
+        held, apart = held + number, apart + alone
+        most_queries, most_keys = max(most_queries, queries), max(most_keys, keys)
+    yield held, most_queries, most_keys
 
 
 def _size_class(size: Tensor) -> Tensor:
