@@ -197,25 +197,32 @@ def test_batches_are_rounds_of_the_threads_padded_little(monkeypatch: pytest.Mon
     threads = 3
     monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
     draw = torch.Generator().manual_seed(0)
-    q_size = [1000] * 7 + torch.randint(500, 3000, (24,), generator=draw).tolist()
+    growing = torch.arange(1000, 1080, 4)[torch.randperm(20, generator=draw)].tolist()
+    q_size = growing + torch.randint(500, 3000, (11,), generator=draw).tolist()
     k_size = [512] * 20 + [2048] * 11
     batches = list(grouped._alike(sized(q_size, k_size), 1, 1 << 40))
     assert sorted(torch.cat([batch.group for batch in batches]).tolist()) == list(range(31))
-    assert sum(-(-len(batch) // threads) for batch in batches) == 7 + 4  # 20 and 11 rectangles, by threes
-    assert max(len(batch) for batch in batches) > threads
-    assert len(batches) < 7 + 4
-    for batch in batches:
-        assert int(batch.k_size.min()) == int(batch.k_size.max())
-        queries = batch.q_size.sort(descending=True).values
-        apart = sum(int(queries[start]) for start in range(0, len(queries), threads))
-        padding = -(-len(queries) // threads) * int(queries[0]) - apart
-        assert threads * padding * int(batch.k_size[0]) <= grouped.PAIRS_OF_A_CALL
+    assert len(batches) < 7 + 4  # 20 and 11 rectangles, by threes
+    for keys, sizes in ((512, q_size[:20]), (2048, q_size[20:])):
+        some = [batch for batch in batches if int(batch.k_size[0]) == keys]
+        assert all(bool((batch.k_size == keys).all()) for batch in some)
+        spent = [-(-len(batch) // threads) * int(batch.q_size.max()) for batch in some]
+        rising = sorted(sizes)
+        least = sum(max(rising[start : start + threads]) for start in range(0, len(rising), threads))
+        assert threads * keys * (sum(spent) - least) <= grouped.PAIRS_OF_A_CALL * len(some)
 
 
 def test_lone_rectangles_share_a_round_where_an_idle_thread_costs_more(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
     assert [len(batch) for batch in grouped._alike(sized([1000, 1000], [512, 600]), 1, 1 << 40)] == [2]
     assert [len(batch) for batch in grouped._alike(sized([3000, 500], [512, 2048]), 1, 1 << 40)] == [1, 1]
+
+
+def test_a_batch_cut_for_its_memory_is_cut_between_rounds(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    rows_of_five = 5 * (1000 + 500)
+    batches = grouped._alike(sized([1000] * 8, [500] * 8), 1, 4 * rows_of_five)
+    assert [len(batch) for batch in batches] == [6, 2]
 
 
 @pytest.mark.parametrize("threads", [1, 2, 5])
