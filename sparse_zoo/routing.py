@@ -122,13 +122,15 @@ def _top(scores: Tensor, top_k: int) -> Tensor:
     if top_k > FEW:
         best, index = scores.sort(dim=-1, descending=True, stable=True)
         return index[..., :top_k].masked_fill(best[..., :top_k] == -torch.inf, -1)
+    rows = scores.view(-1, scores.shape[-1])
+    every = torch.arange(len(rows), device=scores.device)
     found = []
     for _ in range(top_k):
         # max gives the first of equals, which topk does not promise; for few it is also faster than a sort.
-        best, index = scores.max(dim=-1, keepdim=True)
+        best, index = rows.max(dim=-1)
+        rows[every, index] = -torch.inf
         found.append(index.masked_fill(best == -torch.inf, -1))
-        scores.scatter_(-1, index, -torch.inf)
-    return torch.cat(found, dim=-1)
+    return torch.stack(found, dim=-1).view(*scores.shape[:-1], top_k)
 
 
 @torch.no_grad()

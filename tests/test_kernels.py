@@ -9,7 +9,7 @@ from torch import Tensor
 
 import sparse_zoo as zoo
 from sparse_zoo.kernels import grouped
-from sparse_zoo.kernels.rectangles import rectangles
+from sparse_zoo.kernels.rectangles import Rectangles, rectangles
 from sparse_zoo.partition import Partition
 
 
@@ -183,6 +183,67 @@ def test_large_rectangles_are_cut_between_queries(monkeypatch: pytest.MonkeyPatc
     assert grouped._cut(rects, 10_000) is rects
     monkeypatch.setattr(grouped, "_budget", lambda _: 1)
     check("cpu", plan, inputs(len(film), len(film)), 1e-12)
+
+
+def sized(q_size: list[int], k_size: list[int]) -> Rectangles:
+    """Rectangles of these sizes, on lists of their own."""
+    sizes = torch.tensor(q_size), torch.tensor(k_size)
+    lists = [torch.arange(int(size.sum()), dtype=torch.int32) for size in sizes]
+    starts = [size.cumsum(0) - size for size in sizes]
+    return Rectangles(*lists, starts[0], sizes[0], starts[1], sizes[1], torch.arange(len(q_size)))
+
+
+def test_batches_are_rounds_of_the_threads_padded_little(monkeypatch: pytest.MonkeyPatch) -> None:
+    threads = 3
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    draw = torch.Generator().manual_seed(0)
+    growing = torch.arange(1000, 1080, 4)[torch.randperm(20, generator=draw)].tolist()
+    q_size = growing + torch.randint(500, 3000, (11,), generator=draw).tolist()
+    k_size = [512] * 20 + [2048] * 11
+    batches = list(grouped._alike(sized(q_size, k_size), 1, 1 << 40))
+    assert sorted(torch.cat([batch.group for batch in batches]).tolist()) == list(range(31))
+    assert len(batches) < 7 + 4  # 20 and 11 rectangles, by threes
+    for keys, sizes in ((512, q_size[:20]), (2048, q_size[20:])):
+        some = [batch for batch in batches if int(batch.k_size[0]) == keys]
+        assert all(bool((batch.k_size == keys).all()) for batch in some)
+        spent = [-(-len(batch) // threads) * int(batch.q_size.max()) for batch in some]
+        rising = sorted(sizes)
+        least = sum(max(rising[start : start + threads]) for start in range(0, len(rising), threads))
+        assert threads * keys * (sum(spent) - least) <= grouped.PAIRS_OF_A_CALL * len(some)
+
+
+def test_lone_rectangles_share_a_round_where_an_idle_thread_costs_more(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    assert [len(batch) for batch in grouped._alike(sized([1000, 1000], [512, 600]), 1, 1 << 40)] == [2]
+    assert [len(batch) for batch in grouped._alike(sized([3000, 500], [512, 2048]), 1, 1 << 40)] == [1, 1]
+
+
+def test_a_batch_cut_for_its_memory_is_cut_between_rounds(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    rows_of_five = 5 * (1000 + 500)
+    batches = grouped._alike(sized([1000] * 8, [500] * 8), 1, 4 * rows_of_five)
+    assert [len(batch) for batch in batches] == [6, 2]
+
+
+@pytest.mark.parametrize("threads", [1, 2, 5])
+def test_rounds_change_nothing(monkeypatch: pytest.MonkeyPatch, threads: int) -> None:
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    film = zoo.Layout.film([zoo.Shot(2, 3, 3), zoo.Shot(3, 2, 5, text=2), zoo.Shot(1, 4, 4)], caption=3)
+    chosen = torch.rand(2, 2, len(film), film.chunks("frame").count).argsort(dim=-1)[..., :2].int()
+    plan = zoo.Plan.within(film.chunks("shot")) | zoo.Plan.routed(film.chunks("frame"), chosen)
+    check("cpu", plan, inputs(len(film), len(film)), 1e-12)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+def test_rows_of_padding_pass_nothing_on(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype) -> None:
+    monkeypatch.setattr(grouped, "PAIRS_OF_A_CALL", 1 << 40)
+    q_labels, k_labels = torch.tensor([0] + [1] * 40), torch.tensor([0] * 7 + [1] * 9)
+    q, k, v = inputs(41, 16, dtype=dtype)
+    out = zoo.attend(q, k, v, zoo.Plan.groups(q_labels, k_labels), kernel="cpu").out
+    weight = torch.zeros_like(out)
+    weight[:, :, 0] = 1  # the one row of its group, which padding repeats 39 times
+    dv = torch.autograd.grad(out, v, weight)[0][:, :, :7].double().sum(-2)
+    torch.testing.assert_close(dv, torch.ones_like(dv), rtol=0, atol=8 * torch.finfo(dtype).eps)
 
 
 def test_merge_is_exact() -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -268,22 +268,34 @@ class Cpu(Grouped):
     def forward(
         self, rects: Rectangles, at: Rows, q: Tensor, k: Tensor, v: Tensor, scale: float
     ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        for batch in _alike(rects, q.shape[-1] * q.element_size(), _budget(q)):
-            yield _attend(batch, at, q, k, v, scale)
+        for batch in _batches(rects, at, q):
+            yield _attend(batch, q, k, v, scale)
 
     def backward(
         self, rects: Rectangles, at: Rows, saved: tuple[Tensor, ...], grad: Gather, scale: float
     ) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor, Tensor]]:
-        q = saved[0]
-        for batch in _alike(rects, q.shape[-1] * q.element_size(), _budget(q)):
-            yield _gradients(batch, at, saved, grad, scale)
+        for batch in _batches(rects, at, saved[0]):
+            yield _gradients(batch, saved, grad, scale)
 
 
-def _attend(
-    batch: Rectangles, at: Rows, q: Tensor, k: Tensor, v: Tensor, scale: float
-) -> tuple[Tensor, Tensor, Tensor]:
+class _Batch(NamedTuple):
+    """Rows of queries (R, n), which are padding, rows of keys (R, m), and a mask (R, 1, 1, m) of padded keys."""
+
+    q_rows: Tensor
+    q_pad: Tensor | None
+    k_rows: Tensor
+    k_mask: Tensor | None
+
+
+def _batches(rects: Rectangles, at: Rows, q: Tensor) -> list[_Batch]:
+    """All of them before the first is computed: one at a time between calls of the engine, which leave nothing in the
+    caches, they took twice as long."""
+    return [_padded(some, at, q.dtype) for some in _alike(rects, q.shape[-1] * q.element_size(), _budget(q))]
+
+
+def _attend(batch: _Batch, q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor, Tensor]:
     """Rows of queries, their partial outputs and lse, of one batch. What it gathered is gone when it returns."""
-    q_rows, q_pad, k_rows, k_mask = _padded(batch, at, q.dtype)
+    q_rows, q_pad, k_rows, k_mask = batch
     out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
         *(embedding(rows, x)[:, None] for rows, x in ((q_rows, q), (k_rows, k), (k_rows, v))),
         attn_mask=None if k_mask is None else k_mask.expand(-1, 1, q_rows.shape[1], -1),
@@ -294,18 +306,18 @@ def _attend(
 
 
 def _gradients(
-    batch: Rectangles, at: Rows, saved: tuple[Tensor, ...], grad: Gather, scale: float
+    batch: _Batch, saved: tuple[Tensor, ...], grad: Gather, scale: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Rows of queries, dq, rows of keys, dk, dv of one batch."""
     q, k, v, out, lse = saved
-    q_rows, q_pad, k_rows, k_mask = _padded(batch, at, q.dtype)
-    some_grad = grad(q_rows)
-    if q_pad is not None:  # a row that is there for padding passes nothing on
-        some_grad.masked_fill_(q_pad[..., None], 0)
+    q_rows, q_pad, k_rows, k_mask = batch
+    some_lse = lse[q_rows]
+    if q_pad is not None:  # a row that is there for padding gives every key the weight exp(-inf), so passes nothing on
+        some_lse.masked_fill_(q_pad, torch.inf)
     dq, dk, dv = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
-        some_grad[:, None],
+        grad(q_rows)[:, None],
         *(embedding(rows, x)[:, None] for rows, x in ((q_rows, q), (k_rows, k), (k_rows, v), (q_rows, out))),
-        lse[q_rows][:, None],
+        some_lse[:, None],
         0.0,
         False,
         attn_mask=None if k_mask is None else k_mask.expand(-1, 1, q_rows.shape[1], -1),
@@ -326,24 +338,29 @@ def _budget(q: Tensor) -> int:
 def _alike(rects: Rectangles, row: int, budget: int) -> Iterator[Rectangles]:
     """Batches of rectangles of about one size, which gathered in rows of `row` bytes take about `budget` bytes.
 
-    Sides differ by at most an eighth, or by as little as makes one batch cheaper than two.
+    The engine's backward gives each rectangle to one thread: a batch is made of rounds, of as many rectangles as there
+    are threads, next to one another in size. Only the last round of a size of keys may leave threads idle.
     """
     if not len(rects):
         return
-    threads = torch.get_num_threads()  # the engine's backward gives each rectangle to one
+    threads = torch.get_num_threads()
     rects = _cut(rects, budget // (4 * row * threads))
     # Keys first: rectangles with the same number of keys, as equal chunks have, need no mask together.
-    kinds, kind = torch.unique(_size_class(rects.k_size) * (1 << 32) + _size_class(rects.q_size), return_inverse=True)
-    by_size = rects.q_size.argsort(stable=True)  # a batch is padded to its longest
-    order = by_size[kind[by_size].argsort(stable=True)]
-    number = torch.bincount(kind)
-    queries, keys = (torch.zeros_like(kinds).scatter_reduce(0, kind, x, "amax") for x in (rects.q_size, rects.k_size))
-    for most_queries, most_keys, which in _worth_joining(
-        zip(number.tolist(), queries.tolist(), keys.tolist(), strict=True), order
-    ):
+    by_queries = rects.q_size.argsort(stable=True)
+    rects = rects.select(by_queries[_size_class(rects.k_size)[by_queries].argsort(stable=True)])
+    _, of, count = torch.unique_consecutive(_size_class(rects.k_size), return_inverse=True, return_counts=True)
+    nth = torch.arange(len(rects)) - (count.cumsum(0) - count)[of]
+    _, of, count = torch.unique_consecutive(of * len(rects) + nth // threads, return_inverse=True, return_counts=True)
+    queries, keys = (torch.zeros_like(count).scatter_reduce(0, of, x, "amax") for x in (rects.q_size, rects.k_size))
+    rounds = zip(count.tolist(), queries.tolist(), keys.tolist(), strict=True)
+    start = 0
+    for together, most_queries, most_keys in _worth_joining(rounds, threads):
         most = budget // (4 * (most_queries + most_keys) * row)
-        for some in which.split(max(1, -(-most // threads)) * threads):
-            yield rects.select(some)
+        most = max(1, -(-most // threads)) * threads
+        end = start + together
+        for first in range(start, end, most):
+            yield rects.select(slice(first, min(first + most, end)))
+        start = end
 
 
 def _cut(rects: Rectangles, most: int) -> Rectangles:
@@ -362,16 +379,21 @@ def _cut(rects: Rectangles, most: int) -> Rectangles:
     return replace(parts, q_start=parts.q_start + low, q_size=high - low)
 
 
-def _worth_joining(kinds: Iterable[tuple[int, int, int]], order: Tensor) -> Iterator[tuple[int, int, Tensor]]:
-    """From (rectangles, queries, keys) of each kind: the sizes and the members of each batch, neighbours joined."""
-    start = held = most_queries = most_keys = 0
-    for number, queries, keys in kinds:
-        joined = (held + number) * max(most_queries, queries) * max(most_keys, keys)
-        if held and joined - held * most_queries * most_keys - number * queries * keys > PAIRS_OF_A_CALL:
-            yield most_queries, most_keys, order[start : start + held]
-            start, held, most_queries, most_keys = start + held, 0, 0, 0
-        held, most_queries, most_keys = held + number, max(most_queries, queries), max(most_keys, keys)
-    yield most_queries, most_keys, order[start:]
+def _worth_joining(rounds: Iterable[tuple[int, int, int]], threads: int) -> Iterator[tuple[int, int, int]]:
+    """From the rectangles, most queries and most keys of each round those of each batch.
+
+    Neighbours are joined as long as all the padding that makes them of one size costs less than one more call.
+    """
+    held = apart = most_queries = most_keys = 0
+    for number, queries, keys in rounds:
+        alone = threads * queries * keys  # an idle thread waits for the others
+        joined = -(-(held + number) // threads) * threads * max(most_queries, queries) * max(most_keys, keys)
+        if held and joined - apart - alone > PAIRS_OF_A_CALL:
+            yield held, most_queries, most_keys
+            held = apart = most_queries = most_keys = 0
+        held, apart = held + number, apart + alone
+        most_queries, most_keys = max(most_queries, queries), max(most_keys, keys)
+    yield held, most_queries, most_keys
 
 
 def _size_class(size: Tensor) -> Tensor:
@@ -380,21 +402,23 @@ def _size_class(size: Tensor) -> Tensor:
     return -(-size // step) * step
 
 
-def _padded(rects: Rectangles, at: Rows, dtype: torch.dtype) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None]:
-    """Rows of queries (R, n), which are padding, rows of keys (R, m), and a mask (R, 1, 1, m) of padded keys."""
-    group = rects.group[:, None]
-    q_place, q_pad = _table(rects.q_start, rects.q_size)
-    k_place, k_pad = _table(rects.k_start, rects.k_size)
+def _padded(rects: Rectangles, at: Rows, dtype: torch.dtype) -> _Batch:
+    q_tokens, q_pad = _table(rects.q_list, rects.q_start, rects.q_size)
+    k_tokens, k_pad = _table(rects.k_list, rects.k_start, rects.k_size)
     mask = None
     if k_pad is not None:
         mask = torch.zeros(k_pad.shape, dtype=dtype).masked_fill_(k_pad, -torch.inf)[:, None, None]
-    q_rows = at.of_queries(group, rects.q_list[q_place])
-    return q_rows, q_pad, at.of_keys(group, rects.k_list[k_place]), mask
+    none = torch.zeros_like(rects.group)
+    q_first, k_first = at.of_queries(rects.group, none), at.of_keys(rects.group, none)
+    return _Batch(q_first[:, None] + q_tokens, q_pad, k_first[:, None] + k_tokens, mask)
 
 
-def _table(start: Tensor, size: Tensor) -> tuple[Tensor, Tensor | None]:
-    most = int(size.max())
-    step = torch.arange(most, device=size.device)
-    pad = step >= size[:, None]
+def _table(tokens: Tensor, start: Tensor, size: Tensor) -> tuple[Tensor, Tensor | None]:
+    """The tokens of each list, (R, the longest), and which of them are padding."""
+    least, most = (int(x) for x in size.aminmax())
+    step = torch.arange(most)
+    if least == most:
+        return tokens.take(start[:, None] + step), None
     # Padding repeats the last entry, which is always there.
-    return start[:, None] + torch.minimum(step, size[:, None] - 1), pad if bool(pad.any()) else None
+    last = size[:, None] - 1
+    return tokens.take(start[:, None] + torch.minimum(step, last)), step > last
