@@ -74,9 +74,9 @@ def _sheets(report: Report) -> Iterator[Sheet]:
     head = report.headline
     done = report.rows
 
-    def row(group: Group) -> list[str]:
+    def row(group: Group, title: str) -> list[str]:
         return [
-            group.titled,
+            title,
             number(mean(group.figure(head.name))),
             interval(group.figure(head.name)),
             report.letters.get(group.name, ""),
@@ -89,7 +89,7 @@ def _sheets(report: Report) -> Iterator[Sheet]:
 
     def across(line: Line) -> list[str]:
         if line.group:
-            return row(line.group)
+            return row(line.group, line.title)
         if line.missing:
             return [f"{line.label}: {line.missing}"] + [""] * (7 + len(report.beside))
         chance = [number(report.chance.get(name)) for name in (head.name, *report.beside)]
@@ -110,7 +110,7 @@ def _sheets(report: Report) -> Iterator[Sheet]:
         " letter were not told apart. Density and FLOPs are those of the plans that ran."
         + (f" {report.task} Beside it mean ± half of the interval." if report.task else ""),
         ["method", head.label, "95 % interval", "", "n", "density", "GFLOPs", "s / step", *report.beside.values()],
-        [*map(row, report.ranked), *map(across, report.lines)],
+        [*(row(group, group.titled) for group in report.ranked), *map(across, report.lines)],
     )
     yield Sheet("Settings", "", ["method", "settings"], [[group.name, settings(group.one.attention)] for group in done])
     yield Sheet(

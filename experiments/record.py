@@ -9,6 +9,7 @@ from typing import Any
 
 from experiments.measures import FIGURES
 from experiments.report import Report
+from experiments.statistics import Figure
 from experiments.store import Result, whole
 
 DIGITS = 4  # that count
@@ -39,7 +40,7 @@ def record(report: Report) -> dict[str, Any]:
                 "name": group.name,
                 "n": len(group.finished),
                 **{
-                    name: [_short(figure.mean), _short(figure.sd)]
+                    name: [_short(figure.mean), _short(_spread(figure))]
                     for name in names
                     if (figure := group.figure(name)) is not None
                 },
@@ -71,6 +72,11 @@ def _run(result: Result, names: Iterable[str]) -> dict[str, Any]:
         "minutes": _minutes([result.seconds or 0.0]),
         **{name: _short(value) for name, value in values.items() if value is not None},
     }
+
+
+def _spread(figure: Figure) -> float | None:
+    """None of one run; what rounding alone leaves of runs that agree is none."""
+    return 0.0 if figure.sd is not None and figure.sd < 1e-12 * abs(figure.mean) else figure.sd
 
 
 def _one(values: Iterable[Any]) -> Any:

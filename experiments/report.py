@@ -52,7 +52,7 @@ class Group:
 
     @property
     def remark(self) -> str:
-        """What else a reader must know than the name: which control it is, or why it is none; most often nothing."""
+        """What a reader must know beside the name: which control it is, or that it is none; most often nothing."""
         return self.control or NO_CONTROLS.get(self.of or self.name, "")
 
     @property
@@ -90,7 +90,7 @@ class Line:
 
     @property
     def title(self) -> str:
-        """For a terminal: the label, or the name of a group of another name or of a single run."""
+        """The label, or the name of a group of another name or of a single run."""
         if self.group is None or self.group.name in CONTROLS:
             return self.label
         return self.group.name if self.group.of else self.group.titled
