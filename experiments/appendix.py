@@ -91,7 +91,7 @@ def _sheets(report: Report) -> Iterator[Sheet]:
         if line.group:
             return row(line.group, line.title)
         if line.missing:
-            return [f"{line.label}: {line.missing}"] + [""] * (7 + len(report.beside))
+            return [line.label, line.missing] + [""] * (6 + len(report.beside))
         chance = [number(report.chance.get(name)) for name in (head.name, *report.beside)]
         return [line.label, chance[0]] + [""] * 6 + chance[1:]
 

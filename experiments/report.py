@@ -417,12 +417,12 @@ class Report:
             for status in dict.fromkeys(r.status for r in group.results if r.status != "finished"):
                 table.add_row(group.name, f"[red]{status}[/red]")
         others = "Other measures; of last shots, drawn after the true ones before them, but for the loss."
-        spread = " ± half a 95 % interval." if several else ""
+        halves = " ± half a 95 % interval." if several else ""
         return [
             table,
-            *shown._abreast(shown.beside, shown.task + spread),
-            *shown._abreast(shown.whole_films, f"Whole films, drawn from noise.{spread}"),
-            *shown._abreast(shown.others, others + spread),
+            *shown._abreast(shown.beside, shown.task + halves),
+            *shown._abreast(shown.whole_films, f"Whole films, drawn from noise.{halves}"),
+            *shown._abreast(shown.others, others + halves),
         ]
 
     def _abreast(self, columns: Mapping[str, str], title: str) -> Iterator[Table]:
