@@ -286,6 +286,7 @@ def test_a_test_of_memory_always_has_its_four_lines(memory: str, full: str) -> N
         "random null": "not in this sweep",
     }
     assert [name for name, _ in report.levels] == ["chance", "dense ceiling"]
+    assert len(report.singly().ranked) == 6  # a run is a control where its group is
     for text in (html(report), told(report), appendix.markdown(report), appendix.latex(report)):
         plain = re.sub(r"</?\w[^>]*>", " ", text.replace("\\_", "_"))
         assert re.search(r"own shot only\W+did not finish", plain)
