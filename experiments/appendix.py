@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from experiments.measures import Measure
+from experiments.measures import RECALL, WHOLE, Measure
 from experiments.report import (
+    Group,
+    Line,
     Report,
     giga,
     half,
@@ -25,6 +27,8 @@ from experiments.report import (
     signed,
 )
 
+COLUMNS = 7  # of a LaTeX table, beside the first, that fit a page
+
 
 def markdown(report: Report) -> str:
     """The tables as Markdown, a section each."""
@@ -32,11 +36,11 @@ def markdown(report: Report) -> str:
 
 
 def latex(report: Report) -> str:
-    """The tables as LaTeX, to be `\\input`; needs the package booktabs."""
-    return _rendered(report, "report.tex.j2", _latex)
+    """The tables as LaTeX, to be `\\input`; needs the package booktabs. Wide ones are cut, so that they fit a page."""
+    return _rendered(report, "report.tex.j2", _latex, COLUMNS)
 
 
-def _rendered(report: Report, template: str, cell: Callable[[str], str]) -> str:
+def _rendered(report: Report, template: str, cell: Callable[[str], str], columns: int = 1000) -> str:
     environment = Environment(
         loader=PackageLoader("experiments"), undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
@@ -44,7 +48,7 @@ def _rendered(report: Report, template: str, cell: Callable[[str], str]) -> str:
     return environment.get_template(template).render(
         report=report,
         made=datetime.now().astimezone().strftime("%Y-%m-%d"),
-        sheets=[sheet for sheet in _sheets(report) if sheet.rows],
+        sheets=[part for sheet in _sheets(report) if sheet.rows for part in sheet.cut(columns)],
         machines=machines(report),
     )
 
@@ -58,29 +62,55 @@ class Sheet:
     head: Sequence[str]
     rows: Sequence[Sequence[str]]
 
+    def cut(self, columns: int) -> Iterator[Sheet]:
+        """This in parts of so many columns beside the first, which each of them has."""
+        for first in range(1, len(self.head), columns):
+            head, *rows = [[row[0], *row[first : first + columns]] for row in (self.head, *self.rows)]
+            title, note = (self.title, self.note) if first == 1 else (f"{self.title}, continued", "")
+            yield Sheet(title, note, head, rows)
+
 
 def _sheets(report: Report) -> Iterator[Sheet]:
     head = report.headline
-    done = [group for group in report.groups if group.finished]
+    done = report.rows
+
+    def row(group: Group, title: str) -> list[str]:
+        return [
+            title,
+            number(mean(group.figure(head.name))),
+            interval(group.figure(head.name)),
+            report.letters.get(group.name, ""),
+            str(len(group.finished)),
+            percent(mean(group.figure("density"))),
+            giga(mean(group.figure("flops"))),
+            number(mean(group.figure("seconds_per_step"))),
+            *(half(group.figure(name)) for name in report.beside),
+        ]
+
+    def across(line: Line) -> list[str]:
+        if line.group:
+            return row(line.group, line.title)
+        if line.missing:
+            return [line.label, line.missing] + [""] * (6 + len(report.beside))
+        chance = [number(report.chance.get(name)) for name in (head.name, *report.beside)]
+        return [line.label, chance[0]] + [""] * 6 + chance[1:]
+
+    def sheet(title: str, columns: Mapping[str, str], note: str = "") -> Sheet:
+        rows = [[group.name, *(half(group.figure(name)) for name in columns)] for group in done]
+        chance = [["chance", *(number(report.chance.get(name)) for name in columns)]]
+        told = any(name in report.chance for name in columns)
+        head = ["method", *columns.values()]
+        return Sheet(
+            title, f"{note}Mean ± half of the 95 % interval over seeds.", head, (rows + chance * told) * bool(columns)
+        )
+
     yield Sheet(
         "Leaderboard",
         f"By {head.label} ({head.better}): mean and 95 % interval over n seeds (Student's t). Methods that share a"
-        " letter were not told apart. Density and FLOPs are those of the plans that ran.",
-        ["method", head.label, "95 % interval", "", "n", "density", "GFLOPs", "s / step"],
-        [
-            [
-                group.name + (f" ({group.control})" if group.control else ""),
-                number(mean(group.figure(head.name))),
-                interval(group.figure(head.name)),
-                report.letters.get(group.name, ""),
-                str(len(group.finished)),
-                percent(mean(group.figure("density"))),
-                giga(mean(group.figure("flops"))),
-                number(mean(group.figure("seconds_per_step"))),
-            ]
-            for group in done
-        ]
-        + ([["chance", number(report.chance[head.name])] + [""] * 6] if head.name in report.chance else []),
+        " letter were not told apart. Density and FLOPs are those of the plans that ran."
+        + (f" {report.task} Beside it mean ± half of the interval." if report.task else ""),
+        ["method", head.label, "95 % interval", "", "n", "density", "GFLOPs", "s / step", *report.beside.values()],
+        [*(row(group, group.titled) for group in report.ranked), *map(across, report.lines)],
     )
     yield Sheet("Settings", "", ["method", "settings"], [[group.name, settings(group.one.attention)] for group in done])
     yield Sheet(
@@ -110,14 +140,14 @@ def _sheets(report: Report) -> Iterator[Sheet]:
             for one in report.films
         ],
     )
-    others = [name for name in ("val_loss", *report.measures) if name != head.name]
-    yield Sheet(
-        "Other measures",
-        "Mean ± half of the 95 % interval over seeds.",
-        ["method", *(Measure.of(name).label for name in others)],
-        [[group.name, *(half(group.figure(name)) for name in others)] for group in done]
-        + ([["chance", *(number(report.chance.get(name)) for name in others)]] if report.chance else []),
-    )
+    for measure in (RECALL, WHOLE + RECALL):
+        places = {name: str(back) for back, name in report.at_distances(measure).items()}
+        label = Measure.of(measure).label.capitalize()
+        yield sheet(
+            f"{label} by distance", places, "Across: shots back to the nearest earlier one that shows the subject. "
+        )
+    yield sheet("Whole films", report.whole_films, "Drawn from noise. ")
+    yield sheet("Other measures", report.others)
     yield Sheet(
         "Settings, one at a time",
         f"Mean {head.label} at each value, over the combinations of all else that were run with every value.",

@@ -201,6 +201,9 @@ def report(
     ] = False,
     latex: Annotated[bool, typer.Option("--latex", help="Print the tables as LaTeX, with booktabs.")] = False,
     out: Annotated[Path | None, typer.Option(help="File for the Markdown or LaTeX.")] = None,
+    results: Annotated[
+        Path | None, typer.Option(help="Write the figures alone into this file, JSON to keep when the runs are gone.")
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Write the report of a sweep (report.html, report.json) and show its leaderboard and which differences hold."""
@@ -209,10 +212,16 @@ def report(
 
     refuse(
         "report",
-        ["give one of --markdown, --latex and --json"] * (markdown + latex + as_json > 1)
+        ["give one of --markdown, --latex, --json and --results"]
+        * (markdown + latex + as_json + (results is not None) > 1)
         + ["--out needs --markdown or --latex"] * (out is not None and not markdown and not latex),
     )
     found = Report.of(name, by)
+    if results is not None:
+        from experiments.record import write_record
+
+        write_record(found, results)
+        return
     if markdown or latex:
         from experiments import appendix
 

@@ -2,11 +2,22 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 
 HEADLINES = ("identity_recall", "val_loss")  # what a leaderboard goes by: the first that was measured
 COSTS = ("density", "flops", "seconds_per_step")
 FIGURES = ("val_loss", "first_loss", "last_loss", *COSTS)  # fields of a `Result`; the others are in its `metrics`
+RECALL = "identity_recall"  # where it was measured, the sweep is a test of memory across shots
+WHOLE = "whole_"  # begins the names of what is measured of films drawn wholly from noise, not of their last shot alone
+# What a test of memory is read with: a column each beside recall, under these names.
+BESIDE = {
+    "shape_recall": "shape",
+    "colour_recall": "colour",
+    "texture_recall": "texture",
+    "wrong_subject": "wrong subject",
+    WHOLE + RECALL: "whole film",
+}
 
 LABELS = {
     "val_loss": "validation loss",
@@ -22,8 +33,11 @@ HIGHER = ("recall", "consistency", "smoothness", "accuracy")
 LOWER = ("loss", "wrong", "error", *COSTS)
 SHARES = (*HIGHER, "wrong", "degree", "density")
 
-# Attention that no method has to beat or to fear: what the others are read against.
-CONTROLS = {"dense": "dense", "own_shot": "own shot only", "random_shot": "random null"}
+# Attention that no method has to beat or to fear: what the others are read against, by name of cell or method.
+CONTROLS = {"dense": "dense ceiling", "own_shot": "own shot only", "random_shot": "random null"}
+# Cells that look like controls and are none: captions that read video pass it on from shot to shot; draws for each
+# token and head cover the film when taken together.
+NO_CONTROLS = {"text_relay": "relay", "random_each": "no null"}
 
 
 @dataclass(frozen=True)
@@ -44,7 +58,14 @@ class Measure:
 
     @property
     def label(self) -> str:
-        return LABELS.get(self.name, self.name.replace("_", " "))
+        plain = self.name.removeprefix(WHOLE)
+        return "whole film, " * (plain != self.name) + LABELS.get(plain, plain.replace("_", " "))
+
+    @property
+    def distance(self) -> tuple[str, int] | None:
+        """("identity_recall", 4) of "identity_recall_back_4": what is measured at how many shots; None without one."""
+        found = re.fullmatch(r"(\w+)_back_(\d+)", self.name)
+        return (found[1], int(found[2])) if found else None
 
     @property
     def unit(self) -> float:

@@ -15,7 +15,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from matplotlib import image as png
 
 from experiments import plots
-from experiments.measures import COSTS, LABELS, Measure
+from experiments.measures import CONTROLS, COSTS, LABELS, RECALL, WHOLE, Measure
 from experiments.plots import GREY, PALETTE, Mark
 from experiments.report import (
     Group,
@@ -59,6 +59,7 @@ def html(report: Report) -> str:
         pairs={(pair.a, pair.b): pair for pair in report.differences},
         cost_plots=_cost_plots(report, marks),
         effect_plots=[(effect, plots.effect(effect, report.headline, report.levels)) for effect in report.effects],
+        distance_plots=_distance_plots(report, marks),
         curve_plots=_curve_plots(report, marks),
         films=_films(report),
         machines=machines(report),
@@ -69,9 +70,10 @@ def html(report: Report) -> str:
 
 def _marks(report: Report) -> dict[str, Mark]:
     """Numbers go by the leaderboard; colours by name, so that they stay when results change; dense is grey."""
-    methods = sorted(group.name for group in report.groups if group.control != "dense")
+    methods = sorted(group.name for group in report.groups if group.control != CONTROLS["dense"])
     colours = {name: PALETTE[i % len(PALETTE)] for i, name in enumerate(methods)}
-    return {group.name: Mark(i + 1, colours.get(group.name, GREY)) for i, group in enumerate(report.groups)}
+    ordered = dict.fromkeys(group.name for group in (*report.rows, *report.groups))
+    return {name: Mark(i + 1, colours.get(name, GREY)) for i, name in enumerate(ordered)}
 
 
 def _shared(report: Report) -> dict[str, Any]:
@@ -118,26 +120,49 @@ def _cost_plots(report: Report, marks: dict[str, Mark]) -> list[str]:
     return drawn
 
 
-def _curve_plots(report: Report, marks: dict[str, Mark]) -> list[str]:
-    """One of each curve that has more than a point; long ones, which are of single batches, are smoothed."""
+def _distance_plots(report: Report, marks: dict[str, Mark]) -> list[str]:
+    """Recall against distance: of the last shot after true ones, and of whole films, as far as measured."""
     drawn = []
+    for measure in (Measure.of(RECALL), Measure.of(WHOLE + RECALL)):
+        places = report.at_distances(measure.name)
+        lines = {
+            group.name: {place: figure for place, name in places.items() if (figure := group.figure(name))}
+            for group in report.rows
+        }
+        if places:
+            measured = {name: line for name, line in lines.items() if line}
+            drawn.append(plots.distances(measured, marks, measure.label, _chance(report, measure)))
+    return drawn
+
+
+def _chance(report: Report, measure: Measure) -> list[tuple[str, float]]:
+    return [("chance", report.chance[measure.name])] if measure.name in report.chance else []
+
+
+def _curve_plots(report: Report, marks: dict[str, Mark]) -> dict[str, str]:
+    """One of each curve that has more than a point, recall first; long training curves, by batches, are smoothed."""
+    drawn = {}
     names = dict.fromkeys(name for result in report.results for name in result.curves)
-    for name in names:
+    for name in sorted(names, key=lambda name: name != f"val/{RECALL}"):
+        measure = Measure.of(name.removeprefix("val/"))
         curves: dict[str, list[list[tuple[int, float]]]] = {}
         for group in report.groups:
-            of = [_smoothed(r.curves.get(name, [])) for r in group.finished or group.results]
+            of = [
+                _points(r.curves.get(name, []), smoothed=name.startswith("train/"))
+                for r in group.finished or group.results
+            ]
             if kept := [curve for curve in of if len(curve) > 1]:
                 curves[group.name] = kept
         if curves:
             known = {"train/flow": "training loss, running mean", "val/loss": LABELS["val_loss"]}
-            label = known.get(name, name.removeprefix("val/").replace("_", " "))
-            drawn.append(plots.curves(curves, marks, label))
+            label = known.get(name, measure.label)
+            drawn[name] = plots.curves(curves, marks, label, measure, _chance(report, measure))
     return drawn
 
 
-def _smoothed(curve: Sequence[tuple[int, float]]) -> list[tuple[int, float]]:
+def _points(curve: Sequence[tuple[int, float]], *, smoothed: bool) -> list[tuple[int, float]]:
     points = [(step, value) for step, value in curve if value is not None]
-    if len(points) < LONG:
+    if len(points) < LONG or not smoothed:
         return points
     steps, losses = zip(*points, strict=True)
     return list(zip(steps, plots.smooth(losses), strict=True))

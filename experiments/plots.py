@@ -52,6 +52,9 @@ class Mark:
     colour: str
 
 
+SHARE = (0.0, 1.0)
+WHOLE_SCALE = (-0.04, 1.04)  # of shares, so that lines at either end are whole
+
 P = ParamSpec("P")
 Levels = Sequence[tuple[str, float]]
 """(label, value): chance and the controls, drawn as lines."""
@@ -123,8 +126,17 @@ def effect(one: Effect, measure: Measure, levels: Levels) -> Any:
 
 
 @_svg
-def curves(runs: Mapping[str, Sequence[Sequence[tuple[int, float]]]], marks: Mapping[str, Mark], label: str) -> Any:
-    """Each method's mean over its runs, (step, value) each, with a band from the lowest to the highest of them."""
+def curves(
+    runs: Mapping[str, Sequence[Sequence[tuple[int, float]]]],
+    marks: Mapping[str, Mark],
+    label: str,
+    measure: Measure,
+    levels: Levels,
+) -> Any:
+    """Each method's mean over its runs, (step, value) each, with a band from the lowest to the highest of them.
+
+    Shares are drawn from 0 to 1 with their `levels`; losses that fall far on a logarithmic scale.
+    """
     from matplotlib.ticker import LogLocator, NullLocator
 
     canvas, axis = _panel(4.3, 3.1)
@@ -138,11 +150,39 @@ def curves(runs: Mapping[str, Sequence[Sequence[tuple[int, float]]]], marks: Map
     axis.set_ylabel(label)
     axis.margins(x=0.02)
     low, high = axis.dataLim.intervaly
-    if low > 0 and high > 4 * low:  # else what parts the methods late would be hidden by how all begin
+    if measure.bounds == SHARE:
+        axis.set_ylim(*WHOLE_SCALE)
+    elif low > 0 and high > 4 * low:  # else what parts the methods late would be hidden by how all begin
         axis.set_yscale("log")
         axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         axis.yaxis.set_major_formatter("{x:g}")
         axis.yaxis.set_minor_locator(NullLocator())
+    _draw_levels(axis, levels)
+    return canvas
+
+
+@_svg
+def distances(lines: Mapping[str, Mapping[int, Figure]], marks: Mapping[str, Mark], label: str, levels: Levels) -> Any:
+    """A share against the distance in shots, by name and distance: means, and intervals as bands."""
+    from matplotlib.ticker import MaxNLocator
+
+    canvas, axis = _panel(4.3, 3.5)
+    for name, figures in lines.items():
+        places, mark = list(figures), marks[name]
+        means = [figure.mean for figure in figures.values()]
+        known = [(place, figure.low, figure.high) for place, figure in figures.items() if figure.low is not None]
+        if known:
+            axis.fill_between(*zip(*known, strict=True), color=mark.colour, alpha=0.18, lw=0)
+        axis.plot(places, means, color=mark.colour, lw=1.5, marker="o", ms=3)
+        # Numbers at different places, so that lines on top of each other are told apart without their colours.
+        at = mark.number % len(places)
+        axis.scatter(places[at], means[at], s=90, color=mark.colour, zorder=4)
+        _number(axis, places[at], means[at], mark)
+    axis.set_xlabel("shots back to the nearest that shows the subject")
+    axis.set_ylabel(label)
+    axis.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axis.set_ylim(*WHOLE_SCALE)
+    _draw_levels(axis, levels)
     return canvas
 
 

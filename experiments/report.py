@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from itertools import groupby
@@ -14,7 +14,7 @@ from rich import box
 from rich.table import Table
 
 from experiments.effects import Cells, Effect, effects
-from experiments.measures import CONTROLS, COSTS, FIGURES, HEADLINES, Measure
+from experiments.measures import BESIDE, CONTROLS, COSTS, FIGURES, HEADLINES, NO_CONTROLS, RECALL, WHOLE, Measure
 from experiments.statistics import Difference, Figure, Films, detectable, differences, letters, over_films
 from experiments.store import Result, home, read, read_sweep, write_json
 from sparse_zoo.errors import refuse, unknown
@@ -25,10 +25,14 @@ FEW_SEEDS = 5  # up to here the sign-flip test cannot rule chance out at 5 %: 2 
 
 @dataclass(frozen=True)
 class Group:
-    """Runs of a sweep that differ by their seed alone, by the name that they share; most often there is one run."""
+    """Runs of a sweep that differ by their seed alone, by the name that they share; most often there is one run.
+
+    `of` is the group that a run was taken from to stand alone.
+    """
 
     name: str
     results: tuple[Result, ...]
+    of: str | None = None
 
     @property
     def finished(self) -> list[Result]:
@@ -41,10 +45,20 @@ class Group:
 
     @property
     def control(self) -> str | None:
-        """What the group is a control for, by its method or its name: one of `CONTROLS`, None for a method."""
-        attention = self.one.attention
+        """Which control the group is, by its name or its method: one of `CONTROLS`, None for a method."""
+        name, attention = self.of or self.name, self.one.attention
         method = attention["name"] if isinstance(attention, dict) else None
-        return CONTROLS.get(self.name) or CONTROLS.get(str(method))
+        return None if name in NO_CONTROLS else CONTROLS.get(name) or CONTROLS.get(str(method))
+
+    @property
+    def remark(self) -> str:
+        """What a reader must know beside the name: which control it is, or that it is none; most often nothing."""
+        return self.control or NO_CONTROLS.get(self.of or self.name, "")
+
+    @property
+    def titled(self) -> str:
+        """The name with the remark, in plain text."""
+        return f"{self.name} ({self.remark})" if self.remark else self.name
 
     def values(self, name: str) -> dict[int, float]:
         """Of a measure, by seed, over the finished runs that have it."""
@@ -64,6 +78,22 @@ class Group:
             for r in self.finished
             if r.seed in values
         )
+
+
+@dataclass(frozen=True)
+class Line:
+    """What methods are read against: a group, or chance where there is none, or, if `missing`, why it is not there."""
+
+    label: str
+    group: Group | None = None
+    missing: str = ""
+
+    @property
+    def title(self) -> str:
+        """The label, or the name of a group of another name or of a single run."""
+        if self.group is None or self.group.name in CONTROLS:
+            return self.label
+        return self.group.name if self.group.of else self.group.titled
 
 
 @dataclass(frozen=True)
@@ -117,9 +147,89 @@ class Report:
         return [group for group in self.groups if group.values(self.headline.name)]
 
     @property
+    def memory(self) -> bool:
+        """Whether any finished run was asked for what earlier shots showed."""
+        return RECALL in self.measures
+
+    @property
+    def ranked(self) -> list[Group]:
+        """The groups that any run finished of, best first; without controls in a test of memory."""
+        return [group for group in self.groups if group.finished and not (self.memory and group.control)]
+
+    @cached_property
+    def lines(self) -> list[Line]:
+        """Of a test of memory: chance and every control, in the order of `CONTROLS`, missing or not.
+
+        Else chance where the headline has one, and controls are ranked with the methods.
+        """
+        if not self.memory:
+            return [Line("chance")] if self.headline.name in self.chance else []
+        told = any(name in self.chance for name in (self.headline.name, *self.beside))
+        found = [Line("chance", missing="" if told else "not told alike by all runs")]
+        for label in CONTROLS.values():
+            asked = [group for group in self.groups if group.control == label]
+            found += [Line(label, group) for group in asked if group.finished] or [
+                Line(label, missing="did not finish" if asked else "not in this sweep")
+            ]
+        return found
+
+    @property
+    def rows(self) -> list[Group]:
+        """The groups that any run finished of, as the leaderboard has them: methods, then controls."""
+        return self.ranked + [line.group for line in self.lines if line.group]
+
+    @property
+    def best(self) -> Group | None:
+        """The first of the leaderboard, if it has the headline."""
+        return next((group for group in self.rows if group.values(self.headline.name)), None)
+
+    @property
     def measures(self) -> list[str]:
         """The names of the sample metrics that any finished run has."""
         return _metrics(self.groups)
+
+    @property
+    def task(self) -> str:
+        """How memory was tested, in a sentence; empty where it was not."""
+        if not self.memory:
+            return ""
+        whole = "; whole film: of all shots, drawn from noise, right if as an earlier one of them shows the subject"
+        return (
+            f"Recall is of the last shot, drawn after the true ones before it{whole * (WHOLE + RECALL in self.beside)}."
+        )
+
+    @property
+    def beside(self) -> dict[str, str]:
+        """Of a test of memory: what the leaderboard has beside its headline, measure -> column. Else nothing."""
+        columns = {RECALL: Measure.of(RECALL).label, **BESIDE} if self.memory else {}
+        return {
+            name: column for name, column in columns.items() if name in self.measures and name != self.headline.name
+        }
+
+    @property
+    def last_shots(self) -> dict[str, str]:
+        """What is measured of last shots, drawn after true ones, measure -> column; but for what is `at_distances`."""
+        plain = [Measure.of(name) for name in self.measures if not name.startswith(WHOLE)]
+        return {one.name: one.label for one in plain if one.distance is None}
+
+    @property
+    def whole_films(self) -> dict[str, str]:
+        """The same of films drawn wholly from noise."""
+        plain = [Measure.of(name.removeprefix(WHOLE)) for name in self.measures if name.startswith(WHOLE)]
+        return {WHOLE + one.name: one.label for one in plain if one.distance is None}
+
+    @property
+    def others(self) -> dict[str, str]:
+        """What the leaderboard lacks of the loss and of last shots, measure -> column; nothing without any samples."""
+        columns = {"val_loss": Measure.of("val_loss").label, **self.last_shots} if self.measures else {}
+        return {name: label for name, label in columns.items() if name not in (self.headline.name, *self.beside)}
+
+    def at_distances(self, measure: str) -> dict[int, str]:
+        """Number of shots back -> the name of that measure there, nearest first."""
+        found = {
+            place[1]: name for name in self.measures if (place := Measure.of(name).distance) and place[0] == measure
+        }
+        return dict(sorted(found.items()))
 
     @property
     def seeds(self) -> int:
@@ -212,7 +322,7 @@ class Report:
 
     def singly(self) -> Report:
         """The same with every run a group of its own."""
-        singles = [Group(result.name, (result,)) for result in self.results]
+        singles = [Group(result.name, (result,), group.name) for group in self.groups for result in group.results]
         return replace(self, groups=_best_first(singles, self.headline))
 
     def to_json(self) -> dict[str, Any]:
@@ -282,40 +392,52 @@ class Report:
                 no_wrap=name != "cell",
                 overflow="fold",
             )
+
+        def add(group: Group, title: str) -> None:
+            figure = group.figure(head.name)
+            density, flops, seconds = (mean(group.figure(name)) for name in COSTS)
+            if several:
+                own = [interval(figure), self.letters.get(group.name, ""), str(len(group.finished))]
+            else:
+                own = [number(mean(group.figure(name))) for name in ("first_loss", "last_loss")]
+            costs = [percent(density), giga(flops), number(seconds)]
+            table.add_row(title, number(mean(figure)), *own, *costs, *([] if several else [group.one.kernel]))
+
+        for group in shown.ranked:
+            add(group, group.name)
+        table.add_section()
+        for line in shown.lines:
+            if line.group:
+                add(line.group, line.title)
+            elif line.missing:
+                table.add_row(f"{line.title}: {line.missing}")
+            else:
+                table.add_row(line.title, number(shown.chance.get(head.name)))
         for group in shown.groups:
-            if group.finished:
-                figure = group.figure(head.name)
-                density, flops, seconds = (
-                    mean(group.figure(name)) for name in ("density", "flops", "seconds_per_step")
-                )
-                if several:
-                    own = [interval(figure), self.letters.get(group.name, ""), str(len(group.finished))]
-                else:
-                    own = [number(mean(group.figure(name))) for name in ("first_loss", "last_loss")]
-                costs = [percent(density), giga(flops), number(seconds)]
-                table.add_row(group.name, number(mean(figure)), *own, *costs, *([] if several else [group.one.kernel]))
             for status in dict.fromkeys(r.status for r in group.results if r.status != "finished"):
                 table.add_row(group.name, f"[red]{status}[/red]")
-        return [table, *shown._others()]
+        others = "Other measures; of last shots, drawn after the true ones before them, but for the loss."
+        halves = " ± half a 95 % interval." if several else ""
+        return [
+            table,
+            *shown._abreast(shown.beside, shown.task + halves),
+            *shown._abreast(shown.whole_films, f"Whole films, drawn from noise.{halves}"),
+            *shown._abreast(shown.others, others + halves),
+        ]
 
-    def _others(self) -> list[Table]:
-        """The measures beside the headline, as many to a table as fit into a terminal."""
-        several, tables = self.seeds > 1, list[Table]()
-        others = [name for name in ("val_loss", *self.measures) if name != self.headline.name]
-        for first in range(0, len(others), MEASURES_ABREAST):
-            names = others[first : first + MEASURES_ABREAST]
-            told = "other measures; of last shots, drawn after the true ones before them, but for the loss"
-            table = _table("" if tables else told + ("; ± half a 95 % interval" if several else ""))
+    def _abreast(self, columns: Mapping[str, str], title: str) -> Iterator[Table]:
+        """As many measures (their columns by name) to a table as fit into a terminal, the first with a title."""
+        for first in range(0, len(columns), MEASURES_ABREAST):
+            names = list(columns)[first : first + MEASURES_ABREAST]
+            table = _table("" if first else title)
             table.add_column("cell", overflow="fold")
             for name in names:
-                table.add_column(name.replace("_", " "), justify="right")
-            for group in self.groups:
-                if group.finished:
-                    table.add_row(group.name, *(half(group.figure(name)) for name in names))
+                table.add_column(columns[name], justify="right", overflow="fold")
+            for group in self.rows:
+                table.add_row(group.name, *(half(group.figure(name)) for name in names))
             if any(name in self.chance for name in names):
                 table.add_row("[dim]chance[/dim]", *(number(self.chance.get(name)) for name in names))
-            tables.append(table)
-        return tables if self.measures else []
+            yield table
 
 
 def machines(report: Report) -> list[dict[str, Any]]:

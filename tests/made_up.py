@@ -20,6 +20,7 @@ SECTIONS = [
     "unfinished",
     "leaderboard",
     "differences",
+    "distance",
     "measures",
     "cost",
     "effects",
@@ -81,13 +82,21 @@ def write_sweep_of(name: str, recalls: Mapping[str, Sequence[float | None]], att
                 made = replace(finished(cell, name, 9.0), status="failed", reason="ValueError: out of <memory>_&")
             else:
                 others = {f"{part}_recall": (1 + recall) / 2 for part in ("shape", "colour", "texture")}
+                others |= {"wrong_subject": (1 - recall) / 9}
+                far = {f"identity_recall_back_{back}": recall * (1 - back / 20) for back in (1, 2, 3, 4, 10)}
+                drawn = {"identity_recall": recall, **others, **far}
                 more = dict.fromkeys(("cross_shot_consistency", "motion_accuracy", "subject_consistency"), recall)
                 made = finished(
                     cell,
                     name,
                     1 - recall / 2,
-                    metrics={"identity_recall": recall, **others, "wrong_subject": (1 - recall) / 9, **more},
-                    chance={"identity_recall": 1 / 192, "shape_recall": 1 / 6},
+                    metrics={**drawn, **more, **{f"whole_{key}": value / 2 for key, value in drawn.items()}},
+                    chance={"identity_recall": 1 / 192, "shape_recall": 1 / 6, "whole_identity_recall": 1 / 192},
+                    curves={
+                        "train/flow": [(1, 1.3), (2, 1.2)],
+                        "val/loss": [(1, 2 - recall), (2, 1 - recall / 2)],
+                        "val/identity_recall": [(1, recall / 2), (2, recall)],
+                    },
                     films={"identity_recall": (rng.random(64) < recall).astype(float).tolist()},
                     density=0.9 / (1 + number),
                     flops=2e9 / (1 + number),

@@ -60,6 +60,9 @@ def test_the_page_fits_and_is_whole(browser: Any, report: Path, tmp_path: Path, 
     assert {url for url in requests if not url.startswith("data:")} == {report.as_uri()}
     assert said == []
     assert page.evaluate("document.documentElement.scrollWidth") <= width
+    if width == DESKTOP:  # no need to scroll the leaderboard of a test of memory
+        board = "document.querySelector('#leaderboard .scroll')"
+        assert page.evaluate(f"{board}.scrollWidth <= {board}.clientWidth")
     assert wider_than(page, width) == []
     for section in SECTIONS:
         box = page.locator(f"#{section}").bounding_box()
@@ -68,7 +71,7 @@ def test_the_page_fits_and_is_whole(browser: Any, report: Path, tmp_path: Path, 
     assert page.evaluate("[...document.images].every(image => image.naturalWidth > 0)")
     assert page.evaluate("[...document.images].length") > 15
     drawn = page.evaluate("[...document.querySelectorAll('.plots svg')].map(svg => svg.getBoundingClientRect().width)")
-    assert len(drawn) == 7
+    assert len(drawn) == 10
     assert min(drawn) > 200
     ink = page.evaluate("getComputedStyle(document.querySelector('.plots svg text')).fill")
     assert ink == {"light": "rgb(27, 31, 36)", "dark": "rgb(232, 234, 236)"}[scheme]  # plots follow the page
