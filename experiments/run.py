@@ -64,9 +64,9 @@ def run(
     """Train one cell and write its folder; whatever it raises is recorded as its failure.
 
     The caller holds the lock of the folder. It holds `result.json`, `checkpoints` (one: of the last step or, while the
-    run goes on and where it failed, of the last validation, whose loss was finite), `diagnostics.jsonl`, pictures of the
-    plans and of who routed to which shot, film strips, and, until the run ends, `resume.ckpt`. From that an interrupted run goes on, unless `fresh`; one that failed starts anew, since
-    what made it fail may have been mended.
+    run goes on and where it failed, of the last validation, whose loss was finite), `diagnostics.jsonl`, pictures of
+    the plans and of who routed to which shot, film strips, and, until the run ends, `resume.ckpt`. From that an
+    interrupted run goes on, unless `fresh`; one that failed starts anew, since what made it fail may have been mended.
 
     Ctrl-C comes through, as KeyboardInterrupt, and a disk that takes no more, as `ZooError`: then no other cell would
     come further, and this one goes on the next time. `params` are the settings that MLflow shows in columns.
@@ -259,7 +259,7 @@ def _train(config: Config, folder: Path, result: Result, log: Log, watch: Watch,
     )
     saving = Saving(folder / RESUME, float(os.environ.get("ZOO_SAVE_SECONDS") or SAVE_EVERY))
     trainer = pl.Trainer(
-        **config["trainer"],
+        **{"devices": 1, **config["trainer"]},  # not as many as there are
         logger=log,
         default_root_dir=folder,
         callbacks=[history, cost, timer, routing, films, LearningRateMonitor("step"), keep, saving],
