@@ -19,13 +19,14 @@ from torch import Tensor
 from experiments.captures import FORMAT, Captured, load, save
 from experiments.config import load as load_config
 from experiments.config import parse_method
+from experiments.match import Budget
 from experiments.replay import Replayed, asked, replay
 from experiments.run import run
 from experiments.store import Cell
 from experiments.tracking import Tracker
 from experiments.trained import Trained
 from lit_modules.routing_watch import each_attention
-from sparse_zoo import Call, Layout, Shot, ZooError
+from sparse_zoo import Attention, Call, Layout, Shot, ZooError
 from sparse_zoo import build as build_method
 from sparse_zoo.ladder import RUNGS, ladder, verdict
 
@@ -283,6 +284,7 @@ def test_replay_for_people(calls: Path, here: Path) -> None:
     assert result.exit_code == 0, result.output
     assert "untrained" in result.stdout
     assert "by error" in result.stdout
+    assert "dense: error 0.0 % with 100.0 % of the pairs, 100.0 % kept\n" in result.stderr  # as soon as it is known
     assert not list(here.glob("*.png"))
 
 
@@ -298,10 +300,59 @@ def test_a_method_that_cannot_run_says_why(calls: Path) -> None:
     assert "did you mean 'moc'" in unknown.stderr
 
 
+def test_methods_rank_at_one_cost(calls: Path) -> None:
+    """Each knob is turned on the calls themselves; who cannot cost as much says why, and is no failure unless named."""
+    given = ["moc:anchors=[]", "sla:block=2", "window:tile=[1,2,1]", "dense", "moc:top_k=1", "svg2"]
+    result = zoo("replay", calls, *given, "--match", "density=0.5", "--json")
+    assert result.exit_code == 1
+    found = json.loads(result.stdout)
+    assert found["match"] == {"density": 0.5}
+    captured = [one.call for one in load(calls)]
+    rows = {row["method"]: row for row in found["rows"] if row["failed"] is None}
+    assert "sla" in rows
+    for name, row in rows.items():
+        assert row["density"] == pytest.approx(0.5, rel=0.02)
+        torch.manual_seed(0)
+        costs = [
+            build_method(name, heads=2, head_dim=8, dim=16, **row["settings"]).eval().run(x).cost() for x in captured
+        ]
+        assert row["density"] == pytest.approx(sum(cost.density for cost in costs) / len(costs))
+    failed = {row["method"]: row["failed"] for row in found["rows"] if row["failed"] is not None}
+    assert failed["dense"] == "match: dense has no knob to turn"
+    assert failed["moc"] == "match: top_k of moc is to be solved: leave it out"
+    assert len(found["rows"]) == len(given)
+
+
+def test_the_layout_is_planned_once_where_it_alone_decides(calls: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    runs, run = [], Attention.run
+    monkeypatch.setattr(Attention, "run", lambda own, call: runs.append(own) or run(own, call))
+    captured = load(calls)
+    layouts = {(one.call.layout, one.call.q.shape) for one in captured}
+    for method, once in (("window", True), ("moc", False)):
+        budget, own, told = Budget.of({"flops": 1e5}), {"tile": [1, 1, 1]} if once else {}, []
+        (row,) = replay(captured, [(method, own)], budget, lambda note, row: told.append((note, row)))  # noqa: B023
+        measured = [note for note, _ in told if " at " in note]
+        served = 0 if row.failed else len(captured) + len({one.call.layout for one in captured})
+        assert len(runs) == len(measured) * (len(layouts) if once else len(captured)) + served
+        assert told[-1] == (method, row)
+        runs.clear()
+
+
+def test_a_budget_that_cannot_be_is_refused_at_once(calls: Path) -> None:
+    for text, message in (("dencity=0.5", "did you mean 'density'"), ("density=-1", "must be a number above 0")):
+        result = zoo("replay", calls, "--match", text)
+        assert (result.exit_code, result.stdout) == (2, "")
+        assert message in result.stderr
+    (row,) = replay(load(calls), [("moc", {})], Budget.of({"seconds": 1.0}))
+    assert row.failed == "match: seconds can be matched in a run alone"
+    tiny = dict(asked(["moc_fixed"], load(calls), Budget.of({"density": 0.5})))["moc_fixed"]
+    assert (tiny["chunk_tokens"], "top_k" in tiny) == (7, False)
+
+
 def test_the_front_is_what_nothing_beats(calls: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     figures = {1: (0.2, 0.5), 2: (0.4, 0.3), 3: (0.4, 0.4), 4: (0.5, 0.3), 5: (0.2, 0.5)}
 
-    def served(_: object, method: str, given: dict[str, int]) -> Replayed:
+    def served(_: object, method: str, given: dict[str, int], __: object) -> Replayed:
         density, error = figures[given["top_k"]]
         return Replayed(method, given, {"density": density, "error": error})
 

@@ -183,7 +183,7 @@ def test_what_dies_or_fails_is_told_and_the_others_go_on(made_up: Callable[..., 
     ]
 
 
-@pytest.mark.parametrize("error", [ZooError("dense was stopped: no space left"), KeyboardInterrupt()])
+@pytest.mark.parametrize("error", [ZooError("dense was stopped: no space left"), KeyboardInterrupt("Ctrl-C")])
 def test_what_ends_the_sweep_ends_its_tasks(made_up: Callable[..., MadeUp], runs: Path, error: BaseException) -> None:
     ray = made_up(CPU=2.0)
 
