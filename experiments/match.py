@@ -381,7 +381,7 @@ def turned(method: str, settings: Settings, budget: Budget, size: Mapping[str, A
     """
     knob = zoo.get(method).knob
     refuse("match", [] if knob else [f"{method} has no knob to turn"])
-    refuse("match", ["seconds can be matched in a run alone"] if budget.kind == "seconds" else [])
+    refuse("match", ["seconds can be matched in zoo train and zoo sweep alone"] if budget.kind == "seconds" else [])
     assert knob is not None
     refuse("match", _hindrances([{"name": method, **settings}], {0: knob}, budget))
 

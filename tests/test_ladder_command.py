@@ -365,7 +365,7 @@ def test_a_budget_that_cannot_be_is_refused_at_once(calls: Path) -> None:
         assert (result.exit_code, result.stdout) == (2, "")
         assert message in result.stderr
     (row,) = replay(load(calls), [("moc", {})], Budget.of({"seconds": 1.0}))
-    assert row.failed == "match: seconds can be matched in a run alone"
+    assert row.failed == "match: seconds can be matched in zoo train and zoo sweep alone"
     tiny = dict(asked(["moc_fixed"], load(calls), Budget.of({"density": 0.5})))["moc_fixed"]
     assert (tiny["chunk_tokens"], "top_k" in tiny) == (7, False)
 
