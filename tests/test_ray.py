@@ -152,13 +152,14 @@ def test_a_task_trains_its_cell_in_the_surroundings_of_the_sweep(
     def serve(job: Any, cpus: int, variables: dict[str, str]) -> None:
         seen.append(variables)
         monkeypatch.setenv("ZOO_HOME", "elsewhere")
+        monkeypatch.setenv("ZOO_SAVE_SECONDS", "600")
         ray_jobs._serve(job, cpus, variables)
 
     ray.serve = serve
     (result,) = execute(read(write_sweep(runs / "alone.yaml")), Silent(), ray=True)
     assert result.status == "finished"
     assert result.provenance["threads"] == 1
-    assert os.environ["ZOO_HOME"] == str(runs / "runs")
+    assert (os.environ["ZOO_HOME"], os.environ["ZOO_SAVE_SECONDS"]) == (str(runs / "runs"), "0")
     assert seen[0].keys() >= {"ZOO_HOME", "ZOO_SAVE_SECONDS", "MLFLOW_TRACKING_URI"}
     assert "PATH" not in seen[0]
 
