@@ -30,7 +30,7 @@ os.environ.setdefault("GOMP_SPINCOUNT", "2000")
 # Read when torch is first imported: its profiler, which counts memory for zoo bench, would tell of its every start.
 os.environ.setdefault("KINETO_LOG_LEVEL", "99")
 
-EXECUTORS = ("local", "slurm")
+EXECUTORS = ("local", "slurm", "ray")
 
 console = Console()
 errors = Console(stderr=True)
@@ -127,9 +127,13 @@ def sweep(
     ] = False,
     jobs: Annotated[
         int | None,
-        typer.Option(help="So many cells at a time, each in a process, with a GPU, of its own; on SLURM, in a job."),
+        typer.Option(
+            help="So many cells at a time, each in a process, with a GPU, of its own; on SLURM in a job, on Ray a task."
+        ),
     ] = None,
-    executor: Annotated[str, typer.Option(help="Where cells run: local, or slurm, as one array job.")] = "local",
+    executor: Annotated[
+        str, typer.Option(help="Where cells run: local; slurm, as one array job; ray, as tasks of Ray.")
+    ] = "local",
     slurm: Annotated[
         list[str],
         typer.Option("--slurm", help="key=value, a parameter of sbatch, such as partition=gpu; may be repeated."),
@@ -147,6 +151,7 @@ def sweep(
     from experiments import trial
     from experiments.launch import execute
     from experiments.progress import Bar
+    from experiments.ray_jobs import needed
     from experiments.report import Report
     from experiments.slurm import parameters
     from experiments.sweep import find, read
@@ -161,6 +166,8 @@ def sweep(
         ],
     )
     settings = parameters(slurm) if executor == "slurm" else None
+    if executor == "ray":
+        needed()
     with errors.status("cells are read") as status:
         shorter = [] if max_steps is None else [{"trainer.max_steps": max_steps}]
         loaded = read(find(file), shorter, size, lambda name: status.update(f"the budget of {_escape(name)} is solved"))
@@ -176,7 +183,7 @@ def sweep(
     interrupted = False
     try:
         with Bar(errors, len(loaded.cells)) as bar:
-            execute(loaded, bar, fresh=fresh, jobs=jobs, slurm=settings, wait=wait)
+            execute(loaded, bar, fresh=fresh, jobs=jobs, slurm=settings, ray=executor == "ray", wait=wait)
     except KeyboardInterrupt:
         interrupted = True
     report = Report.of(loaded.name)
@@ -378,6 +385,10 @@ def replay(
     methods: Annotated[
         list[str] | None, typer.Argument(help="METHOD[:key=value,...]; every registered one, if none is given.")
     ] = None,
+    match: Annotated[
+        str | None,
+        typer.Option(help="Turn each method's knob until the calls cost this: density=0.16, or flops of a call."),
+    ] = None,
     out: Annotated[Path | None, typer.Option("--plot", help="Also draw error against pairs, PNG or SVG.")] = None,
     plugin: Plugin = [],  # noqa: B006
     as_json: AsJson = False,
@@ -386,21 +397,31 @@ def replay(
 
     Errors are against dense attention on the same q, k, v. What a method learns (moga's router) is not learnt here, and
     the row says so. Without settings a method has its defaults, on films under 1024 tokens its settings for tiny films.
+    With --match all cost the same; a method that cannot says why. The exit code is 1 if one that was named has failed.
     """
     _load_plugins(plugin)
     from experiments import replay as offline
     from experiments.captures import load
+    from experiments.config import parse
+    from experiments.match import Budget
     from experiments.progress import counting
 
+    budget = None if match is None else Budget.of(dict([parse(match)]))
     captured = load(file)
-    asked = offline.asked(methods or [], captured)
-    with counting(errors, "methods", len(asked)) as told:
-        rows = offline.replay(captured, asked, told)
+    asked = offline.asked(methods or [], captured, budget)
+    with counting(errors, "methods", len(asked)) as moved:
+
+        def told(note: str, row: offline.Replayed | None) -> None:
+            moved(note, 0 if row is None else 1)
+            if row is not None:
+                errors.print(f"[dim]{_escape(offline.line(row))}[/dim]", soft_wrap=True)
+
+        rows = offline.replay(captured, asked, budget, told)
     failed = [row for row in rows if row.failed is not None]
     if out is not None and len(failed) < len(rows):
         offline.plot(rows, out)
     if as_json:
-        print(json.dumps(offline.to_json(captured, rows)))
+        print(json.dumps(offline.to_json(captured, rows, budget)))
     else:
         console.print(offline.table(captured, rows))
         console.print(f"[dim]{offline.LEGEND}[/dim]")
@@ -408,7 +429,7 @@ def replay(
             console.print(f"[red]{_escape(row.label)}[/red]: {_escape(row.failed or '')}", soft_wrap=True)
         if out is not None and len(failed) < len(rows):
             console.print(f"Plot: {out.absolute()}", soft_wrap=True)
-    if failed:
+    if failed and (methods or len(failed) == len(rows)):
         raise typer.Exit(1)
 
 

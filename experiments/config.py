@@ -111,6 +111,7 @@ def check(config: Config) -> list[str]:
     sections: dict[str, type] = {"flow": RectifiedFlow, "optim": Optim, "trainer": Trainer, "sampling": SampleFilms}
     for section, build in sections.items():
         reasons += _misfits(section, config[section], build, GIVEN.get(section, ()))
+    reasons += _several(config["trainer"])
     if not fits(config["seed"], int) or config["seed"] < 0:
         reasons.append(f"seed must be a whole number of at least 0, got {config['seed']!r}")
     if "match" in config:
@@ -131,6 +132,21 @@ def check(config: Config) -> list[str]:
         *refusals(lambda: Optim(**config["optim"])),
         *refusals(lambda: SampleFilms(".", **config["sampling"])),
         *refusals(lambda: VideoDiT(**{**config["model"], "depth": 1}, **shape)),
+    ]
+
+
+def _several(trainer: Mapping[str, Any]) -> list[str]:
+    """Why a run may not have more than one process; Lightning would start this very command again in each."""
+    devices, nodes = trainer.get("devices", 1), trainer.get("num_nodes", 1)
+    one = devices in (1, "1") or (isinstance(devices, list) and len(devices) == 1)
+    return [
+        f"trainer.{key} must be {allowed}, got {given!r}: a run has one process and one device; for many runs at once "
+        "there is zoo sweep FILE --jobs"
+        for key, given, allowed, fine in (
+            ("devices", devices, "1, or a list of one", one),
+            ("num_nodes", nodes, "1", nodes == 1),
+        )
+        if not fine
     ]
 
 

@@ -77,12 +77,14 @@ def execute(
     fresh: bool = False,
     jobs: int | None = None,
     slurm: Mapping[str, Any] | None = None,
+    ray: bool = False,
     wait: bool = True,
 ) -> list[Result]:
     """Run the cells that have no finished result on disk, or with `fresh` all of them, `jobs` at a time.
 
     One at a time, in this process, unless `jobs` says otherwise; with `slurm`, parameters of sbatch, as array job of a
     cluster, as many at a time as it has room for. Unless `wait`, it is left to itself, and what is there is returned.
+    With `ray`, as tasks of Ray, likewise as many as there is room for.
 
     A cell that fails is recorded and the next one runs; a failed cell is tried again the next time. A cell that another
     process runs is waited for, and its result is taken in; should that process die, the cell is run here. Ctrl-C passes
@@ -93,7 +95,7 @@ def execute(
     bar.kept(len(sweep.cells) - len(todo))
     if not todo:
         return list(found.values())
-    refuse("--jobs", _too_many(1 if jobs is None else jobs, [] if slurm is not None else todo))
+    refuse("--jobs", _too_many(1 if jobs is None else jobs, [] if slurm is not None or ray else todo))
     tracker = Tracker(sweep.name, bar.note)
     parent = tracker.parent(sweep.name, f"{sweep.about}\n\n{len(sweep.cells)} cells. Report: `zoo report {sweep.name}`")
     write_sweep(sweep.name, Asked(sweep.about, sweep.cells, parent))
@@ -101,7 +103,7 @@ def execute(
     works = [Work(cell, sweep.name, found[cell.name], parent, params[cell.name], plugins, fresh) for cell in todo]
     ended = "KILLED"
     try:
-        for result in _results(works, tracker, bar, jobs, slurm, wait):
+        for result in _results(works, tracker, bar, jobs, slurm, ray, wait):
             found[result.name] = result
         ended = "FINISHED" if all(result.status == "finished" for result in found.values()) else "FAILED"
     finally:
@@ -111,7 +113,13 @@ def execute(
 
 
 def _results(
-    works: list[Work], tracker: Tracker, bar: Bar, jobs: int | None, slurm: Mapping[str, Any] | None, wait: bool
+    works: list[Work],
+    tracker: Tracker,
+    bar: Bar,
+    jobs: int | None,
+    slurm: Mapping[str, Any] | None,
+    ray: bool,
+    wait: bool,
 ) -> Iterator[Result]:
     if slurm is not None:
         from experiments.slurm import results, submit
@@ -119,6 +127,10 @@ def _results(
         queued = submit(works, slurm, jobs)
         bar.note(f"{len(queued)} cells are SLURM's jobs {', '.join(queued)}; scancel ends them")
         return results(queued, bar) if wait else iter(())
+    if ray:
+        from experiments import ray_jobs
+
+        return ray_jobs.results(works, jobs, bar)
     if jobs is None or jobs == 1:
         return _here(works, tracker, bar)
     return _in_processes(works, min(jobs, len(works)), bar)
@@ -160,12 +172,17 @@ def _here(works: list[Work], tracker: Tracker, bar: Bar) -> Iterator[Result]:
                 yield result
 
 
+def on_gpu(cell: Cell) -> bool:
+    """Whether a cell takes a GPU where there is one."""
+    return bool(cell.config["trainer"].get("accelerator") != "cpu")
+
+
 def _too_many(jobs: int, cells: list[Cell]) -> list[str]:
-    on_gpu = torch.cuda.is_available() and any(cell.config["trainer"].get("accelerator") != "cpu" for cell in cells)
+    with_gpus = torch.cuda.is_available() and any(map(on_gpu, cells))
     gpus = torch.cuda.device_count()
     return [
         f"must be at least 1, got {jobs}" if jobs < 1 else "",
-        f"a job has a GPU to itself, and there are {gpus}; got {jobs}" if on_gpu and jobs > gpus else "",
+        f"a job has a GPU to itself, and there are {gpus}; got {jobs}" if with_gpus and jobs > gpus else "",
     ]
 
 

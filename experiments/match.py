@@ -96,8 +96,8 @@ class Solution:
     def reached(self) -> bool:
         return self.error <= TOLERANCE
 
-    def why_not(self, knob: zoo.Knob, method: str) -> str:
-        """What keeps the method from the goal, for people."""
+    def why_not(self, knob: zoo.Knob, method: str, advice: str) -> str:
+        """What keeps the method from the goal, for people; with `advice` where other settings may reach it."""
         told = ", ".join(f"{key} {value}" for key, value in self.settings.items())
         text = f"{method} comes no nearer to {self.goal:.4g} than {self.cost:.4g}, at {told}"
         if self.above is None:
@@ -105,7 +105,7 @@ class Solution:
         if self.below is None:
             return f"{text}: the range of {knob.setting} begins at {knob.low}"
         steps = ", ".join(f"{cost:.4g} at {value}" for value, cost in (self.below, self.above))
-        return f"{text}: {knob.setting} is too coarse ({steps}); match.also.{method} can vary another setting too"
+        return f"{text}: {knob.setting} is too coarse ({steps}); {advice}"
 
 
 def solve(
@@ -274,7 +274,11 @@ def _solve(config: Config, budget: Budget) -> Settings | list[Settings]:
         found[number] = solve(knob, measure, goal, budget.also.get(entry["name"]), accepts)
     refuse(
         f"match.{budget.kind} {budget.target:.4g}",
-        [each.why_not(knobs[i], entries[i]["name"]) for i, each in found.items() if not each.reached],
+        [
+            each.why_not(knobs[i], name := entries[i]["name"], f"match.also.{name} can vary another setting too")
+            for i, each in found.items()
+            if not each.reached
+        ],
     )
     each = [found[i].settings if (i := entries.index(layer)) in found else {} for layer in layers]
     return each if isinstance(config["attention"], list) else each[0]
@@ -354,22 +358,37 @@ def solved_alone(
 
     `layout` is the joint one, captions included. Raises `ZooError` where the target cannot be reached.
     """
-    budget, knob = Budget.of(asked), zoo.get(method).knob
-    of_method: Settings = {"name": method, **settings}
-    refuse("match", _hindrances([of_method], {0: knob} if knob else {}, budget))
-    refuse("match", ["seconds cannot be known here, where nothing runs"] if budget.kind == "seconds" else [])
-    assert knob is not None
+    budget = Budget.of(asked)
     size: dict[str, Any] = {"heads": shape.heads, "head_dim": shape.head_dim, "dim": shape.dim}
     stream = inner(shape, layout)
 
     def measure(own: Settings) -> float:
         cost = simulate(method, stream, **size, batch=batch, settings=settings | own, every_head=every_head).cost
-        whole = cost.flops + cost.flops_backward + cost.routing_flops
-        return cost.density if budget.kind == "density" else shape.depth * whole
+        return cost.density if budget.kind == "density" else shape.depth * taken(cost)
+
+    return turned(method, settings, budget, size, measure)
+
+
+def taken(cost: zoo.Cost) -> int:
+    """FLOPs of an attention, forward and backward, what deciding takes included."""
+    return cost.flops + cost.flops_backward + cost.routing_flops
+
+
+def turned(method: str, settings: Settings, budget: Budget, size: Mapping[str, Any], measure: Measure) -> Settings:
+    """The knob of a method by itself, turned until `measure` of the setting comes to the budget; `size`: its heads.
+
+    Raises `ZooError` where it cannot.
+    """
+    knob = zoo.get(method).knob
+    refuse("match", [] if knob else [f"{method} has no knob to turn"])
+    refuse("match", ["seconds can be matched in zoo train and zoo sweep alone"] if budget.kind == "seconds" else [])
+    assert knob is not None
+    refuse("match", _hindrances([{"name": method, **settings}], {0: knob}, budget))
 
     def accepts(own: Settings) -> bool:
         return not refusals(lambda: zoo.build(method, **size, **settings, **own))
 
     found = solve(knob, measure, budget.target, budget.also.get(method), accepts)
-    refuse(f"match.{budget.kind}", [] if found.reached else [found.why_not(knob, method)])
+    advice = f"another setting of {method} may bring it nearer"
+    refuse(f"match.{budget.kind}", [] if found.reached else [found.why_not(knob, method, advice)])
     return found.settings

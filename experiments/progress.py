@@ -80,8 +80,8 @@ class Bar:
 
 
 @contextmanager
-def counting(console: Console, what: str, total: int) -> Iterator[Callable[[str], None]]:
-    """One line that moves on with each of `total` steps; call what this gives with a note."""
+def counting(console: Console, what: str, total: int) -> Iterator[Callable[..., None]]:
+    """One line that moves on with each of `total` steps; call what this gives with a note, and 0 if no step is done."""
     columns = (
         TextColumn(what),
         BarColumn(),
@@ -91,4 +91,8 @@ def counting(console: Console, what: str, total: int) -> Iterator[Callable[[str]
     )
     with Progress(*columns, console=console, transient=True) as progress:
         task = progress.add_task("", total=total, note="")
-        yield lambda note: progress.update(task, advance=1, note=note)
+
+        def told(note: str, steps: int = 1) -> None:
+            progress.update(task, advance=steps, note=note)
+
+        yield told

@@ -15,6 +15,7 @@ from rich.table import Table
 import sparse_zoo as zoo
 from experiments.captures import Captured
 from experiments.config import parse_method
+from experiments.match import Budget, taken, turned
 from experiments.report import percent, settings
 from sparse_zoo.errors import ZooError, refuse
 from sparse_zoo.ladder import ladder
@@ -50,15 +51,24 @@ class Replayed:
         return settings({"name": self.method, **self.settings}) + (" (untrained)" if self.untrained else "")
 
 
-def asked(texts: Sequence[str], captured: Sequence[Captured]) -> list[tuple[str, dict[str, Any]]]:
+Told = Callable[[str, Replayed | None], object]
+
+
+def asked(
+    texts: Sequence[str], captured: Sequence[Captured], budget: Budget | None = None
+) -> list[tuple[str, dict[str, Any]]]:
     """Methods with settings, of METHOD[:key=value,...], or all that are registered.
 
-    A method without settings of its own in the text has its defaults, or on tiny films its `small` ones.
+    A method without settings of its own in the text has its defaults, or on tiny films its `small` ones; with a budget
+    these leave its knob to be turned.
     """
     longest = max(len(film) for one in captured for film in one.call.layout.films)
     found = []
     for name, given in [parse_method(text) for text in texts] or [(name, {}) for name in zoo.names()]:
-        small = dict(zoo.get(name).small) if longest < TINY else {}
+        method = zoo.get(name)
+        small = dict(method.small) if longest < TINY else {}
+        if budget is not None and method.knob is not None:
+            small.pop(method.knob.setting, None)
         found.append((name, given or small))
     return found
 
@@ -66,21 +76,26 @@ def asked(texts: Sequence[str], captured: Sequence[Captured]) -> list[tuple[str,
 def replay(
     captured: Sequence[Captured],
     methods: Sequence[tuple[str, Mapping[str, Any]]],
-    told: Callable[[str], object] = lambda _: None,
+    budget: Budget | None = None,
+    told: Told = lambda *_: None,
 ) -> list[Replayed]:
-    """Serve every call by every method; by error, those that failed last. `told` is called once a method.
+    """Serve every call by every method; by error, those that failed last.
 
-    A method that refuses its settings or a call has the reason in its row. Raises ZooError for an unknown method.
+    With a budget every method's knob is first turned until the calls cost that much in the mean: density, or flops of a
+    call, forward and backward, routing included. A method that refuses its settings or a call, or cannot cost that
+    much, has the reason in its row. `told` is called before each call with a note, and with each row when it is there.
+    Raises ZooError for an unknown method.
     """
     for name, _ in methods:
         zoo.get(name)
     rows = []
     for name, given in methods:
         try:
-            rows.append(_served(captured, name, given))
+            own = dict(given) | ({} if budget is None else _matched(captured, name, given, budget, told))
+            rows.append(_served(captured, name, own, told))
         except ZooError as error:
             rows.append(Replayed(name, dict(given), {}, failed=str(error)))
-        told(name)
+        told(name, rows[-1])
     ran = sorted((row for row in rows if row.figures), key=lambda row: (row.figures["error"], row.figures["density"]))
     places = [(row.figures["density"], row.figures["error"]) for row in ran]
     front = [not any(a <= x and b <= y and (a, b) != (x, y) for a, b in places) for x, y in places]
@@ -88,21 +103,65 @@ def replay(
     return best_first + [row for row in rows if row.failed is not None]
 
 
-def _served(captured: Sequence[Captured], method: str, given: Mapping[str, Any]) -> Replayed:
+def _size(call: zoo.Call) -> dict[str, Any]:
+    dim = None if call.hidden is None else call.hidden.shape[-1]
+    return {"heads": call.q.shape[1], "head_dim": call.q.shape[-1], "dim": dim}
+
+
+def _built(call: zoo.Call, method: str, given: Mapping[str, Any]) -> zoo.Attention:
+    """As initialised with one seed, whoever asks."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        attention = zoo.build(method, **_size(call), **given)
+    return attention.eval().to(call.q.dtype if call.hidden is None else call.hidden.dtype)
+
+
+@torch.no_grad()
+def _matched(
+    captured: Sequence[Captured],
+    method: str,
+    given: Mapping[str, Any],
+    budget: Budget,
+    told: Told,
+) -> dict[str, Any]:
+    """The setting at which the calls cost what the budget says, in the mean; ZooError where there is none."""
+
+    def measure(own: Mapping[str, Any]) -> float:
+        told(f"{method} at {', '.join(f'{key} {value}' for key, value in own.items())}", None)
+        costs, known = [], dict[tuple[zoo.Layout, torch.Size], zoo.Cost]()
+        for call in (one.call for one in captured):
+            cost = known.get((call.layout, call.q.shape))
+            if cost is None:
+                result = _built(call, method, dict(given) | dict(own)).run(call)
+                cost = result.cost()
+                if call.q_rows is None and not any(part.routed for plan in result.plans for part in plan.parts):
+                    known[call.layout, call.q.shape] = cost  # the layout alone decided
+            costs.append(cost.density if budget.kind == "density" else taken(cost))
+        return fmean(costs)
+
+    return turned(method, dict(given), budget, _size(captured[0].call), measure)
+
+
+@torch.no_grad()
+def _served(
+    captured: Sequence[Captured],
+    method: str,
+    given: Mapping[str, Any],
+    told: Told,
+) -> Replayed:
     found: list[dict[str, float]] = []
-    untrained = False
-    for call in (one.call for one in captured):
-        dim, dtype = (None, call.q.dtype) if call.hidden is None else (call.hidden.shape[-1], call.hidden.dtype)
-        with torch.random.fork_rng(devices=[]), torch.no_grad():
-            torch.manual_seed(0)
-            attention = zoo.build(method, heads=call.q.shape[1], head_dim=call.q.shape[-1], dim=dim, **given)
-            attention.eval().to(dtype)
-            untrained = any(True for _ in attention.parameters())
-            means = ladder(attention, call).means()
+    untrained, warm = False, set[zoo.Layout]()
+    for number, call in enumerate((one.call for one in captured), 1):
+        told(f"{method}, call {number} of {len(captured)}", None)
+        attention = _built(call, method, given)
+        untrained = any(True for _ in attention.parameters())
+        means = ladder(attention, call, rungs=("method", "best")).means()
+        if call.layout not in warm:
             attention.run(call)  # what depends on the layout alone is made once, and a kernel's first call loads it
-            start = time.perf_counter()
-            result = attention.run(call)
-            seconds = time.perf_counter() - start
+            warm.add(call.layout)
+        start = time.perf_counter()
+        result = attention.run(call)
+        seconds = time.perf_counter() - start
         of_rungs = {"": means["method"], "best_": means["best"]}
         masses = {f"{which}{key}": rung[key] for which, rung in of_rungs.items() for key in ("mass", "error")}
         found.append({"density": result.cost().density, "seconds": seconds, **masses})
@@ -110,11 +169,12 @@ def _served(captured: Sequence[Captured], method: str, given: Mapping[str, Any])
     return Replayed(method, dict(given), figures, untrained)
 
 
-def to_json(captured: Sequence[Captured], rows: Sequence[Replayed]) -> dict[str, Any]:
-    """Plain: how many calls of which layers and films, and the rows."""
+def to_json(captured: Sequence[Captured], rows: Sequence[Replayed], budget: Budget | None = None) -> dict[str, Any]:
+    """Plain: how many calls of which layers and films, what was matched, and the rows."""
     calls = [{"layer": x.call.layer, "tokens": len(x.call.layout), "method": dict(x.method)} for x in captured]
     plain = [asdict(row) for row in rows]
-    return {"calls": calls, "rows": [{**row, **row.pop("figures")} for row in plain]}
+    match = None if budget is None else {budget.kind: budget.target}
+    return {"calls": calls, "match": match, "rows": [{**row, **row.pop("figures")} for row in plain]}
 
 
 def table(captured: Sequence[Captured], rows: Sequence[Replayed]) -> Table:
@@ -134,6 +194,14 @@ def table(captured: Sequence[Captured], rows: Sequence[Replayed]) -> Table:
             shares = (percent(row.figures[key]) for key in ("density", "mass", "best_mass", "error", "best_error"))
             found.add_row("*" if row.pareto else "", row.label, *shares, f"{row.figures['seconds']:.3g}")
     return found
+
+
+def line(row: Replayed) -> str:
+    """One row by itself, while others are awaited."""
+    if row.failed is not None:
+        return f"{row.label}: failed"
+    pairs, error, kept = (percent(row.figures[key]) for key in ("density", "error", "mass"))
+    return f"{row.label}: error {error} with {pairs} of the pairs, {kept} kept"
 
 
 def plot(rows: Sequence[Replayed], path: Path) -> Path:

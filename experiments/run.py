@@ -64,10 +64,10 @@ def run(
 ) -> Result:
     """Train one cell and write its folder; whatever it raises is recorded as its failure.
 
-    The caller holds the lock of the folder. It holds `result.json`, `checkpoints` (the last one whose validation loss
-    was finite), `diagnostics.jsonl`, pictures of the plans and of who routed to which shot, film strips, and, until the
-    run ends, `resume.ckpt`. From that an interrupted run goes on, unless `fresh`; one that failed starts anew, since
-    what made it fail may have been mended.
+    The caller holds the lock of the folder. It holds `result.json`, `checkpoints` (one: of the last step or, while the
+    run goes on and where it failed, of the last validation, whose loss was finite), `diagnostics.jsonl`, pictures of
+    the plans and of who routed to which shot, film strips, and, until the run ends, `resume.ckpt`. From that an
+    interrupted run goes on, unless `fresh`; one that failed starts anew, since what made it fail may have been mended.
 
     Ctrl-C comes through, as KeyboardInterrupt, and a disk that takes no more, as `ZooError`: then no other cell would
     come further, and this one goes on the next time. `params` are the settings that MLflow shows in columns.
@@ -276,10 +276,13 @@ def _train(config: Config, folder: Path, result: Result, log: Log, watch: Watch,
     history, cost, timer = History(result, watch), AttentionCost(every=10), StepTimer()
     films, routing = SampleFilms(folder, **config["sampling"]), RoutingWatch(folder)
     # After validation, which raises on a loss that is not finite: what is kept is good.
-    keep = ModelCheckpoint(folder / "checkpoints", filename="{step}", save_on_train_epoch_end=False)
+    # A run that goes on may write one anew that it had written when it was killed: over it, not beside it.
+    keep = ModelCheckpoint(
+        folder / "checkpoints", filename="{step}", save_on_train_epoch_end=False, enable_version_counter=False
+    )
     saving = Saving(folder / RESUME, float(os.environ.get("ZOO_SAVE_SECONDS") or SAVE_EVERY))
     trainer = pl.Trainer(
-        **config["trainer"],
+        **{"devices": 1, **config["trainer"]},  # not as many as there are
         logger=log,
         default_root_dir=folder,
         callbacks=[history, cost, timer, routing, films, LearningRateMonitor("step"), keep, saving],
@@ -292,6 +295,7 @@ def _train(config: Config, folder: Path, result: Result, log: Log, watch: Watch,
         validated = history.validations.get("val/loss", [(-1, 0.0)])[-1][0] == trainer.global_step
         if not validated or "val/loss" not in trainer.callback_metrics:
             trainer.validate(module, datamodule=data, verbose=False)
+        _keep_last(trainer, keep, folder / "checkpoints")
         if getattr(data, "test_films", 0):
             trainer.test(module, datamodule=data, verbose=False)
     finally:
@@ -313,6 +317,15 @@ def _train(config: Config, folder: Path, result: Result, log: Log, watch: Watch,
         result.pictures = pictures.of_results(cost.results, folder) + pictures.of_routing(routing.layers, folder)
         last = max((path.name.rpartition("_film_")[0] for path in films.paths), default="")
         result.strips = [path.name for path in films.paths if path.name.rpartition("_film_")[0] == last]
+
+
+def _keep_last(trainer: pl.Trainer, keep: ModelCheckpoint, folder: Path) -> None:
+    """The weights of the last step, after which the interval need not ask for a validation, and no others."""
+    last = folder / f"step={trainer.global_step}.ckpt"
+    if keep.best_model_path != str(last):
+        trainer.save_checkpoint(last)
+    for earlier in set(folder.glob("*.ckpt")) - {last}:
+        earlier.unlink()
 
 
 def _record(log: Log, result: Result, folder: Path) -> None:

@@ -37,12 +37,14 @@ def kmeans(x: Tensor, tokens: Tensor, centroids: Tensor, rounds: int) -> tuple[T
     """The nearest centroid of each of `tokens` of x (B, H, L, D), int64 (B, H, n), and the means that follow from it.
 
     centroids: float32 (B, H, C, D); an empty cluster's stays. Sums are products with one-hot tables, which give the
-    same bits every time on a GPU too, where adding by index does not.
+    same bits every time on a GPU too, where adding by index does not. On the CPU, where looking costs nothing, rounds
+    after one in which no token moved are left out: they would change no bit.
     """
     batch, heads, count, _ = centroids.shape
     step = max(1, SCORES // (batch * heads * count))
-    nearest = torch.empty(batch, heads, len(tokens), dtype=torch.int64, device=x.device)
+    nearest = torch.full((batch, heads, len(tokens)), -1, device=x.device)
     for _ in range(rounds):
+        before = nearest.clone()
         total, number = torch.zeros_like(centroids), torch.zeros_like(centroids[..., :1])
         for first in range(0, len(tokens), step):
             some = slice(first, first + step)
@@ -54,4 +56,6 @@ def kmeans(x: Tensor, tokens: Tensor, centroids: Tensor, rounds: int) -> tuple[T
             total += taken.transpose(-1, -2) @ part
             number += taken.sum(2)[..., None]
         centroids = torch.where(number > 0, total / number.clamp(min=1), centroids)
+        if x.device.type == "cpu" and torch.equal(nearest, before):
+            break
     return nearest, centroids

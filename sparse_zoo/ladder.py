@@ -34,7 +34,7 @@ from torch.nn.functional import pad
 
 from sparse_zoo.attention import Attention, Branch, Call, Term
 from sparse_zoo.diagnostics import per_piece, scores_of
-from sparse_zoo.errors import refuse
+from sparse_zoo.errors import refuse, unknown
 from sparse_zoo.partition import Partition
 from sparse_zoo.plan import Part
 from sparse_zoo.schedule import Scheduled
@@ -105,14 +105,19 @@ def chance(mass: Mapping[str, float]) -> bool:
 
 
 @torch.no_grad()
-def ladder(attention: Attention, call: Call, *, draws: int = DRAWS) -> Ladder:
+def ladder(attention: Attention, call: Call, *, draws: int = DRAWS, rungs: Sequence[str] = RUNGS) -> Ladder:
     """What a method's plans of a call keep of dense attention, beside the other choices of their size.
 
-    "random" is a mean over `draws`, which are functions of the call's seed and layer. Computed in float32 at least, in
-    slices of queries. Put the method into eval mode first, unless what it drops in training is meant. Raises ZooError
-    where the method cannot plan the call.
+    Of the `rungs` those beside "method" and "best" may be left out; they take more than half of the time. "random" is a
+    mean over `draws`, which are functions of the call's seed and layer. Computed in float32 at least, in slices of
+    queries. Put the method into eval mode first, unless what it drops in training is meant. Raises ZooError where the
+    method cannot plan the call.
     """
-    refuse("ladder", [f"draws must be at least 1, got {draws}"] if draws < 1 else [])
+    refuse(
+        "ladder",
+        [f"draws must be at least 1, got {draws}"] * (draws < 1)
+        + [unknown("rung", rung, RUNGS) for rung in rungs if rung not in RUNGS],
+    )
     if isinstance(attention, Scheduled):  # its features are named by phase; the phase makes its own again
         attention, call = attention.at(call.step), replace(call, features=None)
     call = attention.ready(call)
@@ -120,10 +125,12 @@ def ladder(attention: Attention, call: Call, *, draws: int = DRAWS) -> Ladder:
         x if isinstance(x, Term) else replace(x, plan=attention.attended(x, call)) for x in attention.branches(call)
     ]
     with torch.autocast(call.q.device.type, enabled=False):  # would narrow what is widened here
-        return _climbed(attention, call, branches, draws)
+        return _climbed(attention, call, branches, draws, rungs)
 
 
-def _climbed(attention: Attention, call: Call, branches: Sequence[Branch | Term], draws: int) -> Ladder:
+def _climbed(
+    attention: Attention, call: Call, branches: Sequence[Branch | Term], draws: int, rungs: Sequence[str]
+) -> Ladder:
     own = [x for x in branches if isinstance(x, Branch) and x.q is x.k is x.rows is None]
     rest = _rest(attention, call, [x for x in branches if not any(x is y for y in own)])
     plans: list[Parts] = [branch.plan.parts for branch in own]
@@ -133,8 +140,9 @@ def _climbed(attention: Attention, call: Call, branches: Sequence[Branch | Term]
         return _exchanged(call, plans, rule, routed=chosen, causal=attention.causality is not None)
 
     choices: dict[str, list[list[Parts]]] = {"method": [plans], "best": [by(_mass)]}
-    if chosen:
+    if chosen and "pooled" in rungs:
         choices["pooled"] = [by(_means)]
+    if chosen and "random" in rungs:
         choices["random"] = [by(_random(draw)) for draw in range(draws)]
     return Ladder(_measured(call, own, rest, choices))
 

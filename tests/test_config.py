@@ -36,6 +36,11 @@ def test_a_list_gives_each_layer_its_own() -> None:
     assert config["attention"] == [{"name": "dense"}, {"name": "moc", "top_k": 1}]
 
 
+def test_one_device_may_be_chosen() -> None:
+    assert load(["trainer.devices=[1]"])["trainer"]["devices"] == [1]
+    assert load(["trainer.devices=1", "trainer.num_nodes=1"])["trainer"]["devices"] == 1
+
+
 def test_interpolation_resolves() -> None:
     config = load(["seed=7", "optim.warmup_steps=${seed}"])
     assert config["optim"]["warmup_steps"] == config["data"]["seed"] == 7
@@ -46,6 +51,11 @@ def test_interpolation_resolves() -> None:
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
+        (["trainer.devices=2"], r"trainer.devices must be 1, or a list of one, got 2: a run has one process"),
+        (["trainer.devices=-1"], r"trainer.devices must be 1, or a list of one, got -1"),
+        (["trainer.devices=auto"], r"trainer.devices must be 1, or a list of one, got 'auto'"),
+        (["trainer.devices=[0, 1]"], r"trainer.devices must be 1, or a list of one, got \[0, 1\]"),
+        (["trainer.num_nodes=2"], r"trainer.num_nodes must be 1, got 2"),
         (["attention=mocc"], r"unknown method 'mocc'; did you mean 'moc'\? known: dense, "),
         (["attention=moc", "attention.topk=2"], r"unknown setting 'topk'; did you mean 'top_k'\?"),
         (["attention=moc", "attention.top_k=two"], r"attention.top_k must be int, got 'two'"),

@@ -308,6 +308,17 @@ def test_random_is_every_candidate_alike() -> None:
     assert not torch.equal(one, ladder(attention, call, draws=2).rungs["random"].mass)
 
 
+def test_rungs_may_be_left_out() -> None:
+    call = call_on(FILM)
+    attention = method("moc, no anchors")
+    few = ladder(attention, call, rungs=("method", "best"))
+    assert list(few.rungs) == ["method", "best"]
+    for name, rung in few.rungs.items():
+        assert torch.equal(rung.error, ladder(attention, call, draws=1).rungs[name].error)
+    with pytest.raises(ZooError, match="unknown rung 'pool'; did you mean 'pooled'"):
+        ladder(attention, call, rungs=("pool",))
+
+
 def test_keys_of_which_the_largest_leave_nothing_still_give_an_output() -> None:
     """The chosen chunks lie e^-200 below the own shot, which no float32 holds; among themselves they are attended."""
     call = call_on(FILM)

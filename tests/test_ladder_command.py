@@ -19,13 +19,14 @@ from torch import Tensor
 from experiments.captures import FORMAT, Captured, load, save
 from experiments.config import load as load_config
 from experiments.config import parse_method
+from experiments.match import Budget
 from experiments.replay import Replayed, asked, replay
 from experiments.run import run
 from experiments.store import Cell
 from experiments.tracking import Tracker
 from experiments.trained import Trained
 from lit_modules.routing_watch import each_attention
-from sparse_zoo import Call, Layout, Shot, ZooError
+from sparse_zoo import Attention, Call, Layout, Shot, ZooError
 from sparse_zoo import build as build_method
 from sparse_zoo.ladder import RUNGS, ladder, verdict
 
@@ -283,6 +284,7 @@ def test_replay_for_people(calls: Path, here: Path) -> None:
     assert result.exit_code == 0, result.output
     assert "untrained" in result.stdout
     assert "by error" in result.stdout
+    assert "dense: error 0.0 % with 100.0 % of the pairs, 100.0 % kept\n" in result.stderr  # as soon as it is known
     assert not list(here.glob("*.png"))
 
 
@@ -298,10 +300,80 @@ def test_a_method_that_cannot_run_says_why(calls: Path) -> None:
     assert "did you mean 'moc'" in unknown.stderr
 
 
+def test_methods_rank_at_one_cost() -> None:
+    """Each knob is turned on the calls themselves, which no two cost the same; who cannot cost as much says why."""
+    film = Layout.film([Shot(2, 4, 4, 2)] * 4, caption=2)
+    captured = []
+    for seed in range(2):
+        draws = torch.Generator().manual_seed(seed)
+        q, k, v = torch.randn(3, 1, 2, len(film), 8, generator=draws)
+        captured.append(Captured(Call(q * (1 + seed), k, v, film, seed=seed), {}))
+    given: list[tuple[str, dict[str, Any]]] = [
+        ("svg2", {"query_clusters": 8, "key_clusters": 16, "least": 0.0}),
+        ("xattention", {"block_tokens": 8, "stride": 4}),
+        ("dense", {}),
+        ("moc", {"top_k": 1}),
+        ("moc", {"chunk": "frame"}),
+        ("moc", {"chunk": "shot"}),
+    ]
+    found = replay(captured, given, Budget.of({"density": 0.5}))
+    ran = [row for row in found if row.failed is None]
+    assert {row.method for row in ran} == {"svg2", "xattention"}
+    for row in ran:
+        attention = build_method(row.method, heads=2, head_dim=8, **row.settings).eval()
+        costs = [attention.run(one.call).cost().density for one in captured]
+        assert row.figures["density"] == pytest.approx(sum(costs) / 2) == pytest.approx(0.5, rel=0.02)
+        assert abs(costs[0] - costs[1]) > 0.02
+        assert row.settings.items() >= dict(given)[row.method].items()
+    dense, named, coarse, ends = (str(row.failed) for row in found if row.failed is not None)
+    assert dense == "match: dense has no knob to turn"
+    assert named == "match: top_k of moc is to be solved: leave it out"
+    assert coarse.endswith("another setting of moc may bring it nearer")
+    assert "moc comes no nearer to 0.5 than" in ends
+
+
+def test_only_what_was_named_can_fail_a_match(calls: Path) -> None:
+    named = zoo("replay", calls, "dense", "moc", "--match", "density=0.5", "--json")
+    assert named.exit_code == 1
+    found = json.loads(named.stdout)
+    assert found["match"] == {"density": 0.5}
+    assert found["rows"][-1]["failed"]
+    everyone = zoo("replay", calls, "--match", "density=0.8")
+    assert "dense has no knob to turn" in everyone.stdout
+    assert "by error" in everyone.stdout
+    assert everyone.exit_code == 0
+
+
+def test_the_layout_is_planned_once_where_it_alone_decides(calls: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    runs, run = [], Attention.run
+    monkeypatch.setattr(Attention, "run", lambda own, call: runs.append(own) or run(own, call))
+    captured = load(calls)
+    layouts = {(one.call.layout, one.call.q.shape) for one in captured}
+    for method, once in (("window", True), ("moc", False)):
+        budget, own, told = Budget.of({"flops": 1e5}), {"tile": [1, 1, 1]} if once else {}, []
+        (row,) = replay(captured, [(method, own)], budget, lambda note, row: told.append((note, row)))  # noqa: B023
+        measured = [note for note, _ in told if " at " in note]
+        served = 0 if row.failed else len(captured) + len({one.call.layout for one in captured})
+        assert len(runs) == len(measured) * (len(layouts) if once else len(captured)) + served
+        assert told[-1] == (method, row)
+        runs.clear()
+
+
+def test_a_budget_that_cannot_be_is_refused_at_once(calls: Path) -> None:
+    for text, message in (("dencity=0.5", "did you mean 'density'"), ("density=-1", "must be a number above 0")):
+        result = zoo("replay", calls, "--match", text)
+        assert (result.exit_code, result.stdout) == (2, "")
+        assert message in result.stderr
+    (row,) = replay(load(calls), [("moc", {})], Budget.of({"seconds": 1.0}))
+    assert row.failed == "match: seconds can be matched in zoo train and zoo sweep alone"
+    tiny = dict(asked(["moc_fixed"], load(calls), Budget.of({"density": 0.5})))["moc_fixed"]
+    assert (tiny["chunk_tokens"], "top_k" in tiny) == (7, False)
+
+
 def test_the_front_is_what_nothing_beats(calls: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     figures = {1: (0.2, 0.5), 2: (0.4, 0.3), 3: (0.4, 0.4), 4: (0.5, 0.3), 5: (0.2, 0.5)}
 
-    def served(_: object, method: str, given: dict[str, int]) -> Replayed:
+    def served(_: object, method: str, given: dict[str, int], __: object) -> Replayed:
         density, error = figures[given["top_k"]]
         return Replayed(method, given, {"density": density, "error": error})
 

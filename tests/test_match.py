@@ -360,7 +360,11 @@ def test_cost_turns_the_knob() -> None:
         found = json.loads(run("cost", *own, "--match", asked, *size, "--json").stdout)
         assert found["settings"] == {"anchors": ["shot"], "causal": None, "top_k": 5}
         assert "top_k 5" in run("cost", *own, "--match", asked, *size).stdout
-    for wrong, said in (("density=7", "ends at 64"), ("seconds=1", "where nothing runs"), ("density=0", "above 0")):
+    for wrong, said in (
+        ("density=7", "ends at 64"),
+        ("seconds=1", "in zoo train and zoo sweep alone"),
+        ("density=0", "above 0"),
+    ):
         refused = run("cost", "moc", "--match", wrong, *size)
         assert refused.exit_code == 2
         assert said in refused.stderr

@@ -16,14 +16,16 @@ import mlflow
 import pytest
 import torch
 from tiny import BASE
+from torch.utils._pytree import tree_leaves
 
 from experiments import saving, store
 from experiments.config import load
 from experiments.run import RESUME, _begin, run
-from experiments.saving import saved_step
+from experiments.saving import Saving, saved_step
 from experiments.store import Cell, Result
 from experiments.tracking import Tracker, uri
 from lit_modules import SampleFilms
+from lit_modules.metrics import LossByTime
 from sparse_zoo.errors import ZooError
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -135,8 +137,11 @@ def test_a_run_that_was_killed_ends_like_one_that_was_not(batches: int, accumula
     assert [part["step"] for part in parts.resumed] == [each * n for n in range(1, len(codes) + 1)]
     assert end_state(parts) == end_state(whole)
     one, other = (torch.load(str(result.checkpoint), weights_only=True) for result in (whole, parts))
-    for state in ("state_dict", "current_model_state"):
-        assert all(torch.equal(tensor, other[state][name]) for name, tensor in one[state].items())
+    for state in ("state_dict", "optimizer_states"):  # the averaged weights, and what only the trained ones give
+        leaves = [tree_leaves(checkpoint[state]) for checkpoint in (one, other)]
+        tensors, others = ([leaf for leaf in found if isinstance(leaf, torch.Tensor)] for found in leaves)
+        assert all(torch.equal(tensor, its) for tensor, its in zip(tensors, others, strict=True))
+        assert tensors
     assert len(list(Path(parts.folder).glob("**/*.ckpt"))) == 1
 
     def probes(result: Result) -> list[Any]:
@@ -238,3 +243,51 @@ def test_a_full_disk_loses_nothing(runs: Path, monkeypatch: pytest.MonkeyPatch) 
     assert go(cell, "sweep", watch).status == "finished"
     assert watch.told == ["moc goes on from step 3"]
     assert not list(runs.glob("**/*.part"))
+
+
+@pytest.mark.parametrize("steps", [5, 2])
+def test_the_last_weights_are_kept_whatever_the_interval(steps: int) -> None:
+    """A validation at step 3 and the end at 5, or before any; beside a run that the interval makes end with one."""
+    kept = []
+    for every in (3, steps):
+        config = load([BASE, LONG, {"trainer.max_steps": steps, "trainer.val_check_interval": every}])
+        result = go(Cell("moc", config), "sweep", Killing())
+        assert result.status == "finished", result.traceback
+        assert result.checkpoint == str(Path(result.folder) / "checkpoints" / f"step={steps}.ckpt")
+        assert len(list(Path(result.folder).glob("checkpoints/*"))) == 1
+        kept.append(torch.load(str(result.checkpoint), weights_only=True))
+    one, other = kept
+    assert one["global_step"] == other["global_step"] == steps
+    assert all(torch.equal(tensor, one["state_dict"][name]) for name, tensor in other["state_dict"].items())
+
+
+def test_weights_whose_validation_is_not_finite_are_not_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The one after the last step is not: what is kept is from the validation before."""
+    compute, left = LossByTime.compute, [1.0, float("nan")]
+    monkeypatch.setattr(LossByTime, "compute", lambda own: compute(own) * left.pop(0))
+    result = go(Cell("moc", load([BASE, LONG, {"trainer.max_steps": 5}])), "sweep", Killing())
+    assert "NonFiniteLoss" in str(result.reason)
+    assert left == []
+    assert Path(str(result.checkpoint)).name == "step=3.ckpt"
+    assert len(list(Path(result.folder).glob("checkpoints/*"))) == 1
+
+
+def test_a_checkpoint_that_is_written_again_takes_its_own_place(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Killed after the weights of step 3 were kept, before the state to go on from was written."""
+    cell = Cell("moc", load([BASE, LONG]))
+    with monkeypatch.context() as patched:
+        saves = Saving._save
+        patched.setattr(Saving, "_save", lambda own, trainer: kill_at(3, trainer) or saves(own, trainer))
+        assert killed_or_done(cell, "sweep", 0) == -signal.SIGKILL
+    folder = cell.folder("sweep")
+    assert [path.name for path in folder.glob("checkpoints/*")] == ["step=3.ckpt"]
+    assert saved_step(folder / RESUME) == 2
+    assert killed_or_done(cell, "sweep", 4) == -signal.SIGKILL
+    assert [path.name for path in folder.glob("checkpoints/*")] == ["step=3.ckpt"]
+    assert killed_or_done(cell, "sweep", 0) == 0
+    assert [path.name for path in folder.glob("checkpoints/*")] == ["step=8.ckpt"]
+
+
+def kill_at(step: int, trainer: Any) -> None:
+    if trainer.global_step == step:
+        os.kill(os.getpid(), signal.SIGKILL)

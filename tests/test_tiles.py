@@ -277,6 +277,23 @@ def test_slices_of_tokens_make_no_difference(monkeypatch: pytest.MonkeyPatch) ->
     assert torch.equal(mask_of(svg2(), make(PACKED)), whole)
 
 
+def test_rounds_that_would_change_nothing_are_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    x, tokens = torch.randn(2, 3, 40, 4), torch.arange(40)
+    start = x[:, :, ::4].clone()
+    start[0, 0, 0] = 9.0  # nobody's
+    centroids, labels, moved = start, torch.tensor(-1), []
+    for _ in range(30):
+        before, (labels, centroids) = labels, kmeans(x, tokens, centroids, 1)
+        moved.append(not torch.equal(labels, before))
+    assert 2 < sum(moved) < 20
+    rounds, equal = [], torch.equal
+    monkeypatch.setattr(torch, "equal", lambda a, b: rounds.append(1) or equal(a, b))
+    found = kmeans(x, tokens, start, 30)
+    assert len(rounds) == sum(moved) + 1
+    assert equal(found[0], labels)
+    assert equal(found[1], centroids)
+
+
 def test_an_empty_cluster_stays_and_is_never_chosen() -> None:
     x = torch.zeros(1, 1, 4, 2)
     labels, centroids = kmeans(x, torch.arange(4), torch.tensor([[[[1.0, 0.0], [0.1, 0.0], [5.0, 5.0]]]]), 3)
