@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import sys
@@ -32,6 +33,9 @@ os.environ.setdefault("KINETO_LOG_LEVEL", "99")
 
 EXECUTORS = ("local", "slurm")
 
+# Why a folder cannot be written: no fault of the program's, so one line and no traceback.
+NO_PLACE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EEXIST)
+
 console = Console()
 errors = Console(stderr=True)
 
@@ -46,6 +50,11 @@ class Group(TyperGroup):
             from sparse_zoo.errors import ZooError
 
             if not isinstance(error, ZooError):
+                raise
+            errors.print(f"[bold red]Error:[/bold red] {_escape(str(error))}", soft_wrap=True)
+            raise typer.Exit(2) from error
+        except OSError as error:
+            if error.errno not in NO_PLACE:
                 raise
             errors.print(f"[bold red]Error:[/bold red] {_escape(str(error))}", soft_wrap=True)
             raise typer.Exit(2) from error

@@ -101,7 +101,10 @@ def _find(command: str, run: Path) -> tuple[Path, Config]:
     path = checkpoints[-1].absolute()
     result = path.parent.parent / "result.json"
     refuse(command, [] if result.is_file() else [f"{path} lies in no run: there is no {result} with its config"])
-    config: Config = json.loads(result.read_text())["config"]
+    try:
+        config: Config = json.loads(result.read_text())["config"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ZooError(f"{command}: {result} cannot be read ({type(error).__name__}: {error})") from error
     return path, config
 
 

@@ -352,4 +352,4 @@ def test_jobs_share_cells_and_survive_the_death_of_one(runs: Path, monkeypatch: 
     killed, *again = execute(sweep, bar, jobs=2)
     assert killed.status == "finished"
     assert [part["step"] for part in killed.resumed] == [1]
-    assert again == others
+    assert [result.to_json() for result in again] == [result.to_json() for result in others]
