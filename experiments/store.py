@@ -197,6 +197,14 @@ def read_sweep(name: str) -> Asked:
         raise ZooError(f"{path} cannot be read ({error}); remove it, and `zoo sweep` writes it anew") from error
 
 
+def asked_before(name: str) -> Asked | None:
+    """What was last asked for under this name; None where there is nothing that can be read."""
+    try:
+        return read_sweep(name)
+    except ZooError:
+        return None
+
+
 def write_json(path: Path, plain: Any) -> None:
     """Whole or not at all: a reader never sees half a file."""
     with whole(path) as file:

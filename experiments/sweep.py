@@ -13,7 +13,7 @@ import sparse_zoo as zoo
 from experiments.config import Config, Override, check, known, merge
 from experiments.grid import Choice, grid, matches
 from experiments.match import solved, with_settings
-from experiments.store import Cell, home, read_sweep
+from experiments.store import Cell, asked_before
 from experiments.sweepfile import OWN, SWEEPS, chain_of, find, mappings
 from experiments.trial import first_of_groups, said
 from sparse_zoo.errors import ZooError, refuse, unknown
@@ -169,8 +169,8 @@ def _wrong(drafts: Sequence[_Draft]) -> list[str]:
 
 def _matched(cells: Sequence[Cell], sweep: str, told: Callable[[str], object]) -> list[Cell]:
     """The cells with their budgets solved, once for those that differ by their seed alone."""
-    asked = (home() / sweep / "sweep.json").exists()
-    earlier = [cell.config for cell in read_sweep(sweep).cells] if asked else []
+    asked = asked_before(sweep)
+    earlier = [cell.config for cell in asked.cells] if asked else []
     found, reasons = {}, []
     for label, cell in first_of_groups(cells).items():
         if "match" not in cell.config:

@@ -111,9 +111,13 @@ def _find(command: str, run: Path) -> tuple[Path, Config]:
 def _load(checkpoint: Path) -> tuple[LitVideoDiT, int]:
     """The module with its averaged weights, and its step of training."""
     try:
-        step = int(torch.load(checkpoint, map_location="cpu", weights_only=True)["global_step"])
-        return LitVideoDiT.load_from_checkpoint(checkpoint, map_location="cpu"), step
-    except (KeyError, TypeError, EOFError, RuntimeError, pickle.UnpicklingError) as error:
+        state = torch.load(checkpoint, map_location="cpu", weights_only=True)
+    except Exception as error:  # whatever a damaged pickle makes of itself
+        why = str(error).partition("\n")[0].partition(". ")[0] or type(error).__name__  # torch goes on with advice
+        raise ZooError(f"{checkpoint} is damaged: {why}") from error
+    try:
+        return LitVideoDiT.load_from_checkpoint(checkpoint, map_location="cpu"), int(state["global_step"])
+    except (KeyError, TypeError, RuntimeError, pickle.UnpicklingError) as error:
         raise ZooError(f"{checkpoint} is no checkpoint of a run: {type(error).__name__}: {error}") from error
 
 
