@@ -54,9 +54,12 @@ class Group(TyperGroup):
             errors.print(f"[bold red]Error:[/bold red] {_escape(str(error))}", soft_wrap=True)
             raise typer.Exit(2) from error
         except OSError as error:
+            from experiments.store import home
+
             if error.errno not in NO_PLACE:
                 raise
-            errors.print(f"[bold red]Error:[/bold red] {_escape(str(error))}", soft_wrap=True)
+            told = f"{error}; runs lie in {home()}, or where $ZOO_HOME says"
+            errors.print(f"[bold red]Error:[/bold red] {_escape(told)}", soft_wrap=True)
             raise typer.Exit(2) from error
 
 

@@ -116,7 +116,8 @@ def _load(checkpoint: Path) -> tuple[LitVideoDiT, int]:
         why = str(error).partition("\n")[0].partition(". ")[0] or type(error).__name__  # torch goes on with advice
         raise ZooError(f"{checkpoint} is damaged: {why}") from error
     try:
-        return LitVideoDiT.load_from_checkpoint(checkpoint, map_location="cpu"), int(state["global_step"])
+        step = int(state["global_step"])
+        return LitVideoDiT.load_from_checkpoint(checkpoint, map_location="cpu"), step
     except (KeyError, TypeError, RuntimeError, pickle.UnpicklingError) as error:
         raise ZooError(f"{checkpoint} is no checkpoint of a run: {type(error).__name__}: {error}") from error
 
