@@ -420,7 +420,9 @@ def ui(port: Annotated[int, typer.Option(help="Port on this machine.")] = 5000) 
     """Open MLflow's own page on the runs; Ctrl-C ends it."""
     from experiments.tracking import serve
 
-    console.print(f"MLflow starts on http://127.0.0.1:{port} (it takes about 15 seconds; Ctrl-C ends it)")
+    # It opens on its pages for language models otherwise.
+    page = f"http://127.0.0.1:{port}/#/experiments?workflowType=machine_learning"
+    console.print(f"MLflow starts on {page} (it takes about 15 seconds; Ctrl-C ends it)", soft_wrap=True)
     raise typer.Exit(serve(port))
 
 

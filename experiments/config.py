@@ -176,8 +176,9 @@ def _trainer(given: Mapping[str, Any]) -> list[str]:
         else "",
         f"trainer.num_nodes must be 1, got {given['num_nodes']!r}" if given.get("num_nodes", 1) != 1 else "",
     ]
-    elsewhere = {"accelerator", "devices", "num_nodes", "strategy", "precision", "plugins", "deterministic", "benchmark"}
-    own = {key: value for key, value in given.items() if key not in elsewhere}
+    hardware = {"accelerator", "devices", "num_nodes", "strategy", "precision", "plugins"}
+    whole_process = {"deterministic", "benchmark"}  # a trainer sets these for whatever runs here
+    own = {key: value for key, value in given.items() if key not in hardware | whole_process}
     quiet = dict.fromkeys(("logger", "enable_progress_bar", "enable_model_summary", "enable_checkpointing"), False)
     disabled = logging.root.manager.disable
     logging.disable(logging.WARNING)  # it tells of GPUs
