@@ -160,10 +160,10 @@ def known(config: Config) -> set[str]:
 
 def _trainer(given: Mapping[str, Any]) -> list[str]:
     """What Lightning refuses of its own settings; whether the device is there is not asked, a cluster may have it."""
+    from lightning.fabric.plugins.environments.lightning import LightningEnvironment
+    from lightning.fabric.utilities.exceptions import MisconfigurationException
     from lightning.pytorch import Trainer
     from lightning.pytorch.accelerators import AcceleratorRegistry
-    from lightning.pytorch.plugins.environments import LightningEnvironment
-    from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
     accelerators = ["auto", "gpu", *AcceleratorRegistry.available_accelerators()]
     accelerator, devices = given.get("accelerator", "auto"), given.get("devices", 1)
@@ -179,7 +179,9 @@ def _trainer(given: Mapping[str, Any]) -> list[str]:
     hardware = {"accelerator", "devices", "num_nodes", "strategy", "precision", "plugins"}
     whole_process = {"deterministic", "benchmark"}  # a trainer sets these for whatever runs here
     own = {key: value for key, value in given.items() if key not in hardware | whole_process}
-    quiet = dict.fromkeys(("logger", "enable_progress_bar", "enable_model_summary", "enable_checkpointing"), False)
+    quiet: dict[str, Any] = dict.fromkeys(
+        ("logger", "enable_progress_bar", "enable_model_summary", "enable_checkpointing"), False
+    )
     disabled = logging.root.manager.disable
     logging.disable(logging.WARNING)  # it tells of GPUs
     try:

@@ -64,7 +64,7 @@ def mappings(file: Mapping[str, Any], key: str) -> list[dict[str, Any]]:
 
 def _file(path: Path) -> dict[str, Any]:
     """One sweep file, its keys known and of their kinds."""
-    plain = keyed_by_text(read_yaml(path))
+    plain: dict[str, Any] = keyed_by_text(read_yaml(path))
     refuse(
         str(path),
         [unknown("key", key, KINDS) for key in plain if key not in KINDS]

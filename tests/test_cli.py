@@ -136,14 +136,11 @@ def test_refusals_are_one_message(arguments: list[str], message: str) -> None:
     assert "Traceback" not in result.output
 
 
-@pytest.mark.parametrize("place", ["/dev/null", "/proc/none"])
-def test_runs_that_cannot_be_written_are_one_message(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str
-) -> None:
-    monkeypatch.setenv("ZOO_HOME", f"{place}/runs")
+def test_runs_that_cannot_be_written_are_one_message(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ZOO_HOME", "/dev/null/runs")
     result = zoo("sweep", str(write_sweep(tmp_path / "nowhere.yaml")))
     assert result.exit_code == 2
-    assert f"runs lie in {place}/runs" in result.stderr
+    assert "runs lie in /dev/null/runs" in result.stderr
     assert "Traceback" not in result.output
 
 
