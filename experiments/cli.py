@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import sys
@@ -32,6 +33,9 @@ os.environ.setdefault("KINETO_LOG_LEVEL", "99")
 
 EXECUTORS = ("local", "slurm", "ray")
 
+# Why a folder cannot be written: no fault of the program's, so one line and no traceback.
+NO_PLACE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EEXIST)
+
 console = Console()
 errors = Console(stderr=True)
 
@@ -48,6 +52,14 @@ class Group(TyperGroup):
             if not isinstance(error, ZooError):
                 raise
             errors.print(f"[bold red]Error:[/bold red] {_escape(str(error))}", soft_wrap=True)
+            raise typer.Exit(2) from error
+        except OSError as error:
+            from experiments.store import home
+
+            if error.errno not in NO_PLACE:
+                raise
+            told = f"{error}; runs lie in {home()}, or where $ZOO_HOME says"
+            errors.print(f"[bold red]Error:[/bold red] {_escape(told)}", soft_wrap=True)
             raise typer.Exit(2) from error
 
 
@@ -438,7 +450,9 @@ def ui(port: Annotated[int, typer.Option(help="Port on this machine.")] = 5000) 
     """Open MLflow's own page on the runs; Ctrl-C ends it."""
     from experiments.tracking import serve
 
-    console.print(f"MLflow starts on http://127.0.0.1:{port} (it takes about 15 seconds; Ctrl-C ends it)")
+    # It opens on its pages for language models otherwise.
+    page = f"http://127.0.0.1:{port}/#/experiments?workflowType=machine_learning"
+    console.print(f"MLflow starts on {page} (it takes about 15 seconds; Ctrl-C ends it)", soft_wrap=True)
     raise typer.Exit(serve(port))
 
 

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import inspect
+import logging
+import math
 import re
 import types
+import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from copy import deepcopy
@@ -85,8 +88,8 @@ def read_yaml(path: Path) -> dict[str, Any]:
     refuse(str(path), ["no such file"] if not path.is_file() else [])
     try:
         loaded = OmegaConf.to_container(OmegaConf.load(path))
-    except (yaml.YAMLError, OmegaConfBaseException) as error:
-        raise ZooError(f"{path} is no YAML: {error}") from error
+    except (yaml.YAMLError, OmegaConfBaseException, UnicodeDecodeError) as error:
+        raise ZooError(f"{path} is no YAML: {' '.join(str(error).split())}") from error
     refuse(str(path), ["must hold a mapping"] if not isinstance(loaded, dict) else [])
     assert isinstance(loaded, dict)
     return {str(key): value for key, value in loaded.items()}
@@ -108,10 +111,10 @@ def check(config: Config) -> list[str]:
         reasons = _misfits("data", films, data.find(str(config["data"].get("name"))))
     except ZooError as error:
         reasons = [str(error)]
-    sections: dict[str, type] = {"flow": RectifiedFlow, "optim": Optim, "trainer": Trainer, "sampling": SampleFilms}
+    reasons += _misfits("trainer", config["trainer"], Trainer, GIVEN["trainer"]) or _trainer(config["trainer"])
+    sections: dict[str, type] = {"flow": RectifiedFlow, "optim": Optim, "sampling": SampleFilms}
     for section, build in sections.items():
         reasons += _misfits(section, config[section], build, GIVEN.get(section, ()))
-    reasons += _several(config["trainer"])
     if not fits(config["seed"], int) or config["seed"] < 0:
         reasons.append(f"seed must be a whole number of at least 0, got {config['seed']!r}")
     if "match" in config:
@@ -135,21 +138,6 @@ def check(config: Config) -> list[str]:
     ]
 
 
-def _several(trainer: Mapping[str, Any]) -> list[str]:
-    """Why a run may not have more than one process; Lightning would start this very command again in each."""
-    devices, nodes = trainer.get("devices", 1), trainer.get("num_nodes", 1)
-    one = devices in (1, "1") or (isinstance(devices, list) and len(devices) == 1)
-    return [
-        f"trainer.{key} must be {allowed}, got {given!r}: a run has one process and one device; for many runs at once "
-        "there is zoo sweep FILE --jobs"
-        for key, given, allowed, fine in (
-            ("devices", devices, "1, or a list of one", one),
-            ("num_nodes", nodes, "1", nodes == 1),
-        )
-        if not fine
-    ]
-
-
 def known(config: Config) -> set[str]:
     """The dotted keys, at most two deep, that the parts of a config know; they need not be set."""
     from lightning.pytorch import Trainer
@@ -168,6 +156,49 @@ def known(config: Config) -> set[str]:
     with suppress(ZooError):
         inside["data"] += _parameters(data.find(str(config["data"].get("name"))))
     return {"seed", *inside, *(f"{section}.{key}" for section, keys in inside.items() for key in keys)}
+
+
+def _trainer(given: Mapping[str, Any]) -> list[str]:
+    """What Lightning refuses of its own settings; whether the device is there is not asked, a cluster may have it."""
+    from lightning.fabric.plugins.environments.lightning import LightningEnvironment
+    from lightning.fabric.utilities.exceptions import MisconfigurationException
+    from lightning.pytorch import Trainer
+    from lightning.pytorch.accelerators import AcceleratorRegistry
+
+    accelerators = ["auto", "gpu", *AcceleratorRegistry.available_accelerators()]
+    accelerator = given.get("accelerator", "auto")
+    reasons = [] if accelerator in accelerators else [unknown("trainer.accelerator", accelerator, accelerators)]
+    hardware = {"accelerator", "devices", "num_nodes", "strategy", "precision", "plugins"}
+    whole_process = {"deterministic", "benchmark"}  # a trainer sets these for whatever runs here
+    own = {key: value for key, value in given.items() if key not in hardware | whole_process}
+    quiet: dict[str, Any] = dict.fromkeys(
+        ("logger", "enable_progress_bar", "enable_model_summary", "enable_checkpointing"), False
+    )
+    disabled = logging.root.manager.disable
+    logging.disable(logging.WARNING)  # it tells of GPUs
+    try:
+        with warnings.catch_warnings(action="ignore"):
+            Trainer(**own, **quiet, accelerator="cpu", devices=1, plugins=[LightningEnvironment()])
+    except (MisconfigurationException, ValueError, TypeError) as error:
+        reasons.append(f"trainer: {' '.join(str(error).split())}")
+    finally:
+        logging.disable(disabled)
+    return reasons + _several(given)
+
+
+def _several(trainer: Mapping[str, Any]) -> list[str]:
+    """Why a run may not have more than one process; Lightning would start this very command again in each."""
+    devices, nodes = trainer.get("devices", 1), trainer.get("num_nodes", 1)
+    one = devices in (1, "1") or (isinstance(devices, list) and len(devices) == 1)
+    return [
+        f"trainer.{key} must be {allowed}, got {given!r}: a run has one process and one device; for many runs at once "
+        "there is zoo sweep FILE --jobs"
+        for key, given, allowed, fine in (
+            ("devices", devices, "1, or a list of one", one),
+            ("num_nodes", nodes, "1", nodes == 1),
+        )
+        if not fine
+    ]
 
 
 def refusals(build: Callable[[], object]) -> list[str]:
@@ -240,7 +271,7 @@ def parse(override: str) -> tuple[str, Any]:
     try:
         parsed = OmegaConf.to_container(OmegaConf.from_dotlist([f"value={text}"]))
     except (yaml.YAMLError, OmegaConfBaseException) as error:
-        raise ZooError(f"config: the value in {override!r} is no YAML: {error}") from error
+        raise ZooError(f"config: the value in {override!r} is no YAML: {' '.join(str(error).split())}") from error
     assert isinstance(parsed, dict)
     return key.strip(), parsed["value"]
 
@@ -256,7 +287,7 @@ def parse_method(text: str) -> tuple[str, dict[str, Any]]:
 
 def _assign(config: Config, path: list[str], value: Any) -> str:
     """Set one value; the reason why it cannot be set, or nothing."""
-    value = _keyed_by_text(value)
+    value = keyed_by_text(value)
     if path == ["attention"]:
         return _assign_attention(config, value)
     if path == ["match"]:
@@ -284,11 +315,11 @@ def _assign(config: Config, path: list[str], value: Any) -> str:
     return ""
 
 
-def _keyed_by_text(value: Any) -> Any:
+def keyed_by_text(value: Any) -> Any:
     """Keys as JSON has them: a step given as 20 in YAML and one given as "20" on the command line are one key."""
     if isinstance(value, Mapping):
-        return {str(key): _keyed_by_text(inner) for key, inner in value.items()}
-    return [_keyed_by_text(inner) for inner in value] if isinstance(value, list) else value
+        return {str(key): keyed_by_text(inner) for key, inner in value.items()}
+    return [keyed_by_text(inner) for inner in value] if isinstance(value, list) else value
 
 
 def _assign_attention(config: Config, value: Any) -> str:
@@ -353,7 +384,9 @@ def fits(value: Any, hint: Any) -> bool:
     if origin is Literal:
         return any(value == arg and type(value) is type(arg) for arg in args)
     if hint in (int, float):
-        return isinstance(value, int if hint is int else (int, float)) and not isinstance(value, bool)
+        if isinstance(value, bool) or (isinstance(value, float) and not math.isfinite(value)):
+            return False  # JSON, in which configs are kept, knows no other numbers than finite ones
+        return isinstance(value, int if hint is int else (int, float))
     if hint is Path:
         return isinstance(value, str)
     if origin is tuple and args and args[-1] is not Ellipsis:

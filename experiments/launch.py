@@ -27,7 +27,7 @@ import torch
 import sparse_zoo as zoo
 from experiments.progress import Bar
 from experiments.run import Watch, flat, run
-from experiments.store import Asked, Cell, Result, lock, read, write_sweep
+from experiments.store import Asked, Cell, Result, asked_before, lock, read, write_sweep
 from experiments.sweep import Sweep
 from experiments.tracking import Tracker
 from sparse_zoo.errors import ZooError, refuse
@@ -94,6 +94,7 @@ def execute(
     todo = [cell for cell in sweep.cells if fresh or found[cell.name].status != "finished"]
     bar.kept(len(sweep.cells) - len(todo))
     if not todo:
+        _remember(sweep)
         return list(found.values())
     refuse("--jobs", _too_many(1 if jobs is None else jobs, [] if slurm is not None or ray else todo))
     tracker = Tracker(sweep.name, bar.note)
@@ -110,6 +111,13 @@ def execute(
         if wait:
             tracker.end(parent, ended)
     return list(found.values())
+
+
+def _remember(sweep: Sweep) -> None:
+    """That these cells were asked for, where others were before: the report is about the last ones."""
+    asked = asked_before(sweep.name)
+    if asked is None or (asked.about, asked.cells) != (sweep.about, sweep.cells):
+        write_sweep(sweep.name, Asked(sweep.about, sweep.cells, asked.mlflow_run if asked else None))
 
 
 def _results(

@@ -124,6 +124,8 @@ def _begin(cell: Cell, sweep: str, watch: Watch, fresh: bool) -> tuple[Result, i
             watch.note(f"{cell.name} goes on from step {step}")
         except ValueError as error:
             watch.note(f"{cell.name} starts anew: no checkpoint to go on from ({error})")
+    elif before.status == "missing" and (folder / "result.json").exists():
+        watch.note(f"{cell.name} starts anew: {before.reason}")
     for path in list(folder.glob("**/*.part")) if step else [path for path in folder.iterdir() if path.name != "lock"]:
         shutil.rmtree(path) if path.is_dir() else path.unlink()
     result = Result(
@@ -282,7 +284,7 @@ def _train(config: Config, folder: Path, result: Result, log: Log, watch: Watch,
     )
     saving = Saving(folder / RESUME, float(os.environ.get("ZOO_SAVE_SECONDS") or SAVE_EVERY))
     trainer = pl.Trainer(
-        **{"devices": 1, **config["trainer"]},  # not as many as there are
+        **{"devices": 1, **config["trainer"]},  # Lightning would take all GPUs there are
         logger=log,
         default_root_dir=folder,
         callbacks=[history, cost, timer, routing, films, LearningRateMonitor("step"), keep, saving],

@@ -130,7 +130,7 @@ def read(cell: Cell, sweep: str) -> Result:
             result = _parse(path)  # it may just have ended
             if result.status == "running":
                 result.status, result.reason = "missing", "was interrupted before its end"
-    except (json.JSONDecodeError, TypeError, AttributeError) as error:
+    except (ValueError, TypeError, AttributeError) as error:  # of JSON, of UTF-8, of what it holds
         blank.reason = f"{path} cannot be read: {error}"
         return blank
     result.folder = str(folder)  # the runs may have been moved since
@@ -189,9 +189,20 @@ def read_sweep(name: str) -> Asked:
     if not path.exists():
         known = sorted(found.parent.name for found in home().glob("*/sweep.json"))
         raise ZooError(f"no sweep {name!r} in {home()}; there: {', '.join(known) or 'none'}")
-    plain = json.loads(path.read_text())
-    cells = tuple(Cell(**cell) for cell in plain["cells"])
-    return Asked(plain["about"], cells, plain["mlflow_run"], plain.get("command", ""))
+    try:
+        plain = json.loads(path.read_text())
+        cells = tuple(Cell(**cell) for cell in plain["cells"])
+        return Asked(plain["about"], cells, plain["mlflow_run"], plain.get("command", ""))
+    except (ValueError, KeyError, TypeError) as error:
+        raise ZooError(f"{path} cannot be read ({error}); remove it, and `zoo sweep` writes it anew") from error
+
+
+def asked_before(name: str) -> Asked | None:
+    """What was last asked for under this name; None where there is nothing that can be read."""
+    try:
+        return read_sweep(name)
+    except ZooError:
+        return None
 
 
 def write_json(path: Path, plain: Any) -> None:

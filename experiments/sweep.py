@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import chain
@@ -12,12 +13,14 @@ import sparse_zoo as zoo
 from experiments.config import Config, Override, check, known, merge
 from experiments.grid import Choice, grid, matches
 from experiments.match import solved, with_settings
-from experiments.store import Cell, home, read_sweep
+from experiments.store import Cell, asked_before
 from experiments.sweepfile import OWN, SWEEPS, chain_of, find, mappings
 from experiments.trial import first_of_groups, said
 from sparse_zoo.errors import ZooError, refuse, unknown
 
 __all__ = ["SWEEPS", "Sweep", "find", "read"]
+
+LONGEST = 200  # bytes of a name: file systems take 255, of which an id and suffixes have their share
 
 
 @dataclass(frozen=True)
@@ -68,10 +71,11 @@ def read(
     below: list[Override] = [each.get("base", {}) for each in files]
     below += [{"match": each["match"]} for each in files if "match" in each]
     below += [each.get("sizes", {}).get(size, {}) for each in files]
-    name = file.get("name", path.stem)
+    own_name = file.get("name", path.stem)
+    name = own_name if size is None else f"{own_name}-{size}"
     axes, zips, rules = file.get("axes", {}), mappings(file, "zip"), mappings(file, "exclude")
     singles = [(str(label), own) for label, own in file.get("cells", {}).items()]
-    drafts = _drafts(grid(axes, zips) + singles or [(name, {})], file.get("seeds"))
+    drafts = _drafts(grid(axes, zips) + singles or [(own_name, {})], file.get("seeds"))
     reasons = _resolve(drafts, below, overrides, {"axis": {*axes, *chain(*zips)}, "key of exclude": {*chain(*rules)}})
     idle = [rule for rule in rules if not any(matches(draft.config, rule) for draft in drafts)]
     reasons += [f"exclude {rule} leaves out no cell" for rule in idle]
@@ -79,10 +83,11 @@ def read(
     reasons += [] if drafts else ["exclude leaves out every cell"]
     reasons += _wrong(drafts)
     labels = [draft.name for draft in drafts]
+    reasons += _unfit("sweep", name)
+    reasons += [reason for label in dict.fromkeys(labels) if label != name for reason in _unfit("cell", label)]
     reasons += [f"two cells are named {label!r}" for label in dict.fromkeys(labels) if labels.count(label) > 1]
     refuse(f"sweep {name}", reasons)
 
-    name = name if size is None else f"{name}-{size}"
     cells = _matched([Cell(draft.name, draft.config, draft.group) for draft in drafts], name, told)
     by_id: dict[str, str] = {}
     for cell in cells:
@@ -130,6 +135,13 @@ def _resolve(
     return [unknown(kind, key, _like(key, names)) for key, kind in strange.items() if names]
 
 
+def _unfit(kind: str, name: str) -> list[str]:
+    """Why a name cannot be a folder's, nor stand in quotes where MLflow is asked for a run; nothing if it can."""
+    fit = re.fullmatch(r"[^/\\'\"\x00-\x1f]+", name) and name not in (".", "..") and len(name.encode()) <= LONGEST
+    limits = f"1 to {LONGEST} bytes, without slashes, quotes and line breaks"
+    return [] if fit else [f"a {kind}'s name is that of its folder: {limits}; got {name!r}"]
+
+
 def _two_deep(key: str) -> str:
     return ".".join(key.split(".")[:2])
 
@@ -157,8 +169,8 @@ def _wrong(drafts: Sequence[_Draft]) -> list[str]:
 
 def _matched(cells: Sequence[Cell], sweep: str, told: Callable[[str], object]) -> list[Cell]:
     """The cells with their budgets solved, once for those that differ by their seed alone."""
-    asked = (home() / sweep / "sweep.json").exists()
-    earlier = [cell.config for cell in read_sweep(sweep).cells] if asked else []
+    asked = asked_before(sweep)
+    earlier = [cell.config for cell in asked.cells] if asked else []
     found, reasons = {}, []
     for label, cell in first_of_groups(cells).items():
         if "match" not in cell.config:

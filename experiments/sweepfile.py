@@ -7,7 +7,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from experiments.config import fits, read_yaml
+from experiments.config import fits, keyed_by_text, read_yaml
 from sparse_zoo.errors import ZooError, refuse, unknown
 
 SWEEPS = Path(__file__).parent / "sweeps"
@@ -15,7 +15,7 @@ KINDS: dict[str, Any] = {
     "name": str,
     "about": str,
     "extends": str,
-    "plugins": list,
+    "plugins": list[str],
     "seeds": int,
     "base": dict,
     "sizes": dict,
@@ -28,7 +28,7 @@ KINDS: dict[str, Any] = {
 OWN = ("name", "axes", "zip", "exclude", "cells")  # what does not hold in files that extend this one
 NAMES = {
     str: "text",
-    list: "list",
+    list[str]: "list of files",
     int: "whole number",
     dict: "mapping",
     dict | None: "mapping or null",
@@ -64,7 +64,7 @@ def mappings(file: Mapping[str, Any], key: str) -> list[dict[str, Any]]:
 
 def _file(path: Path) -> dict[str, Any]:
     """One sweep file, its keys known and of their kinds."""
-    plain = read_yaml(path)
+    plain: dict[str, Any] = keyed_by_text(read_yaml(path))
     refuse(
         str(path),
         [unknown("key", key, KINDS) for key in plain if key not in KINDS]

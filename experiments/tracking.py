@@ -27,6 +27,7 @@ for _name in ("alembic", "mlflow.store.db.utils"):
     logging.getLogger(_name).setLevel(logging.ERROR)
 
 import mlflow  # noqa: E402
+import mlflow.store.db.utils  # noqa: E402
 from lightning.pytorch.loggers import Logger  # noqa: E402
 from mlflow.entities import (  # noqa: E402
     Dataset,
@@ -44,6 +45,8 @@ from sqlalchemy.exc import SQLAlchemyError  # noqa: E402
 from typing_extensions import override  # noqa: E402
 
 from experiments.store import config_id, home  # noqa: E402
+
+mlflow.store.db.utils.MAX_RETRY_COUNT = 3  # for a database that cannot be opened; MLflow's 10 take 51 seconds
 
 T = TypeVar("T")
 
@@ -79,7 +82,8 @@ class Tracker:
             if self._experiment_id is None:
                 self._open()
             return ask()
-        except (MlflowException, SQLAlchemyError, OSError) as error:  # OSError: of the network or the disk
+        # OSError: of the network or the disk; ImportError: the driver of a database that is not installed.
+        except (MlflowException, SQLAlchemyError, OSError, ImportError) as error:
             self._silent_until = time.monotonic() + AGAIN
             if not self._told:
                 why = str(error).strip().splitlines()[0][:200]

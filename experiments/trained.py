@@ -101,16 +101,24 @@ def _find(command: str, run: Path) -> tuple[Path, Config]:
     path = checkpoints[-1].absolute()
     result = path.parent.parent / "result.json"
     refuse(command, [] if result.is_file() else [f"{path} lies in no run: there is no {result} with its config"])
-    config: Config = json.loads(result.read_text())["config"]
+    try:
+        config: Config = json.loads(result.read_text())["config"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ZooError(f"{command}: {result} cannot be read ({type(error).__name__}: {error})") from error
     return path, config
 
 
 def _load(checkpoint: Path) -> tuple[LitVideoDiT, int]:
     """The module with its averaged weights, and its step of training."""
     try:
-        step = int(torch.load(checkpoint, map_location="cpu", weights_only=True)["global_step"])
+        state = torch.load(checkpoint, map_location="cpu", weights_only=True)
+    except Exception as error:  # whatever a damaged pickle makes of itself
+        why = str(error).partition("\n")[0].partition(". ")[0] or type(error).__name__  # torch goes on with advice
+        raise ZooError(f"{checkpoint} is damaged: {why}") from error
+    try:
+        step = int(state["global_step"])
         return LitVideoDiT.load_from_checkpoint(checkpoint, map_location="cpu"), step
-    except (KeyError, TypeError, EOFError, RuntimeError, pickle.UnpicklingError) as error:
+    except (KeyError, TypeError, RuntimeError, pickle.UnpicklingError) as error:
         raise ZooError(f"{checkpoint} is no checkpoint of a run: {type(error).__name__}: {error}") from error
 
 

@@ -136,6 +136,14 @@ def test_refusals_are_one_message(arguments: list[str], message: str) -> None:
     assert "Traceback" not in result.output
 
 
+def test_runs_that_cannot_be_written_are_one_message(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ZOO_HOME", "/dev/null/runs")
+    result = zoo("sweep", str(write_sweep(tmp_path / "nowhere.yaml")))
+    assert result.exit_code == 2
+    assert "runs lie in /dev/null/runs" in result.stderr
+    assert "Traceback" not in result.output
+
+
 def test_train_with_a_plugin(here: Path, plugin: Path) -> None:
     """The example of the design, in a file of its own, trained at once."""
     asked = ["attention=own_and_previous_shots", "attention.reach=2", "trainer.max_steps=1"]

@@ -79,6 +79,8 @@ def test_interpolation_resolves() -> None:
         (["data.size=[41, 64]"], r"size \[41, 64\] is not in whole patches"),
         (["trainer.max_step=3"], r"unknown key of trainer 'max_step'; did you mean 'max_steps'\?"),
         (["trainer.max_steps=many"], r"trainer.max_steps must be int, got 'many'"),
+        (["trainer.max_steps=-5"], r"trainer: .*max_steps.* non-negative.* -5"),
+        (["trainer.accelerator=cuda2"], r"unknown trainer.accelerator 'cuda2'; did you mean 'cuda'"),
         (["trainer.logger=true"], r"unknown key of trainer 'logger'"),
         (["model.channels=3"], r"unknown key of model 'channels'"),
         (["model.dim=130"], r"model.heads 4 must divide model.dim 130"),
@@ -140,6 +142,8 @@ def test_a_kernel_that_cannot_run_is_refused_with_every_reason() -> None:
     ("value", "hint", "answer"),
     [
         (1, float, True),
+        (float("nan"), float, False),
+        (float("inf"), float | None, False),
         (True, int, False),
         (1.5, int, False),
         ("a", Literal["a", "b"], True),
@@ -171,9 +175,16 @@ def test_a_file_that_is_no_mapping(tmp_path: Path) -> None:
     path.write_text("- 1")
     with pytest.raises(ZooError, match="must hold a mapping"):
         read_yaml(path)
-    path.write_text("a: [1")
-    with pytest.raises(ZooError, match="is no YAML"):
-        read_yaml(path)
+    for wrong in (b"a: [1", b"a:\n\tb: 1", b"a: 1\na: 2", b"\xff\xfe\x00"):
+        path.write_bytes(wrong)
+        with pytest.raises(ZooError, match="is no YAML") as caught:
+            read_yaml(path)
+        assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("devices", [[], ["trainer.devices=1"], ["trainer.devices=[1]"]])
+def test_a_device_that_is_not_here_may_be_on_a_cluster(devices: list[str]) -> None:
+    assert load(["trainer.accelerator=gpu", *devices])["trainer"]["accelerator"] == "gpu"
 
 
 def test_attention_is_judged_beside_a_model_that_is_wrong() -> None:

@@ -130,6 +130,27 @@ def test_a_changed_config_runs_anew_and_loses_nothing(runs: Path) -> None:
     assert store.read(read(path).cells[0], "changed").steps == 2
 
 
+def test_a_report_is_about_the_cells_of_the_last_command(runs: Path) -> None:
+    path = write_sweep(runs / "fewer.yaml", axes=METHODS)
+    execute(read(path), Silent())
+    parent = store.read_sweep("fewer").mlflow_run
+    write_sweep(path, about="One is enough.", axes={"attention": ["moc"]})
+    bar = Silent()
+    execute(read(path), bar)
+    asked = store.read_sweep("fewer")
+    assert bar.ran == []
+    assert (asked.about, [cell.name for cell in asked.cells]) == ("One is enough.", ["moc"])
+    assert asked.mlflow_run == parent
+    (store.home() / "fewer" / "sweep.json").write_text("{")
+    with pytest.raises(ZooError, match=r"sweep\.json cannot be read"):
+        store.read_sweep("fewer")
+    (read(path).cells[0].folder("fewer") / "result.json").write_text("{")
+    execute(read(path), bar)
+    assert bar.ran == ["moc"]
+    assert any(note.startswith("moc starts anew: ") and "result.json cannot be read" in note for note in bar.notes)
+    assert [cell.name for cell in store.read_sweep("fewer").cells] == ["moc"]
+
+
 def test_a_failed_cell_is_recorded_and_the_next_one_runs(runs: Path, diverges: str) -> None:
     sweep = read(write_sweep(runs / "nan.yaml", axes={"attention": [diverges, "dense"]}))
     failed, fine = execute(sweep, Silent())
@@ -182,8 +203,9 @@ def test_a_run_is_on_as_long_as_its_lock_is_held(runs: Path) -> None:
     finally:
         os.kill(child, signal.SIGKILL)
         os.waitpid(child, 0)
-    (folder / "result.json").write_text('{"name": ')
-    assert "cannot be read" in str(store.read(cell, "killed").reason)
+    for broken in (b'{"name": ', b"", b"[]", b"\xff\x00"):
+        (folder / "result.json").write_bytes(broken)
+        assert "cannot be read" in str(store.read(cell, "killed").reason)
 
 
 @pytest.mark.parametrize("begun", [True, False])
@@ -213,6 +235,21 @@ def test_a_cell_that_runs_elsewhere_is_waited_for(
     assert bar.ran == (["moc", "dense"] if end == "killed" else ["moc"])
     assert results[0].status == ("finished" if end == "killed" else end)
     assert (results[0].provenance.get("host") == "another") == (end != "killed")
+
+
+@pytest.mark.usefixtures("runs")
+@pytest.mark.parametrize(
+    "uri", ["http://127.0.0.1:1", "nothing://here", "sqlite:////proc/x.db", "postgresql+none://x/y", "mysql://x/y"]
+)
+def test_a_store_that_cannot_be_opened_is_one_line_and_soon_told(monkeypatch: pytest.MonkeyPatch, uri: str) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
+    told: list[str] = []
+    start = time.monotonic()
+    assert Tracker("nowhere", told.append).parent("nowhere", "") is None
+    assert time.monotonic() - start < 25  # MLflow itself would try for a minute
+    (line,) = told
+    assert line.startswith(f"MLflow's store {uri} failed (")
+    assert "\n" not in line
 
 
 def test_a_store_out_of_reach_costs_no_run(runs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -352,4 +389,4 @@ def test_jobs_share_cells_and_survive_the_death_of_one(runs: Path, monkeypatch: 
     killed, *again = execute(sweep, bar, jobs=2)
     assert killed.status == "finished"
     assert [part["step"] for part in killed.resumed] == [1]
-    assert again == others
+    assert [result.to_json() for result in again] == [result.to_json() for result in others]

@@ -237,6 +237,7 @@ def test_a_full_disk_loses_nothing(runs: Path, monkeypatch: pytest.MonkeyPatch) 
         patched.setattr(saving, "whole", full)
         with pytest.raises(ZooError, match=r"moc was stopped: .*No space left on device.* give the command again"):
             go(cell, "sweep", watch)
+    assert not list(runs.glob("**/*.part"))
     assert store.read(cell, "sweep").status == "missing"
     assert "No space left" in str(store.read(cell, "sweep").reason)
     assert saved_step(cell.folder("sweep") / RESUME) == 3

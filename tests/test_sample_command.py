@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 import shutil
 from pathlib import Path
 
@@ -131,3 +132,10 @@ def test_a_run_without_a_checkpoint_is_refused(trained: Path, tmp_path: Path) ->
     shutil.copy(trained / "result.json", tmp_path)
     torch.save({"weights": 1}, tmp_path / "checkpoints" / "other.ckpt")
     assert "is no checkpoint of a run: KeyError: 'global_step'" in zoo("sample", tmp_path).stderr
+    for damaged in (checkpoint.read_bytes()[:3000], b"", random.Random(0).randbytes(3000)):
+        (tmp_path / "checkpoints" / "other.ckpt").write_bytes(damaged)
+        told = zoo("sample", tmp_path)
+        assert (told.exit_code, len(told.stderr.splitlines())) == (2, 1)
+        assert "other.ckpt is damaged: " in told.stderr
+    (tmp_path / "result.json").write_text("{")
+    assert "result.json cannot be read" in zoo("sample", tmp_path).stderr

@@ -118,7 +118,17 @@ def test_every_cell_is_refused_at_once(tmp_path: Path) -> None:
         ({"sizes": {"a": 3}}, "size 'a' must be a mapping"),
         ({"seeds": 0}, "seeds must be at least 1, got 0"),
         ({"seeds": [0, 1]}, "seeds must be a whole number, got"),
-        ({"plugins": "mine.py"}, "plugins must be a list, got 'mine.py'"),
+        ({"plugins": "mine.py"}, "plugins must be a list of files, got 'mine.py'"),
+        ({"plugins": [3]}, r"plugins must be a list of files, got \[3\]"),
+        ({"axes": {1: [2]}}, "unknown axis '1'"),
+        ({"zip": {1: [2]}}, "unknown axis '1'"),
+        ({"axes": {"seed": [0, 1]}, "exclude": {1: 2}}, "unknown key of exclude '1'"),
+        ({"name": "a/b"}, "a sweep's name is that of its folder: .*; got 'a/b'"),
+        ({"name": ".."}, "a sweep's name is that of its folder"),
+        ({"name": ""}, "a sweep's name is that of its folder"),
+        ({"name": "it's"}, "a sweep's name is that of its folder"),
+        ({"cells": {"../b": {"seed": 1}}}, "a cell's name is that of its folder: .*; got '../b'"),
+        ({"axes": {"seed": {"x" * 201: 1}}}, "a cell's name is that of its folder: 1 to 200 bytes"),
         ({"plugins": ["none.py"]}, "none.py: no such file"),
         ({"extends": "none.yaml"}, "none.yaml: no such file"),
         ({"cells": {"a": {"seed": 1}, "b": {"seed": 1}}}, "'a' and 'b' are the same config"),
@@ -127,6 +137,13 @@ def test_every_cell_is_refused_at_once(tmp_path: Path) -> None:
 def test_a_bad_file_is_refused(tmp_path: Path, parts: dict[str, object], message: str) -> None:
     with pytest.raises(ZooError, match=message):
         read(write_sweep(tmp_path / "bad.yaml", **parts))
+
+
+def test_numbers_are_good_for_keys(tmp_path: Path) -> None:
+    path = write_sweep(tmp_path / "s.yaml", sizes={3: {"model.dim": 32}}, cells={1: {"seed": 1}})
+    sweep = read(path, size="3")
+    assert (sweep.name, [cell.name for cell in sweep.cells]) == ("s-3", ["1"])
+    assert sweep.cells[0].config["model"]["dim"] == 32
 
 
 def test_sweeps_are_found_by_name_or_path(tmp_path: Path) -> None:
