@@ -27,7 +27,7 @@ class OwnShot(zoo.Attention):
     """
 
     limits = "no setting reaches the video of another shot"
-    strict = "captions of later shots are read too"
+    strict: ClassVar[Mapping[str, Any] | str] = "captions of later shots are read too"
     anchors = ("shot",)
 
     def __init__(self, *, captions: Literal["own", "all"] = "own", **base: Any) -> None:
