@@ -35,9 +35,9 @@ SHARES = (*HIGHER, "wrong", "degree", "density")
 
 # Attention that no method has to beat or to fear: what the others are read against, by name of cell or method.
 CONTROLS = {"dense": "dense ceiling", "own_shot": "own shot only", "random_shot": "random null"}
-# Cells that look like controls and are none: captions that read video pass it on from shot to shot; draws for each
-# token and head cover the film when taken together.
-NO_CONTROLS = {"text_relay": "relay", "random_each": "no null"}
+# Cells that look like controls and are none: where all captions are read, those that read video relay it from shot to
+# shot, and those that do not show that it was they; draws for each token and head cover the film when taken together.
+NO_CONTROLS = {"text_relay": "relay", "text_alone": "no relay", "random_each": "no null"}
 
 
 @dataclass(frozen=True)
