@@ -18,7 +18,7 @@ DIGITS = 4  # that count
 def record(report: Report) -> dict[str, Any]:
     """Where the sweep ran, mean and spread of every group, the figures of every run, to four digits that count.
 
-    Of the finished runs alone; the others stand under "unfinished". A fact about machines, code or films that is not
+    Of the finished runs alone; the others stand under "unfinished". Controls that another sweep lent name it. A fact about machines, code or films that is not
     the same for all runs is the list of what it was.
     """
     done = report.finished
@@ -39,6 +39,7 @@ def record(report: Report) -> dict[str, Any]:
             {
                 "name": group.name,
                 "n": len(group.finished),
+                **({"sweep": group.sweep} if group.sweep else {}),
                 **{
                     name: [_short(figure.mean), _short(_spread(figure))]
                     for name in names
@@ -47,7 +48,7 @@ def record(report: Report) -> dict[str, Any]:
             }
             for group in report.rows
         ],
-        "runs": [_run(result, names) for group in report.rows for result in group.finished],
+        "runs": [_run(result, names) for group in report.rows if not group.sweep for result in group.finished],
         "unfinished": [{"name": r.name, "status": r.status, "reason": r.reason} for r in report.unfinished],
     }
 

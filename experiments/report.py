@@ -16,7 +16,7 @@ from rich.table import Table
 from experiments.effects import Cells, Effect, effects
 from experiments.measures import BESIDE, CONTROLS, COSTS, FIGURES, HEADLINES, NO_CONTROLS, RECALL, WHOLE, Measure
 from experiments.statistics import Difference, Figure, Films, detectable, differences, letters, over_films
-from experiments.store import Result, home, read, read_sweep, write_json
+from experiments.store import Result, asked_before, home, read, read_sweep, write_json
 from sparse_zoo.errors import refuse, unknown
 
 MEASURES_ABREAST = 5  # columns of measures in a terminal 80 wide
@@ -27,12 +27,13 @@ FEW_SEEDS = 5  # up to here the sign-flip test cannot rule chance out at 5 %: 2 
 class Group:
     """Runs of a sweep that differ by their seed alone, by the name that they share; most often there is one run.
 
-    `of` is the group that a run was taken from to stand alone.
+    `of` is the group that a run was taken from to stand alone, `sweep` the other sweep that a control was found in.
     """
 
     name: str
     results: tuple[Result, ...]
     of: str | None = None
+    sweep: str | None = None
 
     @property
     def finished(self) -> list[Result]:
@@ -52,8 +53,9 @@ class Group:
 
     @property
     def remark(self) -> str:
-        """What a reader must know beside the name: which control it is, or that it is none; most often nothing."""
-        return self.control or NO_CONTROLS.get(self.of or self.name, "")
+        """What a reader must know beside the name: which control it is, and whence, or that it is none; or nothing."""
+        told = self.control or NO_CONTROLS.get(self.of or self.name, "")
+        return f"{told}, of {self.sweep}" if self.sweep else told
 
     @property
     def titled(self) -> str:
@@ -91,8 +93,10 @@ class Line:
     @property
     def title(self) -> str:
         """The label, or the name of a group of another name or of a single run."""
-        if self.group is None or self.group.name in CONTROLS:
+        if self.group is None:
             return self.label
+        if self.group.name in CONTROLS:
+            return self.group.remark
         return self.group.name if self.group.of else self.group.titled
 
 
@@ -105,6 +109,7 @@ class Report:
     groups: tuple[Group, ...]
     headline: Measure
     command: str = ""
+    elsewhere: tuple[Group, ...] = ()
 
     @staticmethod
     def of(name: str, by: str | None = None) -> Report:
@@ -127,7 +132,9 @@ class Report:
             if headline.higher is None
             else [],
         )
-        return Report(name, asked.about, _best_first(groups, headline), headline, asked.command)
+        memory = RECALL in _metrics(groups)
+        elsewhere = _controls_elsewhere(name, groups) if memory else ()
+        return Report(name, asked.about, _best_first(groups, headline), headline, asked.command, elsewhere)
 
     @property
     def results(self) -> list[Result]:
@@ -160,6 +167,8 @@ class Report:
     def lines(self) -> list[Line]:
         """Of a test of memory: chance and every control, in the order of `CONTROLS`, missing or not.
 
+        What this sweep has not may come from another, of the same films, model and training.
+
         Else chance where the headline has one, and controls are ranked with the methods.
         """
         if not self.memory:
@@ -167,7 +176,7 @@ class Report:
         told = any(name in self.chance for name in (self.headline.name, *self.beside))
         found = [Line("chance", missing="" if told else "not told alike by all runs")]
         for label in CONTROLS.values():
-            asked = [group for group in self.groups if group.control == label]
+            asked = [group for group in (*self.groups, *self.elsewhere) if group.control == label]
             found += [Line(label, group) for group in asked if group.finished] or [
                 Line(label, missing="did not finish" if asked else "not in this sweep")
             ]
@@ -323,7 +332,8 @@ class Report:
     def singly(self) -> Report:
         """The same with every run a group of its own."""
         singles = [Group(result.name, (result,), group.name) for group in self.groups for result in group.results]
-        return replace(self, groups=_best_first(singles, self.headline))
+        elsewhere = [Group(r.name, (r,), group.name, group.sweep) for group in self.elsewhere for r in group.results]
+        return replace(self, groups=_best_first(singles, self.headline), elsewhere=tuple(elsewhere))
 
     def to_json(self) -> dict[str, Any]:
         """{"name", "cells", "groups", "headline", "command", "verdict", "caution", "differences", "films", "effects"}.
@@ -438,6 +448,33 @@ class Report:
             if any(name in self.chance for name in names):
                 table.add_row("[dim]chance[/dim]", *(number(self.chance.get(name)) for name in names))
             yield table
+
+
+def _controls_elsewhere(name: str, groups: Sequence[Group]) -> tuple[Group, ...]:
+    """Controls that these groups of sweep `name` lack, finished in another sweep, alike but for their attention."""
+    worlds = [_world(result.config) for group in groups for result in group.finished]
+    lacking = {*CONTROLS.values()} - {group.control for group in groups}
+    if not lacking or any(world != worlds[0] for world in worlds):
+        return ()
+    found: dict[str, Group] = {}
+    for path in sorted(home().glob("*/sweep.json")):
+        other = path.parent.name
+        asked = asked_before(other) if other != name else None
+        runs: dict[str, list[Result]] = {}
+        for cell in asked.cells if asked else ():
+            if _world(cell.config) == worlds[0] and (result := read(cell, other)).status == "finished":
+                runs.setdefault(cell.group or cell.name, []).append(result)
+        for key, results in runs.items():
+            group = Group(key, tuple(results), sweep=other)
+            if group.control in lacking:
+                found.setdefault(str(group.control), group)
+    return tuple(found.values())
+
+
+def _world(config: Mapping[str, Any]) -> dict[str, Any]:
+    """What a run is apart from its attention and seed."""
+    data = {key: value for key, value in config.get("data", {}).items() if key != "seed"}
+    return {key: value for key, value in config.items() if key not in ("attention", "match", "seed")} | {"data": data}
 
 
 def machines(report: Report) -> list[dict[str, Any]]:

@@ -71,12 +71,21 @@ def finished(cell: Cell, sweep: str, val_loss: float, **more: Any) -> Result:
     return replace(made, **more)
 
 
-def write_sweep_of(name: str, recalls: Mapping[str, Sequence[float | None]], attention: Mapping[str, Any]) -> None:
-    """A sweep whose groups have these recalls, by seed, None for a cell that failed; with chance, and films judged."""
+def write_sweep_of(
+    name: str,
+    recalls: Mapping[str, Sequence[float | None]],
+    attention: Mapping[str, Any],
+    world: str | None = None,
+) -> None:
+    """A sweep whose groups have these recalls, by seed, None for a cell that failed; with chance, and films judged.
+
+    Sweeps have films of their own, unless their `world` is the same.
+    """
     rng, cells = np.random.default_rng(0), []
     for number, (group, values) in enumerate(recalls.items()):
         for seed, recall in enumerate(values):
-            cell = Cell(f"{group}-s{seed}", {"attention": attention[group], "seed": seed}, group)
+            films = {"name": world or name, "seed": seed}
+            cell = Cell(f"{group}-s{seed}", {"attention": attention[group], "seed": seed, "data": films}, group)
             cells.append(cell)
             if recall is None:
                 made = replace(finished(cell, name, 9.0), status="failed", reason="ValueError: out of <memory>_&")

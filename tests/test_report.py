@@ -302,6 +302,32 @@ def test_a_test_of_memory_always_has_its_four_lines(memory: str, full: str) -> N
     assert {line.group.name for line in whole.singly().lines if line.group} >= {"dense-s0", "random_shot-s1"}
 
 
+def test_controls_are_taken_from_a_sweep_of_the_same_films(sweep: str) -> None:  # noqa: ARG001
+    attention = {"dense": {"name": "dense"}, "random_shot": {"name": "random_shots"}, "moc": {"name": "moc"}}
+    attention["own"] = {"name": "own_shot"}
+    write_sweep_of("lender", {"dense": [0.97, 0.99], "random_shot": [0.02], "own": [None]}, attention, "w")
+    write_sweep_of("stranger", {"dense": [0.5], "own": [0.1]}, attention, "v")
+    write_sweep_of("borrower", {"moc": [0.4, 0.6], "dense": [0.9]}, attention, "w")
+    report = Report.of("borrower")
+    said = {line.label: line.missing or line.title for line in report.lines}
+    assert said == {
+        "chance": "chance",
+        "dense ceiling": "dense ceiling",  # its own comes first
+        "own shot only": "not in this sweep",  # the lender's failed, and the stranger's films are others
+        "random null": "random null, of lender",
+    }
+    [null] = [line.group for line in report.lines if line.label == "random null"]
+    assert null is not None
+    assert null.values("identity_recall") == {0: 0.02}
+    assert [group.name for group in report.ranked] == ["moc"]
+    assert "random_shot" not in {name for pair in report.differences for name in (pair.a, pair.b)}  # not tested
+    for text in (html(report), told(report), appendix.markdown(report)):
+        assert re.search(r"random null, of lender\W", re.sub(r"</?\w[^>]*>", " ", text))
+    kept = record(report)
+    assert [group.get("sweep") for group in kept["groups"]] == [None, None, "lender"]
+    assert {run["name"] for run in kept["runs"]} == {"moc-s0", "moc-s1", "dense-s0"}
+
+
 def test_a_leaderboard_without_recall_is_as_it_was(sweep: str) -> None:
     report = Report.of(sweep)
     assert [group.name for group in report.ranked] == ["better", "worse"]
