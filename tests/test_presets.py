@@ -26,6 +26,7 @@ TINY = {
     "data.batch_size": 2,
     "data.films_per_epoch": 4,
     "data.val_films": 2,
+    "data.test_films": 2,
     "sampling.steps": 1,
     "trainer.log_every_n_steps": 1,
 }
@@ -61,7 +62,8 @@ def test_every_cell_of_every_preset_runs(
         assert result.density is not None
         assert "identity_recall" in result.metrics
         assert "cross_shot_consistency" in result.metrics
-        assert len(result.films["identity_recall"]) == TINY["data.val_films"]  # each film of the last validation, once
+        for outcomes in ("identity_recall", "whole_identity_recall"):
+            assert len(result.films[outcomes]) == TINY["data.test_films"]  # each film of the test, once
         assert result.chance["identity_recall"] == 1 / 192
     assert {group.name for group in Report.of(sweep.name).groups} == {cell.group for cell in sweep.cells}
     assert all(cell.config["trainer"]["accelerator"] == "cpu" for cell in sweep.cells)
