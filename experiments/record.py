@@ -18,8 +18,8 @@ DIGITS = 4  # that count
 def record(report: Report) -> dict[str, Any]:
     """Where the sweep ran, mean and spread of every group, the figures of every run, to four digits that count.
 
-    Of the finished runs alone; the others stand under "unfinished". Controls that another sweep lent name it. A fact about machines, code or films that is not
-    the same for all runs is the list of what it was.
+    Of the finished runs alone; the others stand under "unfinished". Controls that another sweep lent name it. A fact
+    about machines, code or films that is not the same for all runs is the list of what it was.
     """
     done = report.finished
     facts = [result.provenance for result in done]
