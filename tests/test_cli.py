@@ -201,11 +201,12 @@ def test_ctrl_c_ends_a_sweep_politely(here: Path) -> None:
 import signal, sys
 from experiments import cli, progress
 
-def step(self, name, number, total, loss):
+def step(self, name, number, total, note):
     if number == 3:
         signal.raise_signal(signal.SIGINT)
 
 progress.Bar.step = step
+signal.signal(signal.SIGINT, signal.default_int_handler)  # what starts in the background of a shell ignores it
 sys.argv = ["zoo", "sweep", "long.yaml"]
 cli.main()
 """
