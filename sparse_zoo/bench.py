@@ -10,6 +10,7 @@ import argparse
 import gc
 import json
 import platform
+import random
 import statistics
 import subprocess
 import sys
@@ -306,6 +307,7 @@ def _out_of_memory(error: BaseException) -> bool:
 def measure(round_: Round, repeats: int, device: torch.device, told: Told = lambda _: None) -> list[Row]:
     """Rows for each entry and pass: medians of `repeats` turns of all entries and dense engines, after one to warm up.
 
+    Every turn has an order of its own: who comes after dense attention finds less memory at hand that is already mapped.
     An entry that fails the gate, cannot run or runs out of memory gets one row that says so under "failed".
     """
     film, dtype = round_.film, DTYPES[round_.dtype]
@@ -331,8 +333,9 @@ def measure(round_: Round, repeats: int, device: torch.device, told: Told = lamb
         timed = _Timed(run, inputs, weight, partial(_branches, attention, q, k, v, film, hidden))
         timed.failed = failed
         ours.append((entry, attention, timed))
+    rivals = [*dense.items(), *((entry.method, timed) for entry, _, timed in ours)]
     for turn in range(repeats + 1):
-        for name, timed in [*dense.items(), *((entry.method, timed) for entry, _, timed in ours)]:
+        for name, timed in random.Random(turn).sample(rivals, len(rivals)):
             told(f"{name}, {len(film)} tokens, turn {turn + 1} of {repeats + 1}")
             timed.once(count=turn > 0)
     return [row for entry, attention, timed in ours for row in _rows(round_, entry, attention, timed, dense)]
