@@ -307,7 +307,7 @@ def _out_of_memory(error: BaseException) -> bool:
 def measure(round_: Round, repeats: int, device: torch.device, told: Told = lambda _: None) -> list[Row]:
     """Rows for each entry and pass: medians of `repeats` turns of all entries and dense engines, after one to warm up.
 
-    Every turn has an order of its own: who comes after dense attention finds less memory at hand that is already mapped.
+    Every turn has an order of its own: who comes after dense attention finds less memory that is already mapped.
     An entry that fails the gate, cannot run or runs out of memory gets one row that says so under "failed".
     """
     film, dtype = round_.film, DTYPES[round_.dtype]
