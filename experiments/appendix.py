@@ -168,7 +168,7 @@ def _sheets(report: Report) -> Iterator[Sheet]:
         "Not finished",
         "",
         ["cell", "status", "reason"],
-        [[result.name, result.status, result.reason or ""] for result in report.unfinished],
+        [[names, result.status, result.reason or ""] for names, result in report.unfinished_alike.items()],
     )
 
 

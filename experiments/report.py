@@ -149,6 +149,14 @@ class Report:
         return [result for result in self.results if result.status != "finished"]
 
     @property
+    def unfinished_alike(self) -> dict[str, Result]:
+        """The unfinished, those with one reason together: names -> one of them."""
+        alike: dict[tuple[str | None, ...], list[Result]] = {}
+        for result in self.unfinished:
+            alike.setdefault((result.status, result.reason, result.checkpoint), []).append(result)
+        return {", ".join(result.name for result in some): some[0] for some in alike.values()}
+
+    @property
     def measured(self) -> list[Group]:
         """The groups that have the headline."""
         return [group for group in self.groups if group.values(self.headline.name)]

@@ -294,6 +294,7 @@ def test_a_test_of_memory_always_has_its_four_lines(memory: str, full: str) -> N
         assert re.search(r"chance\W+0\.005", plain)
         assert re.search(r"full\W+(dense ceiling\W+)+(dense\W+)?1\.000", plain)
     assert "relay" in re.findall(r'<span class="tag">(.*?)</span>', html(report))
+    assert "<b>own_shot-s0, own_shot-s1</b>, failed: ValueError" in html(report)  # one reason, one line
     whole = Report.of(full)
     assert [line.label for line in whole.lines] == ["chance", *CONTROLS.values()]
     assert not any(line.missing for line in whole.lines)
