@@ -84,7 +84,7 @@ class MadeUp(ModuleType):
             task()
         except RayError:
             raise
-        except Exception as error:
+        except Exception as error:  # as Ray, which wraps whatever a task raises
             raise RayTaskError(error) from error
 
     def cancel(self, _: object) -> None:
