@@ -1,0 +1,250 @@
+"""Commands that train, and that report what was trained."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.table import Table
+
+from experiments.cli.shell import AsJson, Plugin, app, console, errors, escape, load_plugins
+
+if TYPE_CHECKING:
+    from experiments.forecast import Forecast
+    from experiments.report import Report
+    from experiments.store import Result
+
+EXECUTORS = ("local", "slurm", "ray")
+
+
+@app.command(epilog="Example: [bold]zoo train attention=moc attention.top_k=2 trainer.max_steps=50[/bold]")
+def train(
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(
+            help="key=value, over configs/base.yaml: attention=NAME takes a method, data=shot_world other films."
+        ),
+    ] = None,
+    config: Annotated[
+        Path | None, typer.Option(help="YAML file laid over the base config, below the overrides.")
+    ] = None,
+    plugin: Plugin = [],  # noqa: B006
+    fresh: Annotated[bool, typer.Option("--fresh", help="Start an interrupted run anew.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Train one model and say what came out; one that was interrupted goes on from its last checkpoint."""
+    load_plugins(plugin)
+    from experiments.config import load, read_yaml
+    from experiments.match import solved
+    from experiments.progress import Bar
+    from experiments.report import settings
+    from experiments.run import run
+    from experiments.store import Cell, lock
+    from experiments.tracking import Tracker
+    from sparse_zoo.errors import refuse
+
+    resolved = solved(load([*([read_yaml(config)] if config else []), *(overrides or [])]))
+    methods = resolved["attention"] if isinstance(resolved["attention"], list) else [resolved["attention"]]
+    cell = Cell("-".join(dict.fromkeys(str(method["name"]) for method in methods)), resolved)
+    try:
+        with Bar(errors, 1) as bar, lock(cell.folder("train")) as mine:
+            refuse(cell.name, [] if mine else [f"the same run is going on elsewhere, in {cell.folder('train')}"])
+            result = run(cell, "train", Tracker("train", bar.note), bar, fresh=fresh)
+    except KeyboardInterrupt:
+        errors.print(f"Stopped. What there is lies in {cell.folder('train')}", soft_wrap=True)
+        raise typer.Exit(130) from None
+    if as_json:
+        print(json.dumps(result.to_json()))
+    else:
+        console.print(_one_run(result, settings(resolved["attention"])))
+        console.print(f"The run lies in {result.folder}", soft_wrap=True)
+    if result.status == "failed":
+        errors.print(f"[bold red]Failed:[/bold red] {escape(result.reason or '')}", soft_wrap=True)
+        raise typer.Exit(1)
+
+
+@app.command(epilog="Example: [bold]zoo sweep quickstart[/bold], and the same again to run only what is missing")
+def sweep(
+    file: Annotated[str, typer.Argument(help="A sweep file, or the name of one in experiments/sweeps.")],
+    max_steps: Annotated[int | None, typer.Option(min=1, help="Train every cell for this many steps at most.")] = None,
+    size: Annotated[
+        str | None, typer.Option(help="One of the file's `sizes`; its results are those of the sweep NAME-SIZE.")
+    ] = None,
+    fresh: Annotated[
+        bool, typer.Option("--fresh", help="Run finished cells again too, and half-done ones from their start.")
+    ] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Train nothing: list the cells, what they would take, how far they are.")
+    ] = False,
+    jobs: Annotated[
+        int | None,
+        typer.Option(
+            help="So many cells at a time, each in a process, with a GPU, of its own; on SLURM in a job, on Ray a task."
+        ),
+    ] = None,
+    executor: Annotated[
+        str, typer.Option(help="Where cells run: local; slurm, as one array job; ray, as tasks of Ray.")
+    ] = "local",
+    slurm: Annotated[
+        list[str],
+        typer.Option("--slurm", help="key=value, a parameter of sbatch, such as partition=gpu; may be repeated."),
+    ] = [],  # noqa: B006
+    wait: Annotated[bool, typer.Option("--wait/--no-wait", help="Stay until SLURM has run the cells.")] = True,
+    plugin: Plugin = [],  # noqa: B006
+    as_json: Annotated[bool, typer.Option("--json", help="With --dry-run: print JSON and nothing else.")] = False,
+) -> None:
+    """Run every cell of a sweep that has not finished, then write its report.
+
+    Before the first one runs every cell is checked, budgets are solved, models are built and planned on the films
+    themselves. A cell that fails is recorded with its reason and the others go on; the exit code is then 1.
+    """
+    load_plugins(plugin)
+    from experiments import trial
+    from experiments.launch import execute
+    from experiments.progress import Bar
+    from experiments.ray_jobs import needed
+    from experiments.report import Report
+    from experiments.slurm import parameters
+    from experiments.sweep import find, read
+    from sparse_zoo.errors import refuse, unknown
+
+    refuse(
+        "zoo sweep",
+        [
+            unknown("executor", executor, EXECUTORS) if executor not in EXECUTORS else "",
+            "--slurm and --no-wait are for --executor slurm" if executor != "slurm" and (slurm or not wait) else "",
+            "--json goes with --dry-run" if as_json and not dry_run else "",
+        ],
+    )
+    settings = parameters(slurm) if executor == "slurm" else None
+    if executor == "ray":
+        needed()
+    with errors.status("cells are read") as status:
+        shorter = [] if max_steps is None else [{"trainer.max_steps": max_steps}]
+        loaded = read(find(file), shorter, size, lambda name: status.update(f"the budget of {escape(name)} is solved"))
+        status.update("cells are tried")
+        trial.check(loaded.cells)
+        if dry_run:
+            from experiments.forecast import Forecast
+
+            forecast = Forecast.of(loaded, lambda name: status.update(f"{escape(name)} is timed"))
+    if dry_run:
+        _foretold(forecast, as_json)
+        return
+    interrupted = False
+    try:
+        with Bar(errors, len(loaded.cells)) as bar:
+            execute(loaded, bar, fresh=fresh, jobs=jobs, slurm=settings, ray=executor == "ray", wait=wait)
+    except KeyboardInterrupt:
+        interrupted = True
+    report = Report.of(loaded.name)
+    page = report.write()
+    _show(report, page)
+    if interrupted:
+        console.print(f"Stopped. Finished cells are kept; go on with: {escape(_again())}", soft_wrap=True)
+        raise typer.Exit(130)
+    if report.unfinished and wait:
+        raise typer.Exit(1)
+
+
+@app.command(epilog="Example: [bold]zoo report quickstart[/bold]")
+def report(
+    name: Annotated[str, typer.Argument(help="A sweep that has run.")],
+    by: Annotated[
+        str | None, typer.Option(help="The measure that ranks and is tested; identity_recall, or else val_loss.")
+    ] = None,
+    runs: Annotated[bool, typer.Option("--runs", help="Show single runs, not their means over seeds.")] = False,
+    markdown: Annotated[
+        bool, typer.Option("--markdown", help="Print the tables as Markdown, for an appendix.")
+    ] = False,
+    latex: Annotated[bool, typer.Option("--latex", help="Print the tables as LaTeX, with booktabs.")] = False,
+    out: Annotated[Path | None, typer.Option(help="File for the Markdown or LaTeX.")] = None,
+    results: Annotated[
+        Path | None, typer.Option(help="Write the figures alone into this file, JSON to keep when the runs are gone.")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Write the report of a sweep (report.html, report.json) and show its leaderboard and which differences hold."""
+    from experiments.report import Report
+    from sparse_zoo.errors import refuse
+
+    refuse(
+        "report",
+        ["give one of --markdown, --latex, --json and --results"]
+        * (markdown + latex + as_json + (results is not None) > 1)
+        + ["--out needs --markdown or --latex"] * (out is not None and not markdown and not latex),
+    )
+    found = Report.of(name, by)
+    if results is not None:
+        from experiments.record import write_record
+
+        write_record(found, results)
+        return
+    if markdown or latex:
+        from experiments import appendix
+
+        text = appendix.markdown(found) if markdown else appendix.latex(found)
+        if out is None:
+            print(text)
+        else:
+            out.write_text(text)
+        return
+    page = found.write()
+    if as_json:
+        print(json.dumps(found.to_json()))
+        return
+    _show(found, page, runs=runs)
+
+
+def _show(report: Report, page: Path, *, runs: bool = False) -> None:
+    """The leaderboard, what holds, what did not finish, where the page is."""
+    from experiments.report import p_value, signed
+
+    console.print(*report.tables(runs=runs), sep="\n")
+    for pair in report.tested:
+        if pair.holds:
+            console.print(f"[bold]{pair.a} – {pair.b}[/bold] {signed(pair.mean)}, p {p_value(pair.p_holm)} (Holm)")
+    console.print(f"{report.verdict} {report.caution}".strip(), highlight=False)
+    for names, result in report.unfinished_alike.items():
+        console.print(f"[red]{names}[/red], {result.status}: {escape(result.reason or '')}", soft_wrap=True)
+    console.print(f"Report: {page}", soft_wrap=True)
+
+
+def _one_run(result: Result, title: str) -> Table:
+    from experiments.report import giga, number, percent
+
+    table = Table(title=title, title_justify="left", show_header=False)
+    for key, value in (
+        ("status", result.status),
+        ("steps", str(result.steps)),
+        ("first loss", number(result.first_loss)),
+        ("last loss", number(result.last_loss)),
+        ("val loss", number(result.val_loss)),
+        *((key, number(value)) for key, value in result.metrics.items()),
+        ("density", percent(result.density)),
+        ("attention GFLOPs", giga(result.flops)),
+        ("kernel", result.kernel or "–"),
+        ("s/step", number(result.seconds_per_step)),
+        *(("skipped", f"{bad['path']}: {bad['reason']}") for bad in result.data.get("skipped", [])),
+    ):
+        table.add_row(key, escape(value))
+    return table
+
+
+def _foretold(forecast: Forecast, as_json: bool) -> None:
+    from experiments.forecast import NOTES
+
+    if as_json:
+        print(json.dumps(forecast.to_json()))
+        return
+    console.print(*forecast.tables(), sep="\n")
+    for note in NOTES:
+        console.print(f"[dim]{escape(note)}[/dim]")
+
+
+def _again() -> str:
+    """The command line as the user typed it."""
+    return " ".join([Path(sys.argv[0]).name, *sys.argv[1:]])

@@ -1,0 +1,228 @@
+"""Commands that look at what trained models draw, choose and are given."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.table import Table
+
+from experiments.cli.shell import AsJson, Plugin, app, console, errors, escape, load_plugins
+
+if TYPE_CHECKING:
+    from experiments.sampling import Sampled
+
+
+@app.command(
+    epilog="Example: [bold]zoo sample runs/train/moc-0123456789ab data.returns=9 --order shots --context 3[/bold]"
+)
+def sample(
+    run: Annotated[Path, typer.Argument(help="A run's folder, or a .ckpt in one.")],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(help="data.key=value over the run's config: other films, longer ones.")
+    ] = None,
+    films: Annotated[int, typer.Option(min=1, help="How many validation films to draw.")] = 4,
+    given: Annotated[int, typer.Option(min=0, help="How many first shots of each film are given, not drawn.")] = 0,
+    order: Annotated[str | None, typer.Option(help="film: all shots at once; shots: one after the other.")] = None,
+    context: Annotated[
+        int | None, typer.Option(min=0, help="Draw by shots, beside so many earlier ones, chosen by their means.")
+    ] = None,
+    steps: Annotated[int | None, typer.Option(min=1, help="Euler steps.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Folder for the strips; a new one in the run if not given.")] = None,
+    plugin: Plugin = [],  # noqa: B006
+    as_json: AsJson = False,
+) -> None:
+    """Draw films with a trained model, of more shots than it was trained on if the data has them, and judge them.
+
+    What is not asked for is as in the run's config.
+    """
+    load_plugins(plugin)
+    from experiments.progress import counting
+    from experiments.report import number
+    from experiments.sampling import Drawing
+
+    asked = {
+        key: value for key, value in {"order": order, "context": context, "steps": steps}.items() if value is not None
+    }
+    drawing = Drawing(run, overrides or [], films=films, given=given, sampling=asked)
+    with counting(errors, "steps", drawing.steps) as told:
+        sampled = drawing.draw(out, lambda: told(""))
+    if as_json:
+        print(json.dumps(asdict(sampled)))
+        return
+    for note in sampled.notes:
+        errors.print(escape(note), soft_wrap=True)
+    console.print(_drawn(sampled))
+    for name, value in sampled.metrics.items():
+        console.print(f"{name} {number(value)}")
+    console.print(f"The strips lie in {sampled.folder}", soft_wrap=True)
+
+
+Times = Annotated[
+    list[float], typer.Option("--times", help="Noise time, above 0 (clean) up to 1; may be repeated. .1 .3 .5 .7 .9.")
+]
+
+
+@app.command(epilog="Example: [bold]zoo ladder runs/train/moc-0123456789ab --method moc:top_k=8[/bold]")
+def ladder(
+    run: Annotated[Path, typer.Argument(help="A run's folder, or a .ckpt in one.")],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(help="data.key=value over the run's config: other films, longer ones.")
+    ] = None,
+    method: Annotated[
+        list[str],
+        typer.Option(help="Ask what METHOD[:key=value,...] would keep of the same q, k, v; may be repeated."),
+    ] = [],  # noqa: B006
+    films: Annotated[int, typer.Option(min=1, help="How many validation films to run.")] = 2,
+    times: Times = [],  # noqa: B006
+    heads: Annotated[bool, typer.Option("--heads", help="Show each head of each layer.")] = False,
+    out: Annotated[
+        Path | None,
+        typer.Option("--plot", help="The plot, PNG or SVG; ladder.png in the run if not given."),
+    ] = None,
+    plugin: Plugin = [],  # noqa: B006
+    as_json: AsJson = False,
+) -> None:
+    """Tell a wrong router from a small budget: what a trained model's attention keeps beside other choices of its size.
+
+    Validation films are noised and run through the model. In each layer and head, the share of dense attention's
+    softmax that the method kept, and the error of its output, stand beside those of the best possible choice of as many
+    pieces, of the choice by pooled keys, and of a random one.
+    """
+    load_plugins(plugin)
+    from experiments.ladder import RULE, TIMES, climb, plot
+    from experiments.progress import counting
+    from experiments.trained import Trained
+
+    trained = Trained("zoo ladder", run, overrides or [], films)
+    at = tuple(times) or TIMES
+    with counting(errors, "attentions", len(trained.batches) * len(at) * len(trained.module.model.blocks)) as told:
+        found = climb(trained, at, method, told)
+    picture = plot(found, out or trained.folder / "ladder.png").absolute()
+    if as_json:
+        print(json.dumps({**found.to_json(), "plot": str(picture)}))
+        return
+    for table in found.tables(heads=heads):
+        console.print(table, "")
+    for line in found.told():
+        console.print(escape(line), soft_wrap=True)
+    console.print(f"[dim]{RULE}[/dim]")
+    console.print(f"Plot: {picture}", soft_wrap=True)
+
+
+@app.command(epilog="Example: [bold]zoo capture runs/train/moc-0123456789ab --layers 0,2 --times 0.5[/bold]")
+def capture(
+    run: Annotated[Path, typer.Argument(help="A run's folder, or a .ckpt in one.")],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(help="data.key=value over the run's config: other films, longer ones.")
+    ] = None,
+    out: Annotated[Path, typer.Option(help="The safetensors file to write.")] = Path("calls.safetensors"),
+    layers: Annotated[str | None, typer.Option(help="Only these, from 0: 0,2.")] = None,
+    films: Annotated[int, typer.Option(min=1, help="How many validation films to run.")] = 1,
+    times: Times = [],  # noqa: B006
+    plugin: Plugin = [],  # noqa: B006
+    as_json: AsJson = False,
+) -> None:
+    """Save what attention is given in a trained model (q, k, v, hidden, layout), for zoo replay and for your own code.
+
+    Each call of each chosen layer and noise time is kept bit for bit; experiments.captures.load gives them back.
+    """
+    load_plugins(plugin)
+    from experiments.captures import save
+    from experiments.ladder import TIMES, layer_numbers
+    from experiments.ladder import capture as captured_of
+    from experiments.progress import counting
+    from experiments.trained import Trained
+
+    chosen = None if layers is None else layer_numbers(layers)
+    trained = Trained("zoo capture", run, overrides or [], films)
+    at = tuple(times) or TIMES
+    with counting(errors, "attentions", len(trained.batches) * len(at) * len(trained.module.model.blocks)) as told:
+        captured = captured_of(trained, at, chosen, told)
+    path = save(out, captured).absolute()
+    found = {"file": str(path), "bytes": path.stat().st_size, "calls": len(captured), "step": trained.step}
+    if as_json:
+        print(json.dumps(found))
+        return
+    console.print(f"{len(captured)} calls, {path.stat().st_size / 2**20:.1f} MiB: {path}", soft_wrap=True)
+
+
+@app.command(epilog="Example: [bold]zoo replay calls.safetensors dense moc:top_k=2 moc:top_k=4 --plot front.png[/bold]")
+def replay(
+    file: Annotated[Path, typer.Argument(help="What zoo capture wrote.")],
+    methods: Annotated[
+        list[str] | None, typer.Argument(help="METHOD[:key=value,...]; every registered one, if none is given.")
+    ] = None,
+    match: Annotated[
+        str | None,
+        typer.Option(help="Turn each method's knob until the calls cost this: density=0.16, or flops of a call."),
+    ] = None,
+    out: Annotated[Path | None, typer.Option("--plot", help="Also draw error against pairs, PNG or SVG.")] = None,
+    plugin: Plugin = [],  # noqa: B006
+    as_json: AsJson = False,
+) -> None:
+    """Rank methods on captured calls, offline: pairs, softmax kept and at best, error of the output, seconds.
+
+    Errors are against dense attention on the same q, k, v. What a method learns (moga's router) is not learnt here, and
+    the row says so. Without settings a method has its defaults, on films under 1024 tokens its settings for tiny films.
+    With --match all cost the same; a method that cannot says why. The exit code is 1 if one that was named has failed.
+    """
+    load_plugins(plugin)
+    from experiments import replay as offline
+    from experiments.captures import load
+    from experiments.config import parse
+    from experiments.match import Budget
+    from experiments.progress import counting
+
+    budget = None if match is None else Budget.of(dict([parse(match)]))
+    captured = load(file)
+    asked = offline.asked(methods or [], captured, budget)
+    with counting(errors, "methods", len(asked)) as moved:
+
+        def told(note: str, row: offline.Replayed | None) -> None:
+            moved(note, 0 if row is None else 1)
+            if row is not None:
+                errors.print(f"[dim]{escape(offline.line(row))}[/dim]", soft_wrap=True)
+
+        rows = offline.replay(captured, asked, budget, told)
+    failed = [row for row in rows if row.failed is not None]
+    if out is not None and len(failed) < len(rows):
+        offline.plot(rows, out)
+    if as_json:
+        print(json.dumps(offline.to_json(captured, rows, budget)))
+    else:
+        console.print(offline.table(captured, rows))
+        console.print(f"[dim]{offline.LEGEND}[/dim]")
+        for row in failed:
+            console.print(f"[red]{escape(row.label)}[/red]: {escape(row.failed or '')}", soft_wrap=True)
+        if out is not None and len(failed) < len(rows):
+            console.print(f"Plot: {out.absolute()}", soft_wrap=True)
+    if failed and (methods or len(failed) == len(rows)):
+        raise typer.Exit(1)
+
+
+@app.command(epilog="Example: [bold]zoo ui --port 5001[/bold]")
+def ui(port: Annotated[int, typer.Option(help="Port on this machine.")] = 5000) -> None:
+    """Open MLflow's own page on the runs; Ctrl-C ends it."""
+    from experiments.tracking import serve
+
+    # It opens on its pages for language models otherwise.
+    page = f"http://127.0.0.1:{port}/#/experiments?workflowType=machine_learning"
+    console.print(f"MLflow starts on {page} (it takes about 15 seconds; Ctrl-C ends it)", soft_wrap=True)
+    raise typer.Exit(serve(port))
+
+
+def _drawn(sampled: Sampled) -> Table:
+    settings = " · ".join(f"{key} {value}" for key, value in sampled.sampling.items() if value is not None)
+    table = Table(title=f"{Path(sampled.checkpoint).name} · {settings}", title_justify="left")
+    chosen = sampled.sampling["context"] is not None
+    for title in ("film", "shots", "given", *(["each shot beside"] if chosen else []), "strip"):
+        table.add_column(title, overflow="fold")
+    for film in sampled.films:
+        beside = [f"{shot}: {' '.join(map(str, taken)) or '–'}" for shot, taken in (film["taken"] or {}).items()]
+        row = [film["name"], str(film["shots"]), str(film["given"]), *(["; ".join(beside)] if chosen else [])]
+        table.add_row(*map(escape, row), escape(Path(film["strip"]).name))
+    return table
