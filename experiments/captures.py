@@ -10,7 +10,6 @@ any, `n.hidden`, `n.q_rows`, `n.noise` and `n.features.<name>`; the rest stands 
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +21,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 import sparse_zoo as zoo
+from experiments.store import whole
 from sparse_zoo.errors import ZooError, refuse
 
 FORMAT = "sparse_zoo captures 1"
@@ -41,7 +41,8 @@ class Captured:
 def save(path: Path, captured: Sequence[Captured]) -> Path:
     """Write the calls, whole or not at all.
 
-    Raises ZooError for none, and for calls with a sampler's `memory`, which may hold anything.
+    Raises ZooError for none, and for calls with a sampler's `memory`, which may hold anything; and where the file
+    cannot be written.
     """
     refuse(
         "capture",
@@ -67,10 +68,11 @@ def save(path: Path, captured: Sequence[Captured]) -> Path:
         noise = None if isinstance(call.noise, Tensor) else call.noise
         numbers = {name: getattr(call, name) for name in NUMBERS}
         described.append({"films": films, "noise": noise, **numbers, "method": dict(one.method)})
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_suffix(f".{os.getpid()}.part")
-    save_file(tensors, part, {"format": FORMAT, "calls": json.dumps(described)})
-    os.replace(part, path)
+    with whole(path) as file:
+        try:
+            save_file(tensors, file.name, {"format": FORMAT, "calls": json.dumps(described)})
+        except SafetensorError as error:  # among others a full disk
+            raise ZooError(f"{path} could not be written: {error}") from error
     return path
 
 

@@ -12,7 +12,7 @@ import signal
 import sys
 import time
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from multiprocessing import get_context
@@ -94,10 +94,12 @@ def execute(
     todo = [cell for cell in sweep.cells if fresh or found[cell.name].status != "finished"]
     bar.kept(len(sweep.cells) - len(todo))
     if not todo:
-        _remember(sweep)
+        parent = _remember(sweep)
+        Tracker(sweep.name, bar.note).settle({parent: "FINISHED"} | _ended(found.values()))
         return list(found.values())
     refuse("--jobs", _too_many(1 if jobs is None else jobs, [] if slurm is not None or ray else todo))
     tracker = Tracker(sweep.name, bar.note)
+    tracker.settle(_ended(found.values()))
     parent = tracker.parent(sweep.name, f"{sweep.about}\n\n{len(sweep.cells)} cells. Report: `zoo report {sweep.name}`")
     write_sweep(sweep.name, Asked(sweep.about, sweep.cells, parent))
     params, plugins = differing(sweep.cells), loaded_plugins()
@@ -113,11 +115,18 @@ def execute(
     return list(found.values())
 
 
-def _remember(sweep: Sweep) -> None:
-    """That these cells were asked for, where others were before: the report is about the last ones."""
+def _remember(sweep: Sweep) -> str | None:
+    """That these cells were asked for, where others were before: the report is about the last ones. MLflow's parent."""
     asked = asked_before(sweep.name)
+    parent = asked.mlflow_run if asked else None
     if asked is None or (asked.about, asked.cells) != (sweep.about, sweep.cells):
-        write_sweep(sweep.name, Asked(sweep.about, sweep.cells, asked.mlflow_run if asked else None))
+        write_sweep(sweep.name, Asked(sweep.about, sweep.cells, parent))
+    return parent
+
+
+def _ended(results: Iterable[Result]) -> dict[str | None, str]:
+    """MLflow's status of the runs of finished cells."""
+    return {result.mlflow_run: "FINISHED" for result in results if result.status == "finished"}
 
 
 def _results(

@@ -162,6 +162,16 @@ class Tracker:
         if run_id is not None:
             self.reach(lambda: self.client.set_terminated(run_id, status))
 
+    def settle(self, ended: Mapping[str | None, str]) -> None:
+        """End those runs, by id with the status for `end`, that the store has as running: it was away as they ended."""
+
+        def ask() -> None:
+            for run_id in self._search("attributes.status = 'RUNNING'"):
+                if run_id in ended:
+                    self.client.set_terminated(run_id, ended[run_id])
+
+        self.reach(ask)
+
     def _search(self, wanted: str) -> list[str]:
         return [str(run.info.run_id) for run in self.client.search_runs([self.experiment_id], wanted)]
 

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from matplotlib import image
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from test_cli import zoo
 from test_sample_command import Nobody
@@ -140,6 +141,19 @@ def test_what_cannot_be_saved_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ZooError, match="call 1 has a sampler's memory"):
         save(tmp_path / "none", [some, Captured(replace(whole.call, memory={}), {})])
     assert not list(tmp_path.iterdir())
+
+
+def test_a_disk_that_is_full_leaves_what_was_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    there = save(tmp_path / "calls", awkward()).read_bytes()
+
+    def full(_: object, path: str, *__: object) -> None:
+        Path(path).write_bytes(b"half")
+        raise SafetensorError("No space left on device")
+
+    monkeypatch.setattr("experiments.captures.save_file", full)
+    with pytest.raises(ZooError, match="calls could not be written: No space left on device"):
+        save(tmp_path / "calls", awkward())
+    assert [path.read_bytes() for path in tmp_path.iterdir()] == [there]
 
 
 def test_bad_files_are_refused_with_all_reasons(tmp_path: Path) -> None:

@@ -263,21 +263,32 @@ def test_a_store_out_of_reach_costs_no_run(runs: Path, monkeypatch: pytest.Monke
     assert "\n" not in line
 
 
-def test_a_store_that_is_lost_halfway_costs_its_points_alone(runs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_store_that_is_lost_halfway_costs_its_points_alone(runs: Path) -> None:
     def locked(*_: object, **__: object) -> None:
         raise MlflowException("database is locked")
 
-    class Losing(Silent):
-        def step(self, *told: Any) -> None:
-            super().step(*told)
-            monkeypatch.setattr(mlflow.MlflowClient, "log_batch", locked)
+    sweep = read(write_sweep(runs / "halfway.yaml"))
+    with pytest.MonkeyPatch.context() as patched:
 
-    bar = Losing()
-    (result,) = execute(read(write_sweep(runs / "halfway.yaml")), bar)
+        class Losing(Silent):
+            def step(self, *told: Any) -> None:
+                super().step(*told)
+                patched.setattr(mlflow.MlflowClient, "log_batch", locked)
+
+        bar = Losing()
+        (result,) = execute(sweep, bar)
     assert result.status == "finished"
     assert len(result.curves["train/flow"]) == 2
     assert len(bar.notes) == 1
     assert "database is locked" in bar.notes[0]
+
+    # The same command, when the store is back, ends what seems to run there.
+    ours = [str(result.mlflow_run), str(store.read_sweep("halfway").mlflow_run)]
+    assert mlflow.MlflowClient(uri()).get_run(ours[0]).info.status == "RUNNING"
+    again = Silent()
+    execute(sweep, again)
+    assert again.ran == []
+    assert [mlflow.MlflowClient(uri()).get_run(run).info.status for run in ours] == ["FINISHED"] * 2
 
 
 def test_a_database_is_made_whole_or_not_at_all(runs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
