@@ -44,6 +44,15 @@ def find(name: str) -> Path:
     raise ZooError(f"sweep: {unknown('file or sweep', name, (path.stem for path in SWEEPS.glob('*.yaml')))}")
 
 
+def find_sized(name: str, size: str | None = None) -> tuple[Path, str | None]:
+    """The file and the size of a sweep: NAME-SIZE, as its report is named, is the preset NAME with that size."""
+    stem, _, named = name.rpartition("-")
+    preset = SWEEPS / f"{stem}.yaml"
+    if size is None and preset.is_file() and not Path(name).is_file() and not (SWEEPS / f"{name}.yaml").is_file():
+        return preset, named
+    return find(name), size
+
+
 def chain_of(path: Path, above: tuple[Path, ...] = ()) -> list[dict[str, Any]]:
     """A sweep file after those that it extends, the lowest first, their plug-ins as paths; raises `ZooError`."""
     refuse(str(path), ["extends itself"] if path.resolve() in above else [])

@@ -10,7 +10,8 @@ import yaml  # type: ignore[import-untyped]
 from tiny import OWN_AND_PREVIOUS, write_sweep
 
 from experiments import store
-from experiments.sweep import find, read
+from experiments.sweep import SWEEPS, find, read
+from experiments.sweepfile import find_sized
 from sparse_zoo.errors import ZooError
 
 METHODS = {"attention": ["dense", "moc"]}
@@ -151,6 +152,19 @@ def test_sweeps_are_found_by_name_or_path(tmp_path: Path) -> None:
     assert find(str(write_sweep(tmp_path / "mine.yaml"))) == tmp_path / "mine.yaml"
     with pytest.raises(ZooError, match="did you mean 'quickstart'"):
         find("quikstart")
+
+
+def test_a_size_may_be_named_as_its_report_is() -> None:
+    memory = SWEEPS / "memory.yaml"
+    assert find_sized("memory-gpu") == (memory, "gpu")
+    assert find_sized("memory", "gpu") == (memory, "gpu")
+    assert find_sized("memory") == (memory, None)
+    assert find_sized(str(memory)) == (memory, None)
+    assert read(memory, size="gpu").name == "memory-gpu"
+    with pytest.raises(ZooError, match="unknown size 'gpuu'"):
+        read(memory, size=find_sized("memory-gpuu")[1])
+    with pytest.raises(ZooError, match="unknown file or sweep 'memry-gpu'"):
+        find_sized("memry-gpu")
 
 
 def test_the_quickstart_has_the_cells_it_promises() -> None:

@@ -68,7 +68,7 @@ def train(
 
 @app.command(epilog="Example: [bold]zoo sweep quickstart[/bold], and the same again to run only what is missing")
 def sweep(
-    file: Annotated[str, typer.Argument(help="A sweep file, or the name of one in experiments/sweeps.")],
+    file: Annotated[str, typer.Argument(help="A sweep file, or the name of one in experiments/sweeps, with -SIZE or without.")],
     max_steps: Annotated[int | None, typer.Option(min=1, help="Train every cell for this many steps at most.")] = None,
     size: Annotated[
         str | None, typer.Option(help="One of the file's `sizes`; its results are those of the sweep NAME-SIZE.")
@@ -108,7 +108,8 @@ def sweep(
     from experiments.ray_jobs import needed
     from experiments.report import Report
     from experiments.slurm import parameters
-    from experiments.sweep import find, read
+    from experiments.sweep import read
+    from experiments.sweepfile import find_sized
     from sparse_zoo.errors import refuse, unknown
 
     refuse(
@@ -124,7 +125,8 @@ def sweep(
         needed()
     with errors.status("cells are read") as status:
         shorter = [] if max_steps is None else [{"trainer.max_steps": max_steps}]
-        loaded = read(find(file), shorter, size, lambda name: status.update(f"the budget of {escape(name)} is solved"))
+        path, sized = find_sized(file, size)
+        loaded = read(path, shorter, sized, lambda name: status.update(f"the budget of {escape(name)} is solved"))
         status.update("cells are tried")
         trial.check(loaded.cells)
         if dry_run:
