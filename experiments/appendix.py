@@ -9,23 +9,10 @@ from datetime import datetime
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
+from experiments.groups import Group, Line
 from experiments.measures import RECALL, WHOLE, Measure
-from experiments.report import (
-    Group,
-    Line,
-    Report,
-    giga,
-    half,
-    interval,
-    machines,
-    mean,
-    number,
-    p_value,
-    percent,
-    plain_values,
-    settings,
-    signed,
-)
+from experiments.report import Report, machines
+from experiments.wording import giga, half, interval, mean, number, p_value, percent, plain_values, settings, signed
 
 COLUMNS = 7  # of a LaTeX table, beside the first, that fit a page
 

@@ -13,11 +13,11 @@ from rich.table import Table
 
 from experiments.costs import si
 from experiments.grid import differing
-from experiments.report import percent
 from experiments.run import provenance
 from experiments.store import Cell, Result, read
 from experiments.sweep import Sweep
 from experiments.trial import TIMED, first_of_groups, step_seconds, trial
+from experiments.wording import percent
 
 NOTES = (
     "Density and FLOPs: counted from the plans of the freshly built model on its first training batches; FLOPs of one "

@@ -17,8 +17,8 @@ from torch import Tensor
 import sparse_zoo as zoo
 from experiments.captures import Captured
 from experiments.config import parse_method
-from experiments.report import percent, settings
 from experiments.trained import Trained
+from experiments.wording import percent, settings
 from lit_modules.dit import Block
 from lit_modules.routing_watch import each_attention
 from sparse_zoo.errors import refuse

@@ -15,23 +15,12 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from matplotlib import image as png
 
 from experiments import plots
+from experiments.groups import Group
 from experiments.measures import CONTROLS, COSTS, LABELS, RECALL, WHOLE, Measure
 from experiments.plots import GREY, PALETTE, Mark
-from experiments.report import (
-    Group,
-    Report,
-    giga,
-    interval,
-    machines,
-    mean,
-    mib,
-    number,
-    p_value,
-    percent,
-    settings,
-    signed,
-)
+from experiments.report import Report, machines
 from experiments.store import Result
+from experiments.wording import giga, interval, mean, mib, number, p_value, percent, settings, signed
 from lit_modules.callbacks import picture_rows
 
 WIDE = 12  # times as wide as high, from which on a film needs the whole page

@@ -13,8 +13,8 @@ import numpy as np
 
 from experiments.effects import Effect
 from experiments.measures import Measure
-from experiments.report import plain_values
 from experiments.statistics import Figure, front
+from experiments.wording import plain_values
 
 # Distinct on white and on near-black, for the usual kinds of colour blindness too as far as nine can be.
 GREY = "#7a7f87"

@@ -16,7 +16,7 @@ import sparse_zoo as zoo
 from experiments.captures import Captured
 from experiments.config import parse_method
 from experiments.match import Budget, taken, turned
-from experiments.report import percent, settings
+from experiments.wording import percent, settings
 from sparse_zoo.errors import ZooError, refuse
 from sparse_zoo.ladder import ladder
 

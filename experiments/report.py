@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
-from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -14,90 +12,15 @@ from rich import box
 from rich.table import Table
 
 from experiments.effects import Cells, Effect, effects
-from experiments.measures import BESIDE, CONTROLS, COSTS, FIGURES, HEADLINES, NO_CONTROLS, RECALL, WHOLE, Measure
-from experiments.statistics import Difference, Figure, Films, detectable, differences, letters, over_films
-from experiments.store import Result, asked_before, home, read, read_sweep, write_json
+from experiments.groups import Group, Line, commit, controls_elsewhere
+from experiments.measures import BESIDE, CONTROLS, COSTS, FIGURES, HEADLINES, RECALL, WHOLE, Measure
+from experiments.statistics import Difference, Films, detectable, differences, letters, over_films
+from experiments.store import Result, home, read, read_sweep, write_json
+from experiments.wording import giga, half, interval, mean, number, percent
 from sparse_zoo.errors import refuse, unknown
 
 MEASURES_ABREAST = 5  # columns of measures in a terminal 80 wide
 FEW_SEEDS = 5  # up to here the sign-flip test cannot rule chance out at 5 %: 2 / 2^5 is more
-
-
-@dataclass(frozen=True)
-class Group:
-    """Runs of a sweep that differ by their seed alone, by the name that they share; most often there is one run.
-
-    `of` is the group that a run was taken from to stand alone, `sweep` the other sweep that a control was found in.
-    """
-
-    name: str
-    results: tuple[Result, ...]
-    of: str | None = None
-    sweep: str | None = None
-
-    @property
-    def finished(self) -> list[Result]:
-        return [result for result in self.results if result.status == "finished"]
-
-    @property
-    def one(self) -> Result:
-        """The run that stands for all where one must: the first that finished, or else the first."""
-        return (self.finished or self.results)[0]
-
-    @property
-    def control(self) -> str | None:
-        """Which control the group is, by its name or its method: one of `CONTROLS`, None for a method."""
-        name, attention = self.of or self.name, self.one.attention
-        method = attention["name"] if isinstance(attention, dict) else None
-        return None if name in NO_CONTROLS else CONTROLS.get(name) or CONTROLS.get(str(method))
-
-    @property
-    def remark(self) -> str:
-        """What a reader must know beside the name: which control it is, and whence, or that it is none; or nothing."""
-        told = self.control or NO_CONTROLS.get(self.of or self.name, "")
-        return f"{told}, of {self.sweep}" if self.sweep else told
-
-    @property
-    def titled(self) -> str:
-        """The name with the remark, in plain text."""
-        return f"{self.name} ({self.remark})" if self.remark else self.name
-
-    def values(self, name: str) -> dict[int, float]:
-        """Of a measure, by seed, over the finished runs that have it."""
-        found = {r.seed: getattr(r, name) if name in FIGURES else r.metrics.get(name) for r in self.finished}
-        return {seed: value for seed, value in found.items() if value is not None}
-
-    def figure(self, name: str) -> Figure | None:
-        """Mean and interval of one of `FIGURES` or of the sample metrics."""
-        return Figure.of([*self.values(name).values()], Measure.of(name).bounds)
-
-    def source(self, name: str) -> str:
-        """Where a figure comes from, a line per run: the value, the file that holds it, the commit."""
-        where = name if name in FIGURES else f"metrics.{name}"
-        values = self.values(name)
-        return "\n".join(
-            f"{number(values[r.seed], 4)}  {where} in {Path(r.folder).name}/result.json, commit {_commit(r)[:9]}"
-            for r in self.finished
-            if r.seed in values
-        )
-
-
-@dataclass(frozen=True)
-class Line:
-    """What methods are read against: a group, or chance where there is none, or, if `missing`, why it is not there."""
-
-    label: str
-    group: Group | None = None
-    missing: str = ""
-
-    @property
-    def title(self) -> str:
-        """The label, or the name of a group of another name or of a single run."""
-        if self.group is None:
-            return self.label
-        if self.group.name in CONTROLS:
-            return self.group.remark
-        return self.group.name if self.group.of else self.group.titled
 
 
 @dataclass(frozen=True)
@@ -133,7 +56,7 @@ class Report:
             else [],
         )
         memory = RECALL in _metrics(groups)
-        elsewhere = _controls_elsewhere(name, groups) if memory else ()
+        elsewhere = controls_elsewhere(name, groups) if memory else ()
         return Report(name, asked.about, _best_first(groups, headline), headline, asked.command, elsewhere)
 
     @property
@@ -273,7 +196,7 @@ class Report:
     @property
     def commits(self) -> list[str]:
         """Of the code that made the finished runs; a plus stands for changes that were not committed."""
-        return sorted({_commit(result) for result in self.finished})
+        return sorted({commit(result) for result in self.finished})
 
     @cached_property
     def differences(self) -> list[Difference]:
@@ -458,33 +381,6 @@ class Report:
             yield table
 
 
-def _controls_elsewhere(name: str, groups: Sequence[Group]) -> tuple[Group, ...]:
-    """Controls that these groups of sweep `name` lack, finished in another sweep, alike but for their attention."""
-    worlds = [_world(result.config) for group in groups for result in group.finished]
-    lacking = {*CONTROLS.values()} - {group.control for group in groups}
-    if not lacking or any(world != worlds[0] for world in worlds):
-        return ()
-    found: dict[str, Group] = {}
-    for path in sorted(home().glob("*/sweep.json")):
-        other = path.parent.name
-        asked = asked_before(other) if other != name else None
-        runs: dict[str, list[Result]] = {}
-        for cell in asked.cells if asked else ():
-            if _world(cell.config) == worlds[0] and (result := read(cell, other)).status == "finished":
-                runs.setdefault(cell.group or cell.name, []).append(result)
-        for key, results in runs.items():
-            group = Group(key, tuple(results), sweep=other)
-            if group.control in lacking:
-                found.setdefault(str(group.control), group)
-    return tuple(found.values())
-
-
-def _world(config: Mapping[str, Any]) -> dict[str, Any]:
-    """What a run is apart from its attention and seed."""
-    data = {key: value for key, value in config.get("data", {}).items() if key != "seed"}
-    return {key: value for key, value in config.items() if key not in ("attention", "match", "seed")} | {"data": data}
-
-
 def machines(report: Report) -> list[dict[str, Any]]:
     """The distinct machines and versions, each with the runs that it made."""
     found: list[dict[str, Any]] = []
@@ -496,69 +392,6 @@ def machines(report: Report) -> list[dict[str, Any]]:
             if one["about"] == kept:
                 one["runs"].append(result.name)
     return found
-
-
-def mean(figure: Figure | None) -> float | None:
-    return None if figure is None else figure.mean
-
-
-def interval(figure: Figure | None) -> str:
-    """`[0.863, 1.000]`, nothing of one run."""
-    return "" if figure is None or figure.low is None else f"[{number(figure.low)}, {number(figure.high)}]"
-
-
-def half(figure: Figure | None) -> str:
-    """`0.941`, or with several runs `.941±.012`, half of the interval before it is cut."""
-    if figure is None or figure.sd is None:
-        return number(mean(figure))
-    return "±".join(number(value).removeprefix("0") for value in (figure.mean, figure.half))
-
-
-def number(value: float | None, digits: int = 3) -> str:
-    return "–" if value is None else f"{value:.{digits}f}"
-
-
-def signed(value: float | None) -> str:
-    """`+0.035`; a difference that three digits would hide has one that counts."""
-    if value is None:
-        return "–"
-    return f"{value:+.1g}" if 0 < abs(value) < 0.001 else f"{value:+.3f}"
-
-
-def percent(value: float | None) -> str:
-    return "–" if value is None else f"{100 * value:.1f} %"
-
-
-def giga(value: float | None) -> str:
-    return "–" if value is None else f"{value / 1e9:.3g}"
-
-
-def mib(value: float | None) -> str:
-    return "–" if value is None else f"{value / 2**20:.0f} MiB"
-
-
-def p_value(value: float | None) -> str:
-    return "–" if value is None else "< .001" if value < 0.001 else f"{value:.3f}".removeprefix("0")
-
-
-def settings(attention: dict[str, Any] | list[dict[str, Any]], without: Iterable[str] = ()) -> str:
-    """`moc · top_k 2 · anchors text` for people, `without` some keys; layers that differ are joined:
-    `dense ×2 / moc · top_k 2 ×10`."""
-    if isinstance(attention, list):
-        named = groupby(settings(layer, without) for layer in attention)
-        alike = [(name, len(list(layers))) for name, layers in named]
-        return " / ".join(name if count == 1 else f"{name} ×{count}" for name, count in alike)
-    kept = {key: value for key, value in attention.items() if key not in without}
-    return " · ".join(str(value) if key == "name" else f"{key} {plain(value)}" for key, value in kept.items())
-
-
-def plain(value: Any) -> str:
-    """The value of a setting for people."""
-    if isinstance(value, dict):
-        return "(" + ", ".join(f"{key}: {plain(inner)}" for key, inner in value.items()) + ")"
-    if isinstance(value, list | tuple):
-        return ("×" if value and isinstance(value[0], int) else "+").join(map(plain, value)) or "none"
-    return "off" if value is None else value if isinstance(value, str) else json.dumps(value)
 
 
 def _metrics(groups: Sequence[Group]) -> list[str]:
@@ -576,14 +409,5 @@ def _table(title: str) -> Table:
     return Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1), pad_edge=False)
 
 
-def plain_values(values: Sequence[Any]) -> str:
-    """The value of a setting, or of several that change together, for people."""
-    return ", ".join(plain(value) for value in values)
-
-
 def _short(name: str) -> str:
     return {"val_loss": "val", "identity_recall": "recall"}.get(name, name.replace("_", " "))
-
-
-def _commit(result: Result) -> str:
-    return str(result.provenance.get("commit", "unknown")) + ("+" if result.provenance.get("changed since") else "")

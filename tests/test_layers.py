@@ -4,7 +4,7 @@ import pytest
 
 from experiments.config import load
 from experiments.layers import per_layer
-from experiments.report import settings
+from experiments.wording import settings
 from sparse_zoo.errors import ZooError
 
 DENSE, MOC, WINDOW = {"name": "dense"}, {"name": "moc", "top_k": 1}, {"name": "window"}

@@ -23,8 +23,9 @@ from experiments.measures import CONTROLS, Measure
 from experiments.page import _points, html
 from experiments.plots import smooth, together
 from experiments.record import record, write_record
-from experiments.report import Report, settings, signed
+from experiments.report import Report
 from experiments.store import Asked, Cell, write_sweep
+from experiments.wording import settings, signed
 from lit_modules.callbacks import film_pictures, picture_rows
 from sparse_zoo.errors import ZooError
 

@@ -139,7 +139,7 @@ def map_(
     load_plugins(plugin)
     from experiments.config import parse
     from experiments.pictures import loop_text, sample_map
-    from experiments.report import percent
+    from experiments.wording import percent
 
     drawn = sample_map(method, dict(parse(text) for text in settings or []))
     path = drawn.save(out or Path(f"map-{method}.png"))

@@ -40,10 +40,10 @@ def train(
     from experiments.config import load, read_yaml
     from experiments.match import solved
     from experiments.progress import Bar
-    from experiments.report import settings
     from experiments.run import run
     from experiments.store import Cell, lock
     from experiments.tracking import Tracker
+    from experiments.wording import settings
     from sparse_zoo.errors import refuse
 
     resolved = solved(load([*([read_yaml(config)] if config else []), *(overrides or [])]))
@@ -68,7 +68,9 @@ def train(
 
 @app.command(epilog="Example: [bold]zoo sweep quickstart[/bold], and the same again to run only what is missing")
 def sweep(
-    file: Annotated[str, typer.Argument(help="A sweep file, or the name of one in experiments/sweeps, with -SIZE or without.")],
+    file: Annotated[
+        str, typer.Argument(help="A sweep file, or the name of one in experiments/sweeps, with -SIZE or without.")
+    ],
     max_steps: Annotated[int | None, typer.Option(min=1, help="Train every cell for this many steps at most.")] = None,
     size: Annotated[
         str | None, typer.Option(help="One of the file's `sizes`; its results are those of the sweep NAME-SIZE.")
@@ -203,7 +205,7 @@ def report(
 
 def _show(report: Report, page: Path, *, runs: bool = False) -> None:
     """The leaderboard, what holds, what did not finish, where the page is."""
-    from experiments.report import p_value, signed
+    from experiments.wording import p_value, signed
 
     console.print(*report.tables(runs=runs), sep="\n")
     for pair in report.tested:
@@ -216,7 +218,7 @@ def _show(report: Report, page: Path, *, runs: bool = False) -> None:
 
 
 def _one_run(result: Result, title: str) -> Table:
-    from experiments.report import giga, number, percent
+    from experiments.wording import giga, number, percent
 
     table = Table(title=title, title_justify="left", show_header=False)
     for key, value in (

@@ -41,8 +41,8 @@ def sample(
     """
     load_plugins(plugin)
     from experiments.progress import counting
-    from experiments.report import number
     from experiments.sampling import Drawing
+    from experiments.wording import number
 
     asked = {
         key: value for key, value in {"order": order, "context": context, "steps": steps}.items() if value is not None
