@@ -95,7 +95,8 @@ def _sheets(report: Report) -> Iterator[Sheet]:
         "Leaderboard",
         f"By {head.label} ({head.better}): mean and 95 % interval over n seeds (Student's t). Methods that share a"
         " letter were not told apart. Density and FLOPs are those of the plans that ran."
-        + (f" {report.task} Beside it mean ± half of the interval." if report.task else ""),
+        + (f" {report.task} Beside it mean ± half of the interval." if report.task else "")
+        + (f" {report.drift}" if report.drift else ""),
         ["method", head.label, "95 % interval", "", "n", "density", "GFLOPs", "s / step", *report.beside.values()],
         [*(row(group, group.titled) for group in report.ranked), *map(across, report.lines)],
     )
@@ -159,8 +160,13 @@ def _sheets(report: Report) -> Iterator[Sheet]:
     )
 
 
+def _one_line(text: str) -> str:
+    """Without line breaks. No-break spaces stay: str.split would take them for plain ones."""
+    return re.sub(r"[ \t\r\n]+", " ", text).strip(" ")
+
+
 def _markdown(text: str) -> str:
-    return re.sub(r"([\\`*_|<>\[\]])", r"\\\1", " ".join(text.split()))
+    return re.sub(r"([\\`*_|<>\[\]])", r"\\\1", _one_line(text))
 
 
 TEX = {
@@ -181,5 +187,5 @@ TEX = {
 
 def _latex(text: str) -> str:
     """Escaped; what pdfTeX has no letter for becomes a question mark."""
-    escaped = "".join(TEX.get(letter, letter) for letter in " ".join(text.split()))
+    escaped = "".join(TEX.get(letter, letter) for letter in _one_line(text))
     return escaped.encode("latin-1", "replace").decode("latin-1")

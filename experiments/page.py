@@ -50,6 +50,7 @@ def html(report: Report) -> str:
         effect_plots=[(effect, plots.effect(effect, report.headline, report.levels)) for effect in report.effects],
         distance_plots=_distance_plots(report, marks),
         curve_plots=_curve_plots(report, marks),
+        banded=len(report.groups) <= plots.BANDS,
         films=_films(report),
         machines=machines(report),
         skipped=_distinct([bad for r in report.results for bad in r.data.get("skipped", [])]),

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 import sparse_zoo as zoo
-from sparse_zoo.diagnostics import Diagnosis, Routing, diagnose, loops
+from sparse_zoo.diagnostics import Diagnosis, diagnose, loops
 from sparse_zoo.picture import INK, PAPER, picture
 
 HEADS, HEAD_DIM = 2, 16
@@ -53,8 +53,7 @@ class Map:
         rows = []
         for i, density in enumerate(self.densities):
             figures = next((one.scalars() for one in self.found if one.branch == i), {})
-            counts = [_picks(one.routing) for one in self.found if one.branch == i and one.routing]
-            shots = torch.stack(counts).sum(0) if counts else None
+            shots = _picks(self.found, i)
             routed = (
                 {"shots": None, "loops": None} if shots is None else {"shots": shots.tolist(), "loops": loops(shots)}
             )
@@ -70,7 +69,8 @@ class Map:
     def save(self, path: Path) -> Path:
         """The page as PNG: token maps, who routed to which shot, groups over frames where tokens are grouped."""
         maps = _of_tokens(self.result)
-        routed = [_picks(one.routing) for one in self.found if one.routing]
+        branches = (_picks(self.found, i) for i in range(len(self.densities)))
+        routed = [shots for shots in branches if shots is not None]
         groups = [labels for plan in maps.values() if (labels := _groups(plan)) is not None]
         panels = len(maps) + 2 * len(routed)
         columns = min(3, panels)
@@ -148,12 +148,12 @@ def of_routing(layers: Sequence[Sequence[Diagnosis]], folder: Path) -> list[dict
     """Write who routed to which shot, first batch item, all heads, of every layer's routed branches."""
     written = []
     for layer, found in enumerate(layers):
-        for one in found:
-            if one.routing is not None:
-                counts = _picks(one.routing)
+        for branch in sorted({one.branch for one in found}):
+            counts = _picks(found, branch)
+            if counts is not None:
                 figure = _figure(2.6, 2.6)
                 _draw_shots(figure.add_subplot(), counts, numbers=False)  # the report shows it small
-                path = _write(figure, folder / f"shots-{layer + 1}-{one.branch + 1}.png")
+                path = _write(figure, folder / f"shots-{layer + 1}-{branch + 1}.png")
                 told = ", ".join(map(loop_text, loops(counts)))
                 label = f"layer {layer + 1}, picks by shot" + (f", loops {told}" if told else "")
                 written.append({"file": path.name, "label": label})
@@ -180,9 +180,10 @@ def _of_tokens(result: zoo.Result) -> dict[int, zoo.Plan]:
     return {branch: plan for branch, plan in enumerate(result.plans) if plan.shape == (length, length)}
 
 
-def _picks(routing: Routing) -> Tensor:
-    """Picks by shot (S, S) of the first batch item, all heads."""
-    return routing.shots[0].sum(0).cpu()
+def _picks(found: Sequence[Diagnosis], branch: int) -> Tensor | None:
+    """Picks by shot (S, S) of a branch, all its parts and heads, first batch item; None where it routes nothing."""
+    counts = [one.routing.shots[0].sum(0).cpu() for one in found if one.branch == branch and one.routing is not None]
+    return torch.stack(counts).sum(0) if counts else None
 
 
 def _figure(width: float, height: float) -> Any:

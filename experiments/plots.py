@@ -52,6 +52,8 @@ class Mark:
     colour: str
 
 
+BANDS = 9  # of more lines the bands would hide each other
+CROWDED = 8  # values of a setting whose names would meet even if slanted
 SHARE = (0.0, 1.0)
 WHOLE_SCALE = (-0.04, 1.04)  # of shares, so that lines at either end are whole
 
@@ -116,8 +118,8 @@ def effect(one: Effect, measure: Measure, levels: Levels) -> Any:
         axis.plot(places, means, color=INK, lw=0.8, zorder=2)
     axis.scatter(places, means, s=34, color=INK, zorder=4)
     labels = [plain_values(level.value) for level in one.levels]
-    crowded = sum(len(label) + 2 for label in labels) > 30
-    axis.set_xticks(places, labels=labels, **({"rotation": 25, "ha": "right", "fontsize": 8} if crowded else {}))
+    slanted = {"rotation": 25, "ha": "right", "fontsize": 8} if sum(len(label) + 2 for label in labels) > 30 else {}
+    axis.set_xticks(places, labels=labels, **({"rotation": 90, "fontsize": 8} if len(labels) > CROWDED else slanted))
     axis.set_xlim(-0.5, len(one.levels) - 0.5)
     axis.grid(axis="x", visible=False)
     axis.set_ylabel(measure.label)
@@ -133,7 +135,7 @@ def curves(
     measure: Measure,
     levels: Levels,
 ) -> Any:
-    """Each method's mean over its runs, (step, value) each, with a band from the lowest to the highest of them.
+    """Each method's mean over its runs, (step, value) each; up to `BANDS` with a band from the lowest to the highest.
 
     Shares are drawn from 0 to 1 with their `levels`; losses that fall far on a logarithmic scale.
     """
@@ -143,9 +145,10 @@ def curves(
     for name, of in runs.items():
         steps, values = together(of)
         dots = {"marker": "o", "ms": 3} if len(steps) < 12 else {}
-        if len(values) > 1:
+        if len(values) > 1 and len(runs) <= BANDS:
             axis.fill_between(steps, values.min(0), values.max(0), color=marks[name].colour, alpha=0.18, lw=0)
         axis.plot(steps, values.mean(0), color=marks[name].colour, lw=1.5, **dots)
+        _number_line(axis, steps, values.mean(0), marks[name])
     axis.set_xlabel("step")
     axis.set_ylabel(label)
     axis.margins(x=0.02)
@@ -163,7 +166,7 @@ def curves(
 
 @_svg
 def distances(lines: Mapping[str, Mapping[int, Figure]], marks: Mapping[str, Mark], label: str, levels: Levels) -> Any:
-    """A share against the distance in shots, by name and distance: means, and intervals as bands."""
+    """A share against the distance in shots, by name and distance: means, of up to `BANDS` their intervals as bands."""
     from matplotlib.ticker import MaxNLocator
 
     canvas, axis = _panel(4.3, 3.5)
@@ -171,13 +174,10 @@ def distances(lines: Mapping[str, Mapping[int, Figure]], marks: Mapping[str, Mar
         places, mark = list(figures), marks[name]
         means = [figure.mean for figure in figures.values()]
         known = [(place, figure.low, figure.high) for place, figure in figures.items() if figure.low is not None]
-        if known:
+        if known and len(lines) <= BANDS:
             axis.fill_between(*zip(*known, strict=True), color=mark.colour, alpha=0.18, lw=0)
         axis.plot(places, means, color=mark.colour, lw=1.5, marker="o", ms=3)
-        # Numbers at different places, so that lines on top of each other are told apart without their colours.
-        at = mark.number % len(places)
-        axis.scatter(places[at], means[at], s=90, color=mark.colour, zorder=4)
-        _number(axis, places[at], means[at], mark)
+        _number_line(axis, places, means, mark)
     axis.set_xlabel("shots back to the nearest that shows the subject")
     axis.set_ylabel(label)
     axis.xaxis.set_major_locator(MaxNLocator(integer=True))
@@ -198,6 +198,15 @@ def smooth(losses: Sequence[float]) -> list[float]:
     """Mean over the last tenth of the run at most, so that the first point is the first loss."""
     reach = max(1, len(losses) // 10)
     return [float(np.mean(losses[max(0, i + 1 - reach) : i + 1])) for i in range(len(losses))]
+
+
+def _number_line(axis: Any, x: Sequence[float], y: Sequence[float], mark: Mark) -> None:
+    """A number for each line at another place, so that they are told apart without their colours; late on long ones."""
+    reach = len(x) if len(x) < 6 else len(x) // 2
+    places = min(reach, 8)
+    at = len(x) - 1 - (reach - 1) * (mark.number % places) // max(1, places - 1)
+    axis.scatter(x[at], y[at], s=70, color=mark.colour, zorder=4)
+    _number(axis, x[at], y[at], mark)
 
 
 def _number(axis: Any, x: float, y: float, mark: Mark) -> None:

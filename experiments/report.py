@@ -260,6 +260,19 @@ class Report:
             f" give less than p = {2 / 2**n:.2g}."
         )
 
+    @property
+    def drift(self) -> str:
+        """Which cells met their budget of pairs as they were made and not in training, in a sentence; or nothing."""
+        from experiments.match import TOLERANCE  # here: it builds models, which few reports need
+
+        moved = []
+        for group in self.rows:
+            asked, found = (group.one.config.get("match") or {}).get("density"), mean(group.figure("density"))
+            if asked is not None and found is not None and abs(found - asked) > TOLERANCE * asked:
+                moved.append(f"{group.name} {percent(found)} for {percent(asked)}")
+        told = ", ".join(moved).replace(" %", "\u00a0%")
+        return f"Budgets were met before training; in training moved {told}." if moved else ""
+
     def singly(self) -> Report:
         """The same with every run a group of its own."""
         singles = [Group(result.name, (result,), group.name) for group in self.groups for result in group.results]
@@ -267,7 +280,8 @@ class Report:
         return replace(self, groups=_best_first(singles, self.headline), elsewhere=tuple(elsewhere))
 
     def to_json(self) -> dict[str, Any]:
-        """{"name", "cells", "groups", "headline", "command", "verdict", "caution", "differences", "films", "effects"}.
+        """{"name", "cells", "groups", "headline", "command", "verdict", "caution", "drift", "differences", "films",
+        "effects"}.
 
         A group names its cells; its figures are `Figure`s over those that finished, its letters those of `letters`.
         null stands for what was not measured.
@@ -292,6 +306,7 @@ class Report:
             "command": self.command,
             "verdict": self.verdict,
             "caution": self.caution,
+            "drift": self.drift,
             "differences": [asdict(pair) | {"holds": pair.holds} for pair in self.differences],
             "films": [asdict(pair) | {"holds": pair.holds} for pair in self.films],
             "effects": [asdict(effect) for effect in self.effects],

@@ -143,6 +143,7 @@ def test_runs_get_a_picture_of_each_routed_branch(tmp_path: Path) -> None:
         ("moc", {"causal": None}),
         ("window", {"tile": [1, 2, 2], "window": [1, 1, 1]}),
         ("moga", {}),
+        ("svg", {}),  # a branch of two routed parts, spatial heads and temporal ones
     ):
         torch.manual_seed(0)
         attention = zoo.build(method, heads=HEADS, head_dim=16, dim=16, **settings).eval()
@@ -151,7 +152,10 @@ def test_runs_get_a_picture_of_each_routed_branch(tmp_path: Path) -> None:
     assert [entry["label"] for entry in written] == [
         "layer 1, picks by shot, loops 9 <-> 11",
         "layer 3, picks by shot",
+        "layer 4, picks by shot",
     ]
+    assert len({entry["file"] for entry in written}) == 3
+    assert len([one for one in layers[3] if one.routing is not None]) == 2
     assert all((tmp_path / entry["file"]).is_file() for entry in written)
 
 

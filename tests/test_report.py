@@ -108,6 +108,30 @@ def test_table_fits_a_terminal(sweep: str) -> None:
     assert re.search(r"broken +failed", text)
 
 
+def test_budgets_that_training_left_are_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ZOO_HOME", str(tmp_path))
+    cells = []
+    for name, match, density in (
+        ("kept", {"density": 0.25}, 0.2549),
+        ("left", {"density": 0.25}, 0.3),
+        ("fell", {"density": 0.25}, 0.2),
+        ("free", None, 0.5),
+        ("counted", {"flops": 1e9}, 0.9),
+    ):
+        cell = Cell(name, {"attention": {"name": "moc"}, "seed": 0, "match": match})
+        finished(cell, "budget", 0.5, density=density).write(cell.folder("budget"))
+        cells.append(cell)
+    write_sweep("budget", Asked("", tuple(cells)))
+    report = Report.of("budget")
+    moved = "left 30.0 % for 25.0 %, fell 20.0 % for 25.0 %".replace(" %", "\u00a0%")
+    told = f"Budgets were met before training; in training moved {moved}."
+    assert report.drift == report.to_json()["drift"] == told
+    assert told in html(report)
+    assert told.replace("\u00a0%", r"~\%") in appendix.latex(report)
+    write_sweep("budget", Asked("", (cells[0], cells[3])))
+    assert Report.of("budget").drift == ""
+
+
 @pytest.fixture
 def seeded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     """Two methods with three seeds each, of which one failed, and a method with one run."""

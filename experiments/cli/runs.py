@@ -212,6 +212,8 @@ def _show(report: Report, page: Path, *, runs: bool = False) -> None:
         if pair.holds:
             console.print(f"[bold]{pair.a} – {pair.b}[/bold] {signed(pair.mean)}, p {p_value(pair.p_holm)} (Holm)")
     console.print(f"{report.verdict} {report.caution}".strip(), highlight=False)
+    if report.drift:
+        console.print(report.drift, highlight=False)
     for names, result in report.unfinished_alike.items():
         console.print(f"[red]{names}[/red], {result.status}: {escape(result.reason or '')}", soft_wrap=True)
     console.print(f"Report: {page}", soft_wrap=True)
