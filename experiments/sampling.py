@@ -28,7 +28,7 @@ class Sampled:
 
     `films`: {"name", "shots", "given", "strip" (a path), "taken"} each; "taken" maps each shot that was drawn to the
     earlier ones it was drawn beside, and is None where all were drawn at once. `metrics` are those of the datamodule,
-    `notes` what was warned of.
+    with those of whole films where no shot was given; `notes` what was warned of.
     """
 
     checkpoint: str
@@ -65,7 +65,9 @@ class Drawing:
         of_run = {key: value for key, value in trained.config["sampling"].items() if key != "every"}
         order = {"order": "shots"} if sampling.get("context") is not None else {}
         self.euler = Euler(**{**of_run, **order, **sampling})
-        self.metrics = MetricCollection(dict(trained.data.sample_metrics()), compute_groups=False)
+        # Where nothing is given a film is right if it agrees with itself.
+        whole = {} if given else getattr(trained.data, "whole_metrics", dict)()
+        self.metrics = MetricCollection({**trained.data.sample_metrics(), **whole}, compute_groups=False)
         every = all(bool(self._known(batch).all()) for batch in self.batches)
         refuse("zoo sample", [f"with {given} shots given there is nothing left to draw"] if every else [])
 

@@ -62,6 +62,7 @@ def test_films_longer_than_trained_on(trained: Path, tmp_path: Path) -> None:
     assert (found["step"], found["data"]["returns"]) == (1, 3)
     assert found["sampling"] == {"steps": 2, "guidance": 1.0, "order": "shots", "context": 1}
     assert "identity_recall" in found["metrics"]
+    assert not [name for name in found["metrics"] if name.startswith("whole_")]  # a shot was given
     assert [film["name"] for film in found["films"]] == ["validation 0", "validation 1", "validation 2"]
     for number, film in enumerate(found["films"]):
         assert (film["shots"], film["given"], list(film["taken"])) == (4, 1, ["1", "2", "3"])
@@ -101,6 +102,7 @@ def test_what_is_not_asked_for_is_the_runs_and_the_model_is_told_its_step(traine
     assert set(steps) == {1}
     assert len(ticks) == drawing.steps == 2
     assert drawn.films[0]["taken"] is None
+    assert {"identity_recall", "whole_identity_recall", "whole_identity_chance"} <= drawn.metrics.keys()
     assert isinstance(drawing.module, LitVideoDiT)
 
 

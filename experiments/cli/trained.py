@@ -37,7 +37,8 @@ def sample(
 ) -> None:
     """Draw films with a trained model, of more shots than it was trained on if the data has them, and judge them.
 
-    What is not asked for is as in the run's config.
+    What is not asked for is as in the run's config. Measures that begin with whole_ ask whether a film of which no shot
+    was given agrees with itself, the others compare drawn shots with the true film.
     """
     load_plugins(plugin)
     from experiments.progress import counting
