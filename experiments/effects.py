@@ -1,7 +1,8 @@
 """What each setting does: the settings that differ between cells, and the mean of a measure at each value of one.
 
 Settings inside a method are nested in it: `top_k` of one method is another setting than `top_k` of the next. One that
-a cell leaves out has its method's default, where that method is registered.
+a cell leaves out has its method's default, where that method is registered. What one budget was solved to in all cells
+of a method is no setting: these cells compare at equal cost.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from experiments.measures import Measure
 from experiments.statistics import Figure
 
 METHOD = "attention"
-NO_SETTINGS = ("seed", "match", METHOD)  # runs are paired by the first; what a budget was solved to is in the attention
+NO_SETTINGS = ("seed", "match", METHOD)  # runs are paired by the first; what the second was solved to is in the third
 
 
 @dataclass(frozen=True)
@@ -77,11 +78,20 @@ def _settings(config: Mapping[str, Any], cells: Sequence[Cells]) -> dict[str, st
     if isinstance(attention, list):
         return plain | {METHOD: _json(attention)}
     name = attention["name"]
-    alike = [cell.config[METHOD] for cell in cells if not isinstance(cell.config[METHOD], list)]
-    given = {key: None for other in alike if other["name"] == name for key in other if key != "name"}
+    single = [cell.config for cell in cells if not isinstance(cell.config[METHOD], list)]
+    alike = [other for other in single if other[METHOD]["name"] == name]
+    hidden = {"name", *_solved(alike)}
+    given = {key: None for other in alike for key in other[METHOD] if key not in hidden}
     defaults = {key: one.default for key, one in zoo.settings(name).items()} if name in zoo.names() else {}
     own = {key: attention.get(key, defaults.get(key)) for key in given if key in attention or key in defaults}
     return plain | {METHOD: _json(name)} | {f"{METHOD}.{name}.{key}": _json(value) for key, value in own.items()}
+
+
+def _solved(alike: Sequence[Mapping[str, Any]]) -> set[str]:
+    """The settings of a method that one and the same budget was solved to in all of its cells."""
+    budgets = [config.get("match") or {} for config in alike]
+    asked = {_json({key: value for key, value in budget.items() if key not in ("set", "also")}) for budget in budgets}
+    return set.intersection(*(set(budget.get("set", ())) for budget in budgets)) if len(asked) == 1 else set()
 
 
 def _readable(key: str) -> str:

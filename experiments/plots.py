@@ -98,6 +98,7 @@ def pareto(
         axis.scatter(x, y, s=120, color=colour, edgecolors=ring, linewidths=1.3, zorder=4)
         _number(axis, x, y, marks[name])
     axis.set_xlabel(cost.label)
+    axis.locator_params(axis="x", nbins=6)  # more of long figures would run into each other
     axis.set_ylabel(quality.label)
     _draw_levels(axis, levels)
     return canvas

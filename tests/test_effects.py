@@ -77,11 +77,33 @@ def test_settings_of_methods_are_apart() -> None:
     assert means(of(found, "method")) == pytest.approx({"moc": 0.15, "other": 0.7})
 
 
+def solved(name: str, top_k: int, value: float, density: float | None = 0.375, **settings: Any) -> Cells:
+    match = None if density is None else {"density": density, "also": {}, "set": {"top_k": top_k}}
+    return cell(name, {"name": "moc", "top_k": top_k, **settings}, {0: value}, match=match)
+
+
+def test_what_one_budget_was_solved_to_is_no_setting() -> None:
+    """Causality at equal cost, whatever top_k it took."""
+    rows = solved("rows", 6, 0.9, chunk_tokens=3, causal=None)
+    causal = solved("causal", 8, 0.5, chunk_tokens=3, causal="routing")
+    longer = solved("longer", 4, 0.8, chunk_tokens=5, causal=None)
+    found = effects([rows, causal, longer], RECALL)
+    assert {effect.name for effect in found} == {"moc: causal", "moc: chunk_tokens"}
+    effect = of(found, "moc: causal")
+    assert (means(effect), effect.crossed, effect.combinations) == ({None: 0.9, "routing": 0.5}, 1, 2)
+
+    # Of two budgets, and beside a cell that has none, it is what differs.
+    wider = solved("wider", 12, 0.95, 0.75, chunk_tokens=3, causal=None)
+    assert means(of(effects([rows, wider], RECALL), "moc: top_k")) == {6: 0.9, 12: 0.95}
+    given = solved("given", 2, 0.6, None, chunk_tokens=3, causal=None)
+    assert means(of(effects([rows, given], RECALL), "moc: top_k")) == {2: 0.6, 6: 0.9}
+
+
 def test_settings_that_change_together_are_one() -> None:
     found = effects(
         [
-            cell("off", {"name": "moc"}, {0: 0.9}, match={"set": 1}),
-            cell("on", {"name": "moc", "drop_off": 1.0, "drop_in": 0.5}, {0: 0.4}, match={"set": 2}),
+            cell("off", {"name": "moc"}, {0: 0.9}, match={"set": {"top_k": 1}}),
+            cell("on", {"name": "moc", "drop_off": 1.0, "drop_in": 0.5}, {0: 0.4}, match={"set": {"top_k": 2}}),
         ],
         RECALL,
     )
