@@ -201,7 +201,7 @@ def smooth(losses: Sequence[float]) -> list[float]:
     return [float(np.mean(losses[max(0, i + 1 - reach) : i + 1])) for i in range(len(losses))]
 
 
-def _number_line(axis: Any, x: Sequence[float], y: Sequence[float], mark: Mark) -> None:
+def _number_line(axis: Any, x: Sequence[float] | np.ndarray, y: Sequence[float] | np.ndarray, mark: Mark) -> None:
     """A number for each line at another place, so that they are told apart without their colours; late on long ones."""
     reach = len(x) if len(x) < 6 else len(x) // 2
     places = min(reach, 8)

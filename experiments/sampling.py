@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from lightning.fabric.utilities import move_data_to_device
-from torchmetrics import MetricCollection
+from torchmetrics import Metric, MetricCollection
 
 from experiments.store import write_json
 from experiments.trained import Batch, Trained
@@ -66,7 +66,7 @@ class Drawing:
         order = {"order": "shots"} if sampling.get("context") is not None else {}
         self.euler = Euler(**{**of_run, **order, **sampling})
         # Where nothing is given a film is right if it agrees with itself.
-        whole = {} if given else getattr(trained.data, "whole_metrics", dict)()
+        whole = dict[str, Metric]() if given else getattr(trained.data, "whole_metrics", dict)()
         self.metrics = MetricCollection({**trained.data.sample_metrics(), **whole}, compute_groups=False)
         every = all(bool(self._known(batch).all()) for batch in self.batches)
         refuse("zoo sample", [f"with {given} shots given there is nothing left to draw"] if every else [])
