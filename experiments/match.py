@@ -12,6 +12,7 @@ from typing import Any
 
 import sparse_zoo as zoo
 from experiments.config import Config, refusals
+from experiments.measures import TOLERANCE
 from experiments.trial import layers_of, step_seconds, trial
 from lit_modules.flops import ModelShape, inner
 from sparse_zoo.errors import refuse, unknown
@@ -22,7 +23,6 @@ KINDS = {
     "flops": "attention of one training step, forward and backward, routing included",
     "seconds": "one training step, forward and backward",
 }
-TOLERANCE = 0.02  # of the target
 POINTS = 1 << 14  # a range of fractions is searched at so many values
 AROUND = 8  # values at either side that are measured too where bisection found nothing
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 HEADLINES = ("identity_recall", "val_loss")  # what a leaderboard goes by: the first that was measured
 COSTS = ("density", "flops", "seconds_per_step")
+TOLERANCE = 0.02  # of a budget, within which a cost meets it
 FIGURES = ("val_loss", "first_loss", "last_loss", *COSTS)  # fields of a `Result`; the others are in its `metrics`
 RECALL = "identity_recall"  # where it was measured, the sweep is a test of memory across shots
 WHOLE = "whole_"  # begins the names of what is measured of films drawn wholly from noise, not of their last shot alone

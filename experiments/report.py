@@ -13,7 +13,7 @@ from rich.table import Table
 
 from experiments.effects import Cells, Effect, effects
 from experiments.groups import Group, Line, commit, controls_elsewhere
-from experiments.measures import BESIDE, CONTROLS, COSTS, FIGURES, HEADLINES, RECALL, WHOLE, Measure
+from experiments.measures import BESIDE, CONTROLS, COSTS, FIGURES, HEADLINES, RECALL, TOLERANCE, WHOLE, Measure
 from experiments.statistics import Difference, Films, detectable, differences, letters, over_films
 from experiments.store import Result, home, read, read_sweep, write_json
 from experiments.wording import giga, half, interval, mean, number, percent
@@ -263,8 +263,6 @@ class Report:
     @property
     def drift(self) -> str:
         """Which cells met their budget of pairs as they were made and not in training, in a sentence; or nothing."""
-        from experiments.match import TOLERANCE  # here: it builds models, which few reports need
-
         moved = []
         for group in self.rows:
             asked, found = (group.one.config.get("match") or {}).get("density"), mean(group.figure("density"))
