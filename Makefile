@@ -29,7 +29,7 @@ coverage: install  ## the tests of sparse_zoo, and which of its lines they run (
 	$(BIN)/pytest --numprocesses 2 --cov sparse_zoo --cov-report term:skip-covered
 
 gpu:  ## what only a GPU can tell: checks, speed, a training step; ten minutes, with the system's torch
-	$(GPU_PYTHON) -m experiments.gpu
+	$(GPU_PYTHON) -m experiments.tools.gpu
 
 ui: install  ## open MLflow's page on the quickstart's store
 	$(BIN)/zoo ui

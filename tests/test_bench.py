@@ -1,10 +1,16 @@
+import itertools
 import json
+import random
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 
 import sparse_zoo as zoo
 from sparse_zoo import bench
+from sparse_zoo.bench import __main__ as command
+from sparse_zoo.bench import agreement, competitors, intervals, turns
 from sparse_zoo.kernels import grouped
 from sparse_zoo.simulate import simulate
 
@@ -12,7 +18,7 @@ CPU = torch.device("cpu")
 
 
 def test_rows_add_up(capsys: pytest.CaptureFixture[str]) -> None:
-    assert bench.main(["--tokens", "2048", "--repeats", "1", "--json"]) == 0
+    assert command.main(["--tokens", "2048", "--repeats", "1", "--max-repeats", "1", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     rows = found["rows"]
     assert found["threads"]
@@ -37,14 +43,17 @@ def test_a_wrong_kernel_gets_no_time(monkeypatch: pytest.MonkeyPatch, capsys: py
         return out + 0.01, lse
 
     monkeypatch.setattr(grouped._Softmax, "result", wrong)
-    assert bench.main(["--tokens", "2048", "--repeats", "1", "--methods", "window"]) == 1
-    assert "differs from the oracle" in capsys.readouterr().out
+    assert command.main(["--tokens", "2048", "--repeats", "1", "--max-repeats", "1", "--methods", "window"]) == 1
+    assert "errs by" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("method", ["vsa", "nsa"])
 def test_coarse_branches_are_judged_before_they_are_timed(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
     attention = zoo.build(method, heads=1, head_dim=16, dim=bench.ROUTING_DIM, kernel="cpu")
-    assert bench.gate(attention, 16, torch.float32, CPU) == ""
+    film = zoo.Layout.film([zoo.Shot(2, 6, 9, text=3)] * 8, caption=2)
+    q, k, v = (torch.randn(1, 1, len(film), 16) for _ in range(3))
+    hidden = torch.randn(1, len(film), bench.ROUTING_DIM)
+    assert bench.gate(attention, q, k, v, film, hidden) == ""
     right = grouped._Softmax.result
 
     def wrong(self, dtype):  # type: ignore[no-untyped-def]
@@ -52,7 +61,31 @@ def test_coarse_branches_are_judged_before_they_are_timed(method: str, monkeypat
         return out + 0.01 * (len(out) < 200), lse  # where queries are pooled
 
     monkeypatch.setattr(grouped._Softmax, "result", wrong)
-    assert ("differs" in bench.gate(attention, 16, torch.float32, CPU)) == (method == "vsa")
+    assert ("errs" in bench.gate(attention, q, k, v, film, hidden)) == (method == "vsa")
+
+
+def test_what_is_wrong_on_the_timed_film_alone_gets_no_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    right = grouped._Softmax.result
+
+    def wrong(self, dtype):  # type: ignore[no-untyped-def]
+        out, lse = right(self, dtype)
+        return out + 0.01 * (len(out) > 1000), lse  # the gate's small film has 890 tokens
+
+    monkeypatch.setattr(grouped._Softmax, "result", wrong)
+    (row,) = bench.measure(bench.Round(bench.film_of(2048), bench.CPU_ENTRIES[3:]), 1, CPU)
+    assert row["failed"].startswith("on 2048 tokens: out errs by")
+
+
+def test_a_wrong_sum_of_branches_gets_no_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """moga hands three plans to the kernel at once, by another code path than one plan takes."""
+    right = grouped.Grouped.run_sum
+    monkeypatch.setattr(grouped.Grouped, "run_sum", lambda self, *given: right(self, *given) * 1.01)
+    attention = zoo.build("moga", heads=1, head_dim=16, dim=bench.ROUTING_DIM, kernel="cpu", groups=2)
+    film = zoo.Layout.film([zoo.Shot(2, 4, 4)] * 2)
+    q, k, v = (torch.randn(1, 1, len(film), 16) for _ in range(3))
+    said = bench.gate(attention, q, k, v, film, torch.randn(1, len(film), bench.ROUTING_DIM))
+    assert "sum of out errs" in said
+    assert "sum of dq errs" in said
 
 
 def test_peak_memory_is_what_is_held_at_once() -> None:
@@ -67,14 +100,14 @@ def test_peak_memory_is_what_is_held_at_once() -> None:
 
 
 def test_out_of_memory_is_a_row_and_the_others_go_on(monkeypatch: pytest.MonkeyPatch) -> None:
-    attend = bench._attend
+    attend = turns._attend
 
     def full(attention, *given):  # type: ignore[no-untyped-def]
         if type(attention).__name__ == "MoC":
             raise RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried ...")
         return attend(attention, *given)
 
-    monkeypatch.setattr(bench, "_attend", full)
+    monkeypatch.setattr(turns, "_attend", full)
     round_ = bench.Round(bench.film_of(2048), bench.CPU_ENTRIES[:2])
     moc, *fixed = bench.measure(round_, 1, CPU)
     assert moc["method"] == "moc"
@@ -94,7 +127,7 @@ def test_out_of_memory_is_a_row_and_the_others_go_on(monkeypatch: pytest.MonkeyP
 )
 def test_refusals(arguments: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stopped:
-        bench.main(arguments)
+        command.main(arguments)
     assert stopped.value.code == 2
     assert said in capsys.readouterr().err
 
@@ -104,11 +137,11 @@ def test_a_kernel_that_cannot_run_says_why() -> None:
     assert "needs a CUDA device" in row["failed"] or "tensors are on cpu" in row["failed"]
 
 
-def test_every_event_is_told() -> None:
+def test_every_event_is_reported() -> None:
     rounds = [bench.Round(bench.film_of(2048), bench.CPU_ENTRIES[3:])]
-    told: list[str] = []
-    bench.run(rounds, 1, CPU, told.append)
-    assert len(told) == bench.events(rounds, 1, CPU)
+    seen: list[str] = []
+    bench.run(rounds, 1, CPU, seen.append)
+    assert len(seen) == bench.events(rounds, 1, CPU)
 
 
 def test_every_suite_can_be_made() -> None:
@@ -127,3 +160,104 @@ def test_the_quick_suite_has_every_method_at_work() -> None:
             continue  # a plug-in goes with its defaults
         counted = simulate(name, round_.film, heads=2, head_dim=16, dim=32, settings=settings)
         assert counted.cost.density < 0.6, name  # at defaults made for long films it would be dense
+
+
+# -- noise ------------------------------------------------------------------------------------------------------------
+
+
+def chance_to_hold(n: int, kept: int) -> float:
+    """That x(kept + 1) … x(n - kept) holds the median, counted over all ways that n values lie about it."""
+    held = sum(kept + 1 <= sum(bits) <= n - kept - 1 for bits in itertools.product((0, 1), repeat=n))
+    return held / 2**n
+
+
+@pytest.mark.parametrize(("count", "kept"), [(2, 0), (5, 0), (6, 0), (8, 0), (9, 1), (12, 2), (15, 3)])
+def test_intervals_are_exact_order_statistics(count: int, kept: int) -> None:
+    values = [float(x) for x in range(count)]
+    found = bench.median_interval(random.Random(0).sample(values, count))
+    assert found is not None
+    assert (found.low, found.high) == (values[kept], values[count - 1 - kept])
+    assert found.confidence == pytest.approx(chance_to_hold(count, kept))
+    assert (found.confidence >= intervals.CONFIDENCE) == (count >= 6)
+    assert count < 6 or chance_to_hold(count, kept + 1) < intervals.CONFIDENCE  # no narrower one would do
+
+
+def test_one_turn_has_no_interval() -> None:
+    assert bench.median_interval([1.0]) is None
+
+
+class Clock:
+    """Stands for the clock of the turns: dense takes 4 s, moc 2 s, each times what a machine adds in that turn."""
+
+    def __init__(self, disturbed: Callable[[int, str], float]) -> None:
+        self.disturbed, self.turns = disturbed, 0
+
+    def turn(self, timed: competitors.Timed, count: bool) -> str:
+        name = "dense" if timed.route is None else "moc"
+        if count:
+            number = len(timed.seconds["forward"])
+            self.turns = max(self.turns, number + 1)
+            seconds = (4.0 if name == "dense" else 2.0) * self.disturbed(number, name)
+            for which in timed.seconds:
+                timed.seconds[which].append(seconds)
+        timed.memory = {"forward": 1, "forward+backward": 1}
+        return ""
+
+
+FILM = zoo.Layout.film([zoo.Shot(2, 4, 4)] * 4)
+
+
+def timed_by(clock: Clock, monkeypatch: pytest.MonkeyPatch, **options: Any) -> list[dict[str, Any]]:
+    monkeypatch.setattr(competitors.Timed, "_turn", lambda timed, count: clock.turn(timed, count))
+    monkeypatch.setattr(agreement, "_wrong", lambda *_: "")
+    return bench.measure(
+        bench.Round(FILM, (bench.Entry("moc", {"top_k": 1, "chunk": "shot", "causal": None}),), 1, 16),
+        6,
+        CPU,
+        **options,
+    )
+
+
+def test_what_disturbs_both_alike_disturbs_no_ratio(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every turn ten times as slow as the one before: medians of turns say nothing, ratios are right."""
+    clock = Clock(lambda turn, _: 10.0**turn)
+    row = timed_by(clock, monkeypatch, most=30)[0]
+    assert clock.turns == 6
+    assert row["spread"] > 10
+    assert row["interval"] == pytest.approx([2.0 / row["bound"]] * 2)
+    assert row["ratio_over_bound"] == row["fastest_over_bound"] == pytest.approx(2.0 / row["bound"])
+    assert not row["noisy"]
+    assert bench.headline([row]) == ""
+    assert not next(iter(bench.table([row]))).startswith("The machine")
+
+
+def test_turns_are_added_until_the_interval_is_narrow(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two of the first turns are disturbed; eleven further ones outvote them."""
+    clock = Clock(lambda turn, name: 1.15 if name == "moc" and turn in (2, 4) else 1.0)
+    row = timed_by(clock, monkeypatch, most=30)[0]
+    assert 6 < clock.turns < 30
+    assert row["turns"] == clock.turns
+    assert not row["noisy"]
+    assert row["confidence"] >= intervals.CONFIDENCE
+
+
+def test_turns_that_would_not_help_are_not_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = Clock(lambda turn, name: 1.0 + 3.0 * (turn % 2) * (name == "moc"))
+    rows = timed_by(clock, monkeypatch, most=8)
+    assert clock.turns == 6
+    assert all(row["noisy"] for row in rows)
+    said = bench.headline(rows)
+    assert said.startswith("The machine was too noisy for 2 of 2 rows")
+    lines = list(bench.table(rows))
+    assert lines[0] == said
+    assert lines[2].split()[-2].endswith("!")
+
+
+def test_no_turns_are_added_when_time_is_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = Clock(lambda turn, name: 1.15 if name == "moc" and turn in (2, 4) else 1.0)
+    assert timed_by(clock, monkeypatch, most=30, seconds=0.0)[0]["noisy"]
+    assert clock.turns == 6
+
+
+def test_rows_measured_before_there_were_intervals_are_no_noise() -> None:
+    assert bench.headline([{"method": "moc"}, {"method": "moga", "failed": "out of memory"}]) == ""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -264,7 +265,9 @@ def bench(
     ] = [],  # noqa: B006
     kernel: Annotated[str | None, typer.Option(help="This kernel for every method.")] = None,
     dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16, for every method.")] = None,
-    repeats: Annotated[int, typer.Option(min=1, help="Measured turns; medians are given.")] = 5,
+    repeats: Annotated[int, typer.Option(min=1, help="Measured turns at least; medians are given.")] = 6,
+    max_repeats: Annotated[int, typer.Option(min=1, help="Turns at most, while intervals are wide.")] = 24,
+    minutes: Annotated[float, typer.Option(min=0, help="No further turns after this time.")] = math.inf,
     out: Annotated[Path | None, typer.Option(help="Also write the JSON here.")] = None,
     plot: Annotated[Path | None, typer.Option(help="Also draw time against length, as PNG.")] = None,
     plugin: Plugin = [],  # noqa: B006
@@ -273,8 +276,9 @@ def bench(
     """Measure how much of the speedup that its pair count allows a method attains.
 
     attained: seconds of the fastest dense attention here ÷ seconds of the method, routing included, turn by turn in one
-    process; bound: 1 / density. A kernel that errs against the oracle gets no time. quick: every method, seconds; cpu:
-    2k to 64k tokens, 15 minutes; shots: 1 to 32 shots; gpu: 180k tokens in half precision. Measure on a quiet machine.
+    process; bound: 1 / density. A kernel that errs against float64 gets no time. quick: every method, seconds; cpu:
+    2k to 64k tokens, 15 minutes; shots: 1 to 32 shots; gpu: 180k tokens in half precision. Measure on a quiet machine:
+    rows whose interval of attained ÷ bound (the median over turns, 95 %) is wider than 0.1 are marked.
     """
     load_plugins(plugin)
     import torch
@@ -284,8 +288,9 @@ def bench(
 
     device = torch.device("cuda" if torch.cuda.is_available() and suite == "gpu" else "cpu")
     rounds = speed.chosen(suite, method, tokens, kernel, dtype)
-    with counting(errors, "turns", speed.events(rounds, repeats, device)) as told:
-        found = speed.run(rounds, repeats, device, told)
+    most = max(repeats, max_repeats)
+    with counting(errors, "turns", speed.events(rounds, most, device)) as progress:
+        found = speed.run(rounds, repeats, device, progress, most=most, minutes=minutes)
     if out is not None:
         out.parent.mkdir(parents=True, exist_ok=True)
         out.write_text(json.dumps(found, indent=1) + "\n")
@@ -312,11 +317,21 @@ def _settings(settings: Mapping[str, Setting]) -> Table:
     return table
 
 
+SPEEDS = "method", "kernel", "tokens", "pass", "ms", "dense", "attained", "÷ bound", "interval", "best", "memory"
+
+
 def _speeds(found: Mapping[str, Any]) -> Table:
+    from sparse_zoo.bench.lines import headline, interval
+
     about = f"{found['device']}, torch {found['versions']['torch']}; fwd: forward, all: forward + backward"
     table = Table(title=about, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False, padding=0)
-    table.caption = "±: (slowest - fastest turn) ÷ median"
-    for title in ("method", "kernel", "tokens", "pass", "ms", "dense", "attained", "÷ bound", "memory", "±"):
+    table.caption = (
+        "÷ bound: of the medians; interval: of the median over turns of dense ÷ own ÷ bound, ! where it is too wide;\n"
+        "best: of the fastest turns"
+    )
+    if noise := headline(found["rows"]):
+        console.print(f"[bold yellow]{noise}[/bold yellow]", soft_wrap=True)
+    for title in SPEEDS:
         table.add_column(title, justify="left" if title in ("method", "kernel", "pass") else "right", no_wrap=True)
     for row in found["rows"]:
         name = (row["method"], row["kernel"], f"{row['tokens']:,}")
@@ -326,5 +341,6 @@ def _speeds(found: Mapping[str, Any]) -> Table:
         which = "fwd" if row["pass"] == "forward" else "all"
         times = (f"{row['seconds'] * 1e3:.1f}", f"{row['dense_seconds'] * 1e3:.1f}")
         speed = (f"{row['attained']:.2f} of {row['bound']:.2f}", f"[bold]{row['attained_over_bound']:.2f}[/bold]")
-        table.add_row(*name, which, *times, *speed, f"{row['peak_memory_ratio']:.2f}", f"{row['spread']:.0%}")
+        noise = (interval(row), f"{row['fastest_over_bound']:.2f}")
+        table.add_row(*name, which, *times, *speed, *noise, f"{row['peak_memory_ratio']:.2f}")
     return table

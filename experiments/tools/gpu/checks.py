@@ -1,0 +1,181 @@
+"""What is held before anything is timed, riskiest first."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+import sparse_zoo as zoo
+from experiments.tools.gpu import rows
+from experiments.tools.gpu.common import Problem, device_of, dtype_of, film_size, kernel_of, long_size, problem
+from experiments.tools.gpu.rows import Row
+from experiments.tools.gpu.stage import Run
+from sparse_zoo import routing
+from sparse_zoo.kernels import get
+from sparse_zoo.kernels.triton import dense
+from sparse_zoo.kernels.triton import routing as fused
+from sparse_zoo.methods import moc
+from sparse_zoo.testing import kernels as small
+from sparse_zoo.testing import large, run_kernel_checks
+
+FILM = "film"
+LONG = "180k tokens"
+CHOICE = "choice"
+SMALL_PLANS = 8
+
+
+def name_of(what: str, dtype: torch.dtype, head_dim: int) -> str:
+    """The name of a check, by which timings ask for it: what is checked, in which dtype and head dim."""
+    return f"{what}, {str(dtype).removeprefix('torch.')}, d {head_dim}"
+
+
+def judged(name: str, findings: list[large.Finding], reason: str = "") -> Row:
+    """A check's row, with the errors found and allowed."""
+    errors = {finding.what: [finding.error, finding.allowed] for finding in findings}
+    return rows.check(name, "; ".join(filter(None, (reason, large.failures(findings)))), **errors)
+
+
+# -- the vendor's dense kernel ----------------------------------------------------------------------------------------
+
+
+def dense_engine(run: Run) -> Iterator[Row]:
+    """Forward and backward of one of two key sets, with the output and lse of both; lengths by their rest of 128."""
+    head_dims = (16,) if run.tiny else (128, 64)
+    for head_dim, dtype in itertools.product(
+        head_dims, (dtype_of(run),) if run.tiny else (torch.bfloat16, torch.float16)
+    ):
+        reasons, worst = [], []
+        lengths = ((128, 128), (192, 64), (200, 77)) if run.tiny else ((1280, 1280), (1216, 1344), (1227, 1301))
+        for (queries, keys), low in itertools.product(lengths, (False, True)):
+            findings = two_key_sets(run, queries, keys, head_dim, dtype, low)
+            what = f"{queries} × {keys}{', scores near -200' if low else ''}"
+            reasons += [f"{what}: {large.failures(findings)}"] if large.failures(findings) else []
+            worst += findings
+        yield judged(name_of("dense", dtype, head_dim), [], "; ".join(reasons)) | {
+            "worst": max(finding.error / finding.allowed if finding.allowed else 0.0 for finding in worst)
+        }
+
+
+def two_key_sets(
+    run: Run, queries: int, keys: int, head_dim: int, dtype: torch.dtype, low: bool
+) -> list[large.Finding]:
+    """The vendor's kernel on the first of two key sets of a softmax over both."""
+    device, heads = device_of(run), 2
+    other = keys // 2 + 1
+    given = large.Inputs.random(max(queries, keys + other), heads, heads, head_dim, dtype, device, seed=1)
+    q, grad = (x[:, :, :queries].contiguous() for x in (given.q, given.grad))
+    k, v = (x[:, :, : keys + other].contiguous() for x in (given.k, given.v))
+    if low:  # all scores near -200: an lse below -88 makes exp(-lse) infinite
+        size = (200 / head_dim**0.5) ** 0.5
+        q, k = -(size + 0.1 * q), size + 0.1 * k
+    scale = head_dim**-0.5
+    own, rest = (tuple(x[:, :, part].contiguous() for x in (k, v)) for part in (slice(keys), slice(keys, None)))
+    outs, lses = zip(*(dense.forward(q, *part, scale) for part in (own, rest)), strict=True)
+    out, lse = zoo.merge(outs, lses)
+    got = dense.backward(grad, q, *own, out.to(dtype), lse.float(), scale)
+    found = []
+    reads = torch.ones(queries, keys + other, dtype=torch.bool, device=device)
+    wide, plain = (
+        [large._rows(*(x[0, h].to(d) for x in (q, k, v, grad)), reads, scale) for h in range(heads)]
+        for d in (torch.float64, dtype)
+    )
+
+    def parts(made: list[large._Rows], d: torch.dtype) -> list[Tensor]:
+        """out, lse of both sets; dq, dk, dv of the first."""
+        scores = [row.grad_scores[:, :keys] for row in made]
+        return [
+            torch.stack([row.out for row in made]),
+            torch.stack([row.lse for row in made]),
+            torch.stack([score @ own[0][0, h].to(d) * scale for h, score in enumerate(scores)]),
+            torch.stack([score.mT @ q[0, h].to(d) * scale for h, score in enumerate(scores)]),
+            torch.stack([row.weights[:, :keys].mT @ grad[0, h].to(d) for h, row in enumerate(made)]),
+        ]
+
+    results = (out[0].to(dtype), lse[0], *(x[0] for x in got))
+    for what, ours, want, rough in zip(
+        large.Run._fields, results, parts(wide, torch.float64), parts(plain, dtype), strict=True
+    ):
+        found.append(large.compare(what, ours, want, rough))
+    return found
+
+
+# -- routing ----------------------------------------------------------------------------------------------------------
+
+
+def choice(run: Run) -> Iterator[Row]:
+    """The fused top-k against scores in float64, as sets: few chunks and many, shared keys, a large k."""
+    sizes = [("few chunks", film_size(run), 1, 3), ("shared keys, k 16", film_size(run), 2, 16)]
+    sizes.append(("180k tokens", long_size(run), 1, 5))
+    for what, size, share, top_k in sizes:
+        asked = problem(run, size)
+        k = asked.given.k[:, ::share].contiguous()
+        finding = large.check_choice(
+            routing.top_chunks if kernel_of(run) == "cpu" else fused.top_chunks,
+            asked.given.q,
+            k,
+            *candidates(asked),
+            min(top_k, candidates(asked)[0].count),
+        )
+        yield judged(name_of(f"{CHOICE}, {what}", dtype_of(run), size.head_dim), [finding])
+
+
+def candidates(asked: Problem) -> tuple[zoo.Partition, Tensor, Tensor]:
+    """moc's chunks, which kind of query may choose which, and the kind of each query."""
+    static = moc._static(asked.film, asked.attention.cut)
+    return static.chunks, static.legal, static.kind
+
+
+# -- the kernel -------------------------------------------------------------------------------------------------------
+
+
+def plans(run: Run) -> Iterator[Row]:
+    """Each device kernel on small random plans: out, lse, gradients."""
+    head_dim = 16 if run.tiny else 64
+    subject = small.KernelSubject(get(kernel_of(run)), str(device_of(run)), dtype_of(run), head_dim)
+    made = itertools.islice(small.recipes(), 2 if run.tiny else SMALL_PLANS)
+    for number, recipe in enumerate(made):
+        name = f"small plan {number}"
+        try:
+            given = small.inputs(subject, recipe.queries, recipe.keys, seed=recipe.seed)
+            small.compare(subject, given, recipe.plan(subject.device), f"on {recipe}")
+        except AssertionError as error:
+            yield rows.check(name, str(error))
+        else:
+            yield rows.check(name)
+
+
+def film(run: Run) -> Iterator[Row]:
+    """moc on some 6k tokens in production's tiles, anchors by the vendor's kernel: every row, against float64."""
+    kinds = [(dtype_of(run), film_size(run).head_dim)]
+    if not run.tiny:
+        kinds += [(torch.bfloat16, 64), (torch.float16, 128)]
+    for dtype, head_dim in kinds:
+        asked = problem(run, film_size(run)._replace(head_dim=head_dim), dtype=dtype)
+        with large.dense_from(1 if run.tiny else 1 << 16):
+            large_parts = sum(bool(dense.rectangles(part)) for part in asked.plan.parts)
+            findings = large.check_whole(kernel_of(run), asked.plan, asked.given)
+        reason = "" if large_parts else "no part went to the vendor's dense kernel, so that it was not checked"
+        yield judged(name_of(FILM, dtype, head_dim), findings, reason) | {"dense_parts": large_parts}
+
+
+def long(run: Run) -> Iterator[Row]:
+    """moc at 180k tokens: sampled queries and keys of three heads against gathered float64."""
+    size = long_size(run)
+    asked = problem(run, size)
+    findings = large.check_sampled(kernel_of(run), asked.plan, asked.given, tokens=16 if run.tiny else 256)
+    yield judged(name_of(LONG, dtype_of(run), size.head_dim), findings)
+
+
+def suite(run: Run) -> Iterator[Row]:
+    """The conformance suite's checks of the kernel, as many as there is time for."""
+    for outcome in run_kernel_checks(kernel_of(run), only=("kernel_overlapping_keys",) if run.tiny else None):
+        name = f"suite: {outcome.check}"
+        yield rows.check(name, outcome.reason) if outcome.status == "failed" else {
+            "kind": "check", "name": name, "status": outcome.status, "reason": outcome.reason
+        }  # fmt: skip
+        if run.left() < 5:
+            yield rows.skipped("suite: the rest", "no time was left for it")
+            return

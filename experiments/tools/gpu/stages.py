@@ -1,0 +1,49 @@
+"""The stages of `make gpu`, in the order they run. No torch: the parent reads this table.
+
+What is riskiest is checked first; where less time is given than all stages take, those of the highest number in
+`priority` are left out first.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+HERE = "experiments.tools.gpu"
+
+
+class Stage(NamedTuple):
+    """`function` ("module:name") yields rows; `needs` are facts of the machine; `after` are stages whose checks allow
+    its timings, which run too where it is asked for alone."""
+
+    name: str
+    seconds: int
+    priority: int
+    function: str
+    needs: tuple[str, ...] = ()
+    after: tuple[str, ...] = ()
+
+
+MACHINE = Stage("machine", 20, 0, f"{HERE}.machine:machine")
+"""Always first: without a GPU nothing else runs, and what the machine lacks is known."""
+
+DENSE, CHOICE, PLANS, FILM, LONG = "check-dense", "check-choice", "check-plans", "check-film", "check-long"
+TRITON = ("triton", "sm80")
+
+STAGES = (
+    MACHINE,
+    Stage(DENSE, 15, 1, f"{HERE}.checks:dense_engine", ("sm80",)),
+    Stage(CHOICE, 15, 1, f"{HERE}.checks:choice", TRITON),
+    Stage(PLANS, 20, 2, f"{HERE}.checks:plans", TRITON),
+    Stage(FILM, 20, 1, f"{HERE}.checks:film", TRITON),
+    Stage(LONG, 25, 1, f"{HERE}.checks:long", TRITON),
+    Stage("rivals", 30, 2, f"{HERE}.times:rivals"),
+    Stage("breakdown", 40, 2, f"{HERE}.times:breakdown", TRITON, (LONG, CHOICE)),
+    Stage("anchors", 25, 3, f"{HERE}.times:anchors", ("sm80",), (DENSE,)),
+    Stage("tiles", 90, 4, f"{HERE}.times:sweep", TRITON, (LONG,)),
+    Stage("varlen", 50, 5, f"{HERE}.times:varlen", ("sm80",)),
+    Stage("end-to-end", 75, 3, f"{HERE}.times:end_to_end", TRITON, (FILM,)),
+    Stage("step", 45, 4, f"{HERE}.model:step", (*TRITON, "lightning"), (FILM, LONG)),
+    Stage("counters", 40, 6, f"{HERE}.instruments:counters", (*TRITON, "ncu")),
+    Stage("memory", 40, 6, f"{HERE}.instruments:memory", (*TRITON, "compute-sanitizer")),
+    Stage("suite", 30, 7, f"{HERE}.checks:suite", TRITON),
+)
