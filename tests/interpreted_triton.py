@@ -227,3 +227,56 @@ def test_fused_routing_keeps_float32s_accuracy_in_half_precision() -> None:
     ordered = scores.gather(-1, got.long())
     assert float(ordered.diff(dim=-1).max()) < 1e-6
     assert float((ordered[..., -1] - scores.sort(dim=-1, descending=True).values[..., 15]).abs().max()) < 1e-6
+
+
+def routed(length: int, heads: int) -> zoo.Plan:
+    """Queries that choose one or two of three ragged chunks."""
+    chunks = zoo.Partition.from_labels((torch.arange(length) // 13).clamp(max=2), 3)
+    return zoo.Plan.routed(
+        chunks, torch.stack([torch.randint(0, 2, (1, heads, length)), torch.full((1, heads, length), 2)], -1)
+    )
+
+
+def strided(aligned: bool) -> list[Tensor]:
+    """q, k, v of 40 tokens, 4 query heads and 2 of keys, whose rows begin at multiples of 16 bytes or do not."""
+    made = inputs((1, 4, 40), 40, 2)
+    if aligned:
+        return made
+    return [torch.randn(1, x.shape[1], 40, 9)[..., :8].detach().requires_grad_() for x in made]
+
+
+@pytest.mark.parametrize("aligned", [True, False])
+def test_copy_engine_reads_what_pointers_read(aligned: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    taken = []
+    plain = union.copied_blocks
+
+    def noted(*args: Any) -> Any:
+        found = plain(*args)
+        taken.append(found[1])
+        return found
+
+    plan, tensors = routed(40, 4), strided(aligned)
+    monkeypatch.setattr(union, "copied_blocks", noted)
+    out = zoo.attend(*tensors, plan, kernel="triton").out
+    grads = torch.autograd.grad(out.sum(), tensors)
+    assert taken == [aligned, aligned]
+    monkeypatch.setattr(union, "copied_blocks", lambda k, v, *_: ((k, v), False))
+    again = zoo.attend(*tensors, plan, kernel="triton").out
+    assert torch.equal(again, out)
+    assert all(map(torch.equal, torch.autograd.grad(again.sum(), tensors), grads))
+    compare(plan, tensors)
+
+
+def test_copy_engine_lets_no_nan_of_the_next_chunk_in() -> None:
+    """Its blocks run past the end of a ragged chunk, into rows that these queries do not attend to."""
+    q, k, v = strided(True)
+    labels = (torch.arange(40) // 13).clamp(max=2)
+    plan = zoo.Plan.routed(zoo.Partition.from_labels(labels, 3), torch.zeros(1, 4, 40, 1, dtype=torch.int64))
+    want = zoo.attend(q, k, v, plan, kernel="triton").out
+    want_grads = torch.autograd.grad(want.sum(), [q, k, v])
+    with torch.no_grad():
+        k[:, :, 13:] = torch.nan
+        v[:, :, 13:] = torch.nan
+    out = zoo.attend(q, k, v, plan, kernel="triton").out
+    assert torch.equal(out, want)
+    assert all(map(torch.equal, torch.autograd.grad(out.sum(), [q, k, v]), want_grads))

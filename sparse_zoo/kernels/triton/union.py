@@ -179,12 +179,14 @@ def _forward(slab: _Slab, tensors: tuple[Tensor, ...], work: _PlanWork, scale: f
             own.unflatten(0, slab.shape)[:, :, at], own_lse.unflatten(0, slab.shape)[:, :, at] = partial
         if part.work:
             tables, strides, number = _tables(slab, part.work.by_query)
+            tile = part.work.tiles(config).attend
+            keys, tma = copied_blocks(k[slab.items], v[slab.items], part.work, tile)
             _launch(
-                device.attend, slab, number, part.work.tiles(config).attend,
-                q, k[slab.items], v[slab.items], own, own_lse, *tables, scale,
+                device.attend, slab, number, tile,
+                q, *keys, own, own_lse, *tables, scale,
                 *_numbers(slab, number), slab.head.start, slab.share,
                 *_strides(q, k, v), own.stride(0), own_lse.stride(0), *strides,
-                DIM=dim, PIECES=part.work.pieces,
+                DIM=dim, PIECES=part.work.pieces, TMA=tma,
             )  # fmt: skip
     slots = slab.of(work.slots)
     number = -(-length // LINES.rows)
@@ -227,19 +229,25 @@ def _backward(
             dk[:, :, keys] += dk_part
             dv[:, :, keys] += dv_part
         if part.work:
-            given = (q, k[slab.items], v[slab.items], grad, lse, delta)
             tables, strides, number = _tables(slab, part.work.by_query)
+            # lse and delta of the listed queries, in the order of the list, which both kernels read.
+            known = torch.empty(slab.groups, 2, tables[0].shape[-1], dtype=torch.float32, device=q.device)
+            tile = part.work.tiles(config).grad_queries
+            keys, tma = copied_blocks(k[slab.items], v[slab.items], part.work, tile)
             _launch(
-                device.grad_queries, slab, number, part.work.tiles(config).grad_queries,
-                *given, own, *tables, scale, *_numbers(slab, number), slab.head.start, slab.share, length,
-                *_strides(q, k, v, grad), own.stride(0), *strides,
-                DIM=dim, PIECES=part.work.pieces,
+                device.grad_queries, slab, number, tile,
+                q, *keys, grad, lse, delta, own, known, *tables, scale,
+                *_numbers(slab, number), slab.head.start, slab.share, length,
+                *_strides(q, k, v, grad), own.stride(0), *known.stride()[:2], *strides,
+                DIM=dim, PIECES=part.work.pieces, TMA=tma,
             )  # fmt: skip
             tables, strides, number = _tables(slab, part.work.by_key)
             _launch(
                 device.grad_keys, slab, number, part.work.tiles(config).grad_keys,
-                *given, dk, dv, *tables, scale, *_numbers(slab, number), slab.head.start, slab.share,
-                length, k.shape[2], *_strides(q, k, v, grad), *strides, DIM=dim, PIECES=part.work.pieces,
+                q, k[slab.items], v[slab.items], grad, known, dk, dv, *tables, scale,
+                *_numbers(slab, number), slab.head.start, slab.share, k.shape[2],
+                *_strides(q, k, v, grad), *known.stride()[:2], *strides,
+                DIM=dim, PIECES=part.work.pieces,
             )  # fmt: skip
     slots = slab.of(work.slots)
     _launch(
@@ -259,6 +267,20 @@ def _launch(kernel: Any, slab: _Slab, number: int, tile: Tile, *args: Any, **con
     if tile.step:
         constants["STEP"] = tile.step
     kernel[(slab.groups * number,)](*args, ROWS=tile.rows, num_warps=tile.warps, num_stages=tile.stages, **constants)
+
+
+def copied_blocks(k: Tensor, v: Tensor, work: PartWork, tile: Tile) -> tuple[tuple[Any, Any], bool]:
+    """k and v as a kernel takes them, and whether they are descriptors: blocks of a slice of the stream can be read by
+    the copy engine, where the tile asks for it and rows begin at multiples of 16 bytes."""
+    if work.pieces or not tile.tma or not all(_aligned(x) for x in (k, v)):
+        return (k, v), False
+    from triton.tools.tensor_descriptor import TensorDescriptor
+
+    return tuple(TensorDescriptor.from_tensor(x, [1, 1, tile.step, x.shape[-1]]) for x in (k, v)), True
+
+
+def _aligned(x: Tensor) -> bool:
+    return all(byte % 16 == 0 for byte in (x.data_ptr(), *(stride * x.element_size() for stride in x.stride()[:3])))
 
 
 def _numbers(slab: _Slab, number: int) -> tuple[int, int]:
