@@ -35,8 +35,9 @@ class Partition:
         sizes = sizes.scatter_add_(2, rest, torch.ones_like(rest))[..., :count]
         offsets = torch.nn.functional.pad(sizes.cumsum(-1), (1, 0)).int()
         order: Tensor | None = rest.argsort(dim=-1, stable=True).int()
-        if labels.shape[:2] == (1, 1) and bool((rest[0, 0].diff() >= 0).all()):
-            order = None  # the pieces lie in the stream one after the other
+        # Pieces that lie in the stream one after the other need no order. A GPU would make the host wait for that.
+        if labels.device.type == "cpu" and labels.shape[:2] == (1, 1) and bool((rest[0, 0].diff() >= 0).all()):
+            order = None
         return Partition(order, offsets, labels.shape[-1], layout)
 
     @staticmethod
