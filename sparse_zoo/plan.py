@@ -52,6 +52,10 @@ class Part:
         )
 
     @property
+    def device(self) -> torch.device:
+        return self.edges.device
+
+    @property
     def by_table(self) -> bool:
         return self.edges.dtype == torch.bool
 
@@ -203,6 +207,10 @@ class Plan:
         return Plan(*self.parts, *added)
 
     # -- what it says ------------------------------------------------------------------------------------------------
+
+    @property
+    def device(self) -> torch.device:
+        return self.parts[0].device
 
     @property
     def shape(self) -> tuple[int, int]:

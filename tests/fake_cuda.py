@@ -19,6 +19,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch import Tensor
@@ -51,12 +52,11 @@ WAITING = {
 }
 """Operators that wait for a GPU, whatever they are given."""
 
-READING = {
-    getattr(Tensor, name)
-    for name in (
-        "cpu tolist numpy item equal __bool__ __int__ __float__ __index__ __array__ __contains__ __format__".split()
-    )
-} | {torch.equal}
+READING = (
+    *(torch.equal, Tensor.equal, Tensor.cpu, Tensor.tolist, Tensor.numpy, Tensor.item),
+    *(Tensor.__bool__, Tensor.__int__, Tensor.__float__, Tensor.__index__, Tensor.__array__),
+    *(Tensor.__contains__, Tensor.__format__),
+)
 """What reads values, some of it before any operator is called."""
 
 FROM_HOST_DATA = (torch.tensor, torch.as_tensor, torch.asarray, Tensor.new_tensor)
@@ -76,7 +76,13 @@ def fake_cuda() -> Iterator[list[Launch]]:
 @contextmanager
 def no_synchronisation() -> Iterator[None]:
     """Raise `Synchronises` where an operator on meta tensors would make the host wait, were they on a GPU."""
-    with _Functions(), _Operators():
+    run_backward = torch.autograd._engine_run_backward  # type: ignore[attr-defined]
+
+    def backward(*args: Any, **kwargs: Any) -> Any:
+        with _Functions():  # the outer one is off while it handles `backward` itself
+            return run_backward(*args, **kwargs)
+
+    with patch.object(torch.autograd, "_engine_run_backward", backward), _Functions(), _Operators():
         yield
 
 
@@ -119,10 +125,9 @@ def _refuse_waiting(func: Any, args: Any, kwargs: Any) -> None:
     if packet in (aten._to_copy, aten.copy_):
         _refuse_copy(func, args, kwargs)
         return
-    if packet in (aten.index, aten.index_put, aten.index_put_, aten._index_put_impl_):
-        # A lone mask with a single value is filled in place, without a list of its places.
-        if any(x is not None and x.dtype in (torch.bool, torch.uint8) for x in args[1]):
-            raise Synchronises(f"{func} with a mask waits for the number of its places")
+    indices = args[1] if packet in (aten.index, aten.index_put, aten.index_put_, aten._index_put_impl_) else ()
+    if any(x is not None and x.dtype in (torch.bool, torch.uint8) for x in indices):
+        raise Synchronises(f"{func} with a mask waits for the number of its places")
     # A host tensor of no dimension is an argument of the launch.
     host = [x for x in _tensors((args, kwargs)) if x.device.type == "cpu" and x.dim()]
     if host:

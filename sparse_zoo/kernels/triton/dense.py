@@ -36,8 +36,8 @@ class Rectangle(NamedTuple):
 def rectangles(part: Part) -> list[Rectangle] | None:
     """The rectangles of a part that is large and dense, None of any other. Remembered; never waits for the device.
 
-    Large and dense: made from a layout, shared by batch items and heads, of at most CALLS pieces of queries that are not single tokens,
-    with at least PAIRS pairs in a rectangle on average.
+    Large and dense: made from a layout, shared by batch items and heads, of at most CALLS pieces of queries that are
+    not single tokens, with at least PAIRS pairs in a rectangle on average.
     """
     if part.batch_heads != (1, 1) or not 0 < part.queries.count <= CALLS or part.queries.is_singles:
         return None
