@@ -14,6 +14,7 @@ from torch import Tensor
 from sparse_zoo.errors import refuse
 from sparse_zoo.partition import Partition
 from sparse_zoo.plan import Part
+from sparse_zoo.remember import on_device, origin
 
 PAIRS = 1 << 20
 """Mean pairs of a part's rectangles from which the vendor's kernel takes them: a call costs tens of microseconds."""
@@ -33,16 +34,19 @@ class Rectangle(NamedTuple):
 
 
 def rectangles(part: Part) -> list[Rectangle] | None:
-    """The rectangles of a part that is large and dense, None of any other. Waits for the device; remembered.
+    """The rectangles of a part that is large and dense, None of any other. Remembered; never waits for the device.
 
-    Large and dense: shared by batch items and heads, of at most CALLS pieces of queries that are not single tokens,
-    with at least PAIRS pairs in a rectangle on average.
+    Large and dense: made from a layout, shared by batch items and heads, of at most CALLS pieces of queries that are
+    not single tokens, with at least PAIRS pairs in a rectangle on average.
     """
     if part.batch_heads != (1, 1) or not 0 < part.queries.count <= CALLS or part.queries.is_singles:
         return None
+    found = origin(part)
+    if found is None and part.edges.device.type != "cpu":
+        return None  # made on the device, from values: to list its tokens the host would have to wait for them
     known: list[list[Rectangle]] = part.__dict__.setdefault("_dense_rectangles", [])
     if not known:
-        known.append(_rectangles(part))
+        known.append(_rectangles(part) if found is None else on_device(_rectangles(found.host), found.device))
     total = sum(rectangle.pairs for rectangle in known[0])
     return known[0] if total and total >= PAIRS * len(known[0]) else None
 
