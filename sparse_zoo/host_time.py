@@ -59,6 +59,7 @@ def record_launches() -> Iterator[list[Launch]]:
                 replace(device, name, _Recorder(name, kernel, launches))
         replace(triton.Triton, "why_not", lambda self, q=None, v=None: [])  # noqa: ARG005
         replace(triton, "_config", lambda q: configs.choose(CAPABILITY, q.shape[-1]))
+        replace(routing, "_tile", lambda q: configs.choose_tile(CAPABILITY))  # noqa: ARG005
         replace(
             routing,
             "fits",

@@ -73,6 +73,11 @@ class Partition:
         return self.offsets.long().diff(dim=-1)
 
     @lazy
+    def longest(self) -> int:
+        """Tokens in the largest piece."""
+        return int(self.sizes.max()) if self.count else 0
+
+    @lazy
     def piece_of(self) -> Tensor:
         """The piece of each token, -1 for none: int64 (B|1, H|1, L)."""
         batch, heads = self.offsets.shape[:2]

@@ -27,10 +27,14 @@ class Tiles(NamedTuple):
 
 
 class Config(NamedTuple):
-    """`routed`: gathered queries × one slice of keys; `pieces`: a tile meets several segments of listed keys."""
+    """`routed`: gathered queries × one slice of keys; `pieces`: a tile meets several segments of listed keys.
+
+    `cudnn`: routed parts go to cuDNN's variable-length attention instead of Triton's kernels.
+    """
 
     routed: Tiles
     pieces: Tiles
+    cudnn: bool = False
 
 
 # What compiles without spills; where several do, the larger tile. None has been timed on a GPU yet.

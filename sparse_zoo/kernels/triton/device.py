@@ -304,6 +304,21 @@ def grad_keys(
 
 
 @triton.jit
+def gather(
+    x, rows, tokens, heads, number, length, x_item, x_head, x_row, rows_group, tokens_item, tokens_head,
+    ROWS: tl.constexpr, DIM: tl.constexpr,
+):  # fmt: skip
+    """Rows of x in the order of a list of tokens."""
+    group, tile = tl.program_id(0) // number, tl.program_id(0) % number
+    item, head = (group // heads).to(tl.int64), (group % heads).to(tl.int64)
+    place, dim = (tile * ROWS + tl.arange(0, ROWS)).to(tl.int64), tl.arange(0, DIM)
+    live = place < length
+    token = tl.load(tokens + item * tokens_item + head * tokens_head + place, mask=live, other=0).to(tl.int64)
+    row = _rows(x + item * x_item + head * x_head, token, x_row, live, DIM, True)
+    tl.store(rows + group.to(tl.int64) * rows_group + place[:, None] * DIM + dim[None, :], row, mask=live[:, None])
+
+
+@triton.jit
 def merge(
     rows, rows_lse, slots, out, lse, heads, number, length, width, rows_group, rows_lse_group,
     slots_item, slots_head, out_item, out_head, out_row, lse_item, lse_head, ROWS: tl.constexpr, DIM: tl.constexpr,
@@ -323,7 +338,8 @@ def merge(
         place = tl.load(slots + token * width + i, mask=live, other=-1).to(tl.int64)
         there = place >= 0
         partial_lse = tl.load(rows_lse + place, mask=there, other=float("-inf")) * LOG2_E
-        partial = _rows(rows, place, DIM, there, DIM, True).to(tl.float32)
+        # Rows without keys may hold anything, and 0 times NaN is NaN.
+        partial = _rows(rows, place, DIM, there & (partial_lse != float("-inf")), DIM, True).to(tl.float32)
         higher = tl.maximum(top, partial_lse)
         # -inf - -inf is no number: rows without keys so far weigh 0.
         base = tl.where(higher == float("-inf"), 0.0, higher)

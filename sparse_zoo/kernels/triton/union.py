@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from sparse_zoo.kernels.triton import dense, device
+from sparse_zoo.kernels.triton import cudnn, dense, device
 from sparse_zoo.kernels.triton.configs import LINES, Config, Tile
 from sparse_zoo.kernels.triton.work import PartWork, Work, work_of
 from sparse_zoo.plan import Part, Plan
@@ -59,11 +59,16 @@ class Union(torch.autograd.Function):
 
 @dataclass(frozen=True)
 class _Listed:
-    """A part: dense rectangles or work for the gather kernels, and which of a head's partial rows are its own."""
+    """A part: dense rectangles or work for the gather kernels, and which of a head's partial rows are its own.
+
+    `by_cudnn`: the work goes to cuDNN's variable-length attention, whose key pieces have `longest` tokens at most.
+    """
 
     dense: list[dense.Rectangle] | None
     work: PartWork | None
     rows: slice
+    by_cudnn: bool = False
+    longest: int = 0
 
 
 @dataclass(frozen=True)
@@ -89,7 +94,9 @@ class _PlanWork:
                 number, places = work.by_query.tokens.shape[-1], work.slots
             else:
                 continue
-            parts.append(_Listed(rectangles, work, slice(first, first + number)))
+            by_cudnn = config.cudnn and work is not None and not work.pieces
+            longest = part.keys.longest if by_cudnn else 0
+            parts.append(_Listed(rectangles, work, slice(first, first + number), by_cudnn, longest))
             slots.append(torch.where(places < 0, -1, places + first))
             first += number
         lead = plan.batch_heads
@@ -146,6 +153,16 @@ class _Slab:
         """Its batch items and query heads of a tensor or table, (B|1, H|1, …); a shared one is not copied."""
         return x.expand(self.batch, self.heads, *x.shape[2:])[self.items, self.head]
 
+    def work(self, work: PartWork) -> PartWork:
+        """Its batch items and heads of the tables of a part."""
+        by_query, by_key = (Work(*(self.of(x) for x in tables)) for tables in (work.by_query, work.by_key))
+        return work._replace(by_query=by_query, by_key=by_key)
+
+    def first_keys(self, k: Tensor) -> Tensor:
+        """The row of a contiguous k at which the stream of each of its heads begins: int64 (items, heads)."""
+        stream = torch.arange(k.shape[0] * k.shape[1], device=k.device).view(k.shape[:2]) * k.shape[2]
+        return self.of(stream.repeat_interleave(self.share, dim=1))
+
     def keys_at(self, x: Tensor, rows: dense.Rows) -> Tensor:
         """Some rows of k or v, one head for each query head."""
         own = x[self.items, self.kv_head][:, :, rows]
@@ -177,13 +194,18 @@ def _forward(slab: _Slab, tensors: tuple[Tensor, ...], work: _PlanWork, scale: f
         for at, keys, _ in part.dense or ():
             partial = dense.forward(q[:, :, at], slab.keys_at(k, keys), slab.keys_at(v, keys), scale)
             own.unflatten(0, slab.shape)[:, :, at], own_lse.unflatten(0, slab.shape)[:, :, at] = partial
-        if part.work:
+        if part.work and part.by_cudnn:
+            own.unflatten(0, slab.shape)[:], own_lse.unflatten(0, slab.shape)[:] = cudnn.forward(
+                _gathered(slab, q, part.work), k.contiguous(), v.contiguous(),
+                slab.first_keys(k), slab.work(part.work), part.longest, scale,
+            )  # fmt: skip
+        elif part.work:
             tables, strides, number = _tables(slab, part.work.by_query)
             tile = part.work.tiles(config).attend
-            keys, tma = copied_blocks(k[slab.items], v[slab.items], part.work, tile)
+            blocks, tma = copied_blocks(k[slab.items], v[slab.items], part.work, tile)
             _launch(
                 device.attend, slab, number, tile,
-                q, *keys, own, own_lse, *tables, scale,
+                q, *blocks, own, own_lse, *tables, scale,
                 *_numbers(slab, number), slab.head.start, slab.share,
                 *_strides(q, k, v), own.stride(0), own_lse.stride(0), *strides,
                 DIM=dim, PIECES=part.work.pieces, TMA=tma,
@@ -228,15 +250,23 @@ def _backward(
             )  # fmt: skip
             dk[:, :, keys] += dk_part
             dv[:, :, keys] += dv_part
-        if part.work:
+        if part.work and part.by_cudnn:
+            queries, asked, outs, lses = (_gathered(slab, x, part.work) for x in (q, grad, out, lse[..., None]))
+            own.unflatten(0, slab.shape)[:], dk_part, dv_part = cudnn.backward(
+                asked, queries, k.contiguous(), v.contiguous(), outs, lses[..., 0],
+                slab.first_keys(k), slab.work(part.work), part.longest, scale,
+            )  # fmt: skip
+            dk += dk_part
+            dv += dv_part
+        elif part.work:
             tables, strides, number = _tables(slab, part.work.by_query)
             # lse and delta of the listed queries, in the order of the list, which both kernels read.
             known = torch.empty(slab.groups, 2, tables[0].shape[-1], dtype=torch.float32, device=q.device)
             tile = part.work.tiles(config).grad_queries
-            keys, tma = copied_blocks(k[slab.items], v[slab.items], part.work, tile)
+            blocks, tma = copied_blocks(k[slab.items], v[slab.items], part.work, tile)
             _launch(
                 device.grad_queries, slab, number, tile,
-                q, *keys, grad, lse, delta, own, known, *tables, scale,
+                q, *blocks, grad, lse, delta, own, known, *tables, scale,
                 *_numbers(slab, number), slab.head.start, slab.share, length,
                 *_strides(q, k, v, grad), own.stride(0), *known.stride()[:2], *strides,
                 DIM=dim, PIECES=part.work.pieces, TMA=tma,
@@ -269,6 +299,19 @@ def _launch(kernel: Any, slab: _Slab, number: int, tile: Tile, *args: Any, **con
     kernel[(slab.groups * number,)](*args, ROWS=tile.rows, num_warps=tile.warps, num_stages=tile.stages, **constants)
 
 
+def _gathered(slab: _Slab, x: Tensor, work: PartWork) -> Tensor:
+    """Rows of x (items, heads, L, n) in the order of the part's list of queries: contiguous (items, heads, m, n)."""
+    tokens = slab.of(work.by_query.tokens)
+    rows = torch.empty(*slab.shape, tokens.shape[-1], x.shape[-1], dtype=x.dtype, device=x.device)
+    number = -(-tokens.shape[-1] // LINES.rows)
+    _launch(
+        device.gather, slab, number, LINES,
+        x, rows, tokens, *_numbers(slab, number), tokens.shape[-1], *_strides(x), rows.stride(1), *tokens.stride()[:2],
+        DIM=x.shape[-1],
+    )  # fmt: skip
+    return rows
+
+
 def copied_blocks(k: Tensor, v: Tensor, work: PartWork, tile: Tile) -> tuple[tuple[Any, Any], bool]:
     """k and v as a kernel takes them, and whether they are descriptors: blocks of a slice of the stream can be read by
     the copy engine, where the tile asks for it and rows begin at multiples of 16 bytes."""
@@ -276,7 +319,8 @@ def copied_blocks(k: Tensor, v: Tensor, work: PartWork, tile: Tile) -> tuple[tup
         return (k, v), False
     from triton.tools.tensor_descriptor import TensorDescriptor
 
-    return tuple(TensorDescriptor.from_tensor(x, [1, 1, tile.step, x.shape[-1]]) for x in (k, v)), True
+    block = [1, 1, tile.step, k.shape[-1]]
+    return (TensorDescriptor.from_tensor(k, block), TensorDescriptor.from_tensor(v, block)), True
 
 
 def _aligned(x: Tensor) -> bool:

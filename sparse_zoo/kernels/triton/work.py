@@ -60,12 +60,14 @@ def work_of(part: Part, config: Config) -> PartWork | None:
     if not edges.numel() or not keys.count:
         return None
     gathered, pieces = queries.is_singles, not (queries.is_singles and keys.order is None)
-    tiles = config.pieces if pieces else config.routed
-    rows, key_rows = tiles.attend.rows, tiles.grad_keys.rows
+    sizes = config.pieces if pieces else config.routed
+    rows, key_rows = sizes.attend.rows, sizes.grad_keys.rows
     readers, starts, places = _by_key(edges, keys.count)
     if gathered:
-        by_query = Work(readers, _piece_tiles(starts, readers.shape[-1], rows), tokens_of(keys), _bounds(keys.offsets))
-        by_key = Work(tokens_of(keys), _piece_tiles(keys.offsets, _listed(keys), key_rows), readers, _bounds(starts))
+        by_query = Work(
+            readers, tiles_of_pieces(starts, readers.shape[-1], rows), tokens_of(keys), _bounds(keys.offsets)
+        )
+        by_key = Work(tokens_of(keys), tiles_of_pieces(keys.offsets, _listed(keys), key_rows), readers, _bounds(starts))
         return PartWork(by_query, by_key, places, pieces)
     first = torch.arange(queries.count, device=edges.device) * edges.shape[-1]
     by_query = Work(
@@ -139,7 +141,7 @@ def _tiles(starts: Tensor, listed: int, size: int, low: Tensor, high: Tensor) ->
     return torch.stack([first, count, low.gather(-1, piece), high.gather(-1, piece)], dim=-1).int()
 
 
-def _piece_tiles(starts: Tensor, listed: int, size: int) -> Tensor:
+def tiles_of_pieces(starts: Tensor, listed: int, size: int) -> Tensor:
     """Tiles whose segments are one: that of their own piece."""
     piece = torch.arange(starts.shape[-1] - 1, device=starts.device)[None, None]
     return _tiles(starts, listed, size, piece, piece + 1)
