@@ -323,7 +323,8 @@ def merge(
     rows, rows_lse, slots, out, lse, heads, number, length, width, rows_group, rows_lse_group,
     slots_item, slots_head, out_item, out_head, out_row, lse_item, lse_head, ROWS: tl.constexpr, DIM: tl.constexpr,
 ):  # fmt: skip
-    """The partial rows of each query, in the order of its slots -> output and log-sum-exp."""
+    """Output and log-sum-exp of each query so far, where lse is not -inf, and its partial rows in the order of its
+    slots -> output and log-sum-exp of all."""
     group, tile = tl.program_id(0) // number, tl.program_id(0) % number
     item, head = (group // heads).to(tl.int64), (group % heads).to(tl.int64)
     token, dim = (tile * ROWS + tl.arange(0, ROWS)).to(tl.int64), tl.arange(0, DIM)
@@ -331,9 +332,12 @@ def merge(
     rows += group.to(tl.int64) * rows_group
     rows_lse += group.to(tl.int64) * rows_lse_group
     slots += item * slots_item + head * slots_head
-    top = tl.full([ROWS], float("-inf"), tl.float32)
-    total = tl.zeros([ROWS], tl.float32)
-    acc = tl.zeros([ROWS, DIM], tl.float32)
+    out += item * out_item + head * out_head
+    lse += item * lse_item + head * lse_head + token
+    top = tl.load(lse, mask=live, other=float("-inf")) * LOG2_E
+    there = top != float("-inf")
+    total = there.to(tl.float32)
+    acc = _rows(out, token, out_row, there, DIM, True).to(tl.float32)
     for i in tl.range(0, width):
         place = tl.load(slots + token * width + i, mask=live, other=-1).to(tl.int64)
         there = place >= 0
@@ -348,28 +352,83 @@ def merge(
         total = total * shrink + weight
         top = higher
     acc = acc / tl.where(total == 0, 1.0, total)[:, None]
-    to = out + item * out_item + head * out_head + token[:, None] * out_row + dim[None, :]
+    to = out + token[:, None] * out_row + dim[None, :]
     tl.store(to, acc.to(out.dtype.element_ty), mask=live[:, None])
-    tl.store(lse + item * lse_item + head * lse_head + token, (top + tl.math.log2(total)) * LN_2, mask=live)
+    tl.store(lse, (top + tl.math.log2(total)) * LN_2, mask=live)
+
+
+@triton.jit
+def fold(
+    partial, partial_lse, out, lse, tokens, heads, number, length,
+    partial_item, partial_head, partial_row, partial_lse_item, partial_lse_head,
+    out_item, out_head, out_row, lse_item, lse_head,
+    ROWS: tl.constexpr, DIM: tl.constexpr, LISTED: tl.constexpr,
+):  # fmt: skip
+    """Merge partial rows into output and log-sum-exp, in place: row i into row i, or LISTED into row tokens[i]."""
+    group, tile = tl.program_id(0) // number, tl.program_id(0) % number
+    item, head = (group // heads).to(tl.int64), (group % heads).to(tl.int64)
+    place, dim = (tile * ROWS + tl.arange(0, ROWS)).to(tl.int64), tl.arange(0, DIM)
+    live = place < length
+    token = _places(tokens, place, length, LISTED, True)
+    out += item * out_item + head * out_head
+    lse += item * lse_item + head * lse_head + token
+    one = tl.load(lse, mask=live, other=float("-inf")) * LOG2_E
+    other = (
+        tl.load(partial_lse + item * partial_lse_item + head * partial_lse_head + place, mask=live, other=0.0) * LOG2_E
+    )
+    top = tl.maximum(one, other)
+    weight, more = tl.math.exp2(one - top), tl.math.exp2(other - top)
+    total = weight + more
+    acc = (
+        _rows(out, token, out_row, live & (one != float("-inf")), DIM, True).to(tl.float32) * (weight / total)[:, None]
+    )
+    rows = _rows(partial + item * partial_item + head * partial_head, place, partial_row, live, DIM, True)
+    acc += rows.to(tl.float32) * (more / total)[:, None]
+    tl.store(out + token[:, None] * out_row + dim[None, :], acc.to(out.dtype.element_ty), mask=live[:, None])
+    tl.store(lse, (top + tl.math.log2(total)) * LN_2, mask=live)
+
+
+@triton.jit
+def add_rows(
+    rows, to, tokens, heads, number, length, share, rows_item, rows_head, rows_row, to_item, to_head, to_row,
+    ROWS: tl.constexpr, DIM: tl.constexpr, LISTED: tl.constexpr, ADD: tl.constexpr,
+):  # fmt: skip
+    """Sum rows over `share` heads each, and add the sums to row i, or LISTED to row tokens[i]; or, not ADD, put them
+    there. `heads` are those of `to`."""
+    group, tile = tl.program_id(0) // number, tl.program_id(0) % number
+    item, head = (group // heads).to(tl.int64), (group % heads).to(tl.int64)
+    place, dim = (tile * ROWS + tl.arange(0, ROWS)).to(tl.int64), tl.arange(0, DIM)
+    live = place < length
+    token = _places(tokens, place, length, LISTED, True)
+    at = to + item * to_item + head * to_head + token[:, None] * to_row + dim[None, :]
+    acc = tl.zeros([ROWS, DIM], tl.float32)
+    if ADD:
+        acc += tl.load(at, mask=live[:, None], other=0.0).to(tl.float32)
+    rows += item * rows_item + head * share * rows_head
+    for i in tl.range(0, share):
+        acc += _rows(rows + i * rows_head, place, rows_row, live, DIM, True).to(tl.float32)
+    tl.store(at, acc.to(to.dtype.element_ty), mask=live[:, None])
 
 
 @triton.jit
 def add_up(
     rows, slots, out, heads, number, length, width, rows_group, slots_item, slots_head, out_item, out_head, out_row,
-    ROWS: tl.constexpr, DIM: tl.constexpr,
+    ROWS: tl.constexpr, DIM: tl.constexpr, ADD: tl.constexpr,
 ):  # fmt: skip
-    """The sum of the partial rows of each query, in the order of its slots."""
+    """The sum of the partial rows of each query, in the order of its slots, with ADD added to what is there."""
     group, tile = tl.program_id(0) // number, tl.program_id(0) % number
     item, head = (group // heads).to(tl.int64), (group % heads).to(tl.int64)
     token, dim = (tile * ROWS + tl.arange(0, ROWS)).to(tl.int64), tl.arange(0, DIM)
     live = token < length
     rows += group.to(tl.int64) * rows_group
     slots += item * slots_item + head * slots_head
+    to = out + item * out_item + head * out_head + token[:, None] * out_row + dim[None, :]
     acc = tl.zeros([ROWS, DIM], tl.float32)
+    if ADD:
+        acc += tl.load(to, mask=live[:, None], other=0.0).to(tl.float32)
     for i in tl.range(0, width):
         place = tl.load(slots + token * width + i, mask=live, other=-1).to(tl.int64)
         acc += _rows(rows, place, DIM, place >= 0, DIM, True).to(tl.float32)
-    to = out + item * out_item + head * out_head + token[:, None] * out_row + dim[None, :]
     tl.store(to, acc.to(out.dtype.element_ty), mask=live[:, None])
 
 
