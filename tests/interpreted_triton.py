@@ -406,3 +406,51 @@ def test_cudnn_takes_routed_parts(heads_of_keys: int, monkeypatch: pytest.Monkey
     q, k, _ = tensors = inputs((1, 2, len(film)), len(film), 1)
     moc = zoo.build("moc", heads=2, head_dim=8, top_k=2, causal=None)
     compare(moc.plan(q, k, film), tensors, kernel="cudnn")
+
+
+# -- rectangles in batches --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("heads_of_keys", [1, 2])
+@pytest.mark.parametrize("batch", [1, 2])
+def test_equal_shots_are_one_call(batch: int, heads_of_keys: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Four shots of which three are equal, captions that all read, and a chunk that is chosen."""
+    monkeypatch.setattr(dense, "PAIRS", 1)
+    calls = []
+    forward = dense.forward
+    monkeypatch.setattr(dense, "forward", lambda q, *rest: (calls.append(tuple(q.shape)), forward(q, *rest))[1])
+    film = zoo.Layout.film([zoo.Shot(1, 3, 3)] + [zoo.Shot(1, 2, 3, text=2)] * 3)
+    moc = zoo.build("moc", heads=2, head_dim=8, top_k=1, causal=None)
+    q, k, _ = tensors = inputs((batch, 2, len(film)), len(film), heads_of_keys)
+    compare(moc.plan(q, k, film), tensors)
+    assert calls.count((3, 2, 8, 8)) == batch
+
+
+def test_rectangles_that_share_keys_add_up_in_float32(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sixteen rectangles read the same half of the keys: in half precision their gradients would lose small terms."""
+    monkeypatch.setattr(dense, "PAIRS", 1)
+    pieces = zoo.Partition.from_labels(torch.arange(64) // 4, 16)
+    halves = zoo.Partition.from_labels(torch.arange(64) // 32, 2)
+    plan = zoo.Plan.blocks(pieces, halves, torch.ones(16, 2, dtype=torch.bool))
+    (part,) = plan.parts
+    assert dense.overlap(dense.rectangles(part) or [])
+    q, k, v = (x.detach().half().requires_grad_() for x in inputs((1, 1, 64), 64, 1))
+    out = zoo.attend(q, k, v, plan, kernel="triton").out
+    dk, dv = torch.autograd.grad(out.float().sum(), [k, v])
+    exact = [x.detach().double().requires_grad_() for x in (q, k, v)]
+    want, _ = oracle.masked_softmax(*exact, oracle.mask_of(plan))
+    want_dk, want_dv = torch.autograd.grad(want.sum(), exact[1:])
+    for got, expected in ((dk, want_dk), (dv, want_dv)):
+        assert float((got.double() - expected).abs().max()) < 1e-3 * float(want_dv.abs().max())
+
+
+def test_rows_that_no_rectangle_covers_are_empty(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dense, "PAIRS", 1)
+    labels = torch.tensor([0] * 10 + [-1] * 5 + [1] * 10)
+    plan = zoo.Plan.groups(labels)
+    assert dense.rectangles(plan.parts[0])
+    tensors = inputs((1, 2, 25), 25, 2)
+    got = zoo.attend(*tensors, plan, kernel="triton")
+    assert bool((got.out[:, :, 10:15] == 0).all())
+    assert bool((got.lse[:, :, 10:15] == -torch.inf).all())
+    compare(plan, tensors)

@@ -25,16 +25,16 @@ from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource, CompiledKernel  # noqa: E402
 from triton.tools.tensor_descriptor import TensorDescriptor  # noqa: E402
 
-from sparse_zoo.kernels.triton import device, union  # noqa: E402
+from sparse_zoo.kernels.triton import cudnn, dense, device, union  # noqa: E402
 from sparse_zoo.kernels.triton import routing as fused  # noqa: E402
 
 SHARED_MEMORY = {80: 163 << 10, 90: 227 << 10}
 MULTIPLY = ("attend", "grad_queries", "grad_keys")
-OTHERS = ("merge", "add_up", "row_dots")
+OTHERS = ("merge", "fold", "add_rows", "add_up", "row_dots", "gather")
 ROUTING = ("pool", "choose")
 OLDEST = "3.6.0"
 OLDEST_PACKAGE = Path(sys.prefix) / f"triton-{OLDEST}"
-TYPES = {torch.bfloat16: "bf16", torch.float32: "fp32", torch.int32: "i32", torch.uint8: "u8"}
+TYPES = {torch.bfloat16: "bf16", torch.float32: "fp32", torch.int32: "i32", torch.int64: "i64", torch.uint8: "u8"}
 
 
 @dataclass(frozen=True)
@@ -66,9 +66,13 @@ def recorded(config: Config, dim: int) -> dict[str, list[Launch]]:
     routed = zoo.Plan.routed(chunks, torch.zeros(1, 4, length, 1, dtype=torch.int64))
     plan = zoo.Plan(*routed.parts, *zoo.Plan.groups(torch.arange(length) % 2).parts)
     q, k, v = (torch.zeros(2, heads, length, dim, dtype=torch.bfloat16, requires_grad=True) for heads in (4, 2, 2))
-    with recording((*MULTIPLY, *OTHERS)) as launches:
-        out, _ = union.Union.apply(q, k, v, plan, 0.1, config)
-        out.backward(torch.zeros_like(out))
+    with recording((*MULTIPLY, *OTHERS)) as launches, pytest.MonkeyPatch.context() as patch:
+        for settings in (config, config._replace(cudnn=True)):
+            patch.setattr(cudnn, "forward", lambda rows, *_: (rows, rows[..., 0]))
+            patch.setattr(cudnn, "backward", lambda grad, rows, *_: (rows, *[grad[..., :length, :]] * 2))
+            out, _ = union.Union.apply(q, k, v, plan, 0.1, settings)
+            out.backward(torch.zeros_like(out))
+            patch.setattr(dense, "PAIRS", 1)  # then the pieces are rectangles
     return launches
 
 
@@ -94,8 +98,12 @@ def compiled(name: str, launch: Launch, capability: int) -> CompiledKernel:
             signature[argument] = f"*{TYPES[value.dtype]}"
         else:
             signature[argument] = "fp32" if isinstance(value, float) else "i32"
-        # Triton assumes of pointers and integers that multiples of 16 stay so.
-        if (value.data_ptr() if isinstance(value, Tensor) else value if isinstance(value, int) else 1) % 16 == 0:
+        # Triton assumes that multiples of 16 stay so, of the pointers and integers that it compiles anew otherwise.
+        specialised = not kernel.params[i].do_not_specialize
+        if (
+            specialised
+            and (value.data_ptr() if isinstance(value, Tensor) else value if isinstance(value, int) else 1) % 16 == 0
+        ):
             attributes[(i,)] = [["tt.divisibility", 16]]
     source = ASTSource(fn=kernel, signature=signature, constexprs=launch.constants, attrs=attributes)
     return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=launch.options)
@@ -132,7 +140,13 @@ def test_attention_compiles(
     name: str, capability: tuple[int, int], dim: int, capfd: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     launches = recorded(CONFIGS[capability, dim], dim)[name]
-    assert [launch.constants.get("PIECES") for launch in launches] == ([False, True] if name in MULTIPLY else [None])
+    if name not in MULTIPLY:
+        kinds = {str((launch.constants, [getattr(x, "dtype", 0) for x in launch.args])): launch for launch in launches}
+        assert kinds
+        for launch in kinds.values():
+            check(name, launch, capability[0] * 10 + capability[1], capfd, tmp_path)
+        return
+    assert [launch.constants.get("PIECES") for launch in launches] == [False, True]
     by_copy_engine = capability >= (9, 0) and name in ("attend", "grad_queries")
     assert [launch.constants.get("TMA", False) for launch in launches] == [by_copy_engine, False][: len(launches)]
     for launch in launches:

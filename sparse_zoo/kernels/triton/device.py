@@ -6,8 +6,26 @@ PIECES: a tile meets several segments, of listed keys; otherwise one, a slice of
 log-sum-exps in memory are natural. Rows are addressed in 64 bits: assignments × head dim pass 2^31.
 """
 
+import inspect
+
 import triton
 import triton.language as tl
+
+ROWS_OF = ("q", "k", "v", "grad", "rows", "out", "a", "b", "x", "partial", "to", "dk", "dv", "means")
+"""Tensors of rows of DIM channels. That their addresses are multiples of 16 makes wide loads of them."""
+
+
+def _launched(function):
+    """A kernel, compiled once for each set of dtypes and constants.
+
+    Triton compiles another for each number that is 1 or a multiple of 16. It may for addresses of rows, where it
+    matters and seldom differs, and for nothing else: lengths, counts and strides of tables change with every film.
+    """
+    wide = {x + end for x in ROWS_OF for end in ("", "_item", "_head", "_row")}
+    parameters = inspect.signature(function).parameters.items()
+    plain = [name for name, x in parameters if name not in wide and x.annotation is not tl.constexpr]
+    return triton.jit(do_not_specialize=plain)(function)
+
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 LN_2 = tl.constexpr(0.6931471805599453)
@@ -90,7 +108,7 @@ def _attend_segment(
     return top, total, acc
 
 
-@triton.jit
+@_launched
 def attend(
     q, k, v, rows, rows_lse, tokens, tiles, others, segments, scale,
     heads, number, first_head, share,
@@ -162,7 +180,7 @@ def _grad_queries_segment(
 ):  # fmt: skip
     begin, end = tl.load(segment), tl.load(segment + 1)
     whole = begin + (end - begin) // STEP * STEP
-    for at in tl.range(begin, whole, STEP):
+    for at in tl.range(begin, whole, STEP, disable_licm=True):  # as in _grad_keys_segment
         acc = _grad_queries_step(
             queries, grads, lse, delta, k, v, others, item, head, at, end, k_row, v_row, scale, acc,
             STEP, DIM, PIECES, TMA, False,
@@ -175,7 +193,7 @@ def _grad_queries_segment(
     return acc
 
 
-@triton.jit
+@_launched
 def grad_queries(
     q, k, v, grad, lse, delta, rows, known, tokens, tiles, others, segments, scale,
     heads, number, first_head, share, length,
@@ -215,7 +233,7 @@ def grad_queries(
     segments += item * segments_item + head * segments_head
     acc = tl.zeros([ROWS, DIM], tl.float32)
     if PIECES:
-        for i in tl.range(low, high):
+        for i in tl.range(low, high, disable_licm=True):
             acc = _grad_queries_segment(
                 queries, grads, row_lse, row_delta, k, v, others, item, kv_head, segments + i * 2, k_row, v_row,
                 scale * LOG2_E, acc, STEP, DIM, True, False,
@@ -255,7 +273,7 @@ def _grad_keys_segment(
     return grad_k, grad_v
 
 
-@triton.jit
+@_launched
 def grad_keys(
     q, k, v, grad, known, dk, dv, tokens, tiles, others, segments, scale,
     heads, number, first_head, share, keys_length,
@@ -303,7 +321,7 @@ def grad_keys(
     tl.store(dv + to, tl.load(dv + to, mask=live[:, None], other=0.0) + grad_v, mask=live[:, None])
 
 
-@triton.jit
+@_launched
 def gather(
     x, rows, tokens, heads, number, length, x_item, x_head, x_row, rows_group, tokens_item, tokens_head,
     ROWS: tl.constexpr, DIM: tl.constexpr,
@@ -318,7 +336,7 @@ def gather(
     tl.store(rows + group.to(tl.int64) * rows_group + place[:, None] * DIM + dim[None, :], row, mask=live[:, None])
 
 
-@triton.jit
+@_launched
 def merge(
     rows, rows_lse, slots, out, lse, heads, number, length, width, rows_group, rows_lse_group,
     slots_item, slots_head, out_item, out_head, out_row, lse_item, lse_head, ROWS: tl.constexpr, DIM: tl.constexpr,
@@ -357,7 +375,7 @@ def merge(
     tl.store(lse, (top + tl.math.log2(total)) * LN_2, mask=live)
 
 
-@triton.jit
+@_launched
 def fold(
     partial, partial_lse, out, lse, tokens, heads, number, length,
     partial_item, partial_head, partial_row, partial_lse_item, partial_lse_head,
@@ -388,7 +406,7 @@ def fold(
     tl.store(lse, (top + tl.math.log2(total)) * LN_2, mask=live)
 
 
-@triton.jit
+@_launched
 def add_rows(
     rows, to, tokens, heads, number, length, share, rows_item, rows_head, rows_row, to_item, to_head, to_row,
     ROWS: tl.constexpr, DIM: tl.constexpr, LISTED: tl.constexpr, ADD: tl.constexpr,
@@ -410,7 +428,7 @@ def add_rows(
     tl.store(at, acc.to(to.dtype.element_ty), mask=live[:, None])
 
 
-@triton.jit
+@_launched
 def add_up(
     rows, slots, out, heads, number, length, width, rows_group, slots_item, slots_head, out_item, out_head, out_row,
     ROWS: tl.constexpr, DIM: tl.constexpr, ADD: tl.constexpr,
@@ -432,7 +450,7 @@ def add_up(
     tl.store(to, acc.to(out.dtype.element_ty), mask=live[:, None])
 
 
-@triton.jit
+@_launched
 def row_dots(
     a, b, out, heads, number, length, a_item, a_head, a_row, b_item, b_head, b_row,
     ROWS: tl.constexpr, DIM: tl.constexpr,
@@ -447,7 +465,7 @@ def row_dots(
     tl.store(out + group.to(tl.int64) * length + token, tl.sum(left * right, 1), mask=live)
 
 
-@triton.jit
+@_launched
 def pool(
     k, means, tokens, offsets, heads, count,
     k_item, k_head, k_row, tokens_item, tokens_head, offsets_item, offsets_head,
@@ -474,7 +492,7 @@ def pool(
         rest -= term.to(tl.float32)
 
 
-@triton.jit
+@_launched
 def choose(
     q, means, legal, kind, chosen, heads, number, length, share, count, q_item, q_head, q_row,
     ROWS: tl.constexpr, STEP: tl.constexpr, DIM: tl.constexpr, COLUMNS: tl.constexpr, TOP_K: tl.constexpr,

@@ -1,7 +1,7 @@
 """A part as work for device kernels: tiles of one side × segments of the other. torch alone.
 
 Nothing here reads a count on the host, so that building never waits for the device: tables have their largest possible
-size, and tiles past the last hold no token. The one exception is a bool table over single tokens, see `_named`.
+size, and tiles past the last hold no token.
 """
 
 from __future__ import annotations
@@ -88,16 +88,15 @@ def work_of(part: Part, config: Config) -> PartWork | None:
 def _named(part: Part) -> tuple[Tensor, Tensor]:
     """Edges as indices (B|1, H|1, Q, k), -1 for none, and the number of columns that count, (B|1, H|1, Q).
 
-    A table keeps its width, rather than wait for the device to count: what is named stands first. Over single tokens,
-    whose partial rows would be as many as the table has entries, it is cut to the longest row, which waits.
+    A table keeps its width, rather than wait for the device to count: what is named stands first. Over single tokens
+    the partial rows of a head are therefore as many as the table has entries.
     """
     edges = part.edges
     if not part.by_table:
         return edges, torch.full((1, 1, 1), edges.shape[-1], device=edges.device)
     number = edges.sum(-1)
-    width = int(number.max()) if part.queries.is_singles and number.numel() else edges.shape[-1]
-    named = edges.byte().sort(dim=-1, descending=True, stable=True).indices[..., :width]
-    return named.masked_fill(torch.arange(width, device=edges.device) >= number[..., None], -1), number
+    named = edges.byte().sort(dim=-1, descending=True, stable=True).indices
+    return named.masked_fill(torch.arange(edges.shape[-1], device=edges.device) >= number[..., None], -1), number
 
 
 def _by_key(edges: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:
