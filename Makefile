@@ -1,6 +1,8 @@
 PYTHON ?= python3
 GPU_PYTHON ?= $(PYTHON)
 BIN := .venv/bin
+# The version of GPU machines with torch 2.11: kernels are compiled for it too, beside the installed one.
+OLDEST_TRITON := 3.6.0
 
 .PHONY: help install sweep test lint coverage gpu ui
 
@@ -12,6 +14,7 @@ install: .venv/.installed  ## make .venv with pinned versions
 .venv/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev,clips]'
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --target .venv/triton-$(OLDEST_TRITON) triton==$(OLDEST_TRITON)
 	@touch $@
 
 sweep: install  ## train the quickstart sweep on real film and write its report

@@ -15,8 +15,8 @@ from sparse_zoo.errors import ZooError, refuse, unknown
 from sparse_zoo.kernels import attend, attend_sum
 from sparse_zoo.kernels import names as kernel_names
 from sparse_zoo.layout import Layout
-from sparse_zoo.plan import Plan
-from sparse_zoo.remember import remembered
+from sparse_zoo.plan import Part, Plan
+from sparse_zoo.remember import on_device, origin, remembered
 
 ANCHORS = ("text", "shot", "chunk")
 
@@ -345,8 +345,10 @@ class Attention(nn.Module):
         """
         if self.text_reads == "method" or branch.rows is not None:
             return branch.plan
-        is_text = _at(call.layout.is_text, call)
-        video = branch.plan.keep(~is_text)
+        if call.q_rows is None:
+            video = Plan(*(_of_video(part, call.layout) for part in branch.plan.parts))
+        else:
+            video = branch.plan.keep(~_at(call.layout.is_text, call))
         if branch.k is not None:
             return video  # its keys are no tokens
         among = _text_among_itself(call.layout, self.causality == "strict")
@@ -373,6 +375,20 @@ def _text_among_itself(layout: Layout, strict: bool) -> Plan:
     captions = layout.partition("shot", where=layout.is_text)
     earlier = captions.shot <= captions.shot[:, None]
     return Plan.blocks(captions, captions, (captions.sample[:, None] == captions.sample) & earlier)
+
+
+def _of_video(part: Part, layout: Layout) -> Part:
+    """A part without the queries that are text. Remembered with the part, which a layout's plan brings each time."""
+    known: dict[Layout, Part] = part.__dict__.setdefault("_of_video", {})
+    if layout not in known:
+        found = origin(part)
+        with torch.inference_mode(False):
+            known[layout] = (
+                part.keep(~layout.is_text)
+                if found is None
+                else on_device(_of_video(found.host, layout.to(found.host.device)), found.device)
+            )
+    return known[layout]
 
 
 def _is_time(value: object) -> bool:

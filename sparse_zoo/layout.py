@@ -158,11 +158,16 @@ class Layout:
 
         Keys are names of token fields or int tensors (L,); `where`, bool (L,), keeps some tokens only.
         """
-        from sparse_zoo.partition import Partition
-
         refuse(
             "Layout.partition", [unknown("field", k, FIELDS) for k in keys if isinstance(k, str) and k not in FIELDS]
         )
+        if where is None and all(isinstance(key, str) for key in keys):
+            return _fields_partition(self, *keys)
+        return self._partition(keys, where)
+
+    def _partition(self, keys: Sequence[str | Tensor], where: Tensor | None) -> Partition:
+        from sparse_zoo.partition import Partition
+
         columns = [self.sample] + [getattr(self, key) if isinstance(key, str) else key.to(self.device) for key in keys]
         kept = torch.arange(len(self), device=self.device) if where is None else where.to(self.device).nonzero()[:, 0]
         labels = torch.full((len(self),), -1, device=self.device)
@@ -251,6 +256,11 @@ def _tokens(films: tuple[Film, ...], device: torch.device) -> dict[str, Tensor]:
 
 def _text(count: int, sample: int, shot: int) -> Tensor:
     return torch.tensor([sample, shot, -1, -1, -1, 1, -1, -1, -1, -1])[:, None].expand(-1, count)
+
+
+@remembered(64)
+def _fields_partition(layout: Layout, *names: str) -> Partition:
+    return layout._partition(names, None)
 
 
 @remembered(64)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from sparse_zoo.errors import ZooError
 from sparse_zoo.layout import Layout
-from sparse_zoo.remember import lazy, remembered
+from sparse_zoo.remember import lazy, origin, remembered
 
 
 @dataclass(frozen=True, eq=False)
@@ -35,8 +35,9 @@ class Partition:
         sizes = sizes.scatter_add_(2, rest, torch.ones_like(rest))[..., :count]
         offsets = torch.nn.functional.pad(sizes.cumsum(-1), (1, 0)).int()
         order: Tensor | None = rest.argsort(dim=-1, stable=True).int()
-        if labels.shape[:2] == (1, 1) and bool((rest[0, 0].diff() >= 0).all()):
-            order = None  # the pieces lie in the stream one after the other
+        # Pieces that lie in the stream one after the other need no order. A GPU would make the host wait for that.
+        if labels.device.type == "cpu" and labels.shape[:2] == (1, 1) and bool((rest[0, 0].diff() >= 0).all()):
+            order = None
         return Partition(order, offsets, labels.shape[-1], layout)
 
     @staticmethod
@@ -70,6 +71,11 @@ class Partition:
     def sizes(self) -> Tensor:
         """Tokens in each piece, int64 (B|1, H|1, P)."""
         return self.offsets.long().diff(dim=-1)
+
+    @lazy
+    def longest(self) -> int:
+        """Tokens in the largest piece."""
+        return int(self.sizes.max()) if self.count else 0
 
     @lazy
     def piece_of(self) -> Tensor:
@@ -173,9 +179,10 @@ class Refinement:
     def children(self) -> Tensor | None:
         """The pieces that each piece of a was cut into: int64 (parents, most), -1 where there are fewer.
 
-        None where what the pieces lie in differs by batch item or head.
+        None where what the pieces lie in differs by batch item or head, or is known to a GPU alone, which would have
+        to tell how many there are.
         """
-        if not self.of_a.shape[:2] == self.of_b.shape[:2] == (1, 1):
+        if not self.of_a.shape[:2] == self.of_b.shape[:2] == (1, 1) or self.of_a.device.type != "cpu":
             return None
         parent = self.of_a[0, 0]
         order = parent.argsort(stable=True)[int((parent < 0).sum()) :]
@@ -187,8 +194,9 @@ class Refinement:
 
 
 def refine(a: Partition, b: Partition) -> Refinement:
-    """Cut a's pieces at b's bounds. Remembered for pieces that all batch items and heads share."""
-    return _refine_shared(a, b) if a.shared and b.shared else _refine_each(a, b)
+    """Cut a's pieces at b's bounds. Remembered for pieces that all batch items and heads share and the host knows."""
+    counted = all(x.shared and (x.device.type == "cpu" or origin(x) is not None) for x in (a, b))
+    return _refine_shared(a, b) if counted else _refine_each(a, b)
 
 
 @remembered(256)
@@ -205,7 +213,8 @@ def _refine_shared(a: Partition, b: Partition) -> Refinement:
 
 
 def _refine_each(a: Partition, b: Partition) -> Refinement:
-    meets = bool(((a.piece_of >= 0) & (b.piece_of >= 0)).any())
+    # A GPU is not asked: the host would wait for the answer.
+    meets = a.device.type != "cpu" or bool(((a.piece_of >= 0) & (b.piece_of >= 0)).any())
     count = a.count * (b.count + 1)
     if a.is_singles or count >= a.length:
         return Refinement(Partition.singles(a.length, a.device), a.piece_of, b.piece_of, a.count, meets)

@@ -14,7 +14,7 @@ from sparse_zoo.cost import Cost
 from sparse_zoo.errors import refuse
 from sparse_zoo.layout import Layout
 from sparse_zoo.partition import Partition, refine
-from sparse_zoo.remember import lazy
+from sparse_zoo.remember import lazy, remembered
 
 
 @dataclass(frozen=True, eq=False)
@@ -50,6 +50,10 @@ class Part:
                 else "",
             ],
         )
+
+    @property
+    def device(self) -> torch.device:
+        return self.edges.device
 
     @property
     def by_table(self) -> bool:
@@ -157,7 +161,7 @@ class Plan:
     @staticmethod
     def dense(layout: Layout) -> Plan:
         """Every token attends to every token of its sample."""
-        return Plan.within(layout.partition())
+        return _dense(layout)
 
     @staticmethod
     def within(pieces: Partition) -> Plan:
@@ -203,6 +207,10 @@ class Plan:
         return Plan(*self.parts, *added)
 
     # -- what it says ------------------------------------------------------------------------------------------------
+
+    @property
+    def device(self) -> torch.device:
+        return self.parts[0].device
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -275,6 +283,11 @@ class Plan:
                     reasons.append(f"parts {j} and {i} hold {twice} pairs both; join them with `|`")
         refuse("plan", reasons)
         return self
+
+
+@remembered(32)
+def _dense(layout: Layout) -> Plan:
+    return Plan.within(layout.partition())
 
 
 def _mismatches(parts: tuple[Part, ...]) -> list[str]:

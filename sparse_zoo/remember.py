@@ -1,31 +1,132 @@
-"""Things computed once and used again.
+"""Things computed once and used again: on the host, then copied to the device that asks for them.
+
+What follows from a layout alone depends on counts (how many chunks, how large), and a GPU would make the host wait for
+each of them. So it is computed on the CPU, whatever device the arguments are on, and copied once, without waiting.
 
 Whatever is remembered is made outside of inference mode: what validation asked for first must serve training too, and
 a tensor of inference mode cannot be saved for a backward pass.
 """
 
+from __future__ import annotations
+
 from collections.abc import Callable
-from functools import cached_property, lru_cache
-from typing import Any, TypeVar
+from dataclasses import fields, is_dataclass
+from functools import cached_property, lru_cache, wraps
+from typing import Any, NamedTuple, TypeVar, cast
 
 import torch
+from torch import Tensor
 
 T = TypeVar("T")
 F = TypeVar("F", bound=Callable[..., Any])
 
+CPU = torch.device("cpu")
+
+
+class Origin(NamedTuple):
+    """What a copy on a device was made from, on the CPU, and that device."""
+
+    host: Any
+    device: torch.device
+
+
+def origin(x: object) -> Origin | None:
+    """Where a partition, part or plan was copied from; None for what was made where it is."""
+    found: Origin | None = vars(x).get("_origin") if hasattr(x, "__dict__") else None
+    return found
+
 
 def remembered(most: int) -> Callable[[F], F]:
-    """Decorator: remember the results of the `most` latest arguments, which must be hashable."""
+    """Decorator: remember the results of the `most` latest arguments, which must be hashable.
+
+    Arguments on a device (a `Layout`, a `torch.device`, a copy made by `on_device`) are replaced by what they are on
+    the CPU, and the result is copied to their device. Only where one has no such origin does the function see the
+    device: its pieces were made there, from values.
+    """
 
     def wrap(function: F) -> F:
-        made: F = lru_cache(maxsize=most)(torch.inference_mode(False)(function))  # type: ignore[assignment]
-        return made
+        made = lru_cache(maxsize=most)(torch.inference_mode(False)(function))
+
+        @lru_cache(maxsize=most)
+        @torch.inference_mode(False)
+        def copied(device: torch.device, *args: Any, **named: Any) -> Any:
+            return on_device(made(*args, **named), device)
+
+        @wraps(function)
+        def call(*args: Any, **named: Any) -> Any:
+            origins = [_host(x) for x in (*args, *named.values())]
+            away = {found.device for found in origins if found is not None and found.device != CPU}
+            if len(away) != 1 or any(found is None for found in origins):
+                return made(*args, **named)
+            hosts = [cast(Origin, found).host for found in origins]
+            return copied(away.pop(), *hosts[: len(args)], **dict(zip(named, hosts[len(args) :], strict=True)))
+
+        return cast(F, call)
 
     return wrap
 
 
 class lazy(cached_property[T]):
-    """A property computed at first use."""
+    """A property computed at first use; of a copy on a device it is computed from the origin, then copied."""
 
     def __init__(self, function: Callable[[Any], T]) -> None:
-        super().__init__(torch.inference_mode(False)(function))
+        @torch.inference_mode(False)
+        @wraps(function)
+        def compute(self: Any) -> T:
+            found = origin(self)
+            if found is None:
+                return function(self)
+            return cast(T, on_device(getattr(found.host, function.__name__), found.device))
+
+        super().__init__(compute)
+
+
+def on_device(x: Any, device: torch.device) -> Any:
+    """A tensor, or whatever holds tensors (dataclasses, layouts, tuples, lists, dicts), copied from the CPU.
+
+    A dataclass is copied once for each device, so that what is remembered by it (its lazy properties, a kernel's
+    tables) is found again.
+    """
+    if isinstance(x, Tensor):
+        return copy_to(x, device)
+    if hasattr(x, "to") and not isinstance(x, type):  # a layout
+        return x.to(device)
+    if is_dataclass(x) and not isinstance(x, type):
+        copies: dict[torch.device, Any] = x.__dict__.setdefault("_copies", {})
+        if device not in copies:
+            copy = object.__new__(type(x))  # what __init__ checks was checked on the CPU
+            for field in fields(x):
+                object.__setattr__(copy, field.name, on_device(getattr(x, field.name), device))
+            object.__setattr__(copy, "_origin", Origin(x, device))
+            copies[device] = copy
+        return copies[device]
+    if isinstance(x, dict):
+        return {key: on_device(value, device) for key, value in x.items()}
+    if isinstance(x, tuple) and hasattr(x, "_fields"):
+        return type(x)(*(on_device(value, device) for value in x))
+    if isinstance(x, tuple | list):
+        return type(x)(on_device(value, device) for value in x)
+    return x
+
+
+def copy_to(x: Tensor, device: torch.device | str) -> Tensor:
+    """A tensor on a device, without making the host wait: by way of pinned memory, where the device is a GPU."""
+    device = torch.device(device)
+    if x.device == device:
+        return x
+    if device.type == "cuda" and x.device.type == "cpu":
+        x = x.pin_memory()
+    return x.to(device, non_blocking=device.type != "cpu")
+
+
+def _host(x: Any) -> Origin | None:
+    """An argument on the CPU and the device it came with; None if it was made on its device."""
+    if isinstance(x, torch.device):
+        return Origin(CPU, x)
+    found = origin(x)
+    if found is not None:
+        return found
+    device = getattr(x, "device", CPU)
+    if device == CPU:
+        return Origin(x, CPU)
+    return Origin(x.to(CPU), device) if hasattr(x, "to") and not isinstance(x, Tensor) else None

@@ -1,5 +1,8 @@
 """The kernels of `triton` in Triton's interpreter, on the CPU; test_triton.py runs this with TRITON_INTERPRET=1."""
 
+import sys
+from importlib.machinery import ModuleSpec
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -11,6 +14,7 @@ from triton.runtime import interpreter
 import sparse_zoo as zoo
 from sparse_zoo import routing, testing
 from sparse_zoo.kernels import get
+from sparse_zoo.kernels.triton import cudnn as varlen
 from sparse_zoo.kernels.triton import dense, device, union
 from sparse_zoo.kernels.triton import routing as fused
 from sparse_zoo.testing import kernels as kernel_checks
@@ -63,9 +67,9 @@ def inputs(shape: tuple[int, int, int], keys: int, kv_heads: int, dim: int = 8) 
     return [torch.randn(shape, requires_grad=True) for shape in shapes]
 
 
-def compare(plan: zoo.Plan, tensors: list[Tensor], atol: float = 3e-6) -> None:
-    out, lse, name = zoo.attend(*tensors, plan, kernel="triton")
-    assert name == "triton"
+def compare(plan: zoo.Plan, tensors: list[Tensor], atol: float = 3e-6, kernel: str = "triton") -> None:
+    out, lse, name = zoo.attend(*tensors, plan, kernel=kernel)
+    assert name == kernel
     exact = [x.detach().double().requires_grad_() for x in tensors]
     want, want_lse = oracle.masked_softmax(*exact, oracle.mask_of(plan))
     weight = torch.randn(out.shape)
@@ -227,3 +231,226 @@ def test_fused_routing_keeps_float32s_accuracy_in_half_precision() -> None:
     ordered = scores.gather(-1, got.long())
     assert float(ordered.diff(dim=-1).max()) < 1e-6
     assert float((ordered[..., -1] - scores.sort(dim=-1, descending=True).values[..., 15]).abs().max()) < 1e-6
+
+
+def routed(length: int, heads: int) -> zoo.Plan:
+    """Queries that choose one or two of three ragged chunks."""
+    chunks = zoo.Partition.from_labels((torch.arange(length) // 13).clamp(max=2), 3)
+    return zoo.Plan.routed(
+        chunks, torch.stack([torch.randint(0, 2, (1, heads, length)), torch.full((1, heads, length), 2)], -1)
+    )
+
+
+def strided(aligned: bool) -> list[Tensor]:
+    """q, k, v of 40 tokens, 4 query heads and 2 of keys, whose rows begin at multiples of 16 bytes or do not."""
+    made = inputs((1, 4, 40), 40, 2)
+    if aligned:
+        return made
+    return [torch.randn(1, x.shape[1], 40, 9)[..., :8].detach().requires_grad_() for x in made]
+
+
+@pytest.mark.parametrize("aligned", [True, False])
+def test_copy_engine_reads_what_pointers_read(aligned: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    taken = []
+    plain = union.copied_blocks
+
+    def noted(*args: Any) -> Any:
+        found = plain(*args)
+        taken.append(found[1])
+        return found
+
+    plan, tensors = routed(40, 4), strided(aligned)
+    monkeypatch.setattr(union, "copied_blocks", noted)
+    out = zoo.attend(*tensors, plan, kernel="triton").out
+    grads = torch.autograd.grad(out.sum(), tensors)
+    assert taken == [aligned, aligned]
+    monkeypatch.setattr(union, "copied_blocks", lambda k, v, *_: ((k, v), False))
+    again = zoo.attend(*tensors, plan, kernel="triton").out
+    assert torch.equal(again, out)
+    assert all(map(torch.equal, torch.autograd.grad(again.sum(), tensors), grads))
+    compare(plan, tensors)
+
+
+def test_copy_engine_lets_no_nan_of_the_next_chunk_in() -> None:
+    """Its blocks run past the end of a ragged chunk, into rows that these queries do not attend to."""
+    q, k, v = strided(True)
+    labels = (torch.arange(40) // 13).clamp(max=2)
+    plan = zoo.Plan.routed(zoo.Partition.from_labels(labels, 3), torch.zeros(1, 4, 40, 1, dtype=torch.int64))
+    want = zoo.attend(q, k, v, plan, kernel="triton").out
+    want_grads = torch.autograd.grad(want.sum(), [q, k, v])
+    with torch.no_grad():
+        k[:, :, 13:] = torch.nan
+        v[:, :, 13:] = torch.nan
+    out = zoo.attend(q, k, v, plan, kernel="triton").out
+    assert torch.equal(out, want)
+    assert all(map(torch.equal, torch.autograd.grad(out.sum(), [q, k, v]), want_grads))
+
+
+# -- cuDNN's variable-length attention, played by plain code ----------------------------------------------------------
+
+
+class Described:
+    """A tensor of a graph, with what the engine says of it."""
+
+    def __init__(self, dim: Any = None, stride: Any = None, ragged_offset: Any = None, **_: Any) -> None:
+        self.dim, self.stride, self.at = dim, stride, ragged_offset
+
+    def set_output(self, _: bool) -> "Described":
+        return self
+
+    set_data_type = set_output
+
+    def set_dim(self, dim: Any) -> "Described":
+        self.dim = dim
+        return self
+
+    def set_stride(self, stride: Any) -> "Described":
+        self.stride = stride
+        return self
+
+    def set_ragged_offset(self, at: Any) -> "Described":
+        self.at = at
+        return self
+
+
+class PlayedGraph:
+    """What the documentation of cuDNN says that its attention with ragged offsets and lengths does, in float64."""
+
+    def __init__(self, **_: Any) -> None:
+        self.tensor = Described
+
+    def sdpa(self, **given: Any) -> list[Described]:
+        self.given, self.made = given, [Described(), Described()]
+        return self.made
+
+    def sdpa_backward(self, **given: Any) -> list[Described]:
+        self.given, self.made = given, [Described(), Described(), Described()]
+        return self.made
+
+    def validate(self, *_: Any) -> None:
+        pass
+
+    build_operation_graph = create_execution_plans = check_support = build_plans = validate
+
+    def get_workspace_size(self) -> int:
+        return 0
+
+    def execute(self, tensors: dict[Described, Tensor], _: Tensor, handle: Any) -> None:
+        assert handle is None
+
+        def rows(x: Described, segment: int, count: int) -> Tensor:
+            """The rows of a segment, as a view."""
+            assert x.dim[0] == len(queries)
+            assert count <= x.dim[2]
+            first = int(tensors[x.at][segment])
+            assert first + (count - 1) * x.stride[2] < tensors[x].numel()
+            return tensors[x].flatten().as_strided((count, x.dim[3]), (x.stride[2], 1), first)
+
+        queries, keys = (tensors[self.given[name]] for name in ("seq_len_q", "seq_len_kv"))
+        for segment, (count, length) in enumerate(zip(queries.tolist(), keys.tolist(), strict=True)):
+            if not count:
+                continue
+            given = {
+                name: rows(x, segment, length if name in "kv" else count).double()
+                for name, x in self.given.items()
+                if name in ("q", "k", "v", "o", "dO", "stats")
+            }
+            scores = given["q"] @ given["k"].T * self.given["attn_scale"]
+            if len(self.made) == 2:
+                lse = scores.logsumexp(-1, keepdim=True)
+                results = [(scores - lse).exp() @ given["v"], lse]
+            else:
+                weights = (scores - given["stats"]).exp()
+                delta = (given["dO"] * given["o"]).sum(-1, keepdim=True)
+                inner = weights * (given["dO"] @ given["v"].T - delta) * self.given["attn_scale"]
+                results = [inner @ given["k"], inner.T @ given["q"], weights.T @ given["dO"]]
+            for x, found in zip(self.made, results, strict=True):
+                rows(x, segment, len(found)).copy_(found)
+
+
+@pytest.fixture
+def _played_cudnn(monkeypatch: pytest.MonkeyPatch) -> Any:
+    played = SimpleNamespace(
+        __spec__=ModuleSpec("cudnn", None),
+        data_type=SimpleNamespace(BFLOAT16=0, HALF=1, FLOAT=2, INT32=3),
+        heur_mode=SimpleNamespace(A=0, FALLBACK=1),
+        pygraph=PlayedGraph,
+    )
+    monkeypatch.setitem(sys.modules, "cudnn", played)
+    monkeypatch.setattr(varlen, "SEGMENT", 5)  # so that lists are cut
+    varlen._graph.cache_clear()
+    yield
+    varlen._graph.cache_clear()
+
+
+@pytest.mark.usefixtures("_played_cudnn")
+@pytest.mark.parametrize("heads_of_keys", [1, 2, 4])
+def test_cudnn_takes_routed_parts(heads_of_keys: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Shared chunks, lists of several segments, queries that chose nothing, an empty chunk, keys in no chunk, slabs."""
+    monkeypatch.setattr(union, "SLAB_BYTES", 1 << 14)
+    labels = (torch.arange(40) // 13).clamp(max=2) * 2  # chunks 0, 2, 4; 1 and 3 are empty
+    labels[:3] = -1
+    chosen = torch.randint(-1, 5, (2, 4, 40, 2))
+    chosen[..., 1] = chosen[..., 1].where(chosen[..., 1] != chosen[..., 0], -1)
+    chunks = zoo.Partition(None, torch.tensor([[[3, 13, 13, 26, 26, 40]]], dtype=torch.int32), 40)
+    plan = zoo.Plan.routed(chunks, chosen)
+    assert chunks.order is None
+    assert chunks.longest == 14
+    tensors = inputs((2, 4, 40), 40, heads_of_keys)
+    asked = []
+    plain = varlen.forward
+    monkeypatch.setattr(varlen, "forward", lambda *args: (asked.append(args), plain(*args))[1])
+    compare(plan, tensors, kernel="cudnn")
+    assert asked
+    film = zoo.Layout.film([zoo.Shot(2, 3, 3, text=2)] * 3)
+    q, k, _ = tensors = inputs((1, 2, len(film)), len(film), 1)
+    moc = zoo.build("moc", heads=2, head_dim=8, top_k=2, causal=None)
+    compare(moc.plan(q, k, film), tensors, kernel="cudnn")
+
+
+# -- rectangles in batches --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("heads_of_keys", [1, 2])
+@pytest.mark.parametrize("batch", [1, 2])
+def test_equal_shots_are_one_call(batch: int, heads_of_keys: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Four shots of which three are equal, captions that all read, and a chunk that is chosen."""
+    monkeypatch.setattr(dense, "PAIRS", 1)
+    calls = []
+    forward = dense.forward
+    monkeypatch.setattr(dense, "forward", lambda q, *rest: (calls.append(tuple(q.shape)), forward(q, *rest))[1])
+    film = zoo.Layout.film([zoo.Shot(1, 3, 3)] + [zoo.Shot(1, 2, 3, text=2)] * 3)
+    moc = zoo.build("moc", heads=2, head_dim=8, top_k=1, causal=None)
+    q, k, _ = tensors = inputs((batch, 2, len(film)), len(film), heads_of_keys)
+    compare(moc.plan(q, k, film), tensors)
+    assert calls.count((3, 2, 8, 8)) == batch
+
+
+def test_rectangles_that_share_keys_add_up_in_float32(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sixteen rectangles read the same half of the keys: in half precision their gradients would lose small terms."""
+    monkeypatch.setattr(dense, "PAIRS", 1)
+    pieces = zoo.Partition.from_labels(torch.arange(64) // 4, 16)
+    halves = zoo.Partition.from_labels(torch.arange(64) // 32, 2)
+    plan = zoo.Plan.blocks(pieces, halves, torch.ones(16, 2, dtype=torch.bool))
+    (part,) = plan.parts
+    assert dense.overlap(dense.rectangles(part) or [])
+    q, k, v = (x.detach().half().requires_grad_() for x in inputs((1, 1, 64), 64, 1))
+    out = zoo.attend(q, k, v, plan, kernel="triton").out
+    dk, dv = torch.autograd.grad(out.float().sum(), [k, v])
+    exact = [x.detach().double().requires_grad_() for x in (q, k, v)]
+    want, _ = oracle.masked_softmax(*exact, oracle.mask_of(plan))
+    want_dk, want_dv = torch.autograd.grad(want.sum(), exact[1:])
+    for got, expected in ((dk, want_dk), (dv, want_dv)):
+        assert float((got.double() - expected).abs().max()) < 1e-3 * float(want_dv.abs().max())
+
+
+def test_rows_that_no_rectangle_covers_are_empty(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dense, "PAIRS", 1)
+    labels = torch.tensor([0] * 10 + [-1] * 5 + [1] * 10)
+    plan = zoo.Plan.groups(labels)
+    assert dense.rectangles(plan.parts[0])
+    tensors = inputs((1, 2, 25), 25, 2)
+    got = zoo.attend(*tensors, plan, kernel="triton")
+    assert bool((got.out[:, :, 10:15] == 0).all())
+    assert bool((got.lse[:, :, 10:15] == -torch.inf).all())
+    compare(plan, tensors)

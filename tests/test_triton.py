@@ -7,6 +7,7 @@ its own; that kernels compile for GPUs is test_triton_compile.py's.
 import os
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Iterable
 from importlib.util import find_spec
 from pathlib import Path
@@ -18,9 +19,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_plan import plans
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import sparse_zoo as zoo
 from sparse_zoo import routing
+from sparse_zoo.bench import PAPER_FILM, PAPER_MOC
+from sparse_zoo.host_time import META, record_launches
 from sparse_zoo.kernels import triton as kernel
 from sparse_zoo.kernels.triton import dense
 from sparse_zoo.kernels.triton.configs import CONFIGS, INTERPRETED, choose
@@ -148,7 +152,7 @@ def test_configurations_follow_the_capability() -> None:
     assert choose((9, 0), 64) == CONFIGS[(9, 0), 64]
     assert choose((10, 0), 64) == CONFIGS[(9, 0), 64]
     for config in (*CONFIGS.values(), INTERPRETED):
-        for tiles in config:
+        for tiles in (config.routed, config.pieces):
             assert tiles.attend.rows == tiles.grad_queries.rows
 
 
@@ -297,3 +301,64 @@ def test_backward_gets_the_layout_of_the_forwards_output(monkeypatch: pytest.Mon
 def test_an_operator_of_another_version_is_refused() -> None:
     with pytest.raises(zoo.ZooError, match=r"(?s)aten::_flash_attention_forward of torch.*'max_q' is not known"):
         dense._call(torch.ops.aten._flash_attention_forward, dict.fromkeys(("query", "key", "value", "cum_seq_q")))
+
+
+# -- rectangles in batches --------------------------------------------------------------------------------------------
+
+
+@given(
+    sizes=st.lists(st.tuples(st.integers(1, 3), st.integers(0, 2), st.booleans()), min_size=1, max_size=9),
+    gap=st.integers(0, 2),
+)
+@settings(max_examples=80, deadline=None)
+def test_batches_hold_each_rectangle_once(sizes: list[tuple[int, int, bool]], gap: int) -> None:
+    """Slices of 1 to 3 queries, with keys before, at or after them, and lists of tokens among them."""
+    found, first = [], 0
+    for length, shift, listed in sizes:
+        queries, keys = slice(first, first + length), slice(first + shift, first + shift + length + gap)
+        rows = torch.arange(keys.start, keys.stop) if listed else keys
+        found.append(dense.Rectangle(queries, rows, length * (length + gap)))
+        first += length
+    x = torch.arange(40.0)[None, None, :, None].expand(1, 2, -1, -1).contiguous()
+
+    def rows(which: Any) -> list[list[int]]:
+        return [y[0, :, 0].int().tolist() for y in dense.rows_of(x, which)]
+
+    got = [pair for batch in dense.batches(found) for pair in zip(rows(batch.queries), rows(batch.keys), strict=True)]
+    want = [(list(range(40))[q], list(range(40))[k] if isinstance(k, slice) else k.tolist()) for q, k, _ in found]
+    assert sorted(got) == sorted(want)
+    for batch in dense.batches(found):
+        keys = [key for group in rows(batch.keys) for key in group]
+        assert len(set(keys)) == len(keys)  # each has a writer of its own
+    held = [key for _, keys in want for key in keys]
+    assert dense.overlap(found) or len(set(held)) == len(held)
+
+
+@pytest.mark.skipif(find_spec("triton") is None, reason="needs the package triton")
+@pytest.mark.parametrize(("shots", "calls"), [(8, 3), (64, 2)])
+def test_anchors_are_few_calls_whatever_the_heads(shots: int, calls: int) -> None:
+    """At 180k tokens and 24 heads: own shots of two lengths or of one, and all captions."""
+    film = {
+        8: PAPER_FILM,
+        64: zoo.Layout.film([zoo.Shot(2, 32, 44, text=25)] * 64),
+    }[shots]
+    attention = zoo.build("moc", heads=24, head_dim=128, kernel="triton", **PAPER_MOC)
+    q = torch.empty(1, 24, len(film), 128, dtype=torch.bfloat16, device=META, requires_grad=True)
+    with record_launches() as launches, Counting() as operators:
+        attention(q, q, q, film).out.sum().backward()
+    names = [launch.name for launch in launches]
+    assert operators.counted["_scaled_dot_product_cudnn_attention"] == calls
+    assert operators.counted["_scaled_dot_product_cudnn_attention_backward"] == calls
+    assert names.count("fold") == calls
+
+
+class Counting(TorchDispatchMode):
+    """How often each operator is called."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.counted: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.counted[func.overloadpacket.__name__] += 1
+        return func(*args, **(kwargs or {}))

@@ -16,13 +16,14 @@ from sparse_zoo.kernels.flash_attn import FlashAttn
 from sparse_zoo.kernels.flex import Flex
 from sparse_zoo.kernels.grouped import Cpu
 from sparse_zoo.kernels.reference import Reference
-from sparse_zoo.kernels.triton import Triton
+from sparse_zoo.kernels.triton import Cudnn, Triton
 from sparse_zoo.kernels.varlen import TorchVarlen
 from sparse_zoo.kernels.xformers import XFormers
 from sparse_zoo.plan import Plan
 
 _kernels: dict[str, Kernel] = {
-    kernel.name: kernel for kernel in (TorchVarlen(), Triton(), FlashAttn(), XFormers(), Flex(), Cpu(), Reference())
+    kernel.name: kernel
+    for kernel in (TorchVarlen(), Triton(), Cudnn(), FlashAttn(), XFormers(), Flex(), Cpu(), Reference())
 }
 AUTO = ("torch", "cpu")
 """What "auto" tries, in this order. The oracle is never among them: it has to be asked for."""

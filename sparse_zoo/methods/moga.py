@@ -6,7 +6,7 @@ Paper: Mixture-of-Groups Attention for End-to-End Long Video Generation, arXiv 2
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -128,17 +128,16 @@ class MoGA(Attention):
 
     def losses(self, call: Call) -> dict[str, Tensor]:
         """`balance`: α · M · Σ F_i P_i over the video tokens of each film, mean over films; F carries no gradient."""
-        video = ~call.layout.is_text
-        if self.alpha == 0 or "group" not in self.mix or not bool(video.any()):
+        video = _videos(call.layout)
+        if self.alpha == 0 or "group" not in self.mix or not len(video.number):
             return {}
         routing = self.featured(call)
-        p, group = routing["p"][:, video], routing["group"][:, video]
-        taken = torch.nn.functional.one_hot(group, self.groups).to(p.dtype)
-        films, sample = torch.unique(call.layout.sample[video], return_inverse=True)
-        number = torch.bincount(sample).to(p.dtype)[:, None]
+        p, group = routing["p"][:, video.tokens], routing["group"][:, video.tokens]
+        taken = (group[..., None] == torch.arange(self.groups, device=group.device)).to(p.dtype)
 
         def per_film(x: Tensor) -> Tensor:
-            return x.new_zeros(len(x), len(films), self.groups).index_add(1, sample, x) / number
+            total = x.new_zeros(len(x), len(video.number), self.groups).index_add(1, video.film, x)
+            return total / video.number.to(p.dtype)[:, None]
 
         share, mass = per_film(taken), per_film(p * taken if self.balance == "printed" else p)
         return {"balance": self.alpha * self.groups * (share * mass).sum(-1).mean()}
@@ -146,6 +145,21 @@ class MoGA(Attention):
     def routing_flops(self, call: Call) -> int:
         """The router's product, if there is one to route."""
         return 2 * call.k.shape[0] * call.k.shape[2] * (self.dim or 0) * self.groups if "group" in self.mix else 0
+
+
+class _Videos(NamedTuple):
+    """The tokens of video, int64 (n,), the film of each, and how many each film has, of the films that have any."""
+
+    tokens: Tensor
+    film: Tensor
+    number: Tensor
+
+
+@remembered(32)
+def _videos(layout: Layout) -> _Videos:
+    tokens = (~layout.is_text).nonzero()[:, 0]
+    _, film, number = torch.unique(layout.sample[tokens], return_inverse=True, return_counts=True)
+    return _Videos(tokens, film, number)
 
 
 @remembered(32)

@@ -112,6 +112,7 @@ class SVG(Attention):
         return batch * heads * pairs * dim * (2 + 3 * 2)
 
 
+@remembered(32)
 def _places(layout: Layout) -> tuple[Tensor, Tensor]:
     """The frame of each token, and its group of places, of which a film has as many: int64 (L,)."""
     frames = torch.tensor([sum(shot.frames for shot in film.shots) for film in layout.films], device=layout.device)

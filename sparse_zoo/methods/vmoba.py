@@ -127,9 +127,14 @@ class VMoBA(Attention):
         choose = self._by_query if self.scope == "query" else self._together
         chosen = torch.zeros(*call.q.shape[:3], blocks.count, dtype=torch.bool, device=call.q.device)
         for film, tokens in _films(blocks):
-            rows, start = _rows(call, tokens), 0
-            for some in choose(call.q[:, :, rows], means[:, :, film], own[rows] - film.start):
+            # Which of some queries are of this film a GPU would have to tell: all choose, and the others' is dropped.
+            rows = tokens if call.q_rows is None else torch.arange(len(call.q_rows), device=call.q.device)
+            of_film, start = own[rows] - film.start, 0
+            for some in choose(call.q[:, :, rows], means[:, :, film], of_film):
                 end = start + some.shape[2]
+                if call.q_rows is not None:
+                    mine = of_film[start:end, None]
+                    some &= (mine >= 0) & (mine < film.stop - film.start)
                 chosen[:, :, rows[start:end], film], start = some, end
         return chosen
 
@@ -165,14 +170,13 @@ class VMoBA(Attention):
     def routing_flops(self, call: Call) -> int:
         """Pooling, and a product per query, head and block in each pass."""
         (batch, heads, _, dim), blocks = call.q.shape, self._blocks(call)
-        pairs: int = sum((film.stop - film.start) * len(_rows(call, tokens)) for film, tokens in _films(blocks))
+        count = call.q.shape[2]
+        pairs: int = sum(
+            (film.stop - film.start) * (len(tokens) if call.q_rows is None else count)
+            for film, tokens in _films(blocks)
+        )
         passes = 1 if self.scope == "query" or self.threshold == 1 else 4
         return batch * dim * (2 * heads * passes * pairs + call.k.shape[1] * call.k.shape[2])
-
-
-def _rows(call: Call, tokens: Tensor) -> Tensor:
-    """Which of the call's queries are among some tokens, ascending: int64 (n,)."""
-    return tokens if call.q_rows is None else torch.isin(call.q_rows, tokens).nonzero()[:, 0]
 
 
 def _is(own: Tensor, scores: Tensor) -> Tensor:

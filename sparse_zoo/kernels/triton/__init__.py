@@ -28,6 +28,8 @@ class Triton(Kernel):
     """Any plan, forward and backward: bfloat16 and float16 on CUDA, float32 and float16 in Triton's interpreter."""
 
     name = "triton"
+    by_cudnn = False
+    """Whether parts that route tokens to slices of the stream go to cuDNN's variable-length attention."""
 
     def why_not(self, q: Tensor | None = None, v: Tensor | None = None) -> list[str]:
         reasons = []
@@ -47,7 +49,7 @@ class Triton(Kernel):
         refuse("kernel 'triton'", [f"scale must be above 0, got {scale}" if scale <= 0 else ""])
         from sparse_zoo.kernels.triton.union import Union  # imports Triton
 
-        out, lse = Union.apply(q, k, v, plan, scale, _config(q))
+        out, lse = Union.apply(q, k, v, plan, scale, _config(q)._replace(cudnn=self.by_cudnn))
         return out, lse
 
     def executed(self, plan: Plan, batch: int, heads: int) -> int:
@@ -61,6 +63,18 @@ class Triton(Kernel):
             elif work := work_of(part, config):
                 total += _multiplied(work.by_query, work.tiles(config).attend, batch, heads)
         return total
+
+
+class Cudnn(Triton):
+    """`triton`, with token-level routing on cuDNN's variable-length attention instead of our gather kernels."""
+
+    name = "cudnn"
+    by_cudnn = True
+
+    def why_not(self, q: Tensor | None = None, v: Tensor | None = None) -> list[str]:
+        missing = find_spec("cudnn") is None
+        reasons = ["needs the package nvidia-cudnn-frontend, which is not installed"] if missing else []
+        return reasons + super().why_not(q, v)
 
 
 def interpreted() -> bool:

@@ -6,12 +6,16 @@ from typing import NamedTuple
 
 
 class Tile(NamedTuple):
-    """`rows` tokens are owned by a program, which meets `step` tokens of the other side at a time."""
+    """`rows` tokens are owned by a program, which meets `step` tokens of the other side at a time.
+
+    `tma`: blocks of keys and values that are slices of the stream are read by Hopper's copy engine.
+    """
 
     rows: int
     step: int
     warps: int
     stages: int
+    tma: bool = False
 
 
 class Tiles(NamedTuple):
@@ -23,22 +27,27 @@ class Tiles(NamedTuple):
 
 
 class Config(NamedTuple):
-    """`routed`: gathered queries × one slice of keys; `pieces`: a tile meets several segments of listed keys."""
+    """`routed`: gathered queries × one slice of keys; `pieces`: a tile meets several segments of listed keys.
+
+    `cudnn`: routed parts go to cuDNN's variable-length attention instead of Triton's kernels.
+    """
 
     routed: Tiles
     pieces: Tiles
+    cudnn: bool = False
 
 
 # What compiles without spills; where several do, the larger tile. None has been timed on a GPU yet.
 _SM80_64 = Tiles(Tile(128, 64, 8, 2), Tile(128, 64, 8, 2), Tile(128, 32, 8, 2))
+_SM80_64_PIECES = Tiles(Tile(128, 64, 8, 2), Tile(128, 32, 8, 2), Tile(128, 32, 8, 2))
 _SM80_128 = Tiles(Tile(128, 64, 8, 2), Tile(128, 32, 8, 2), Tile(64, 64, 8, 2))
 _SM80_128_PIECES = Tiles(Tile(64, 64, 8, 2), Tile(64, 64, 8, 2), Tile(64, 64, 8, 2))
-_SM90_64 = Tiles(Tile(128, 128, 8, 2), Tile(128, 64, 8, 2), Tile(128, 64, 8, 2))
-_SM90_128 = Tiles(Tile(128, 128, 8, 2), Tile(128, 64, 8, 2), Tile(64, 64, 8, 2))
-_SM90_128_PIECES = Tiles(Tile(128, 64, 8, 3), Tile(128, 64, 8, 2), Tile(64, 64, 8, 2))
+_SM90_64 = Tiles(Tile(128, 128, 8, 2, tma=True), Tile(128, 64, 8, 3, tma=True), Tile(128, 64, 8, 3))
+_SM90_128 = Tiles(Tile(128, 128, 8, 2, tma=True), Tile(128, 64, 8, 3, tma=True), Tile(64, 64, 8, 3))
+_SM90_128_PIECES = Tiles(Tile(128, 64, 8, 3), Tile(128, 32, 8, 3), Tile(64, 64, 8, 3))
 
 CONFIGS = {
-    ((8, 0), 64): Config(_SM80_64, _SM80_64),
+    ((8, 0), 64): Config(_SM80_64, _SM80_64_PIECES),
     ((8, 0), 128): Config(_SM80_128, _SM80_128_PIECES),
     ((9, 0), 64): Config(_SM90_64, _SM90_64),
     ((9, 0), 128): Config(_SM90_128, _SM90_128_PIECES),
@@ -46,15 +55,16 @@ CONFIGS = {
 HEAD_DIMS = sorted({dim for _, dim in CONFIGS})
 
 # Small, so that small plans have several tiles, ragged ones among them.
-_SMALL = Tiles(Tile(16, 16, 1, 1), Tile(16, 8, 1, 1), Tile(8, 16, 1, 1))
+_SMALL = Tiles(Tile(16, 16, 1, 1, tma=True), Tile(16, 8, 1, 1, tma=True), Tile(8, 16, 1, 1))
 INTERPRETED = Config(_SMALL, _SMALL)
 
 LINES = Tile(32, 0, 4, 1)
 """Of the kernels that merge, add up or dot rows."""
 POOL = Tile(1, 64, 4, 2)
 """Of the kernel that takes the mean of a piece, `step` rows at a time."""
-CHOOSE = Tile(32, 64, 8, 1)
-"""Of the kernel that chooses: `rows` queries, `step` channels at a time."""
+CHOOSE = {(8, 0): Tile(32, 64, 8, 1), (9, 0): Tile(64, 128, 8, 1)}
+"""Of the kernel that chooses, by compute capability: `rows` queries, `step` channels at a time. Hopper's products take
+64 rows at least; on older devices as many would spill."""
 MOST_CHUNKS = 256
 """That it chooses from: the scores of its queries stay in registers, and more spill."""
 
@@ -62,3 +72,8 @@ MOST_CHUNKS = 256
 def choose(capability: tuple[int, int], head_dim: int) -> Config:
     """The configuration for a device: that of the newest capability in the table that it has."""
     return CONFIGS[max(known for known, dim in CONFIGS if dim == head_dim and known <= capability), head_dim]
+
+
+def choose_tile(capability: tuple[int, int]) -> Tile:
+    """The tile of the kernel that chooses, for a device."""
+    return CHOOSE[max(known for known in CHOOSE if known <= capability)]

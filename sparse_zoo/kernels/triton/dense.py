@@ -1,10 +1,13 @@
 """Large rectangles that heads and batch items share, by the vendor's dense attention on slices.
 
-The backward takes the final output and log-sum-exp of the union, as every kernel here does.
+A call takes all heads, and equal rectangles at equal distances (the shots of a film) as batch items: calls of a few
+heads would leave much of the device idle at their ends. The backward takes the final output and log-sum-exp of the
+union, as every kernel here does. No call has a mask or is without keys, where cuDNN is known to return NaN.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from itertools import pairwise
 from typing import Any, NamedTuple
 
@@ -14,6 +17,7 @@ from torch import Tensor
 from sparse_zoo.errors import refuse
 from sparse_zoo.partition import Partition
 from sparse_zoo.plan import Part
+from sparse_zoo.remember import on_device, origin
 
 PAIRS = 1 << 20
 """Mean pairs of a part's rectangles from which the vendor's kernel takes them: a call costs tens of microseconds."""
@@ -32,17 +36,40 @@ class Rectangle(NamedTuple):
     pairs: int
 
 
-def rectangles(part: Part) -> list[Rectangle] | None:
-    """The rectangles of a part that is large and dense, None of any other. Waits for the device; remembered.
+class Run(NamedTuple):
+    """`number` slices of the stream of `length` tokens, the first at `first`, each `step` after the one before."""
 
-    Large and dense: shared by batch items and heads, of at most CALLS pieces of queries that are not single tokens,
-    with at least PAIRS pairs in a rectangle on average.
+    first: int
+    length: int
+    step: int = 0
+    number: int = 1
+
+
+class Batch(NamedTuple):
+    """Rectangles that one call takes, the i-th slice of queries with the i-th of keys; int64 (n,) for one of others."""
+
+    queries: Run | Tensor
+    keys: Run | Tensor
+
+    @property
+    def number(self) -> int:
+        return self.queries.number if isinstance(self.queries, Run) else 1
+
+
+def rectangles(part: Part) -> list[Rectangle] | None:
+    """The rectangles of a part that is large and dense, None of any other. Remembered; never waits for the device.
+
+    Large and dense: made from a layout, shared by batch items and heads, of at most CALLS pieces of queries that are
+    not single tokens, with at least PAIRS pairs in a rectangle on average.
     """
     if part.batch_heads != (1, 1) or not 0 < part.queries.count <= CALLS or part.queries.is_singles:
         return None
+    found = origin(part)
+    if found is None and part.edges.device.type != "cpu":
+        return None  # made on the device, from values: to list its tokens the host would have to wait for them
     known: list[list[Rectangle]] = part.__dict__.setdefault("_dense_rectangles", [])
     if not known:
-        known.append(_rectangles(part))
+        known.append(_rectangles(part) if found is None else on_device(_rectangles(found.host), found.device))
     total = sum(rectangle.pairs for rectangle in known[0])
     return known[0] if total and total >= PAIRS * len(known[0]) else None
 
@@ -69,6 +96,57 @@ def _listed(pieces: Partition) -> list[Tensor]:
 def _rows(tokens: Tensor) -> Rows:
     first = int(tokens[0])
     return slice(first, first + len(tokens)) if bool((tokens.diff() == 1).all()) else tokens
+
+
+def batches(found: list[Rectangle]) -> Iterator[Batch]:
+    """Rectangles in batches of equal ones at equal distances, whose keys do not overlap: dk and dv are added to rows of
+    their own."""
+    runs: list[Batch] = []
+    for rectangle in found:
+        if not isinstance(rectangle.queries, slice) or not isinstance(rectangle.keys, slice):
+            yield Batch(*(_run(rows) if isinstance(rows, slice) else rows for rows in rectangle[:2]))
+            continue
+        queries, keys = _run(rectangle.queries), _run(rectangle.keys)
+        longer = _continued(runs[-1], queries, keys) if runs else None
+        if longer:
+            runs[-1] = longer
+        else:
+            runs.append(Batch(queries, keys))
+    yield from runs
+
+
+def _run(rows: slice) -> Run:
+    return Run(rows.start, rows.stop - rows.start)
+
+
+def _continued(batch: Batch, queries: Run, keys: Run) -> Batch | None:
+    """The batch with one more rectangle, if it is equal and as far from the last as that one from its predecessor."""
+    longer = []
+    for run, more in zip(batch, (queries, keys), strict=True):
+        assert isinstance(run, Run)
+        step = more.first - (run.first + (run.number - 1) * run.step)
+        if more.length != run.length or step < run.length or (run.number > 1 and step != run.step):
+            return None
+        longer.append(Run(run.first, run.length, step, run.number + 1))
+    return Batch(*longer)
+
+
+def overlap(found: list[Rectangle]) -> bool:
+    """Whether two rectangles may hold the same key."""
+    slices = sorted((rows.start, rows.stop) for _, rows, _ in found if isinstance(rows, slice))
+    return len(found) > 1 and (len(slices) < len(found) or any(b > c for (_, b), (c, _) in pairwise(slices)))
+
+
+def rows_of(x: Tensor, rows: Run | Tensor) -> Tensor:
+    """Some rows of x (B, H, L, n): (B, H, length, n), or (number, H, length, n) of one batch item; a view of slices."""
+    if isinstance(rows, Tensor):
+        return x.index_select(2, rows)
+    if rows.number == 1:
+        return x[:, :, rows.first : rows.first + rows.length]
+    _, heads, _, width = x.shape
+    _, *stride = x.stride()
+    first = x.storage_offset() + rows.first * stride[1]
+    return x.as_strided((rows.number, heads, rows.length, width), (rows.step * stride[1], *stride), first)
 
 
 def executed(found: list[Rectangle]) -> int:
@@ -127,7 +205,8 @@ def _like(q: Tensor, x: Tensor) -> Tensor:
     torch caches cuDNN's plans by the strides of q, k and v alone: another layout of out, its gradient or lse would be
     read by the strides of an earlier call.
     """
-    return torch.empty_like(q).copy_(x)
+    like = torch.empty_like(q)
+    return x if x.stride() == like.stride() else like.copy_(x)
 
 
 def _engine(q: Tensor) -> tuple[Any, Any]:

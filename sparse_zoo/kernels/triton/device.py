@@ -6,8 +6,26 @@ PIECES: a tile meets several segments, of listed keys; otherwise one, a slice of
 log-sum-exps in memory are natural. Rows are addressed in 64 bits: assignments × head dim pass 2^31.
 """
 
+import inspect
+
 import triton
 import triton.language as tl
+
+ROWS_OF = ("q", "k", "v", "grad", "rows", "out", "a", "b", "x", "partial", "to", "dk", "dv", "means")
+"""Tensors of rows of DIM channels. That their addresses are multiples of 16 makes wide loads of them."""
+
+
+def _launched(function):
+    """A kernel, compiled once for each set of dtypes and constants.
+
+    Triton compiles another for each number that is 1 or a multiple of 16. It may for addresses of rows, where it
+    matters and seldom differs, and for nothing else: lengths, counts and strides of tables change with every film.
+    """
+    wide = {x + end for x in ROWS_OF for end in ("", "_item", "_head", "_row")}
+    parameters = inspect.signature(function).parameters.items()
+    plain = [name for name, x in parameters if name not in wide and x.annotation is not tl.constexpr]
+    return triton.jit(do_not_specialize=plain)(function)
+
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 LN_2 = tl.constexpr(0.6931471805599453)
@@ -33,14 +51,33 @@ def _rows(x, token, row_stride, live, DIM: tl.constexpr, MASKED: tl.constexpr):
 
 
 @triton.jit
+def _block(
+    x, others, item, head, first, end, row_stride,
+    STEP: tl.constexpr, DIM: tl.constexpr, LISTED: tl.constexpr, TMA: tl.constexpr, MASKED: tl.constexpr,
+):  # fmt: skip
+    """STEP rows of keys or values from `first` on, (STEP, DIM): by the copy engine, or one pointer a row.
+
+    x is a descriptor of the whole (B, H, L, DIM) with TMA, else a pointer to the first row of one head.
+    """
+    place = first + tl.arange(0, STEP)
+    if TMA:
+        block = x.load([item.to(tl.int32), head.to(tl.int32), first, 0]).reshape(STEP, DIM)
+        if MASKED:
+            # The copy engine knows no `end`: rows past it belong to the next piece, and 0 times their NaN is NaN.
+            block = tl.where((place < end)[:, None], block, 0.0)
+    else:
+        block = _rows(x, _places(others, place, end, LISTED, MASKED), row_stride, place < end, DIM, MASKED)
+    return block
+
+
+@triton.jit
 def _attend_step(
-    q, k, v, others, begin, end, k_row, v_row, scale, top, total, acc,
-    STEP: tl.constexpr, DIM: tl.constexpr, LISTED: tl.constexpr, MASKED: tl.constexpr,
+    q, k, v, others, item, head, begin, end, k_row, v_row, scale, top, total, acc,
+    STEP: tl.constexpr, DIM: tl.constexpr, LISTED: tl.constexpr, TMA: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
     """One step of online softmax over STEP keys."""
     place = begin + tl.arange(0, STEP)
-    token = _places(others, place, end, LISTED, MASKED)
-    keys = _rows(k, token, k_row, place < end, DIM, MASKED)
+    keys = _block(k, others, item, head, begin, end, k_row, STEP, DIM, LISTED, TMA, MASKED)
     scores = tl.dot(q, tl.trans(keys), input_precision="ieee")
     if MASKED:
         scores = tl.where((place < end)[None, :], scores, float("-inf"))
@@ -48,36 +85,36 @@ def _attend_step(
     weights = tl.math.exp2(scores * scale - higher[:, None])
     shrink = tl.math.exp2(top - higher)
     total = total * shrink + tl.sum(weights, 1)
-    values = _rows(v, token, v_row, place < end, DIM, MASKED)
+    values = _block(v, others, item, head, begin, end, v_row, STEP, DIM, LISTED, TMA, MASKED)
     acc = tl.dot(weights.to(values.dtype), values, acc * shrink[:, None], input_precision="ieee")
     return higher, total, acc
 
 
 @triton.jit
 def _attend_segment(
-    q, k, v, others, segment, k_row, v_row, scale, top, total, acc,
-    STEP: tl.constexpr, DIM: tl.constexpr, PIECES: tl.constexpr,
+    q, k, v, others, item, head, segment, k_row, v_row, scale, top, total, acc,
+    STEP: tl.constexpr, DIM: tl.constexpr, PIECES: tl.constexpr, TMA: tl.constexpr,
 ):  # fmt: skip
     begin, end = tl.load(segment), tl.load(segment + 1)
     whole = begin + (end - begin) // STEP * STEP
     for at in tl.range(begin, whole, STEP):
         top, total, acc = _attend_step(
-            q, k, v, others, at, end, k_row, v_row, scale, top, total, acc, STEP, DIM, PIECES, False
+            q, k, v, others, item, head, at, end, k_row, v_row, scale, top, total, acc, STEP, DIM, PIECES, TMA, False
         )
     if whole < end:
         top, total, acc = _attend_step(
-            q, k, v, others, whole, end, k_row, v_row, scale, top, total, acc, STEP, DIM, PIECES, True
+            q, k, v, others, item, head, whole, end, k_row, v_row, scale, top, total, acc, STEP, DIM, PIECES, TMA, True
         )
     return top, total, acc
 
 
-@triton.jit
+@_launched
 def attend(
     q, k, v, rows, rows_lse, tokens, tiles, others, segments, scale,
     heads, number, first_head, share,
     q_item, q_head, q_row, k_item, k_head, k_row, v_item, v_head, v_row, rows_group, rows_lse_group,
     tokens_item, tokens_head, tiles_item, tiles_head, others_item, others_head, segments_item, segments_head,
-    ROWS: tl.constexpr, STEP: tl.constexpr, DIM: tl.constexpr, PIECES: tl.constexpr,
+    ROWS: tl.constexpr, STEP: tl.constexpr, DIM: tl.constexpr, PIECES: tl.constexpr, TMA: tl.constexpr,
 ):  # fmt: skip
     """One tile of queries × all its segments of keys -> one row of partial output and log-sum-exp for each query."""
     group, tile = tl.program_id(0) // number, tl.program_id(0) % number
@@ -92,8 +129,9 @@ def attend(
     token = tl.load(tokens + item * tokens_item + head * tokens_head + place, mask=live, other=0).to(tl.int64)
     queries = _rows(q + item * q_item + head * q_head, token, q_row, live, DIM, True)
     kv_head = (first_head + head) // share
-    k += item * k_item + kv_head * k_head
-    v += item * v_item + kv_head * v_head
+    if not TMA:
+        k += item * k_item + kv_head * k_head
+        v += item * v_item + kv_head * v_head
     others += item * others_item + head * others_head
     segments += item * segments_item + head * segments_head
     scale *= LOG2_E
@@ -103,12 +141,14 @@ def attend(
     if PIECES:
         for i in tl.range(low, high):
             top, total, acc = _attend_segment(
-                queries, k, v, others, segments + i * 2, k_row, v_row, scale, top, total, acc, STEP, DIM, True
-            )
+                queries, k, v, others, item, kv_head, segments + i * 2, k_row, v_row, scale, top, total, acc,
+                STEP, DIM, True, False,
+            )  # fmt: skip
     else:
         top, total, acc = _attend_segment(
-            queries, k, v, others, segments + low * 2, k_row, v_row, scale, top, total, acc, STEP, DIM, False
-        )
+            queries, k, v, others, item, kv_head, segments + low * 2, k_row, v_row, scale, top, total, acc,
+            STEP, DIM, False, TMA,
+        )  # fmt: skip
     # Without keys: 0 / 1, and -inf + log(0).
     acc = acc / tl.where(total == 0, 1.0, total)[:, None]
     to = rows + group.to(tl.int64) * rows_group + place.to(tl.int64)[:, None] * DIM + dim[None, :]
@@ -118,13 +158,12 @@ def attend(
 
 @triton.jit
 def _grad_queries_step(
-    queries, grads, lse, delta, k, v, others, begin, end, k_row, v_row, scale, acc,
-    STEP: tl.constexpr, DIM: tl.constexpr, LISTED: tl.constexpr, MASKED: tl.constexpr,
+    queries, grads, lse, delta, k, v, others, item, head, begin, end, k_row, v_row, scale, acc,
+    STEP: tl.constexpr, DIM: tl.constexpr, LISTED: tl.constexpr, TMA: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
     place = begin + tl.arange(0, STEP)
-    token = _places(others, place, end, LISTED, MASKED)
-    keys = _rows(k, token, k_row, place < end, DIM, MASKED)
-    values = _rows(v, token, v_row, place < end, DIM, MASKED)
+    keys = _block(k, others, item, head, begin, end, k_row, STEP, DIM, LISTED, TMA, MASKED)
+    values = _block(v, others, item, head, begin, end, v_row, STEP, DIM, LISTED, TMA, MASKED)
     scores = tl.dot(queries, tl.trans(keys), input_precision="ieee")
     if MASKED:
         # Zero keys are not enough: with an lse near -200, exp2(0 - lse) is inf, and inf * 0 a NaN in every row.
@@ -136,31 +175,38 @@ def _grad_queries_step(
 
 @triton.jit
 def _grad_queries_segment(
-    queries, grads, lse, delta, k, v, others, segment, k_row, v_row, scale, acc,
-    STEP: tl.constexpr, DIM: tl.constexpr, PIECES: tl.constexpr,
+    queries, grads, lse, delta, k, v, others, item, head, segment, k_row, v_row, scale, acc,
+    STEP: tl.constexpr, DIM: tl.constexpr, PIECES: tl.constexpr, TMA: tl.constexpr,
 ):  # fmt: skip
     begin, end = tl.load(segment), tl.load(segment + 1)
     whole = begin + (end - begin) // STEP * STEP
-    for at in tl.range(begin, whole, STEP):
+    for at in tl.range(begin, whole, STEP, disable_licm=True):  # as in _grad_keys_segment
         acc = _grad_queries_step(
-            queries, grads, lse, delta, k, v, others, at, end, k_row, v_row, scale, acc, STEP, DIM, PIECES, False
-        )
+            queries, grads, lse, delta, k, v, others, item, head, at, end, k_row, v_row, scale, acc,
+            STEP, DIM, PIECES, TMA, False,
+        )  # fmt: skip
     if whole < end:
         acc = _grad_queries_step(
-            queries, grads, lse, delta, k, v, others, whole, end, k_row, v_row, scale, acc, STEP, DIM, PIECES, True
-        )
+            queries, grads, lse, delta, k, v, others, item, head, whole, end, k_row, v_row, scale, acc,
+            STEP, DIM, PIECES, TMA, True,
+        )  # fmt: skip
     return acc
 
 
-@triton.jit
+@_launched
 def grad_queries(
-    q, k, v, grad, lse, delta, rows, tokens, tiles, others, segments, scale,
+    q, k, v, grad, lse, delta, rows, known, tokens, tiles, others, segments, scale,
     heads, number, first_head, share, length,
     q_item, q_head, q_row, k_item, k_head, k_row, v_item, v_head, v_row, grad_item, grad_head, grad_row, rows_group,
+    known_group, known_row,
     tokens_item, tokens_head, tiles_item, tiles_head, others_item, others_head, segments_item, segments_head,
-    ROWS: tl.constexpr, STEP: tl.constexpr, DIM: tl.constexpr, PIECES: tl.constexpr,
+    ROWS: tl.constexpr, STEP: tl.constexpr, DIM: tl.constexpr, PIECES: tl.constexpr, TMA: tl.constexpr,
 ):  # fmt: skip
-    """The tiles of `attend` again -> one row of partial dq for each query. lse and delta are those of the union."""
+    """The tiles of `attend` again -> one row of partial dq for each query. lse and delta are those of the union.
+
+    They are also copied to `known`, base-2 lse then delta, in the order of `tokens`: `grad_keys` lists the same
+    queries, and reads them there in a row instead of one by one.
+    """
     group, tile = tl.program_id(0) // number, tl.program_id(0) % number
     item, head = (group // heads).to(tl.int64), (group % heads).to(tl.int64)
     record = tiles + item * tiles_item + head * tiles_head + tile * 4
@@ -173,25 +219,29 @@ def grad_queries(
     token = tl.load(tokens + item * tokens_item + head * tokens_head + place, mask=live, other=0).to(tl.int64)
     queries = _rows(q + item * q_item + head * q_head, token, q_row, live, DIM, True)
     grads = _rows(grad + item * grad_item + head * grad_head, token, grad_row, live, DIM, True)
-    known = group.to(tl.int64) * length + token
-    row_lse = tl.load(lse + known, mask=live, other=0.0) * LOG2_E
-    row_delta = tl.load(delta + known, mask=live, other=0.0)
+    of_row = group.to(tl.int64) * length + token
+    row_lse = tl.load(lse + of_row, mask=live, other=0.0) * LOG2_E
+    row_delta = tl.load(delta + of_row, mask=live, other=0.0)
+    known += group.to(tl.int64) * known_group + place
+    tl.store(known, row_lse, mask=live)
+    tl.store(known + known_row, row_delta, mask=live)
     kv_head = (first_head + head) // share
-    k += item * k_item + kv_head * k_head
-    v += item * v_item + kv_head * v_head
+    if not TMA:
+        k += item * k_item + kv_head * k_head
+        v += item * v_item + kv_head * v_head
     others += item * others_item + head * others_head
     segments += item * segments_item + head * segments_head
     acc = tl.zeros([ROWS, DIM], tl.float32)
     if PIECES:
-        for i in tl.range(low, high):
+        for i in tl.range(low, high, disable_licm=True):
             acc = _grad_queries_segment(
-                queries, grads, row_lse, row_delta, k, v, others, segments + i * 2, k_row, v_row, scale * LOG2_E, acc,
-                STEP, DIM, True,
+                queries, grads, row_lse, row_delta, k, v, others, item, kv_head, segments + i * 2, k_row, v_row,
+                scale * LOG2_E, acc, STEP, DIM, True, False,
             )  # fmt: skip
     else:
         acc = _grad_queries_segment(
-            queries, grads, row_lse, row_delta, k, v, others, segments + low * 2, k_row, v_row, scale * LOG2_E, acc,
-            STEP, DIM, False,
+            queries, grads, row_lse, row_delta, k, v, others, item, kv_head, segments + low * 2, k_row, v_row,
+            scale * LOG2_E, acc, STEP, DIM, False, TMA,
         )  # fmt: skip
     to = rows + group.to(tl.int64) * rows_group + place.to(tl.int64)[:, None] * DIM + dim[None, :]
     tl.store(to, (acc * scale).to(rows.dtype.element_ty), mask=live[:, None])
@@ -199,34 +249,36 @@ def grad_queries(
 
 @triton.jit
 def _grad_keys_segment(
-    keys, values, q, grad, lse, delta, others, segment, q_row, grad_row, scale, grad_k, grad_v,
+    keys, values, q, grad, known, known_row, others, segment, q_row, grad_row, scale, grad_k, grad_v,
     STEP: tl.constexpr, DIM: tl.constexpr,
 ):  # fmt: skip
     begin, end = tl.load(segment), tl.load(segment + 1)
-    for at in tl.range(begin, end, STEP):
+    # Invariants moved out of the loop would stay in registers through it, and some of these kernels spill.
+    for at in tl.range(begin, end, STEP, disable_licm=True):
         place = at + tl.arange(0, STEP)
         there = place < end
         query = tl.load(others + place, mask=there, other=0).to(tl.int64)
         queries = _rows(q, query, q_row, there, DIM, True)
         # Weights of rows past the end are 0. So they would be without: their gradients are. But with 0 here ptxas
         # serialises the products on sm_90 (C7515).
-        row_lse = tl.load(lse + query, mask=there, other=float("inf")) * LOG2_E
+        row_lse = tl.load(known + place, mask=there, other=float("inf"))
         scores = tl.dot(keys, tl.trans(queries), input_precision="ieee")
         weights = tl.math.exp2(scores * scale - row_lse[None, :])
         grads = _rows(grad, query, grad_row, there, DIM, True)
         grad_v = tl.dot(weights.to(grads.dtype), grads, grad_v, input_precision="ieee")
-        row_delta = tl.load(delta + query, mask=there, other=0.0)
+        row_delta = tl.load(known + known_row + place, mask=there, other=0.0)
         grad_weights = tl.dot(values, tl.trans(grads), input_precision="ieee")
         grad_scores = weights * (grad_weights - row_delta[None, :])
         grad_k = tl.dot(grad_scores.to(queries.dtype), queries, grad_k, input_precision="ieee")
     return grad_k, grad_v
 
 
-@triton.jit
+@_launched
 def grad_keys(
-    q, k, v, grad, lse, delta, dk, dv, tokens, tiles, others, segments, scale,
-    heads, number, first_head, share, length, keys_length,
+    q, k, v, grad, known, dk, dv, tokens, tiles, others, segments, scale,
+    heads, number, first_head, share, keys_length,
     q_item, q_head, q_row, k_item, k_head, k_row, v_item, v_head, v_row, grad_item, grad_head, grad_row,
+    known_group, known_row,
     tokens_item, tokens_head, tiles_item, tiles_head, others_item, others_head, segments_item, segments_head,
     ROWS: tl.constexpr, STEP: tl.constexpr, DIM: tl.constexpr, PIECES: tl.constexpr,
 ):  # fmt: skip
@@ -248,19 +300,18 @@ def grad_keys(
     grad += item * grad_item + head * grad_head
     others += item * others_item + head * others_head
     segments += item * segments_item + head * segments_head
-    lse += group.to(tl.int64) * length
-    delta += group.to(tl.int64) * length
+    known += group.to(tl.int64) * known_group
     grad_k = tl.zeros([ROWS, DIM], tl.float32)
     grad_v = tl.zeros([ROWS, DIM], tl.float32)
     if PIECES:
         for i in tl.range(low, high):
             grad_k, grad_v = _grad_keys_segment(
-                keys, values, q, grad, lse, delta, others, segments + i * 2, q_row, grad_row, scale * LOG2_E,
+                keys, values, q, grad, known, known_row, others, segments + i * 2, q_row, grad_row, scale * LOG2_E,
                 grad_k, grad_v, STEP, DIM,
             )  # fmt: skip
     else:
         grad_k, grad_v = _grad_keys_segment(
-            keys, values, q, grad, lse, delta, others, segments + low * 2, q_row, grad_row, scale * LOG2_E,
+            keys, values, q, grad, known, known_row, others, segments + low * 2, q_row, grad_row, scale * LOG2_E,
             grad_k, grad_v, STEP, DIM,
         )  # fmt: skip
     # Read again: kept, the tokens would take registers through the loop.
@@ -270,12 +321,28 @@ def grad_keys(
     tl.store(dv + to, tl.load(dv + to, mask=live[:, None], other=0.0) + grad_v, mask=live[:, None])
 
 
-@triton.jit
+@_launched
+def gather(
+    x, rows, tokens, heads, number, length, x_item, x_head, x_row, rows_group, tokens_item, tokens_head,
+    ROWS: tl.constexpr, DIM: tl.constexpr,
+):  # fmt: skip
+    """Rows of x in the order of a list of tokens."""
+    group, tile = tl.program_id(0) // number, tl.program_id(0) % number
+    item, head = (group // heads).to(tl.int64), (group % heads).to(tl.int64)
+    place, dim = (tile * ROWS + tl.arange(0, ROWS)).to(tl.int64), tl.arange(0, DIM)
+    live = place < length
+    token = tl.load(tokens + item * tokens_item + head * tokens_head + place, mask=live, other=0).to(tl.int64)
+    row = _rows(x + item * x_item + head * x_head, token, x_row, live, DIM, True)
+    tl.store(rows + group.to(tl.int64) * rows_group + place[:, None] * DIM + dim[None, :], row, mask=live[:, None])
+
+
+@_launched
 def merge(
     rows, rows_lse, slots, out, lse, heads, number, length, width, rows_group, rows_lse_group,
     slots_item, slots_head, out_item, out_head, out_row, lse_item, lse_head, ROWS: tl.constexpr, DIM: tl.constexpr,
 ):  # fmt: skip
-    """The partial rows of each query, in the order of its slots -> output and log-sum-exp."""
+    """Output and log-sum-exp of each query so far, where lse is not -inf, and its partial rows in the order of its
+    slots -> output and log-sum-exp of all."""
     group, tile = tl.program_id(0) // number, tl.program_id(0) % number
     item, head = (group // heads).to(tl.int64), (group % heads).to(tl.int64)
     token, dim = (tile * ROWS + tl.arange(0, ROWS)).to(tl.int64), tl.arange(0, DIM)
@@ -283,14 +350,18 @@ def merge(
     rows += group.to(tl.int64) * rows_group
     rows_lse += group.to(tl.int64) * rows_lse_group
     slots += item * slots_item + head * slots_head
-    top = tl.full([ROWS], float("-inf"), tl.float32)
-    total = tl.zeros([ROWS], tl.float32)
-    acc = tl.zeros([ROWS, DIM], tl.float32)
+    out += item * out_item + head * out_head
+    lse += item * lse_item + head * lse_head + token
+    top = tl.load(lse, mask=live, other=float("-inf")) * LOG2_E
+    there = top != float("-inf")
+    total = there.to(tl.float32)
+    acc = _rows(out, token, out_row, there, DIM, True).to(tl.float32)
     for i in tl.range(0, width):
         place = tl.load(slots + token * width + i, mask=live, other=-1).to(tl.int64)
         there = place >= 0
         partial_lse = tl.load(rows_lse + place, mask=there, other=float("-inf")) * LOG2_E
-        partial = _rows(rows, place, DIM, there, DIM, True).to(tl.float32)
+        # Rows without keys may hold anything, and 0 times NaN is NaN.
+        partial = _rows(rows, place, DIM, there & (partial_lse != float("-inf")), DIM, True).to(tl.float32)
         higher = tl.maximum(top, partial_lse)
         # -inf - -inf is no number: rows without keys so far weigh 0.
         base = tl.where(higher == float("-inf"), 0.0, higher)
@@ -299,32 +370,87 @@ def merge(
         total = total * shrink + weight
         top = higher
     acc = acc / tl.where(total == 0, 1.0, total)[:, None]
-    to = out + item * out_item + head * out_head + token[:, None] * out_row + dim[None, :]
+    to = out + token[:, None] * out_row + dim[None, :]
     tl.store(to, acc.to(out.dtype.element_ty), mask=live[:, None])
-    tl.store(lse + item * lse_item + head * lse_head + token, (top + tl.math.log2(total)) * LN_2, mask=live)
+    tl.store(lse, (top + tl.math.log2(total)) * LN_2, mask=live)
 
 
-@triton.jit
+@_launched
+def fold(
+    partial, partial_lse, out, lse, tokens, heads, number, length,
+    partial_item, partial_head, partial_row, partial_lse_item, partial_lse_head,
+    out_item, out_head, out_row, lse_item, lse_head,
+    ROWS: tl.constexpr, DIM: tl.constexpr, LISTED: tl.constexpr,
+):  # fmt: skip
+    """Merge partial rows into output and log-sum-exp, in place: row i into row i, or LISTED into row tokens[i]."""
+    group, tile = tl.program_id(0) // number, tl.program_id(0) % number
+    item, head = (group // heads).to(tl.int64), (group % heads).to(tl.int64)
+    place, dim = (tile * ROWS + tl.arange(0, ROWS)).to(tl.int64), tl.arange(0, DIM)
+    live = place < length
+    token = _places(tokens, place, length, LISTED, True)
+    out += item * out_item + head * out_head
+    lse += item * lse_item + head * lse_head + token
+    one = tl.load(lse, mask=live, other=float("-inf")) * LOG2_E
+    other = (
+        tl.load(partial_lse + item * partial_lse_item + head * partial_lse_head + place, mask=live, other=0.0) * LOG2_E
+    )
+    top = tl.maximum(one, other)
+    weight, more = tl.math.exp2(one - top), tl.math.exp2(other - top)
+    total = weight + more
+    acc = (
+        _rows(out, token, out_row, live & (one != float("-inf")), DIM, True).to(tl.float32) * (weight / total)[:, None]
+    )
+    rows = _rows(partial + item * partial_item + head * partial_head, place, partial_row, live, DIM, True)
+    acc += rows.to(tl.float32) * (more / total)[:, None]
+    tl.store(out + token[:, None] * out_row + dim[None, :], acc.to(out.dtype.element_ty), mask=live[:, None])
+    tl.store(lse, (top + tl.math.log2(total)) * LN_2, mask=live)
+
+
+@_launched
+def add_rows(
+    rows, to, tokens, heads, number, length, share, rows_item, rows_head, rows_row, to_item, to_head, to_row,
+    ROWS: tl.constexpr, DIM: tl.constexpr, LISTED: tl.constexpr, ADD: tl.constexpr,
+):  # fmt: skip
+    """Sum rows over `share` heads each, and add the sums to row i, or LISTED to row tokens[i]; or, not ADD, put them
+    there. `heads` are those of `to`."""
+    group, tile = tl.program_id(0) // number, tl.program_id(0) % number
+    item, head = (group // heads).to(tl.int64), (group % heads).to(tl.int64)
+    place, dim = (tile * ROWS + tl.arange(0, ROWS)).to(tl.int64), tl.arange(0, DIM)
+    live = place < length
+    token = _places(tokens, place, length, LISTED, True)
+    at = to + item * to_item + head * to_head + token[:, None] * to_row + dim[None, :]
+    acc = tl.zeros([ROWS, DIM], tl.float32)
+    if ADD:
+        acc += tl.load(at, mask=live[:, None], other=0.0).to(tl.float32)
+    rows += item * rows_item + head * share * rows_head
+    for i in tl.range(0, share):
+        acc += _rows(rows + i * rows_head, place, rows_row, live, DIM, True).to(tl.float32)
+    tl.store(at, acc.to(to.dtype.element_ty), mask=live[:, None])
+
+
+@_launched
 def add_up(
     rows, slots, out, heads, number, length, width, rows_group, slots_item, slots_head, out_item, out_head, out_row,
-    ROWS: tl.constexpr, DIM: tl.constexpr,
+    ROWS: tl.constexpr, DIM: tl.constexpr, ADD: tl.constexpr,
 ):  # fmt: skip
-    """The sum of the partial rows of each query, in the order of its slots."""
+    """The sum of the partial rows of each query, in the order of its slots, with ADD added to what is there."""
     group, tile = tl.program_id(0) // number, tl.program_id(0) % number
     item, head = (group // heads).to(tl.int64), (group % heads).to(tl.int64)
     token, dim = (tile * ROWS + tl.arange(0, ROWS)).to(tl.int64), tl.arange(0, DIM)
     live = token < length
     rows += group.to(tl.int64) * rows_group
     slots += item * slots_item + head * slots_head
+    to = out + item * out_item + head * out_head + token[:, None] * out_row + dim[None, :]
     acc = tl.zeros([ROWS, DIM], tl.float32)
+    if ADD:
+        acc += tl.load(to, mask=live[:, None], other=0.0).to(tl.float32)
     for i in tl.range(0, width):
         place = tl.load(slots + token * width + i, mask=live, other=-1).to(tl.int64)
         acc += _rows(rows, place, DIM, place >= 0, DIM, True).to(tl.float32)
-    to = out + item * out_item + head * out_head + token[:, None] * out_row + dim[None, :]
     tl.store(to, acc.to(out.dtype.element_ty), mask=live[:, None])
 
 
-@triton.jit
+@_launched
 def row_dots(
     a, b, out, heads, number, length, a_item, a_head, a_row, b_item, b_head, b_row,
     ROWS: tl.constexpr, DIM: tl.constexpr,
@@ -339,7 +465,7 @@ def row_dots(
     tl.store(out + group.to(tl.int64) * length + token, tl.sum(left * right, 1), mask=live)
 
 
-@triton.jit
+@_launched
 def pool(
     k, means, tokens, offsets, heads, count,
     k_item, k_head, k_row, tokens_item, tokens_head, offsets_item, offsets_head,
@@ -366,7 +492,7 @@ def pool(
         rest -= term.to(tl.float32)
 
 
-@triton.jit
+@_launched
 def choose(
     q, means, legal, kind, chosen, heads, number, length, share, count, q_item, q_head, q_row,
     ROWS: tl.constexpr, STEP: tl.constexpr, DIM: tl.constexpr, COLUMNS: tl.constexpr, TOP_K: tl.constexpr,

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from sparse_zoo.kernels.triton import Triton
-from sparse_zoo.kernels.triton.configs import CHOOSE, MOST_CHUNKS, POOL
+from sparse_zoo.kernels.triton import Triton, interpreted
+from sparse_zoo.kernels.triton.configs import CHOOSE, MOST_CHUNKS, POOL, Tile, choose_tile
 from sparse_zoo.kernels.triton.work import tokens_of
 from sparse_zoo.partition import Partition
 
@@ -34,7 +34,8 @@ def top_chunks(q: Tensor, k: Tensor, chunks: Partition, legal: Tensor, kind: Ten
     if not chosen.numel():
         return chosen
     tokens, offsets = (x.expand(batch, kv_heads, -1) for x in (tokens_of(chunks), chunks.offsets))
-    number = -(-length // CHOOSE.rows)
+    tile = _tile(q)
+    number = -(-length // tile.rows)
     with union.on(q):
         device.pool[(batch * kv_heads * count,)](
             k, means, tokens, offsets, kv_heads, count,
@@ -44,10 +45,14 @@ def top_chunks(q: Tensor, k: Tensor, chunks: Partition, legal: Tensor, kind: Ten
         device.choose[(batch * heads * number,)](
             q, means, legal.contiguous().view(torch.uint8), kind.int(), chosen,
             heads, number, length, heads // kv_heads, count, *q.stride()[:3],
-            ROWS=CHOOSE.rows, STEP=min(dim, CHOOSE.step), DIM=dim, COLUMNS=_power_of_two(count), TOP_K=top_k,
-            num_warps=CHOOSE.warps, num_stages=CHOOSE.stages,
+            ROWS=tile.rows, STEP=min(dim, tile.step), DIM=dim, COLUMNS=_power_of_two(count), TOP_K=top_k,
+            num_warps=tile.warps, num_stages=tile.stages,
         )  # fmt: skip
     return chosen
+
+
+def _tile(q: Tensor) -> Tile:
+    return CHOOSE[min(CHOOSE)] if interpreted() else choose_tile(torch.cuda.get_device_capability(q.device))
 
 
 def _power_of_two(count: int) -> int:

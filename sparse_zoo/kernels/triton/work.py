@@ -1,7 +1,7 @@
 """A part as work for device kernels: tiles of one side × segments of the other. torch alone.
 
 Nothing here reads a count on the host, so that building never waits for the device: tables have their largest possible
-size, and tiles past the last hold no token. The one exception is a bool table over single tokens, see `_named`.
+size, and tiles past the last hold no token.
 """
 
 from __future__ import annotations
@@ -60,12 +60,14 @@ def work_of(part: Part, config: Config) -> PartWork | None:
     if not edges.numel() or not keys.count:
         return None
     gathered, pieces = queries.is_singles, not (queries.is_singles and keys.order is None)
-    tiles = config.pieces if pieces else config.routed
-    rows, key_rows = tiles.attend.rows, tiles.grad_keys.rows
+    sizes = config.pieces if pieces else config.routed
+    rows, key_rows = sizes.attend.rows, sizes.grad_keys.rows
     readers, starts, places = _by_key(edges, keys.count)
     if gathered:
-        by_query = Work(readers, _piece_tiles(starts, readers.shape[-1], rows), tokens_of(keys), _bounds(keys.offsets))
-        by_key = Work(tokens_of(keys), _piece_tiles(keys.offsets, _listed(keys), key_rows), readers, _bounds(starts))
+        by_query = Work(
+            readers, tiles_of_pieces(starts, readers.shape[-1], rows), tokens_of(keys), _bounds(keys.offsets)
+        )
+        by_key = Work(tokens_of(keys), tiles_of_pieces(keys.offsets, _listed(keys), key_rows), readers, _bounds(starts))
         return PartWork(by_query, by_key, places, pieces)
     first = torch.arange(queries.count, device=edges.device) * edges.shape[-1]
     by_query = Work(
@@ -86,16 +88,15 @@ def work_of(part: Part, config: Config) -> PartWork | None:
 def _named(part: Part) -> tuple[Tensor, Tensor]:
     """Edges as indices (B|1, H|1, Q, k), -1 for none, and the number of columns that count, (B|1, H|1, Q).
 
-    A table keeps its width, rather than wait for the device to count: what is named stands first. Over single tokens,
-    whose partial rows would be as many as the table has entries, it is cut to the longest row, which waits.
+    A table keeps its width, rather than wait for the device to count: what is named stands first. Over single tokens
+    the partial rows of a head are therefore as many as the table has entries.
     """
     edges = part.edges
     if not part.by_table:
         return edges, torch.full((1, 1, 1), edges.shape[-1], device=edges.device)
     number = edges.sum(-1)
-    width = int(number.max()) if part.queries.is_singles and number.numel() else edges.shape[-1]
-    named = edges.byte().sort(dim=-1, descending=True, stable=True).indices[..., :width]
-    return named.masked_fill(torch.arange(width, device=edges.device) >= number[..., None], -1), number
+    named = edges.byte().sort(dim=-1, descending=True, stable=True).indices
+    return named.masked_fill(torch.arange(edges.shape[-1], device=edges.device) >= number[..., None], -1), number
 
 
 def _by_key(edges: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -139,7 +140,7 @@ def _tiles(starts: Tensor, listed: int, size: int, low: Tensor, high: Tensor) ->
     return torch.stack([first, count, low.gather(-1, piece), high.gather(-1, piece)], dim=-1).int()
 
 
-def _piece_tiles(starts: Tensor, listed: int, size: int) -> Tensor:
+def tiles_of_pieces(starts: Tensor, listed: int, size: int) -> Tensor:
     """Tiles whose segments are one: that of their own piece."""
     piece = torch.arange(starts.shape[-1] - 1, device=starts.device)[None, None]
     return _tiles(starts, listed, size, piece, piece + 1)
