@@ -257,7 +257,7 @@ def test_the_order_within_a_choice_is_free() -> None:
     assert large.check_choice(lambda *given: routing.top_chunks(*given).flip(-1), *candidates()).passed
 
 
-# -- the film that production's tiles run on ----------------------------------------------------------------------------
+# -- the film that production's tiles run on --------------------------------------------------------------------------
 
 
 def test_the_film_reaches_the_dense_path_when_its_threshold_is_lowered() -> None:

@@ -213,11 +213,11 @@ def judge_whole(got: Run, plan: Plan, given: Inputs) -> list[Finding]:
                     dv += rows.weights.mT @ grad
                 for what in ("out", "lse", "dq"):
                     ours = getattr(got, what)[item, head, queries]
-                    want, plain = (getattr(made[dtype], what) for dtype in totals)
+                    want, plain = (getattr(made[dtype], what) for dtype in (torch.float64, given.q.dtype))
                     pairs[what].append((ours, want, plain))
             if head % share == share - 1:
                 for i, what in enumerate(("dk", "dv")):
-                    want, plain = (totals[dtype][i].to(dtype) for dtype in totals)
+                    want, plain = (totals[dtype][i].to(dtype) for dtype in (torch.float64, given.q.dtype))
                     pairs[what].append((getattr(got, what)[item, head // share], want, plain))
     return [compare(what, *(torch.cat(parts) for parts in zip(*found, strict=True))) for what, found in pairs.items()]
 

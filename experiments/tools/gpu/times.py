@@ -6,7 +6,7 @@ import dataclasses
 import statistics
 import time
 from collections.abc import Callable, Iterator
-from importlib import import_module
+from functools import partial
 from typing import Any
 
 import torch
@@ -32,6 +32,7 @@ from experiments.tools.gpu.rows import Row
 from experiments.tools.gpu.stage import Run, in_one_line
 from sparse_zoo import bench
 from sparse_zoo.bench.competitors import dense_engines
+from sparse_zoo.kernels import get
 from sparse_zoo.kernels.triton import dense
 from sparse_zoo.kernels.triton.configs import Tile
 from sparse_zoo.testing import large
@@ -92,11 +93,11 @@ GROUPS = (
     ("pooling", ("pool",)),
     ("top-k", ("choose",)),
     ("attend", ("attend",)),
-    ("merge", ("merge",)),
+    ("merge", ("merge", "fold")),
     ("row sums", ("row_dots",)),
     ("dq", ("grad_queries",)),
     ("dk/dv", ("grad_keys",)),
-    ("dq sums", ("add_up",)),
+    ("sums", ("add_up", "add_rows")),
     ("dense forward", ("fprop", "fmha_fwd", "flash_fwd", "_scaled_dot_product_flash_attention_for_cpu")),
     ("dense backward", ("bprop", "fmha_bwd", "flash_bwd", "dot_do_o", "flash_attention_for_cpu_backward")),
     ("index", ("sort", "scatter", "gather", "searchsorted", "scan", "cumsum", "histogram", "index")),
@@ -229,16 +230,17 @@ SWEEP: tuple[tuple[str, tuple[Tile, ...]], ...] = (
     (
         "attend",
         (
+            Tile(128, 128, 8, 2, tma=True),
+            Tile(128, 64, 8, 3, tma=True),
+            Tile(64, 64, 4, 2, tma=True),
+            Tile(128, 64, 8, 2, tma=True),
+            Tile(64, 64, 4, 3, tma=True),
             Tile(128, 128, 8, 2),
-            Tile(128, 64, 8, 2),
             Tile(128, 64, 8, 3),
-            Tile(64, 64, 4, 2),
-            Tile(64, 64, 4, 3),
-            Tile(64, 128, 4, 2),
         ),
     ),
     ("grad_keys", (Tile(64, 64, 8, 3), Tile(64, 64, 8, 2))),
-    ("grad_queries", (Tile(128, 64, 8, 2), Tile(128, 64, 8, 3))),
+    ("grad_queries", (Tile(128, 64, 8, 3, tma=True), Tile(128, 64, 8, 2, tma=True), Tile(128, 64, 8, 3))),
 )
 """For head dim 128, by expected gain."""
 TINY_SWEEP = (("attend", (Tile(16, 16, 1, 1),)), ("grad_keys", (Tile(8, 16, 1, 1),)))
@@ -249,7 +251,7 @@ def tiles_of(run: Run) -> tuple[tuple[str, tuple[Tile, ...]], ...]:
 
 
 def sweep_name(kernel: str, tile: Tile) -> str:
-    return f"{kernel} {tile.rows}×{tile.step} w{tile.warps} s{tile.stages}"
+    return f"{kernel} {tile.rows}×{tile.step} w{tile.warps} s{tile.stages}{' tma' if tile.tma else ''}"
 
 
 def sweep(run: Run) -> Iterator[Row]:
@@ -283,30 +285,26 @@ def sweep(run: Run) -> Iterator[Row]:
 
 
 def varlen(run: Run) -> Iterator[Row]:
-    """The vendor's variable-length kernel for routed parts: its own checks and timings, where there is one."""
-    name = "sparse_zoo.kernels.triton.cudnn"
-    try:
-        engine = import_module(name)
-    except ImportError as error:
-        yield rows.skipped("varlen", f"no variable-length engine: {error}")
-        return
+    """The kernel "cudnn", whose routed parts go to cuDNN's variable-length attention: checked, then timed."""
     size = long_size(run)
     asked = problem(run, size)
+    reasons = get("cudnn").why_not(asked.given.q, asked.given.v)
+    if reasons:
+        yield rows.skipped("varlen", "; ".join(reasons))
+        return
     sampled = large.Sampled(asked.plan, asked.given, tokens=8 if run.tiny else 256)
-    found = judged(name_of("varlen", dtype_of(run), size.head_dim), sampled.judge(_by_engine(engine, asked)))
+    found = judged(
+        name_of("varlen", dtype_of(run), size.head_dim), sampled.judge(large.run("cudnn", asked.plan, asked.given))
+    )
     yield found
-    for which, call in (("forward+backward", lambda: _by_engine(engine, asked)),):
-        reason = run.rows.untimed([found["name"]])
+    reason = run.rows.untimed([found["name"]])
+    for kernel in ("cudnn", "triton"):
+        title = f"forward+backward of one plan on {kernel}"
         if reason:
-            yield rows.not_timed(f"varlen, {which}", reason)
+            yield rows.not_timed(title, reason)
         else:
-            yield rows.time(f"varlen, {which}", seconds_of(call, device_of(run), size.repeats))
-
-
-def _by_engine(engine: Any, asked: Problem) -> large.Run:
-    """The triton kernel with its routed parts on the engine, which says how that is switched on: `engine.used()`."""
-    with engine.used():
-        return large.run("triton", asked.plan, asked.given)
+            seconds = seconds_of(partial(large.run, kernel, asked.plan, asked.given), device_of(run), size.repeats)
+            yield rows.time(title, seconds)
 
 
 # -- end to end -------------------------------------------------------------------------------------------------------
