@@ -21,7 +21,7 @@ def _launched(function):
     Triton compiles another for each number that is 1 or a multiple of 16. It may for addresses of rows, where it
     matters and seldom differs, and for nothing else: lengths, counts and strides of tables change with every film.
     """
-    wide = {x + end for x in ROWS_OF for end in ("", "_item", "_head", "_row")}
+    wide = {x + end for x in ROWS_OF for end in ("", "_item", "_head", "_row", "_group")}
     parameters = inspect.signature(function).parameters.items()
     plain = [name for name, x in parameters if name not in wide and x.annotation is not tl.constexpr]
     return triton.jit(do_not_specialize=plain)(function)
@@ -180,7 +180,7 @@ def _grad_queries_segment(
 ):  # fmt: skip
     begin, end = tl.load(segment), tl.load(segment + 1)
     whole = begin + (end - begin) // STEP * STEP
-    for at in tl.range(begin, whole, STEP, disable_licm=True):  # as in _grad_keys_segment
+    for at in tl.range(begin, whole, STEP):
         acc = _grad_queries_step(
             queries, grads, lse, delta, k, v, others, item, head, at, end, k_row, v_row, scale, acc,
             STEP, DIM, PIECES, TMA, False,
@@ -233,7 +233,7 @@ def grad_queries(
     segments += item * segments_item + head * segments_head
     acc = tl.zeros([ROWS, DIM], tl.float32)
     if PIECES:
-        for i in tl.range(low, high, disable_licm=True):
+        for i in tl.range(low, high):
             acc = _grad_queries_segment(
                 queries, grads, row_lse, row_delta, k, v, others, item, kv_head, segments + i * 2, k_row, v_row,
                 scale * LOG2_E, acc, STEP, DIM, True, False,
