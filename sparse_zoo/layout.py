@@ -161,8 +161,9 @@ class Layout:
         refuse(
             "Layout.partition", [unknown("field", k, FIELDS) for k in keys if isinstance(k, str) and k not in FIELDS]
         )
-        if where is None and all(isinstance(key, str) for key in keys):
-            return _fields_partition(self, *keys)
+        names = [key for key in keys if isinstance(key, str)]
+        if where is None and len(names) == len(keys):
+            return _fields_partition(self, *names)
         return self._partition(keys, where)
 
     def _partition(self, keys: Sequence[str | Tensor], where: Tensor | None) -> Partition:

@@ -334,13 +334,13 @@ def _speeds(found: Mapping[str, Any]) -> Table:
     for title in SPEEDS:
         table.add_column(title, justify="left" if title in ("method", "kernel", "pass") else "right", no_wrap=True)
     for row in found["rows"]:
-        name = (row["method"], row["kernel"], f"{row['tokens']:,}")
+        names = (row["method"], row["kernel"], f"{row['tokens']:,}")
         if "failed" in row:
             console.print(f"[red]{row['method']} on {row['kernel']}[/red]: {escape(row['failed'])}", soft_wrap=True)
             continue
         which = "fwd" if row["pass"] == "forward" else "all"
         times = (f"{row['seconds'] * 1e3:.1f}", f"{row['dense_seconds'] * 1e3:.1f}")
         speed = (f"{row['attained']:.2f} of {row['bound']:.2f}", f"[bold]{row['attained_over_bound']:.2f}[/bold]")
-        noise = (interval(row), f"{row['fastest_over_bound']:.2f}")
-        table.add_row(*name, which, *times, *speed, *noise, f"{row['peak_memory_ratio']:.2f}")
+        spread = (interval(row), f"{row['fastest_over_bound']:.2f}")
+        table.add_row(*names, which, *times, *speed, *spread, f"{row['peak_memory_ratio']:.2f}")
     return table

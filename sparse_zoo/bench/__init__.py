@@ -5,7 +5,7 @@ process, turn by turn. bound = 1 / density. No time is reported for a kernel tha
 """
 
 from sparse_zoo.bench.agreement import gate
-from sparse_zoo.bench.competitors import dense_engines, peak_bytes
+from sparse_zoo.bench.competitors import PASSES, dense_engines, peak_bytes
 from sparse_zoo.bench.intervals import NARROW, median_interval
 from sparse_zoo.bench.lines import headline, table
 from sparse_zoo.bench.suites import (
@@ -24,7 +24,7 @@ from sparse_zoo.bench.suites import (
     film_of,
     suite,
 )
-from sparse_zoo.bench.turns import PASSES, Row, about, events, measure, processor, run
+from sparse_zoo.bench.turns import Row, about, events, measure, processor, run
 
 __all__ = [
     "CPU_ENTRIES",

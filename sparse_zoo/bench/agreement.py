@@ -24,7 +24,9 @@ def gate(attention: zoo.Attention, q: Tensor, k: Tensor, v: Tensor, film: zoo.La
     draw = torch.Generator(q.device).manual_seed(1)
     some_hidden = torch.randn(1, len(FILM), hidden.shape[-1], device=q.device, generator=draw)
     own = large.Inputs(
-        *(x.detach() for x in (q, k, v)),
+        q.detach(),
+        k.detach(),
+        v.detach(),
         large.Inputs.random(len(film), q.shape[1], k.shape[1], q.shape[3], q.dtype, q.device, seed=2).grad,
     )
     for given, layout, context, whole in ((few, FILM, some_hidden, True), (own, film, hidden, False)):

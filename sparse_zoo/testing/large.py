@@ -239,7 +239,8 @@ class Sampled:
 
         # The first and last tokens are where tiles and offsets end.
         def ends(length: int) -> Tensor:
-            return torch.cat([some(length, tokens), torch.tensor([0, length - 1])]).unique().to(given.q.device)
+            found: Tensor = torch.cat([some(length, tokens), torch.tensor([0, length - 1])]).unique()
+            return found.to(given.q.device)
 
         self.queries, self.keys = ends(given.q.shape[2]), ends(given.k.shape[2])
         # Of query heads that share keys all are needed for dk and dv; the last head is where offsets are largest.

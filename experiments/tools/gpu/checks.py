@@ -72,14 +72,14 @@ def two_key_sets(
         size = (200 / head_dim**0.5) ** 0.5
         q, k = -(size + 0.1 * q), size + 0.1 * k
     scale = head_dim**-0.5
-    own, rest = (tuple(x[:, :, part].contiguous() for x in (k, v)) for part in (slice(keys), slice(keys, None)))
-    outs, lses = zip(*(dense.forward(q, *part, scale) for part in (own, rest)), strict=True)
-    out, lse = zoo.merge(outs, lses)
-    got = dense.backward(grad, q, *own, out.to(dtype), lse.float(), scale)
+    (own_k, rest_k), (own_v, rest_v) = ((x[:, :, :keys].contiguous(), x[:, :, keys:].contiguous()) for x in (k, v))
+    first, second = dense.forward(q, own_k, own_v, scale), dense.forward(q, rest_k, rest_v, scale)
+    out, lse = zoo.merge([first[0], second[0]], [first[1], second[1]])
+    got = dense.backward(grad, q, own_k, own_v, out.to(dtype), lse.float(), scale)
     found = []
     reads = torch.ones(queries, keys + other, dtype=torch.bool, device=device)
     wide, plain = (
-        [large._rows(*(x[0, h].to(d) for x in (q, k, v, grad)), reads, scale) for h in range(heads)]
+        [large._rows(q[0, h].to(d), k[0, h].to(d), v[0, h].to(d), grad[0, h].to(d), reads, scale) for h in range(heads)]
         for d in (torch.float64, dtype)
     )
 
@@ -89,7 +89,7 @@ def two_key_sets(
         return [
             torch.stack([row.out for row in made]),
             torch.stack([row.lse for row in made]),
-            torch.stack([score @ own[0][0, h].to(d) * scale for h, score in enumerate(scores)]),
+            torch.stack([score @ own_k[0, h].to(d) * scale for h, score in enumerate(scores)]),
             torch.stack([score.mT @ q[0, h].to(d) * scale for h, score in enumerate(scores)]),
             torch.stack([row.weights[:, :keys].mT @ grad[0, h].to(d) for h, row in enumerate(made)]),
         ]
@@ -124,6 +124,7 @@ def choice(run: Run) -> Iterator[Row]:
 
 def candidates(asked: Problem) -> tuple[zoo.Partition, Tensor, Tensor]:
     """moc's chunks, which kind of query may choose which, and the kind of each query."""
+    assert isinstance(asked.attention, moc.MoC)
     static = moc._static(asked.film, asked.attention.cut)
     return static.chunks, static.legal, static.kind
 

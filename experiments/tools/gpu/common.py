@@ -97,7 +97,7 @@ def seconds_of(call: Callable[[], object], device: torch.device, repeats: int) -
             start = time.perf_counter()
             call()
             taken.append(time.perf_counter() - start)
-    return statistics.median(taken)
+    return float(statistics.median(taken))
 
 
 class Trace(NamedTuple):

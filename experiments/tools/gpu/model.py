@@ -21,8 +21,8 @@ from sparse_zoo import bench
 from sparse_zoo.errors import refuse
 from sparse_zoo.kernels.base import Kernel
 
-MODEL = {"dim": 1536, "depth": 2, "heads": 12, "channels": 16, "patch": (1, 2, 2), "vocabulary": 512}
-TINY_MODEL = {"dim": 32, "depth": 1, "heads": 2, "channels": 2, "patch": (1, 2, 2), "vocabulary": 8}
+MODEL: dict[str, Any] = {"dim": 1536, "depth": 2, "heads": 12, "channels": 16, "patch": (1, 2, 2), "vocabulary": 512}
+TINY_MODEL: dict[str, Any] = {"dim": 32, "depth": 1, "heads": 2, "channels": 2, "patch": (1, 2, 2), "vocabulary": 8}
 
 
 class Sdpa(Kernel):
@@ -80,14 +80,14 @@ def _steps(attention: dict[str, Any], run: Run) -> dict[str, Any]:
     device, model = device_of(run), TINY_MODEL if run.tiny else MODEL
     film = (TINY if run.tiny else bench.PAPER_FILM).to(device)
     torch.manual_seed(0)
-    dit = VideoDiT(**model, attention=attention, checkpoint=True).to(device)  # type: ignore[arg-type]
+    dit = VideoDiT(**model, attention=attention, checkpoint=True).to(device)
     optimizer = torch.optim.AdamW(dit.parameters(), lr=1e-4)
-    frames, height, width = model["patch"]  # type: ignore[misc]
+    frames, height, width = model["patch"]
     sizes = [(shot.frames * frames, shot.rows * height, shot.cols * width) for f in film.films for shot in f.shots]
     batch = {
         "layout": film,
         "clips": [torch.randn(1, f, model["channels"], h, w, device=device) for f, h, w in sizes],
-        "text": torch.randint(model["vocabulary"], (1, int(film.is_text.sum())), device=device),  # type: ignore[arg-type]
+        "text": torch.randint(model["vocabulary"], (1, int(film.is_text.sum())), device=device),
     }
     densities: list[float] = []
 
