@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from sparse_zoo.attention import Attention, Branch, Call, Card, Knob, Limit, Term, is_count
 from sparse_zoo.errors import refuse, unknown
+from sparse_zoo.gather import add_at
 from sparse_zoo.layout import Layout
 from sparse_zoo.partition import Partition
 from sparse_zoo.plan import Plan
@@ -138,7 +139,7 @@ class MoGA(Attention):
         number = torch.bincount(sample).to(p.dtype)[:, None]
 
         def per_film(x: Tensor) -> Tensor:
-            return x.new_zeros(len(x), len(films), self.groups).index_add(1, sample, x) / number
+            return add_at(x.new_zeros(len(x), len(films), self.groups), 1, sample, x) / number
 
         share, mass = per_film(taken), per_film(p * taken if self.balance == "printed" else p)
         return {"balance": self.alpha * self.groups * (share * mass).sum(-1).mean()}
