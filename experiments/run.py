@@ -107,9 +107,12 @@ def run(
                 last = max(checkpoints, key=lambda path: int(path.stem.partition("=")[2]), default=None)
                 result.checkpoint = str(last) if last else None
                 result.seconds = (result.seconds or 0.0) + time.perf_counter() - start
-                result.write(folder)
+                if result.status != "finished":  # which is written last: what is finished is not gone through again
+                    result.write(folder)
                 _record(log, result, folder)
                 log.end(ended)
+                if tracker.incomplete is not None:
+                    result.provenance["tracking"] = f"incomplete: {tracker.incomplete}"
                 result.write(folder)
         (folder / RESUME).unlink(missing_ok=True)
     watch.ended(result)

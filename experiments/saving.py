@@ -15,6 +15,7 @@ from typing_extensions import override
 
 from experiments import signals
 from experiments.store import whole
+from experiments.tracking import Log
 
 
 class WholeCheckpoints(TorchCheckpointIO):
@@ -83,7 +84,7 @@ class Saving(Checkpoint):
         if amid or not (signals.pending() or time.monotonic() - self._last >= self.seconds):
             return
         for logger in trainer.loggers:
-            logger.save()  # what came before the checkpoint is not repeated
+            logger.flush() if isinstance(logger, Log) else logger.save()  # what came before is not repeated
         trainer.save_checkpoint(self.path)
         self._last = time.monotonic()
         signals.raise_pending()

@@ -5,10 +5,12 @@ a tensor of inference mode cannot be saved for a backward pass.
 """
 
 from collections.abc import Callable
-from functools import cached_property, lru_cache
+from functools import cached_property
 from typing import Any, TypeVar
 
 import torch
+
+from sparse_zoo.bounded import bounded
 
 T = TypeVar("T")
 F = TypeVar("F", bound=Callable[..., Any])
@@ -18,7 +20,7 @@ def remembered(most: int) -> Callable[[F], F]:
     """Decorator: remember the results of the `most` latest arguments, which must be hashable."""
 
     def wrap(function: F) -> F:
-        made: F = lru_cache(maxsize=most)(torch.inference_mode(False)(function))  # type: ignore[assignment]
+        made: F = bounded(most)(torch.inference_mode(False)(function))  # type: ignore[assignment]
         return made
 
     return wrap
