@@ -24,7 +24,8 @@ def take(x: Tensor, dim: int, index: Tensor) -> Tensor:
         index: int64, any shape, which takes the place of `dim` in the result.
     """
     if x.is_cuda:
-        return x[(slice(None),) * (dim % x.dim()) + (index,)]
+        taken: Tensor = x[(slice(None),) * (dim % x.dim()) + (index,)]
+        return taken
     return x.index_select(dim, index.flatten()).unflatten(dim, index.shape)
 
 

@@ -15,7 +15,6 @@ ALLOCATION = {
     "SLURM_JOB_ID": "1",
     "SLURM_JOB_NAME": "sweep",
     "SLURM_NTASKS": "4",
-    "SLURM_NTASKS_PER_NODE": "4",
     "SLURM_NNODES": "1",
     "SLURM_NODELIST": "node",
     "SLURM_PROCID": "3",
