@@ -24,9 +24,9 @@ def take(x: Tensor, dim: int, index: Tensor) -> Tensor:
         index: int64, any shape, which takes the place of `dim` in the result.
     """
     if x.is_cuda:
-        taken: Tensor = x[(slice(None),) * (dim % x.dim()) + (index,)]
-        return taken
-    return x.index_select(dim, index.flatten()).unflatten(dim, index.shape)
+        return x[(slice(None),) * (dim % x.dim()) + (index,)]
+    rows: Tensor = x.index_select(dim, index.flatten()).unflatten(dim, index.shape)
+    return rows
 
 
 def add_at(x: Tensor, dim: int, index: Tensor, rows: Tensor) -> Tensor:
