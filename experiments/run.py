@@ -21,10 +21,11 @@ from typing import Any, Protocol
 
 import lightning.pytorch as pl
 import torch
+from lightning.fabric.plugins.environments.lightning import LightningEnvironment
 from lightning.pytorch.callbacks import Callback, LearningRateMonitor, ModelCheckpoint
 from typing_extensions import override
 
-from experiments import pictures
+from experiments import pictures, signals
 from experiments.config import Config
 from experiments.data import build
 from experiments.saving import Saving, WholeCheckpoints, saved_step
@@ -69,8 +70,9 @@ def run(
     the plans and of who routed to which shot, film strips, and, until the run ends, `resume.ckpt`. From that an
     interrupted run goes on, unless `fresh`; one that failed starts anew, since what made it fail may have been mended.
 
-    Ctrl-C comes through, as KeyboardInterrupt, and a disk that takes no more, as `ZooError`: then no other cell would
-    come further, and this one goes on the next time. `params` are the settings that MLflow shows in columns.
+    A signal comes through as `signals.Ended`, a KeyboardInterrupt, once the step that runs is done and saved. A disk
+    that takes no more comes through as `ZooError`: then no other cell would come further, and this one resumes the next
+    time. `params` are the settings that MLflow shows in columns.
     """
     folder = cell.folder(sweep)
     result, step = _begin(cell, sweep, watch, fresh)
@@ -84,11 +86,12 @@ def run(
         result.write(folder)
         log.about(params or flat(cell.config), {})
         try:
-            with _quiet(folder / "warnings.txt"), _interruptible():
+            with _quiet(folder / "warnings.txt"), signals.caught(), _interruptible():
                 _train(cell.config, folder, result, log, watch, resume=bool(step))
             result.status, ended = "finished", "FINISHED"
-        except KeyboardInterrupt:
-            result.status, result.reason = "missing", f"was interrupted after {result.steps} steps"
+        except KeyboardInterrupt as error:
+            by = f" by {error}" if isinstance(error, signals.Ended) else ""
+            result.status, result.reason = "missing", f"was interrupted{by} after {result.steps} steps"
             raise
         except OSError as error:
             if error.errno in NO_ROOM:
@@ -98,14 +101,19 @@ def run(
         except Exception as error:  # a bug in one method must not end the other cells; the result keeps the traceback
             result.fail(error)
         finally:
-            ended = "FAILED" if result.status == "failed" else ended
-            checkpoints = (folder / "checkpoints").glob("step=*.ckpt")
-            last = max(checkpoints, key=lambda path: int(path.stem.partition("=")[2]), default=None)
-            result.checkpoint = str(last) if last else None
-            result.seconds = (result.seconds or 0.0) + time.perf_counter() - start
-            _record(log, result, folder)
-            log.end(ended)
-            result.write(folder)
+            with signals.deferred():
+                ended = "FAILED" if result.status == "failed" else ended
+                checkpoints = (folder / "checkpoints").glob("step=*.ckpt")
+                last = max(checkpoints, key=lambda path: int(path.stem.partition("=")[2]), default=None)
+                result.checkpoint = str(last) if last else None
+                result.seconds = (result.seconds or 0.0) + time.perf_counter() - start
+                if result.status != "finished":  # which is written last: what is finished is not gone through again
+                    result.write(folder)
+                _record(log, result, folder)
+                log.end(ended)
+                if tracker.incomplete is not None:
+                    result.provenance["tracking"] = f"incomplete: {tracker.incomplete}"
+                result.write(folder)
         (folder / RESUME).unlink(missing_ok=True)
     watch.ended(result)
     return result
@@ -288,12 +296,16 @@ def _train(config: Config, folder: Path, result: Result, log: Log, watch: Watch,
         logger=log,
         default_root_dir=folder,
         callbacks=[history, cost, timer, routing, films, LearningRateMonitor("step"), keep, saving],
-        plugins=[WholeCheckpoints()],
+        # Lightning would take a SLURM allocation of several tasks for one run of several processes.
+        plugins=[WholeCheckpoints(), LightningEnvironment()],
         enable_progress_bar=False,
         enable_model_summary=False,
     )
+    # Its own handler ends a run on SIGTERM as if it had finished.
+    trainer._signal_connector.register_signal_handlers = lambda: None  # type: ignore[method-assign]
     try:
-        trainer.fit(module, datamodule=data, ckpt_path=folder / RESUME if resume else None, weights_only=False)
+        with signals.deferred():
+            trainer.fit(module, datamodule=data, ckpt_path=folder / RESUME if resume else None, weights_only=False)
         validated = history.validations.get("val/loss", [(-1, 0.0)])[-1][0] == trainer.global_step
         if not validated or "val/loss" not in trainer.callback_metrics:
             trainer.validate(module, datamodule=data, verbose=False)
@@ -371,13 +383,19 @@ def _quiet(path: Path) -> Iterator[None]:
 
 @contextmanager
 def _interruptible() -> Iterator[None]:
-    """Lightning answers Ctrl-C with exit code 1 and leaves SIGINT ignored; here it stays a KeyboardInterrupt."""
+    """Lightning answers Ctrl-C with exit code 1 and leaves SIGINT ignored; here it stays a KeyboardInterrupt.
+
+    What fails while a signal waits, say because a data loader was sent the signal too, was ended by the signal.
+    """
     before = signal.getsignal(signal.SIGINT)
     try:
         yield
     except SystemExit as error:
         if isinstance(error.__context__, KeyboardInterrupt):
-            raise KeyboardInterrupt from error
+            raise error.__context__ from None
+        raise
+    except Exception:
+        signals.raise_pending()
         raise
     finally:
         signal.signal(signal.SIGINT, before)

@@ -13,7 +13,9 @@ from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.plugins import TorchCheckpointIO
 from typing_extensions import override
 
+from experiments import signals
 from experiments.store import whole
+from experiments.tracking import Log
 
 
 class WholeCheckpoints(TorchCheckpointIO):
@@ -51,7 +53,7 @@ class Saving(Checkpoint):
     By time, not by steps: what a kill may cost is then the same whatever a step takes, and so is the share of time that
     saving takes. Where a validation follows a step, after it: Lightning takes one that is due when it resumes for
     done. Never in the middle of accumulated batches, nor after the last step, so that a run that goes on always has a
-    step and a validation of its own.
+    step and a validation of its own. A signal that asks the process to end is answered here, once the state is saved.
     """
 
     def __init__(self, path: Path, seconds: float) -> None:
@@ -79,12 +81,13 @@ class Saving(Checkpoint):
         amid = trainer.fit_loop.epoch_loop._should_accumulate() or (
             trainer.global_step >= trainer.estimated_stepping_batches
         )
-        if amid or not trainer.strategy.broadcast(time.monotonic() - self._last >= self.seconds):
+        if amid or not (signals.pending() or time.monotonic() - self._last >= self.seconds):
             return
         for logger in trainer.loggers:
-            logger.save()  # what came before the checkpoint is not repeated
+            logger.flush() if isinstance(logger, Log) else logger.save()  # what came before is not repeated
         trainer.save_checkpoint(self.path)
         self._last = time.monotonic()
+        signals.raise_pending()
 
 
 def saved_step(path: Path) -> int:

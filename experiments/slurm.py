@@ -6,6 +6,7 @@ import json
 import os
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -16,12 +17,14 @@ from pathlib import Path
 from typing import Any
 
 import sparse_zoo as zoo
+from experiments import signals
 from experiments.launch import POLL, Work
 from experiments.progress import Bar
 from experiments.store import Result, home, write_json
 from experiments.tracking import Tracker
 from sparse_zoo.errors import ZooError, refuse
 
+NOTICE_SIGNAL = signal.SIGUSR2  # submitit's, by which SLURM tells a job that it is preempted or its time is over
 NOTICE = 60  # seconds before the end of its time at which SLURM tells a job, which then queues up again
 TIME = "1:00:00"  # of a job, where none is asked for
 REQUEUES = 100  # so many times, at most, may a cell take all the time of its job and go on in another one
@@ -41,8 +44,16 @@ class Job:
             zoo.load_plugin(plugin)
         told = _Telling()
         tracker = Tracker(self.work.sweep, told.note)
-        while self.work.attempt(tracker, told) is None:
-            time.sleep(POLL)
+        requeue = signal.getsignal(NOTICE_SIGNAL)  # submitit's own, in a job of it
+        try:
+            with signals.caught(*[NOTICE_SIGNAL] if callable(requeue) else []):
+                while self.work.attempt(tracker, told) is None:
+                    time.sleep(POLL)
+        except signals.Ended as ended:
+            told.note(f"{self.work.cell.name} was ended by {ended}")
+            if ended.number == NOTICE_SIGNAL and callable(requeue):
+                requeue(ended.number, None)  # ends this process
+            raise SystemExit(ended.code) from ended
 
     def checkpoint(self) -> Any:
         """What submitit queues up when the job's time is over or it is preempted: the same, which then goes on."""

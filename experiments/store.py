@@ -23,6 +23,7 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import IO, Any, Literal
 
+from experiments.redact import redact
 from sparse_zoo.errors import ZooError
 
 Status = Literal["finished", "failed", "running", "missing"]
@@ -104,8 +105,8 @@ class Result:
 
     def fail(self, error: Exception) -> None:
         """Record what was raised; to be called while it is handled."""
-        self.status, self.reason = "failed", f"{type(error).__name__}: {error}"
-        self.traceback = tracebacks.format_exc()
+        self.status, self.reason = "failed", redact(f"{type(error).__name__}: {error}")
+        self.traceback = redact(tracebacks.format_exc())
 
     def to_json(self) -> dict[str, Any]:
         """This as JSON knows it: non-finite numbers become null."""
@@ -175,7 +176,7 @@ class Asked:
     about: str
     cells: tuple[Cell, ...]
     mlflow_run: str | None = None
-    command: str = field(default_factory=lambda: shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]))
+    command: str = field(default_factory=lambda: redact(shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])))
 
 
 def write_sweep(name: str, asked: Asked) -> None:

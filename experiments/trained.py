@@ -13,6 +13,7 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
+from lightning.fabric.plugins.environments.lightning import LightningEnvironment
 from torch.utils._pytree import tree_map_only
 
 from experiments.config import Config, load
@@ -69,6 +70,7 @@ class Trained:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "The `srun` command")  # a trained model is looked at where one is
             self.trainer = pl.Trainer(
+                plugins=[LightningEnvironment()],  # in a SLURM allocation too
                 accelerator=self.config["trainer"].get("accelerator", "auto"),
                 devices=1,
                 precision=self.config["trainer"].get("precision"),

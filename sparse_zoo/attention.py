@@ -12,6 +12,7 @@ from torch._compile import _disable_dynamo
 
 from sparse_zoo.cost import Cost
 from sparse_zoo.errors import ZooError, refuse, unknown
+from sparse_zoo.gather import take
 from sparse_zoo.kernels import attend, attend_sum
 from sparse_zoo.kernels import names as kernel_names
 from sparse_zoo.layout import Layout
@@ -297,7 +298,7 @@ class Attention(nn.Module):
             value, _, kernel = attend(q, k, v, plan, kernel=self.kernel)
             if branch.rows is not None:
                 rows = branch.rows if silent is None else branch.rows.masked_fill(silent, -1)
-                value = value[:, :, rows.clamp(min=0)].masked_fill((rows < 0)[:, None], 0)
+                value = take(value, 2, rows.clamp(min=0)).masked_fill((rows < 0)[:, None], 0)
             terms.append(branch.weight * value)
             used.append(kernel)
         if shared:

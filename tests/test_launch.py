@@ -312,7 +312,7 @@ def test_a_run_that_goes_on_logs_no_step_twice() -> None:
         for step in steps:
             log.log_metrics({"loss": step / 2}, step)
             log.log_metrics({f"only_at_{step}": 1.0}, step)
-        log.save()
+        log.flush()
     assert log.run_id == first.run_id
     history = tracker.client.get_metric_history(str(first.run_id), "loss")
     assert [(point.step, point.value) for point in history] == [(step, step / 2) for step in range(6)]

@@ -55,7 +55,7 @@ def train(
             result = run(cell, "train", Tracker("train", bar.note), bar, fresh=fresh)
     except KeyboardInterrupt:
         errors.print(f"Stopped. What there is lies in {cell.folder('train')}", soft_wrap=True)
-        raise typer.Exit(130) from None
+        raise
     if as_json:
         print(json.dumps(result.to_json()))
     else:
@@ -138,18 +138,18 @@ def sweep(
     if dry_run:
         _foretold(forecast, as_json)
         return
-    interrupted = False
+    interrupted = None
     try:
         with Bar(errors, len(loaded.cells)) as bar:
             execute(loaded, bar, fresh=fresh, jobs=jobs, slurm=settings, ray=executor == "ray", wait=wait)
-    except KeyboardInterrupt:
-        interrupted = True
+    except KeyboardInterrupt as error:
+        interrupted = error
     report = Report.of(loaded.name)
     page = report.write()
     _show(report, page)
     if interrupted:
         console.print(f"Stopped. Finished cells are kept; go on with: {escape(_again())}", soft_wrap=True)
-        raise typer.Exit(130)
+        raise interrupted
     if report.unfinished and wait:
         raise typer.Exit(1)
 

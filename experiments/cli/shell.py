@@ -12,6 +12,8 @@ import typer
 from rich.console import Console
 from typer.core import TyperGroup
 
+from experiments import signals
+
 # Read when torch is first imported. OpenMP's threads spin while they wait; where other programs want the same cores, a
 # step took 10 times as long for it. Spinning for a short time only costs nothing where they do not.
 os.environ.setdefault("GOMP_SPINCOUNT", "2000")
@@ -27,11 +29,14 @@ errors = Console(stderr=True)
 
 
 class Group(TyperGroup):
-    """Commands whose refusals are one clear message and exit code 2, not a traceback."""
+    """Commands whose refusals are one clear message and exit code 2, not a traceback, and that signals end as such."""
 
     def invoke(self, ctx: Any) -> Any:
         try:
-            return super().invoke(ctx)
+            with signals.caught():
+                return super().invoke(ctx)
+        except KeyboardInterrupt as error:
+            raise typer.Exit(signals.exit_code(error)) from error
         except ValueError as error:
             from sparse_zoo.errors import ZooError
 
