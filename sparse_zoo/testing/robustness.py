@@ -149,7 +149,7 @@ def draws_recomputed(subject: Subject) -> None:
 def eval_draws_nothing(subject: Subject) -> None:
     """In eval mode the output does not depend on seed and step: randomness is for training."""
     attention = subject.build().eval()
-    outs = [attention.run(make(STORY, step=step)).out for step in (0, 1)]
+    outs = [attention.run(make(STORY, step=step)).out for step in (0, 1, None, 1001, 1_234_567)]
     outs.append(attention.run(replace(make(STORY, step=1), seed=8)).out)
     for out in outs[1:]:
         same(out, outs[0], 0.0, "outputs in eval mode at other seeds and steps", "draw only where self.training")
