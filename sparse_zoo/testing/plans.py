@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
 
 from sparse_zoo.attention import Attention, Branch, Call
 from sparse_zoo.errors import ZooError
 from sparse_zoo.partition import Partition
 from sparse_zoo.plan import Part, Plan
 from sparse_zoo.testing import oracle
-from sparse_zoo.testing.subject import CASES, FILMS, PACKED, STORY, Subject, make, usable
+from sparse_zoo.testing.subject import CASES, FILMS, LONG, PACKED, STORY, Case, Subject, make, usable
 from sparse_zoo.testing.suite import Checks, expect, fail, same, some
 
 checks: Checks[Subject] = Checks()
+
+T = TypeVar("T")
 
 
 def plans(attention: Attention, call: Call) -> list[Plan]:
@@ -193,6 +198,77 @@ def pairs_counted(subject: Subject) -> None:
         for name, *_ in usable():
             executed = sum(plan.executed(name, batch=batch, heads=heads) for plan in result.plans)
             expect(executed >= pairs, f"kernel {name} to execute {pairs} pairs or more", f"{executed}", "executed()")
+
+
+@checks
+def plans_ignore_values(subject: Subject) -> None:
+    """With other values v the plans stay the same, in training too; with `reads_values` they do not."""
+    differ = False
+    calls = [(subject.build(), make(STORY)), *((subject.build_for(case), case.call()) for case in CASES.values())]
+    for attention, call in calls:
+        v = torch.randn(call.v.shape, generator=torch.Generator().manual_seed(17), dtype=call.v.dtype)
+        for training in (False, True):
+            attention.train(training)
+            pairs = zip(plans(attention, call), plans(attention, replace(call, v=3 * v)), strict=True)
+            changed = [oracle.mask_of(mine) != oracle.mask_of(other) for mine, other in pairs]
+            differ = differ or any(bool(x.any()) for x in changed)
+            for wrong in [] if attention.reads_values else changed:
+                expect(
+                    ~wrong.any(),
+                    "the same plans with other values",
+                    f"others {some(wrong)} (batch item, head, query, key)",
+                    "choose by q, k and hidden; or say in reads_values why v decides",
+                )
+    declared = attention.reads_values
+    expect(differ or not declared, f"plans that depend on v: {declared}", "the same ones", "reads_values = None")
+
+
+@checks
+def routing_is_counted(subject: Subject) -> None:
+    """`routing_flops` is at least half, and no more than twice, what torch counts while branches are made."""
+    for case in (COUNTED, CASES["many films, items and heads"]):
+        attention, call = subject.build_for(case), case.call()
+        with torch.no_grad():
+            assert call.hidden is not None
+            hidden = call.hidden
+            features, before, _ = _counted(lambda: attention.features(hidden))  # noqa: B023
+            routed = replace(call, features=features)
+            made, inside, touched = _counted(lambda: attention.branches(routed))  # noqa: B023
+        terms = sum(x.flops for x in made if not isinstance(x, Branch))
+        declared = attention.routing_flops(routed) + terms
+        # Features may hold gates besides what decides: they count where nothing else was multiplied.
+        least, most = (inside or before) / 2, 2 * (before + inside) + touched
+        expect(
+            least <= declared <= most,
+            f"routing_flops, with the FLOPs of terms, between {least:.4g} and {most:.4g}",
+            f"{declared:.4g}",
+            "routing_flops(call): 2 FLOPs for a product and a sum, over batch items, query heads, queries and pieces",
+        )
+
+
+COUNTED = Case(LONG, batch=2, heads=4, kv_heads=2, head_dim=64)
+
+
+class _Touched(TorchDispatchMode):
+    """Counts the numbers that operations other than views make or read."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.numbers = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if not getattr(func, "is_view", False):
+            held = [x for x in (*args, out) if isinstance(x, Tensor) and x.is_floating_point()]
+            self.numbers += max((x.numel() for x in held), default=0)
+        return out
+
+
+def _counted(make: Callable[[], T]) -> tuple[T, int, int]:
+    """What a function gives, the FLOPs of its matrix products, and how many numbers its operations went over."""
+    with FlopCounterMode(display=False) as flops, _Touched() as touched:
+        made = make()
+    return made, flops.get_total_flops(), touched.numbers
 
 
 @checks

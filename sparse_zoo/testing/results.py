@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from sparse_zoo.attention import Attention, Branch, Call, Term
+from sparse_zoo.errors import ZooError
 from sparse_zoo.testing import oracle
-from sparse_zoo.testing.subject import CASES, FILMS, KV_HEADS, PACKED, STORY, Subject, make, usable
+from sparse_zoo.testing.subject import CASES, FILMS, HEAD_DIM, KV_HEADS, PACKED, STORY, Subject, make, usable
 from sparse_zoo.testing.suite import Checks, expect, same, some
 
 checks: Checks[Subject] = Checks()
@@ -139,6 +140,21 @@ def shared_keys(subject: Subject) -> None:
 
 
 @checks
+def values_of_another_width(subject: Subject) -> None:
+    """Values wider or narrower than q give what the branches mean, or a ZooError."""
+    attention, call = subject.build({"kernel": "reference"}), make(STORY)
+    for width in (3, HEAD_DIM + 5):
+        v = torch.randn(*call.v.shape[:3], width, generator=torch.Generator().manual_seed(7), dtype=call.v.dtype)
+        other = replace(call, v=v)
+        try:
+            out = attention.run(other).out
+        except ZooError:
+            continue
+        change = "take the width of outputs from v, or refuse another than q's"
+        same(out, oracle.plain(attention, other), EXACT, f"outputs with values of width {width}", change)
+
+
+@checks
 def half_precision(subject: Subject) -> None:
     """In bfloat16 and float16 the error to float64 is bounded by that of plain softmax in the same precision."""
     long = CASES["a long film"]
@@ -149,7 +165,8 @@ def half_precision(subject: Subject) -> None:
             with torch.no_grad():
                 out, want = attention.run(call).out, oracle.plain(attention, call)
                 expect(out.dtype == dtype, f"an output in {dtype}", f"{out.dtype}", "the dtype of weights and terms")
-                same(out, want, bound(attention, call, want), f"outputs in {dtype} and float64", "what run(call) rounds")
+                atol = bound(attention, call, want)
+                same(out, want, atol, f"outputs in {dtype} and float64", "what run(call) rounds")
 
 
 @checks

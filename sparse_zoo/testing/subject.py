@@ -66,8 +66,8 @@ CROWD = Layout.pack(
 class Case:
     """A call unlike the small ones: its film, its sizes, how large its scores are, and what else a `Call` holds.
 
-    Together the cases go beyond each size at which a fault may begin to show: tokens, frames, shots, films, batch items,
-    heads, query heads per key head, head dim, layer, step, and noise near 0 and 1.
+    Together the cases go beyond each size at which a fault may begin to show: tokens, frames, shots, films, batch
+    items, heads, query heads per key head, head dim, layer, step, and noise near 0 and 1.
     """
 
     layout: Layout
