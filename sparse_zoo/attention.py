@@ -168,6 +168,8 @@ class Attention(nn.Module):
       `q_rows`).
     - `own_heads`: what makes heads differ other than their q, k, v (parameters or windows of each), in a sentence;
       None: nothing.
+    - `reads_values`: what makes its plans depend on v, in a sentence; None: nothing.
+    - `same_in_training`: settings at which training attends as evaluation does, or a sentence saying why it never does.
     - `knob`: the setting that buys density.
     - `card`: what a table of methods says of it (docs/zoo.md); checks do not look at it.
     - `small`: settings that suit films of a few dozen tokens; the conformance suite uses them.
@@ -191,6 +193,8 @@ class Attention(nn.Module):
     may_be_empty: bool = False
     pools_queries: bool = False
     own_heads: str | None = None
+    reads_values: str | None = None
+    same_in_training: ClassVar[Mapping[str, Any] | str] = {}
     knob: ClassVar[Knob | None] = None
     card: ClassVar[Card | None] = None
     small: ClassVar[Mapping[str, Any]] = {}

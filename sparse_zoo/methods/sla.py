@@ -79,6 +79,11 @@ class SLA(Attention):
         nn.init.zeros_(self.proj.weight)
 
     def branches(self, call: Call) -> list[Branch | Term]:
+        width = call.v.shape[-1]
+        refuse(
+            type(self).__name__,
+            [f"v has head dim {width}; proj is for {self.head_dim}"] if width != self.head_dim else [],
+        )
         blocks = stretches(call.layout, self.block)
         if not blocks.count:
             return [Branch(joint(call.layout))]
