@@ -20,6 +20,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 import sparse_zoo as zoo
+from experiments import yaml12
 from experiments.layers import per_layer
 from sparse_zoo.errors import ZooError, refuse, unknown
 from sparse_zoo.schedule import phases as phases_of
@@ -84,15 +85,16 @@ def merge(overrides: Sequence[Override]) -> tuple[Config, list[str]]:
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
-    """A YAML file that holds a mapping; raises `ZooError` with the path otherwise."""
+    """A YAML file that holds a mapping, see `experiments.yaml12`; raises `ZooError` with the path otherwise."""
     refuse(str(path), ["no such file"] if not path.is_file() else [])
     try:
-        loaded = OmegaConf.to_container(OmegaConf.load(path))
-    except (yaml.YAMLError, OmegaConfBaseException, UnicodeDecodeError) as error:
-        raise ZooError(f"{path} is no YAML: {' '.join(str(error).split())}") from error
+        loaded = yaml12.load(path.read_bytes())
+    except yaml.YAMLError as error:
+        raise ZooError(f"{path} is no YAML: {error}") from error
+    loaded = {} if loaded is None else loaded
     refuse(str(path), ["must hold a mapping"] if not isinstance(loaded, dict) else [])
     assert isinstance(loaded, dict)
-    return {str(key): value for key, value in loaded.items()}
+    return loaded
 
 
 def check(config: Config) -> list[str]:
@@ -265,15 +267,13 @@ def _since(step: int, reason: str) -> str:
 
 
 def parse(override: str) -> tuple[str, Any]:
-    """A text key=value, whose value is YAML, as (key, value); raises `ZooError`."""
+    """A text key=value, whose value `yaml12.load_value` reads, as (key, value); raises `ZooError`."""
     key, equals, text = override.partition("=")
     refuse("config", [f"an override is key=value, got {override!r}"] if not equals or not key.strip() else [])
     try:
-        parsed = OmegaConf.to_container(OmegaConf.from_dotlist([f"value={text}"]))
-    except (yaml.YAMLError, OmegaConfBaseException) as error:
-        raise ZooError(f"config: the value in {override!r} is no YAML: {' '.join(str(error).split())}") from error
-    assert isinstance(parsed, dict)
-    return key.strip(), parsed["value"]
+        return key.strip(), yaml12.load_value(text)
+    except yaml.YAMLError as error:
+        raise ZooError(f"config: the value in {override!r} is no YAML: {error}") from error
 
 
 def parse_method(text: str) -> tuple[str, dict[str, Any]]:
