@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from experiments.identity import identity
 from experiments.measures import CONTROLS, FIGURES, NO_CONTROLS, Measure
 from experiments.statistics import Figure
 from experiments.store import Result, asked_before, home, read
@@ -113,6 +114,7 @@ def controls_elsewhere(name: str, groups: Sequence[Group]) -> tuple[Group, ...]:
 
 def _world(config: Mapping[str, Any]) -> dict[str, Any]:
     """What a run is apart from its attention and seed."""
+    config = identity(config)
     data = {key: value for key, value in config.get("data", {}).items() if key != "seed"}
     return {key: value for key, value in config.items() if key not in ("attention", "match", "seed")} | {"data": data}
 

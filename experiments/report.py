@@ -265,8 +265,9 @@ class Report:
         """Which cells met their budget of pairs as they were made and not in training, in a sentence; or nothing."""
         moved = []
         for group in self.rows:
-            asked, found = (group.one.config.get("match") or {}).get("density"), mean(group.figure("density"))
-            if asked is not None and found is not None and abs(found - asked) > TOLERANCE * asked:
+            match = group.one.config.get("match") or {}
+            asked, within, found = match.get("density"), match.get("within", TOLERANCE), mean(group.figure("density"))
+            if asked is not None and found is not None and abs(found - asked) > within * asked:
                 moved.append(f"{group.name} {percent(found)} for {percent(asked)}")
         told = ", ".join(moved).replace(" %", "\u00a0%")
         return f"Budgets were met before training; in training moved {told}." if moved else ""

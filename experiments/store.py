@@ -1,7 +1,8 @@
 """Where runs lie on disk, and the one truth about each of them: its `result.json`.
 
 `<home>/<sweep>/sweep.json` names the cells that were last asked for; `<home>/<sweep>/<cell>-<id>/result.json` says what
-became of one. The id is a hash of the resolved config, so a changed cell gets a new folder and no result is lost.
+became of one. The id is a hash of what the config computes (`experiments.identity`), so a changed cell gets a new
+folder and no result is lost.
 MLflow holds a copy for its own pages; whether a cell is finished is never asked there, so that a sweep resumes with no
 server in reach. Who runs a cell holds the lock in its folder, which the kernel frees when the process ends, however it
 ends.
@@ -23,6 +24,7 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import IO, Any, Literal
 
+from experiments.identity import identity
 from experiments.redact import redact
 from sparse_zoo.errors import ZooError
 
@@ -31,7 +33,7 @@ Status = Literal["finished", "failed", "running", "missing"]
 
 def home() -> Path:
     """The folder that holds every run: $ZOO_HOME, or `runs` in the current directory."""
-    return Path(os.environ.get("ZOO_HOME") or "runs").absolute()
+    return Path(os.path.expanduser(os.environ.get("ZOO_HOME") or "runs")).absolute()
 
 
 def config_id(config: Mapping[str, Any]) -> str:
@@ -50,7 +52,7 @@ class Cell:
 
     @property
     def id(self) -> str:
-        return config_id(self.config)
+        return config_id(identity(self.config))
 
     def folder(self, sweep: str) -> Path:
         return home() / sweep / f"{self.name}-{self.id}"

@@ -48,6 +48,7 @@ from mlflow.exceptions import MlflowException  # noqa: E402
 from sqlalchemy.exc import SQLAlchemyError  # noqa: E402
 from typing_extensions import override  # noqa: E402
 
+from experiments.address import sqlite_file, sqlite_uri, tracking_uri  # noqa: E402
 from experiments.redact import redact  # noqa: E402
 from experiments.store import config_id, home  # noqa: E402
 
@@ -55,7 +56,6 @@ mlflow.store.db.utils.MAX_RETRY_COUNT = 3  # for a database that cannot be opene
 
 T = TypeVar("T")
 
-BUSY = 30  # seconds that a write waits for another process to finish its own, in SQLite
 PATIENCE = 5.0  # seconds that a run waits, in all, for a server that does not answer
 PATIENCE_DISK = 60.0  # the same for a database file, which other processes may keep busy
 AGAIN = 60  # seconds after which a store that failed is tried again
@@ -65,8 +65,8 @@ AT_ONCE = 100  # what a server takes of tags or parameters in one request; of me
 
 
 def uri() -> str:
-    """$MLFLOW_TRACKING_URI, or the SQLite file among the runs."""
-    return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{home() / 'mlflow.db'}"
+    """$MLFLOW_TRACKING_URI, or the SQLite file among the runs; raises `ZooError` where it is no address."""
+    return tracking_uri()
 
 
 class Tracker:
@@ -81,7 +81,7 @@ class Tracker:
         self._silent_until = 0.0
         self._why: str | None = None
         self._told = False
-        self._patience = PATIENCE_DISK if self.uri.startswith("sqlite:") else PATIENCE
+        self._patience = PATIENCE_DISK if self.uri.startswith("sqlite") else PATIENCE
         self._left = self._patience
         self._queue: SimpleQueue[Callable[[], object]] = SimpleQueue()
         threading.Thread(target=self._work, name="tracking", daemon=True).start()
@@ -155,11 +155,11 @@ class Tracker:
 
     def _open(self) -> None:
         home().mkdir(parents=True, exist_ok=True)
-        wait = f"?timeout={BUSY}" if self.uri.startswith("sqlite:///") and "?" not in self.uri else ""
+        file = sqlite_file(self.uri)
         with _locked(home() / "mlflow.lock"):  # processes that open a fresh database at once race in its migrations
-            if wait:
-                _make(Path(self.uri.removeprefix("sqlite:///")))
-            self.client = mlflow.MlflowClient(self.uri + wait)
+            if file is not None:
+                _make(file)
+            self.client = mlflow.MlflowClient(self.uri if file is None else sqlite_uri(file))
             found = self.client.get_experiment_by_name(self.experiment)
             # A server knows where artifacts go; a bare database would have them put beside the shell.
             served = self.uri.startswith(("http://", "https://", "databricks"))
@@ -364,7 +364,7 @@ def _make(database: Path) -> None:
         for left in database.parent.glob(f"{database.name}.*.part"):
             left.unlink()
         part = database.with_name(f"{database.name}.{time.time_ns()}.part")  # MLflow keeps the one of before open
-        mlflow.MlflowClient(f"sqlite:///{part}").search_experiments(max_results=1)
+        mlflow.MlflowClient(sqlite_uri(part)).search_experiments(max_results=1)
         os.replace(part, database)
 
 

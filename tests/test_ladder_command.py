@@ -342,8 +342,8 @@ def test_methods_rank_at_one_cost() -> None:
     dense, named, coarse, ends = (str(row.failed) for row in found if row.failed is not None)
     assert dense == "match: dense has no knob to turn"
     assert named == "match: top_k of moc is to be solved: leave it out"
-    assert coarse.endswith("another setting of moc may bring it nearer")
-    assert "moc comes no nearer to 0.5 than" in ends
+    assert coarse.endswith("Another setting of moc may bring it nearer")
+    assert "moc cannot reach density 0.5: the closest is" in ends
 
 
 def test_only_what_was_named_can_fail_a_match(calls: Path) -> None:

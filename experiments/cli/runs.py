@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.table import Table
 
-from experiments.cli.shell import AsJson, Plugin, app, console, errors, escape, load_plugins
+from experiments.cli.shell import AsJson, Plugin, app, check_names, console, errors, escape, load_plugins
 
 if TYPE_CHECKING:
     from experiments.forecast import Forecast
     from experiments.report import Report
-    from experiments.store import Result
+    from experiments.store import Cell, Result
 
 EXECUTORS = ("local", "slurm", "ray")
 
@@ -36,8 +37,9 @@ def train(
     as_json: AsJson = False,
 ) -> None:
     """Train one model and say what came out; one that was interrupted goes on from its last checkpoint."""
+    check_names(overrides or [], plugin)
     load_plugins(plugin)
-    from experiments.config import load, read_yaml
+    from experiments.config import cannot_start, load, read_yaml
     from experiments.match import solved
     from experiments.progress import Bar
     from experiments.run import run
@@ -46,7 +48,9 @@ def train(
     from experiments.wording import settings
     from sparse_zoo.errors import refuse
 
-    resolved = solved(load([*([read_yaml(config)] if config else []), *(overrides or [])]))
+    asked = load([*([read_yaml(config)] if config else []), *(overrides or [])])
+    refuse("zoo train", cannot_start(asked["trainer"]))
+    resolved = solved(asked)
     methods = resolved["attention"] if isinstance(resolved["attention"], list) else [resolved["attention"]]
     cell = Cell("-".join(dict.fromkeys(str(method["name"]) for method in methods)), resolved)
     try:
@@ -131,6 +135,8 @@ def sweep(
         loaded = read(path, shorter, sized, lambda name: status.update(f"the budget of {escape(name)} is solved"))
         status.update("cells are tried")
         trial.check(loaded.cells)
+        if executor == "local" and not dry_run:
+            refuse("zoo sweep", _cannot_start(loaded.cells))
         if dry_run:
             from experiments.forecast import Forecast
 
@@ -249,6 +255,13 @@ def _foretold(forecast: Forecast, as_json: bool) -> None:
     console.print(*forecast.tables(), sep="\n")
     for note in NOTES:
         console.print(f"[dim]{escape(note)}[/dim]")
+
+
+def _cannot_start(cells: Sequence[Cell]) -> list[str]:
+    """Why some cells cannot start on this very machine, each reason once."""
+    from experiments.config import cannot_start
+
+    return list(dict.fromkeys(reason for cell in cells for reason in cannot_start(cell.config["trainer"])))
 
 
 def _again() -> str:

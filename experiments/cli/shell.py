@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import errno
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
+from rich.console import Console, ConsoleDimensions
 from typer.core import TyperGroup
 
 from experiments import signals
@@ -24,8 +24,20 @@ os.environ.setdefault("KINETO_LOG_LEVEL", "99")
 # Why a folder cannot be written: no fault of the program's, so one line and no traceback.
 NO_PLACE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EEXIST)
 
-console = Console()
-errors = Console(stderr=True)
+PIPED = 1000  # columns where there is no terminal: no table, number or advice is cut for want of room
+
+
+class Screen(Console):
+    """A console as wide as its terminal or as $COLUMNS says; a file or a pipe has no edge."""
+
+    @property
+    def size(self) -> ConsoleDimensions:  # type: ignore[misc]  # rich assigns none
+        found = super().size
+        return found if self.is_terminal or os.environ.get("COLUMNS") else ConsoleDimensions(PIPED, found.height)
+
+
+console = Screen()
+errors = Screen(stderr=True)
 
 
 class Group(TyperGroup):
@@ -42,16 +54,27 @@ class Group(TyperGroup):
 
             if not isinstance(error, ZooError):
                 raise
-            errors.print(f"[bold red]Error:[/bold red] {escape(str(error))}", soft_wrap=True)
-            raise typer.Exit(2) from error
+            raise refused(str(error)) from error
         except OSError as error:
             from experiments.store import home
 
             if error.errno not in NO_PLACE:
                 raise
-            told = f"{error}; runs lie in {home()}, or where $ZOO_HOME says"
-            errors.print(f"[bold red]Error:[/bold red] {escape(told)}", soft_wrap=True)
-            raise typer.Exit(2) from error
+            raise refused(f"{error}; runs lie in {home()}, or where $ZOO_HOME says") from error
+
+
+def refused(message: str) -> typer.Exit:
+    """Print a refusal; the exit to be raised."""
+    errors.print(f"[bold red]Error:[/bold red] {escape(message)}", soft_wrap=True)
+    return typer.Exit(2)
+
+
+def check_names(overrides: Sequence[str | Mapping[str, Any]], plugins: Sequence[Path]) -> None:
+    """Refuse misspelt names at once, before what takes seconds to import is imported."""
+    from experiments.names import misspelt
+
+    if message := misspelt(overrides, plugins=bool(plugins)):
+        raise refused(message)
 
 
 app = typer.Typer(
