@@ -12,6 +12,8 @@ import typer
 from rich.console import Console
 from typer.core import TyperGroup
 
+from experiments.escape import for_terminal as escape
+
 # Read when torch is first imported. OpenMP's threads spin while they wait; where other programs want the same cores, a
 # step took 10 times as long for it. Spinning for a short time only costs nothing where they do not.
 os.environ.setdefault("GOMP_SPINCOUNT", "2000")
@@ -22,8 +24,8 @@ os.environ.setdefault("KINETO_LOG_LEVEL", "99")
 # Why a folder cannot be written: no fault of the program's, so one line and no traceback.
 NO_PLACE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EEXIST)
 
-console = Console()
-errors = Console(stderr=True)
+console = Console(emoji=False)  # a name such as a:bomb:b stays text
+errors = Console(stderr=True, emoji=False)
 
 
 class Group(TyperGroup):
@@ -70,12 +72,6 @@ def load_plugins(paths: Sequence[Path]) -> None:
 
         for path in paths:
             zoo.load_plugin(path)
-
-
-def escape(text: str) -> str:
-    from rich.markup import escape
-
-    return escape(text)
 
 
 def plain(value: Any) -> Any:
