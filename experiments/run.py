@@ -124,7 +124,7 @@ def _begin(cell: Cell, sweep: str, watch: Watch, fresh: bool) -> tuple[Result, i
             watch.note(f"{cell.name} goes on from step {step}")
         except ValueError as error:
             watch.note(f"{cell.name} starts anew: no checkpoint to go on from ({error})")
-    elif not interrupted and before.status == "missing" and (folder / "result.json").exists():
+    elif before.status == "unreadable":
         watch.note(f"{cell.name} starts anew: {before.reason}")
     for path in list(folder.glob("**/*.part")) if step else [path for path in folder.iterdir() if path.name != "lock"]:
         shutil.rmtree(path) if path.is_dir() else path.unlink()
