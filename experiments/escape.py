@@ -22,7 +22,10 @@ from rich import markup
 UNSAFE = re.compile(
     "[\x00-\x09\x0b-\x1f\x7f-\x9f\u061c\u200b\u200e\u200f\u2028-\u202e\u2060-\u2069\ufeff\ud800-\udfff\ufff9-\uffff]"
 )
-MARKDOWN = re.compile(r"[\\`*_{}\[\]<>|~$]|&(?=#?\w+;)|^(?:[-+=#]|\d+(?=[.)]))|(?<=\s)#")
+MARKDOWN = re.compile(
+    r"[\\`*_\[\]<>|~$]|&(?=#?\w+;)"  # spans, links, HTML, cells, entities
+    r"|^(?:[-+](?=\s|$|[-\s]+$)|=+$|#+(?=\s|$)|\d+(?=[.)](?:\s|$)))"  # what begins a list, a heading, a rule
+)
 TEX = {
     "\\": r"\textbackslash{}",
     "\u00a0": "~",
