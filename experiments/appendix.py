@@ -131,7 +131,7 @@ def _sheets(report: Report) -> Iterator[Sheet]:
         ["pair", "films", "better", "worse", "p", "p (Holm)"],
         [
             [f"{one.a} – {one.b}", *map(str, (one.films, one.better, one.worse)), p_value(one.p), p_value(one.p_holm)]
-            for one in report.films_listed
+            for one in report.films
         ],
     )
     for measure in (RECALL, WHOLE + RECALL):

@@ -99,13 +99,13 @@ class Solution:
     def why_not(self, knob: zoo.Knob, method: str, advice: str) -> str:
         """What keeps the method from the goal, for people; with `advice` where other settings may reach it."""
         told = ", ".join(f"{key} {value}" for key, value in self.settings.items())
-        text = f"{method} comes no nearer to {self.goal:.4g} than {self.cost:.4g}, at {told}"
+        text = f"{method} cannot reach {self.goal:.4g}: the closest is {self.cost:.4g} at {told}"
         if self.above is None:
-            return f"{text}: the range of {knob.setting} ends at {knob.high}"
+            return f"{text}; the upper bound of {knob.setting} is {knob.high}"
         if self.below is None:
-            return f"{text}: the range of {knob.setting} begins at {knob.low}"
+            return f"{text}; the lower bound of {knob.setting} is {knob.low}"
         steps = ", ".join(f"{cost:.4g} at {value}" for value, cost in (self.below, self.above))
-        return f"{text}: {knob.setting} is too coarse ({steps}); {advice}"
+        return f"{text}; {knob.setting} is too coarse ({steps}); {advice}"
 
 
 def solve(

@@ -210,7 +210,10 @@ def together(runs: Sequence[Sequence[tuple[int, float]]]) -> tuple[np.ndarray, n
 def smooth(losses: Sequence[float]) -> list[float]:
     """Mean over the last tenth of the run at most, so that the first point is the first loss."""
     reach = max(1, len(losses) // 10)
-    return [float(np.mean(losses[max(0, i + 1 - reach) : i + 1])) for i in range(len(losses))]
+    sums = np.concatenate([[0.0], np.cumsum(losses)])
+    last = np.arange(1, len(losses) + 1)
+    first = np.maximum(0, last - reach)
+    return [float(x) for x in (sums[last] - sums[first]) / (last - first)]
 
 
 def _cut(label: str) -> str:

@@ -155,8 +155,8 @@ class Report:
         told = []
         if self.many:
             told.append(f"plots and pictures show the first {MANY} of {len(self.groups)} groups and the controls")
-            told.append("the matrix of differences and the letters are left out")
-        if len(self.tested) > len(self.listed) or len(self.films) > len(self.films_listed):
+            told.append("the matrix of differences, the letters and the comparison by film are left out")
+        if len(self.tested) > len(self.listed):
             told.append(f"of {len(self.tested)} pairs only significant ones are listed, at most {MOST_PAIRS}")
         if not self.entire:
             told.append("configs and curves of single runs stand in their result.json alone")
@@ -168,13 +168,6 @@ class Report:
         if len(self.tested) <= MOST_PAIRS:
             return self.tested
         return sorted((pair for pair in self.tested if pair.holds), key=lambda pair: pair.p_holm or 0.0)[:MOST_PAIRS]
-
-    @cached_property
-    def films_listed(self) -> list[Films]:
-        """The same of `films`."""
-        if len(self.films) <= MOST_PAIRS:
-            return self.films
-        return sorted((pair for pair in self.films if pair.holds), key=lambda pair: pair.p_holm)[:MOST_PAIRS]
 
     @cached_property
     def winner(self) -> Group | None:
@@ -301,7 +294,12 @@ class Report:
 
     @cached_property
     def films(self) -> list[Films]:
-        """The same pairs, by the films that the models at hand judged, where they kept outcomes of the same films."""
+        """The same pairs, by the films that the models at hand judged, where they kept outcomes of the same films.
+
+        None of `many` groups, whose pairs nobody reads one by one.
+        """
+        if self.many:
+            return []
         name = self.headline.name
         judged = [
             (group, {r.seed: r.films[name] for r in group.finished if r.films.get(name)}) for group in self.groups
@@ -314,6 +312,8 @@ class Report:
     @cached_property
     def letters(self) -> dict[str, str]:
         """Groups that share a letter were not told apart; empty where nothing could be tested."""
+        if self.many:
+            return {}
         held = [(pair.a, pair.b) for pair in self.differences if pair.holds]
         return letters([group.name for group in self.measured], held) if self.tested else {}
 
@@ -406,7 +406,7 @@ class Report:
             "caution": self.caution,
             "drift": self.drift,
             "differences": [asdict(pair) | {"holds": pair.holds} for pair in listed],
-            "films": [asdict(pair) | {"holds": pair.holds} for pair in self.films_listed],
+            "films": [asdict(pair) | {"holds": pair.holds} for pair in self.films],
             "effects": [asdict(effect) for effect in self.effects],
             "winner": self.winner.name if self.winner else None,
             "conclusion": self.conclusion,

@@ -106,11 +106,13 @@ class ResultFile(TypedDict):
     traceback: NotRequired[str | None]
 
 
-class CellConfig(Config):
-    """A resolved config of a sweep's cell."""
+class CellConfig(TypedDict):
+    """What readers use of the resolved config of a sweep's cell."""
 
-    attention: Method | list[Method]  # type: ignore[misc]
-    seed: int  # type: ignore[misc]
+    attention: Method | list[Method]
+    seed: int
+    data: NotRequired[dict[str, Any]]
+    match: NotRequired[Match | None]
 
 
 class CellFile(TypedDict):
@@ -271,6 +273,13 @@ def _predicate(hint: Any) -> Callable[[Any], bool]:
         return lambda _: True
     if origin is list:
         inner = _predicate(args[0])
+        if get_origin(args[0]) is tuple:  # a curve: column by column
+            width, columns = len(get_args(args[0])), [_column(one) for one in get_args(args[0])]
+            return lambda value: (
+                isinstance(value, list)
+                and all(type(row) is list and len(row) == width for row in value)
+                and all(fits(column) for fits, column in zip(columns, zip(*value, strict=True), strict=False))
+            )
         return lambda value: isinstance(value, list) and all(map(inner, value))
     if origin is tuple:
         parts = [_predicate(one) for one in args]
@@ -286,10 +295,11 @@ def _predicate(hint: Any) -> Callable[[Any], bool]:
         of_values = _predicate(args[1])
         return lambda value: isinstance(value, dict) and all(map(of_values, value.values()))
     if is_typeddict(hint):
+        needed = _required(hint)
         known = {key: _predicate(inner) for key, inner in get_type_hints(hint).items()}
         return lambda value: (
             isinstance(value, dict)
-            and hint.__required_keys__ <= value.keys()
+            and needed <= value.keys()
             and all(fits(value[key]) for key, fits in known.items() if key in value)
         )
     if hint is float:
@@ -297,6 +307,19 @@ def _predicate(hint: Any) -> Callable[[Any], bool]:
     if origin is None and isinstance(hint, type):
         return lambda value: _is(value, hint)
     return lambda value: not [*misfits(value, hint)]
+
+
+def _column(hint: Any) -> Callable[[tuple[Any, ...]], bool]:
+    """The same of many numbers."""
+    fits = _predicate(hint)
+    plain: set[type] = {int, float} if float in (hint, *get_args(hint)) else {int}
+
+    def column_fits(column: tuple[Any, ...]) -> bool:
+        if set(map(type, column)) <= plain:
+            return fits(min(column)) and fits(max(column)) and all(x == x for x in column)
+        return all(map(fits, column))
+
+    return column_fits
 
 
 def _of_object(value: Any, hint: Any, where: str) -> Iterator[str]:
@@ -307,8 +330,17 @@ def _of_object(value: Any, hint: Any, where: str) -> Iterator[str]:
         place = f"{where}.{key}" if where else key
         if key in value:
             yield from misfits(value[key], inner, place)
-        elif key in hint.__required_keys__:
+        elif key in _required(hint):
             yield f"{place} is missing"
+
+
+@cache
+def _required(hint: Any) -> frozenset[str]:
+    """The keys that an object must have; `__required_keys__` does not see through annotations that are text."""
+    if not hint.__total__:
+        return frozenset()
+    hints = get_type_hints(hint, include_extras=True)
+    return frozenset(key for key, inner in hints.items() if get_origin(inner) is not NotRequired)
 
 
 def _is(value: Any, hint: Any) -> bool:

@@ -293,7 +293,7 @@ def _train(config: Config, folder: Path, result: Result, log: Log, watch: Watch,
         enable_model_summary=False,
     )
     try:
-        trainer.fit(module, datamodule=data, ckpt_path=folder / RESUME if resume else None, weights_only=False)
+        trainer.fit(module, datamodule=data, ckpt_path=folder / RESUME if resume else None, weights_only=True)
         validated = history.validations.get("val/loss", [(-1, 0.0)])[-1][0] == trainer.global_step
         if not validated or "val/loss" not in trainer.callback_metrics:
             trainer.validate(module, datamodule=data, verbose=False)

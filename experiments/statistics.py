@@ -19,7 +19,7 @@ from scipy import stats
 
 ALPHA = 0.05
 EXACT, DRAWN = 13, 9999  # signs of so many differences are flipped in all ways, of more in so many that are drawn
-MOST_LETTERED, MOST_SETS = 60, 52  # groups that have letters, and sets, two alphabets
+MOST_SETS = 52  # that have letters: two alphabets
 TABLE = 1 << 22  # numbers in one table of pairs × patterns of signs
 
 
@@ -212,11 +212,9 @@ def holm(ps: Sequence[float]) -> list[float]:
 def letters(names: Sequence[str], told_apart: Sequence[tuple[str, str]]) -> dict[str, str]:
     """Letters for each name: two share one exactly if they were not told apart (a compact letter display).
 
-    By inserting and absorbing: each pair told apart splits every set that holds both; sets within others go. Empty for
-    more than `MOST_LETTERED` names and where more than `MOST_SETS` sets are needed, which nobody could read.
+    By inserting and absorbing: each pair told apart splits every set that holds both; sets within others go. Empty
+    where more than `MOST_SETS` sets are needed, which nobody could read.
     """
-    if len(names) > MOST_LETTERED:
-        return {}
     sets = [set(names)]
     for a, b in told_apart:
         split = [part for one in sets for part in ([one - {a}, one - {b}] if {a, b} <= one else [one])]

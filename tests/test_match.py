@@ -145,7 +145,11 @@ def test_a_cost_that_falls_now_and_then_is_looked_around() -> None:
 
 def test_the_reasons_name_what_ends() -> None:
     knob = zoo.Knob("top_k", 1, 4)
-    for goal, said in ((0.9, "ends at 4"), (0.01, "begins at 1"), (0.25, "too coarse (0.2 at 2, 0.3 at 3)")):
+    for goal, said in (
+        (0.9, "moc cannot reach 0.9: the closest is 0.4 at top_k 4; the upper bound of top_k is 4"),
+        (0.01, "the lower bound of top_k is 1"),
+        (0.25, "too coarse (0.2 at 2, 0.3 at 3)"),
+    ):
         found, _ = found_on_a_line(knob, lambda k: k / 10, goal)
         assert said in found.why_not(knob, "moc", "turn another")
     assert found.why_not(knob, "moc", "turn another").endswith("; turn another")
@@ -240,7 +244,7 @@ def test_layers_share_what_those_without_a_knob_leave() -> None:
         ({"attention": "moc", "attention.top_k": 3}, "top_k of moc is to be solved: leave it out"),
         ({"attention": "dense"}, "dense has no knob to turn; `match: null` in a cell leaves it as it is"),
         ({"attention": {"name": "moc", "schedule": {"causal": {0: None, 5: "routing"}}}}, "has a schedule"),
-        ({"attention": "moc", "match": {"density": 5.0}}, "the range of top_k ends at 64"),
+        ({"attention": "moc", "match": {"density": 5.0}}, "the upper bound of top_k is 64"),
         ({"match": {"densty": 0.1}}, "unknown key of match 'densty'; did you mean 'density'"),
         ({"match": {"density": 0.1, "flops": 3}}, "match needs one of density, flops, seconds, got density, flops"),
         ({"match": {"density": "much"}}, "match.density must be a number above 0, got 'much'"),
@@ -310,7 +314,8 @@ def test_every_cell_that_misses_is_named_at_once(tmp_path: Path) -> None:
     cells = {"dense": {"attention": "dense"}, "other": {"attention": "moc", "attention.top_k": 2}}
     with pytest.raises(ZooError) as caught:
         read(write_sweep(tmp_path / "s.yaml", **BUDGET | {"match": {"density": 0.01}, "cells": cells}))
-    for part in ("cell moc: ", "begins at 1", "cell moga: ", "begins at 64", "cell dense: ", "no knob", "cell other: "):
+    named = ("cell moc: ", "cell moga: ", "cell dense: ", "cell other: ")
+    for part in (*named, "lower bound of top_k is 1", "bound of groups is 64", "no knob"):
         assert part in str(caught.value)
 
 
@@ -361,7 +366,7 @@ def test_cost_turns_the_knob() -> None:
         assert found["settings"] == {"anchors": ["shot"], "causal": None, "top_k": 5}
         assert "top_k 5" in run("cost", *own, "--match", asked, *size).stdout
     for wrong, said in (
-        ("density=7", "ends at 64"),
+        ("density=7", "bound of top_k is 64"),
         ("seconds=1", "in zoo train and zoo sweep alone"),
         ("density=0", "above 0"),
     ):

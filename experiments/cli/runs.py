@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.table import Table
 
-from experiments.cli.shell import AsJson, Plugin, app, console, errors, escape, load_plugins
+from experiments.cli.shell import AsJson, Plugin, app, console, errors, load_plugins
+from experiments.escape import for_terminal as escape
 
 if TYPE_CHECKING:
     from experiments.forecast import Forecast

@@ -66,12 +66,14 @@ Plugin = Annotated[
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON and nothing else.")]
 
 
-def load_plugins(paths: Sequence[Path]) -> None:
+def load_plugins(paths: Sequence[Path], *, data: bool = False) -> None:
+    """Import the user's files; with `data` they may hold a datamodule and no method."""
     if paths:
         import sparse_zoo as zoo
+        from sparse_zoo.registry import import_file
 
         for path in paths:
-            zoo.load_plugin(path)
+            (import_file if data else zoo.load_plugin)(path)
 
 
 def plain(value: Any) -> Any:
