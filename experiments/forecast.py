@@ -8,10 +8,10 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from rich import box
-from rich.markup import escape
 from rich.table import Table
 
 from experiments.costs import si
+from experiments.escape import for_terminal as escape
 from experiments.grid import differing
 from experiments.run import provenance
 from experiments.store import Cell, Result, read
@@ -101,7 +101,7 @@ class Forecast:
         """For a terminal: which cells, and what they take; the last line is the total."""
         cells = [cell for row in self.rows for cell in row.cells]
         finished = sum(cell["status"] == "finished" for cell in cells)
-        which = _table(f"{self.name}: {len(cells)} cells, {finished} finished")
+        which = _table(f"{escape(self.name)}: {len(cells)} cells, {finished} finished")
         for column in ("cell", "settings", "seeds", "status"):
             which.add_column(column, overflow="fold")
         costs = _table("")

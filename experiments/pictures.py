@@ -84,9 +84,10 @@ class Map:
         for i, counts in enumerate(routed):
             matrix, circles = axes[len(maps) + 2 * i], loops(counts)
             _draw_shots(matrix, counts)
-            matrix.set_title("picks by shot (darker: more of a row)", fontsize=9, loc="left")
-            told = f"loops: {', '.join(map(loop_text, circles)) or 'none'}"
-            matrix.set_title(told, fontsize=9, loc="right", color=_rgb(LOOP) if circles else QUIET)
+            told = textwrap.wrap(f"loops: {', '.join(map(loop_text, circles)) or 'none'}", 56)
+            # The loops have lines of their own, below, because both together are wider than the matrix.
+            matrix.set_title("picks by shot (darker: more of a row)" + "\n" * len(told), fontsize=9, loc="left")
+            matrix.set_title("\n".join(told), fontsize=9, loc="right", color=_rgb(LOOP) if circles else QUIET)
             _draw_arcs(axes[len(maps) + 2 * i + 1], counts)
         for i, labels in enumerate(groups):
             _draw_groups(figure.add_subplot(grid[rows + i, :]), labels)

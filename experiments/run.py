@@ -132,7 +132,7 @@ def _begin(cell: Cell, sweep: str, watch: Watch, fresh: bool) -> tuple[Result, i
             watch.note(f"{cell.name} goes on from step {step}")
         except ValueError as error:
             watch.note(f"{cell.name} starts anew: no checkpoint to go on from ({error})")
-    elif not interrupted and before.status == "missing" and (folder / "result.json").exists():
+    elif before.status == "unreadable":
         watch.note(f"{cell.name} starts anew: {before.reason}")
     for path in list(folder.glob("**/*.part")) if step else [path for path in folder.iterdir() if path.name != "lock"]:
         shutil.rmtree(path) if path.is_dir() else path.unlink()
@@ -305,7 +305,7 @@ def _train(config: Config, folder: Path, result: Result, log: Log, watch: Watch,
     trainer._signal_connector.register_signal_handlers = lambda: None  # type: ignore[method-assign]
     try:
         with signals.deferred():
-            trainer.fit(module, datamodule=data, ckpt_path=folder / RESUME if resume else None, weights_only=False)
+            trainer.fit(module, datamodule=data, ckpt_path=folder / RESUME if resume else None, weights_only=True)
         validated = history.validations.get("val/loss", [(-1, 0.0)])[-1][0] == trainer.global_step
         if not validated or "val/loss" not in trainer.callback_metrics:
             trainer.validate(module, datamodule=data, verbose=False)

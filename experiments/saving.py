@@ -97,8 +97,36 @@ def saved_step(path: Path) -> int:
             broken = file.testzip()
         if broken is not None:
             raise ValueError(f"{broken} in it is damaged")
-        return int(torch.load(path, map_location="cpu", weights_only=False, mmap=True)["global_step"])
+        return int(load_plain(path, mmap=True)["global_step"])
     except FileNotFoundError as error:
         raise ValueError("there is none") from error
-    except Exception as error:  # whatever a damaged pickle makes of itself
+    except Exception as error:  # whatever a damaged archive makes of itself
         raise ValueError(str(error) or type(error).__name__) from error
+
+
+def load_plain(path: Path, *, mmap: bool = False) -> dict[str, Any]:
+    """A checkpoint of tensors and plain values; ValueError, with the reason, for any other.
+
+    A pickle can name functions to be called, and a checkpoint may be somebody else's: such names are refused.
+    """
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
+    except FileNotFoundError:
+        raise
+    except Exception as error:  # whatever a damaged pickle makes of itself
+        foreign = _foreign(path)
+        if foreign:
+            raise ValueError(f"would run code when loaded ({', '.join(foreign)}), so it is refused") from error
+        why = str(error).partition("\n")[0].partition(". ")[0] or type(error).__name__  # torch goes on with advice
+        raise ValueError(f"is damaged: {why}") from error
+    if not isinstance(state, dict):
+        raise ValueError("is no checkpoint of a run")
+    return state
+
+
+def _foreign(path: Path) -> list[str]:
+    """The functions and classes that a pickle names and that plain values do not need."""
+    try:
+        return sorted(torch.serialization.get_unsafe_globals_in_checkpoint(path))
+    except Exception:  # it is damaged, which is said elsewhere
+        return []

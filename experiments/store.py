@@ -20,15 +20,16 @@ import sys
 import traceback as tracebacks
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import IO, Any, Literal
 
+from experiments import results_schema
 from experiments.identity import identity
 from experiments.redact import redact
 from sparse_zoo.errors import ZooError
 
-Status = Literal["finished", "failed", "running", "missing"]
+Status = Literal["finished", "failed", "running", "missing", "unreadable"]
 
 
 def home() -> Path:
@@ -113,28 +114,30 @@ class Result:
     def to_json(self) -> dict[str, Any]:
         """This as JSON knows it: non-finite numbers become null."""
         plain: dict[str, Any] = _finite(asdict(self))
-        return plain
+        return plain | {"version": results_schema.VERSION}
 
     def write(self, folder: Path) -> None:
         write_json(folder / "result.json", self.to_json())
 
 
 def read(cell: Cell, sweep: str) -> Result:
-    """The cell's result; status "missing", with the reason, where there is none that can be used."""
+    """The cell's result; "missing" where there is none, "unreadable" where it cannot be used, with the reason."""
     folder = cell.folder(sweep)
-    path = folder / "result.json"
     blank = Result(cell.name, cell.config["attention"], "missing", cell.config["seed"], id=cell.id, folder=str(folder))
-    if not path.exists():
-        blank.reason = "has not run yet"
-        return blank
     try:
-        result = _parse(path)
+        result = _parse(folder)
+        found, wanted = (result.name, result.seed), (cell.name, cell.config["seed"])
+        if found != wanted:
+            raise ValueError(f"it is of the cell (name, seed) {found}, not {wanted}")
         if result.status == "running" and not running(folder):
-            result = _parse(path)  # it may just have ended
+            result = _parse(folder)  # it may just have ended
             if result.status == "running":
                 result.status, result.reason = "missing", "was interrupted before its end"
-    except (ValueError, TypeError, AttributeError) as error:  # of JSON, of UTF-8, of what it holds
-        blank.reason = f"{path} cannot be read: {error}"
+    except FileNotFoundError:
+        blank.reason = "has not run yet"
+        return blank
+    except (ValueError, OSError) as error:
+        blank.status, blank.reason = "unreadable", f"{folder / 'result.json'} cannot be read: {error}"
         return blank
     result.folder = str(folder)  # the runs may have been moved since
     return result
@@ -183,7 +186,7 @@ class Asked:
 
 def write_sweep(name: str, asked: Asked) -> None:
     """Remember what was asked for, so that a report can name the cells that are missing."""
-    write_json(home() / name / "sweep.json", {"name": name, **asdict(asked)})
+    write_json(home() / name / "sweep.json", {"version": results_schema.VERSION, "name": name, **asdict(asked)})
 
 
 def read_sweep(name: str) -> Asked:
@@ -193,11 +196,11 @@ def read_sweep(name: str) -> Asked:
         known = sorted(found.parent.name for found in home().glob("*/sweep.json"))
         raise ZooError(f"no sweep {name!r} in {home()}; there: {', '.join(known) or 'none'}")
     try:
-        plain = json.loads(path.read_text())
-        cells = tuple(Cell(**cell) for cell in plain["cells"])
-        return Asked(plain["about"], cells, plain["mlflow_run"], plain.get("command", ""))
-    except (ValueError, KeyError, TypeError) as error:
+        plain = results_schema.read_sweep(path)
+    except (ValueError, OSError) as error:
         raise ZooError(f"{path} cannot be read ({error}); remove it, and `zoo sweep` writes it anew") from error
+    cells = tuple(Cell(cell["name"], dict(cell["config"]), cell.get("group")) for cell in plain["cells"])
+    return Asked(plain["about"], cells, plain.get("mlflow_run"), plain.get("command", ""))
 
 
 def asked_before(name: str) -> Asked | None:
@@ -230,9 +233,8 @@ def whole(path: Path) -> Iterator[IO[bytes]]:
             part.unlink(missing_ok=True)
 
 
-def _parse(path: Path) -> Result:
-    known = {f.name for f in fields(Result)}
-    return Result(**{key: value for key, value in json.loads(path.read_text()).items() if key in known})
+def _parse(folder: Path) -> Result:
+    return Result(**results_schema.read_result(folder))
 
 
 def _finite(plain: Any) -> Any:

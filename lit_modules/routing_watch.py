@@ -20,8 +20,11 @@ import sparse_zoo as zoo
 from lit_modules.callbacks import synchronize
 from lit_modules.flow import generator
 from lit_modules.stream import stream
-from sparse_zoo.diagnostics import Diagnosis, churn, diagnose
+from sparse_zoo.diagnostics import Diagnosis, Routing, churn, diagnose
 from sparse_zoo.errors import refuse
+from sparse_zoo.layout import Film
+from sparse_zoo.partition import Partition, Refinement
+from sparse_zoo.plan import Part
 
 if TYPE_CHECKING:
     from lit_modules.module import LitVideoDiT
@@ -30,6 +33,7 @@ T = TypeVar("T")
 
 TIMES = (0.5, 0.9)  # the first is diagnosed; the second, close to noise, is there for churn: each costs a forward pass
 
+PLAIN: list[Any] = [Diagnosis, Routing, zoo.Layout, zoo.Plan, zoo.Shot, Film, Part, Partition, Refinement]
 KEPT = ("layers", "_figures", "_plans", "_batch", "_step", "_own", "_training")  # by a checkpoint
 
 
@@ -101,7 +105,8 @@ class RoutingWatch(Callback):
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        kept = torch.load(io.BytesIO(state_dict["kept"].numpy().tobytes()), weights_only=False)
+        with torch.serialization.safe_globals(PLAIN):  # a checkpoint may be somebody else's: nothing else is made
+            kept = torch.load(io.BytesIO(state_dict["kept"].numpy().tobytes()), weights_only=True)
         for name in KEPT:
             setattr(self, name, kept[name])
         if self.path.exists():

@@ -32,6 +32,7 @@ INTRODUCTION, *SECTIONS = re.split(r"^## ", PAGE, flags=re.M)
 BY_TITLE = {section.partition("\n")[0]: section for section in SECTIONS}
 TESTED = {
     "A method": "test_a_method",
+    "A choice for each query": "test_a_choice_for_each_query",
     "Several branches, a gate, an auxiliary loss": "test_several_branches",
     "A coarse branch": "test_a_coarse_branch",
     "A schedule": "test_a_schedule",
@@ -97,6 +98,16 @@ def test_a_method() -> None:
     assert result["density"] == 0.75  # two shots of one size, without a global caption
     (judged,) = testing.check_method("own_and_previous_shots", only=["routing_is_the_papers"])
     assert judged.status == "passed"
+
+
+@pytest.mark.usefixtures("here")
+def test_a_choice_for_each_query() -> None:
+    (result,) = follow("A choice for each query")
+    assert result["attention"] == {"name": "nearest_frames", "top_k": 1}
+    film = zoo.Layout.film([zoo.Shot(1, 2, 2) for _ in range(3)])
+    x = torch.zeros(1, 1, len(film), 4)
+    mask = zoo.build("nearest_frames", heads=1, head_dim=4, top_k=1)(x, x, x, film).plans[0].dense_mask()[0, 0]
+    assert torch.equal(mask, (film.shot[:, None] == film.shot) | (film.shot == 0))  # of equal scores the earliest
 
 
 @pytest.mark.usefixtures("here")

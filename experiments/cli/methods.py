@@ -13,7 +13,8 @@ import typer
 from rich import box
 from rich.table import Table
 
-from experiments.cli.shell import AsJson, Plugin, app, console, errors, escape, load_plugins, plain
+from experiments.cli.shell import AsJson, Plugin, app, console, errors, load_plugins, plain
+from experiments.escape import for_terminal as escape
 
 if TYPE_CHECKING:
     from sparse_zoo import Setting

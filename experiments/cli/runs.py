@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.table import Table
 
-from experiments.cli.shell import AsJson, Plugin, app, check_names, console, errors, escape, load_plugins
+from experiments.cli.shell import AsJson, Plugin, app, check_names, console, errors, load_plugins
+from experiments.escape import for_terminal as escape
 
 if TYPE_CHECKING:
     from experiments.forecast import Forecast
@@ -58,13 +59,13 @@ def train(
             refuse(cell.name, [] if mine else [f"the same run is going on elsewhere, in {cell.folder('train')}"])
             result = run(cell, "train", Tracker("train", bar.note), bar, fresh=fresh)
     except KeyboardInterrupt:
-        errors.print(f"Stopped. What there is lies in {cell.folder('train')}", soft_wrap=True)
+        errors.print(f"Stopped. What there is lies in {escape(str(cell.folder('train')))}", soft_wrap=True)
         raise
     if as_json:
         print(json.dumps(result.to_json()))
     else:
         console.print(_one_run(result, settings(resolved["attention"])))
-        console.print(f"The run lies in {result.folder}", soft_wrap=True)
+        console.print(f"The run lies in {escape(result.folder)}", soft_wrap=True)
     if result.status == "failed":
         errors.print(f"[bold red]Failed:[/bold red] {escape(result.reason or '')}", soft_wrap=True)
         raise typer.Exit(1)
@@ -200,7 +201,7 @@ def report(
         if out is None:
             print(text)
         else:
-            out.write_text(text)
+            out.write_text(text, encoding="utf-8")
         return
     page = found.write()
     if as_json:
@@ -211,24 +212,28 @@ def report(
 
 def _show(report: Report, page: Path, *, runs: bool = False) -> None:
     """The leaderboard, what holds, what did not finish, where the page is."""
+    from experiments.report import MOST_NAMED
     from experiments.wording import p_value, signed
 
     console.print(*report.tables(runs=runs), sep="\n")
-    for pair in report.tested:
-        if pair.holds:
-            console.print(f"[bold]{pair.a} – {pair.b}[/bold] {signed(pair.mean)}, p {p_value(pair.p_holm)} (Holm)")
-    console.print(f"{report.verdict} {report.caution}".strip(), highlight=False)
-    if report.drift:
-        console.print(report.drift, highlight=False)
+    held = [pair for pair in report.tested if pair.holds]
+    for pair in held[:MOST_NAMED]:
+        names = escape(f"{pair.a} – {pair.b}")
+        console.print(f"[bold]{names}[/bold] {signed(pair.mean)}, p {p_value(pair.p_holm)} (Holm)")
+    if len(held) > MOST_NAMED:
+        console.print(f"and {len(held) - MOST_NAMED} more significant differences")
+    for line in (report.conclusion, f"{report.verdict} {report.caution}".strip(), report.drift, report.shortened):
+        if line:
+            console.print(escape(line), highlight=False)
     for names, result in report.unfinished_alike.items():
-        console.print(f"[red]{names}[/red], {result.status}: {escape(result.reason or '')}", soft_wrap=True)
-    console.print(f"Report: {page}", soft_wrap=True)
+        console.print(f"[red]{escape(names)}[/red], {result.status}: {escape(result.reason or '')}", soft_wrap=True)
+    console.print(f"Report: {escape(str(page))}", soft_wrap=True)
 
 
 def _one_run(result: Result, title: str) -> Table:
     from experiments.wording import giga, number, percent
 
-    table = Table(title=title, title_justify="left", show_header=False)
+    table = Table(title=escape(title), title_justify="left", show_header=False)
     for key, value in (
         ("status", result.status),
         ("steps", str(result.steps)),
@@ -242,7 +247,7 @@ def _one_run(result: Result, title: str) -> Table:
         ("s/step", number(result.seconds_per_step)),
         *(("skipped", f"{bad['path']}: {bad['reason']}") for bad in result.data.get("skipped", [])),
     ):
-        table.add_row(key, escape(value))
+        table.add_row(escape(key), escape(value))
     return table
 
 

@@ -13,6 +13,7 @@ from rich.console import Console, ConsoleDimensions
 from typer.core import TyperGroup
 
 from experiments import signals
+from experiments.escape import for_terminal as escape
 
 # Read when torch is first imported. OpenMP's threads spin while they wait; where other programs want the same cores, a
 # step took 10 times as long for it. Spinning for a short time only costs nothing where they do not.
@@ -36,8 +37,8 @@ class Screen(Console):
         return found if self.is_terminal or os.environ.get("COLUMNS") else ConsoleDimensions(PIPED, found.height)
 
 
-console = Screen()
-errors = Screen(stderr=True)
+console = Screen(emoji=False)  # a name such as a:bomb:b stays text
+errors = Screen(stderr=True, emoji=False)
 
 
 class Group(TyperGroup):
@@ -92,18 +93,14 @@ Plugin = Annotated[
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON and nothing else.")]
 
 
-def load_plugins(paths: Sequence[Path]) -> None:
+def load_plugins(paths: Sequence[Path], *, data: bool = False) -> None:
+    """Import the user's files; with `data` they may hold a datamodule and no method."""
     if paths:
         import sparse_zoo as zoo
+        from sparse_zoo.registry import import_file
 
         for path in paths:
-            zoo.load_plugin(path)
-
-
-def escape(text: str) -> str:
-    from rich.markup import escape
-
-    return escape(text)
+            (import_file if data else zoo.load_plugin)(path)
 
 
 def plain(value: Any) -> Any:
