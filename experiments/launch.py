@@ -7,6 +7,7 @@ runs what is missing, a half-done cell from its last checkpoint.
 
 from __future__ import annotations
 
+import logging
 import os
 import signal
 import sys
@@ -277,6 +278,7 @@ class _Worker:
 def _serve(pipe: Connection, threads: int) -> None:
     """What such a process does."""
     torch.set_num_threads(threads)
+    logging.getLogger("datamodules").setLevel(logging.ERROR)  # what the data leaves out was said before the first cell
     # Ctrl-C reaches all processes of a terminal: the driver alone answers it, and ends the others as if by Ctrl-C.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.default_int_handler)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import logging
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -26,10 +27,26 @@ console = Console()
 errors = Console(stderr=True)
 
 
+class Notes(logging.Handler):
+    """Shows what the data leaves out, each line once: a sweep sets up the same data for every cell."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.shown: set[str] = set()
+
+    def emit(self, record: logging.LogRecord) -> None:
+        line = record.getMessage()
+        if line not in self.shown:
+            self.shown.add(line)
+            errors.print(f"[yellow]{escape(line)}[/yellow]", soft_wrap=True)
+
+
 class Group(TyperGroup):
     """Commands whose refusals are one clear message and exit code 2, not a traceback."""
 
     def invoke(self, ctx: Any) -> Any:
+        notes = Notes()
+        logging.getLogger("datamodules").addHandler(notes)
         try:
             return super().invoke(ctx)
         except ValueError as error:
