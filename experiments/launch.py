@@ -7,6 +7,7 @@ runs what is missing, a half-done cell from its last checkpoint.
 
 from __future__ import annotations
 
+import logging
 import os
 import signal
 import sys
@@ -283,6 +284,7 @@ class _Worker:
 def _serve(pipe: Connection, threads: int) -> None:
     """What such a process does."""
     torch.set_num_threads(threads)
+    logging.getLogger("datamodules").setLevel(logging.ERROR)  # what the data leaves out was said before the first cell
     watch, trackers = _Telling(pipe), dict[str, Tracker]()
     # Ctrl-C reaches all processes of a terminal: the driver alone answers it, and ends the others by SIGTERM.
     with signals.caught(patient=True), suppress(EOFError, KeyboardInterrupt):

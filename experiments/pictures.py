@@ -94,8 +94,8 @@ class Map:
         plain = (f"{key}={json.dumps(x, separators=(',', ':'))}" for key, x in self.settings.items())
         title = textwrap.wrap(" ".join([self.method, *plain]).replace('"', ""), 40 * columns)
         figure.suptitle("\n".join(title), x=0.012, ha="left", fontsize=12, fontweight="bold")
-        told = "\n".join(textwrap.wrap(SIMULATED, 68 * columns))
-        figure.supxlabel(told, x=0.012, ha="left", fontsize=8, color=QUIET)
+        note = "\n".join(textwrap.wrap(SIMULATED, 68 * columns))
+        figure.supxlabel(note, x=0.012, ha="left", fontsize=8, color=QUIET)
         return _write(figure, path)
 
     def _title(self, branch: int) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import logging
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -31,8 +32,8 @@ PIPED = 1000  # columns where there is no terminal: no table, number or advice i
 class Screen(Console):
     """A console as wide as its terminal or as $COLUMNS says; a file or a pipe has no edge."""
 
-    @property
-    def size(self) -> ConsoleDimensions:  # type: ignore[misc]  # rich assigns none
+    @property  # type: ignore[misc]  # rich's has a setter, which nothing here uses
+    def size(self) -> ConsoleDimensions:
         found = super().size
         return found if self.is_terminal or os.environ.get("COLUMNS") else ConsoleDimensions(PIPED, found.height)
 
@@ -41,10 +42,26 @@ console = Screen(emoji=False)  # a name such as a:bomb:b stays text
 errors = Screen(stderr=True, emoji=False)
 
 
+class Notes(logging.Handler):
+    """Shows what the data leaves out, each line once: a sweep sets up the same data for every cell."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.shown: set[str] = set()
+
+    def emit(self, record: logging.LogRecord) -> None:
+        line = record.getMessage()
+        if line not in self.shown:
+            self.shown.add(line)
+            errors.print(f"[yellow]{escape(line)}[/yellow]", soft_wrap=True)
+
+
 class Group(TyperGroup):
     """Commands whose refusals are one clear message and exit code 2, not a traceback, and that signals end as such."""
 
     def invoke(self, ctx: Any) -> Any:
+        notes = Notes()
+        logging.getLogger("datamodules").addHandler(notes)
         try:
             with signals.caught():
                 return super().invoke(ctx)
