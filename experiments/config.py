@@ -364,7 +364,9 @@ def _attends(settings: Mapping[str, Any], dim: int, heads: int, trainer: Mapping
         return [_since(start, reason) for reason, start in misfits.items()]
     layout = zoo.Layout.film([zoo.Shot(2, 2, 2, 1), zoo.Shot(1, 2, 2)], caption=1)
     cuda = torch.cuda.is_available() and trainer.get("accelerator", "auto") in ("auto", "gpu", "cuda")
-    precision = str(trainer.get("precision", 32))
+    from lit_modules.precision import default_precision
+
+    precision = str(trainer.get("precision") or default_precision(trainer.get("accelerator", "auto")))
     dtype = torch.bfloat16 if "bf16" in precision else torch.float16 if "16" in precision else torch.float32
     device = "cuda" if cuda else "cpu"
     try:

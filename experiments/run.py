@@ -32,6 +32,7 @@ from experiments.saving import Saving, WholeCheckpoints, saved_step
 from experiments.store import Cell, Result, home, read
 from experiments.tracking import Log, Tracker
 from lit_modules import AttentionCost, LitVideoDiT, RoutingWatch, SampleFilms, StepTimer
+from lit_modules.precision import default_precision
 from sparse_zoo.errors import ZooError
 
 FIRST, LAST = 3, 20  # steps whose mean is the first and the last training loss
@@ -291,8 +292,10 @@ def _train(config: Config, folder: Path, result: Result, log: Log, watch: Watch,
         folder / "checkpoints", filename="{step}", save_on_train_epoch_end=False, enable_version_counter=False
     )
     saving = Saving(folder / RESUME, float(os.environ.get("ZOO_SAVE_SECONDS") or SAVE_EVERY))
+    precision = default_precision(config["trainer"].get("accelerator", "auto"))
     trainer = pl.Trainer(
-        **{"devices": 1, **config["trainer"]},  # Lightning would take all GPUs there are
+        # Lightning would take all GPUs there are, in float32.
+        **{"devices": 1, "precision": precision, **config["trainer"]},
         logger=log,
         default_root_dir=folder,
         callbacks=[history, cost, timer, routing, films, LearningRateMonitor("step"), keep, saving],
@@ -301,6 +304,7 @@ def _train(config: Config, folder: Path, result: Result, log: Log, watch: Watch,
         enable_progress_bar=False,
         enable_model_summary=False,
     )
+    result.provenance["precision"] = str(trainer.precision)
     # Its own handler ends a run on SIGTERM as if it had finished.
     trainer._signal_connector.register_signal_handlers = lambda: None  # type: ignore[method-assign]
     try:

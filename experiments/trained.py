@@ -19,6 +19,7 @@ from experiments.data import OURS, build
 from experiments.results_schema import read_result
 from experiments.saving import load_plain
 from lit_modules import LitVideoDiT
+from lit_modules.precision import default_precision
 from sparse_zoo.errors import ZooError, refuse
 
 Batch = dict[str, Any]
@@ -74,11 +75,13 @@ class Trained:
         logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)  # it would tell of GPUs and products
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "The `srun` command")  # a trained model is looked at where one is
+            given: Any = self.config["trainer"]
+            precision: Any = given.get("precision") or default_precision(given.get("accelerator", "auto"))
             self.trainer = pl.Trainer(
                 plugins=[LightningEnvironment()],  # in a SLURM allocation too
-                accelerator=self.config["trainer"].get("accelerator", "auto"),
+                accelerator=given.get("accelerator", "auto"),
                 devices=1,
-                precision=self.config["trainer"].get("precision"),
+                precision=precision,
                 logger=False,
                 enable_checkpointing=False,
                 enable_progress_bar=False,

@@ -1,11 +1,15 @@
 """Which kernel "auto" takes, and the one that it takes where nothing faster runs."""
 
+import re
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from typer.testing import CliRunner
 
 import sparse_zoo as zoo
+from experiments.cli import app
 from sparse_zoo.kernels import AUTO
 from sparse_zoo.kernels import exact as engine
 from sparse_zoo.kernels.automatic import H100, RULES, automatic
@@ -79,3 +83,20 @@ def test_exact_is_not_narrowed_by_autocast() -> None:
     want = zoo.attend(q, q, q, plan, kernel="exact").out
     with torch.autocast("cpu", torch.bfloat16):
         assert torch.equal(zoo.attend(q, q, q, plan, kernel="exact").out, want)
+
+
+def test_the_docs_have_the_rules() -> None:
+    text = (Path(__file__).parent.parent / "docs" / "kernels.md").read_text(encoding="utf-8")
+    for rule in RULES:
+        dtypes = [str(dtype).removeprefix("torch.") for dtype in rule.dtypes]
+        oldest = "any" if rule.oldest == (0, 0) else "{}.{} or newer".format(*rule.oldest)
+        line = f"| `{rule.kernel}` | {rule.device} | {', '.join(dtypes)} | {oldest} | {rule.described()} |"
+        assert line in text
+
+
+def test_zoo_list_shows_an_h100() -> None:
+    done = CliRunner().invoke(app, ["list"], env={"COLUMNS": "200"})
+    assert done.exit_code == 0
+    shown = done.stdout[done.stdout.index("on an H100") :]
+    assert re.search(r"bfloat16 +triton +torch +triton +torch", shown)
+    assert re.search(r"float32 +exact +exact +exact +exact", shown)

@@ -75,6 +75,22 @@ def list_(
         )
     console.print("\n[bold]kernels[/bold]")
     console.print(table)
+    console.print('\n[bold]kernel="auto" on an H100[/bold], where all packages are there')
+    console.print(_on_h100())
+
+
+def _on_h100() -> Table:
+    """What "auto" takes there, by dtype and head dim; needs no GPU."""
+    import torch
+
+    from sparse_zoo.kernels.automatic import H100, SHOWN, automatic
+
+    table = Table.grid(padding=(0, 2))
+    table.add_row("  head dim", *map(str, SHOWN))
+    for dtype in (torch.bfloat16, torch.float16, torch.float32):
+        name = str(dtype).removeprefix("torch.")
+        table.add_row(f"  [cyan]{name}[/cyan]", *(automatic("cuda", H100, dtype, dim) for dim in SHOWN))
+    return table
 
 
 @app.command(epilog="Example: [bold]zoo check own_and_previous_shots --plugin own_shots.py[/bold]")

@@ -12,6 +12,8 @@ from sparse_zoo.kernels.triton.configs import HEAD_DIMS
 HALF = (torch.bfloat16, torch.float16)
 WIDE = (torch.float32, torch.float64)
 H100 = (9, 0)
+SHOWN = (64, 80, 128, 256)
+"""Head dims for which `zoo list` shows what an H100 would take."""
 
 
 class Rule(NamedTuple):
