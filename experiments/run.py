@@ -382,7 +382,7 @@ def _quiet(path: Path) -> Iterator[None]:
             logging.getLogger(name).setLevel(level)
         if caught:
             lines = dict.fromkeys(f"{warning.category.__name__}: {warning.message}" for warning in caught)
-            path.write_text("\n".join(lines) + "\n")
+            path.write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
 @contextmanager
@@ -407,7 +407,9 @@ def _interruptible() -> Iterator[None]:
 
 def _git(folder: Path, *arguments: str) -> str:
     try:
-        found = subprocess.run(["git", "-C", folder, *arguments], capture_output=True, text=True, check=False)
+        found = subprocess.run(
+            ["git", "-C", folder, *arguments], capture_output=True, encoding="utf-8", errors="replace", check=False
+        )
     except FileNotFoundError:
         return ""
     return found.stdout.strip() if found.returncode == 0 else ""
@@ -415,6 +417,6 @@ def _git(folder: Path, *arguments: str) -> str:
 
 def _processor() -> str:
     cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    lines = cpuinfo.read_text(encoding="utf-8").splitlines() if cpuinfo.exists() else []
     named = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     return f"{named[0] if named else platform.processor()} × {os.cpu_count()}"

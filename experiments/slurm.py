@@ -106,7 +106,7 @@ def submit(works: list[Work], settings: Mapping[str, Any], at_once: int | None) 
 
     folder = home() / works[0].sweep / "slurm"
     register = folder / "jobs.json"
-    before: dict[str, str] = json.loads(register.read_text()) if register.exists() else {}
+    before: dict[str, str] = json.loads(register.read_text(encoding="utf-8")) if register.exists() else {}
     alive = _queued()
     jobs = {before[work.cell.id]: work for work in works if before.get(work.cell.id) in alive}
     new = [work for work in works if before.get(work.cell.id) not in alive]
@@ -158,7 +158,7 @@ def _queued() -> set[str]:
     """The jobs of this user that wait or run, elements of arrays as 12_3; ZooError where SLURM does not answer."""
     asked = ["squeue", "--noheader", "--array", "--me", "--format=%i"]
     for _ in range(GONE):
-        found = subprocess.run(asked, capture_output=True, text=True, check=False)
+        found = subprocess.run(asked, capture_output=True, encoding="utf-8", errors="replace", check=False)
         if not found.returncode:
             return set(found.stdout.split())
         time.sleep(POLL)

@@ -150,7 +150,7 @@ def lock(folder: Path) -> Iterator[bool]:
     On network file systems too, where they know flock: NFS does.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    with (folder / "lock").open("w") as file:
+    with (folder / "lock").open("w", encoding="utf-8") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -165,7 +165,7 @@ def lock(folder: Path) -> Iterator[bool]:
 def running(folder: Path) -> bool:
     """Whether a process, here or on another machine, holds the lock of that folder."""
     try:
-        with (folder / "lock").open() as file:
+        with (folder / "lock").open(encoding="utf-8") as file:
             fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
     except FileNotFoundError:
         return False

@@ -110,9 +110,9 @@ class RoutingWatch(Callback):
         for name in KEPT:
             setattr(self, name, kept[name])
         if self.path.exists():
-            lines = self.path.read_text().splitlines(keepends=True)
+            lines = self.path.read_text(encoding="utf-8").splitlines(keepends=True)
             whole = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= self._step]
-            self.path.write_text("".join(whole))
+            self.path.write_text("".join(whole), encoding="utf-8")
 
     def summary(self) -> dict[str, Any]:
         """The last probe, JSON-able: its step, figures by name as logged, `share_of_time` up to the end of it, and
@@ -146,7 +146,7 @@ class RoutingWatch(Callback):
             for figures, layer in zip(by_layer, self.layers, strict=True)
         ]
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        with self.path.open("a") as file:
+        with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps({"step": self._step, "layers": layers}) + "\n")
 
 

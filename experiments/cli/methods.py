@@ -310,7 +310,7 @@ def bench(
         found = speed.run(rounds, repeats, device, progress, most=most, minutes=minutes)
     if out is not None:
         out.parent.mkdir(parents=True, exist_ok=True)
-        out.write_text(json.dumps(found, indent=1) + "\n")
+        out.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
     timed = any("failed" not in row for row in found["rows"])
     if plot is not None and timed:
         from experiments.speed import plot as draw

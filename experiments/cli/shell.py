@@ -67,6 +67,9 @@ class Group(TyperGroup):
                 return super().invoke(ctx)
         except KeyboardInterrupt as error:
             raise typer.Exit(signals.exit_code(error)) from error
+        except UnicodeEncodeError as error:  # of a file's name
+            cannot = f"{error.object!r} cannot be written in the encoding of this locale, {error.encoding}"
+            raise refused(f"{cannot}; give the command with PYTHONUTF8=1, or set LC_ALL=C.UTF-8") from error
         except ValueError as error:
             from sparse_zoo.errors import ZooError
 

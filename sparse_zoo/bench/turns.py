@@ -224,7 +224,10 @@ def about(device: torch.device) -> dict[str, Any]:
     """Where it was measured: device, threads, versions, commit (null outside of a checkout), date."""
     try:
         asked = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
-        commit = subprocess.run(asked, capture_output=True, text=True, check=False).stdout.strip() or None
+        commit = (
+            subprocess.run(asked, capture_output=True, encoding="utf-8", errors="replace", check=False).stdout.strip()
+            or None
+        )
     except FileNotFoundError:
         commit = None
     versions = {"python": platform.python_version(), "torch": str(torch.__version__)}
@@ -242,7 +245,7 @@ def about(device: torch.device) -> dict[str, Any]:
 def processor() -> str:
     """The processor's name as the system gives it."""
     cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    lines = cpuinfo.read_text(encoding="utf-8").splitlines() if cpuinfo.exists() else []
     named = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     return named[0] if named else platform.processor() or platform.machine()
 

@@ -90,7 +90,7 @@ class Parent:
         self.process = self.spare or self._start()
         self.spare = None
         begin = time.monotonic()
-        with self.log.open("a") as log:
+        with self.log.open("a", encoding="utf-8") as log:
             print(f"== {stage.name}, {limit:.0f} s", file=log)
         assert self.process.stdin is not None
         asked = json.dumps({"name": stage.name, "function": stage.function, "seconds": limit})
@@ -120,13 +120,14 @@ class Parent:
         return "; ".join(said) or (f"failed checks: {', '.join(failed)}" if failed else f"ended with exit code {code}")
 
     def _start(self) -> subprocess.Popen[str]:
-        with self.log.open("a") as log:
+        with self.log.open("a", encoding="utf-8") as log:
             return subprocess.Popen(
                 [sys.executable, "-m", "experiments.tools.gpu.stage", "--out", str(self.out), "--load", *self.loaded],
                 stdin=subprocess.PIPE,
                 stdout=log,
                 stderr=subprocess.STDOUT,
-                text=True,
+                encoding="utf-8",
+                errors="replace",
                 start_new_session=True,
                 env={**QUIET, **os.environ},
             )
@@ -137,7 +138,9 @@ class Parent:
         return found[-1].get(key) if found else None
 
     def _write_summary(self) -> None:
-        (self.out / "summary.md").write_text(summary(self.rows.read(), time.monotonic() - self.begin) + "\n")
+        (self.out / "summary.md").write_text(
+            summary(self.rows.read(), time.monotonic() - self.begin) + "\n", encoding="utf-8"
+        )
 
     def _shorten_log(self) -> None:
         size = self.log.stat().st_size
@@ -197,7 +200,7 @@ def main(arguments: list[str] | None = None) -> int:
     if code == 2:
         say("make gpu: torch sees no CUDA device; a GPU is needed. `make test` needs none.")
         return code
-    print((given.out / "summary.md").read_text())
+    print((given.out / "summary.md").read_text(encoding="utf-8"))
     return code
 
 
