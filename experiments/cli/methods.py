@@ -338,9 +338,10 @@ SPEEDS = "method", "kernel", "tokens", "pass", "ms", "dense", "attained", "÷ bo
 
 
 def _speeds(found: Mapping[str, Any]) -> Table:
-    from sparse_zoo.bench.lines import headline, interval
+    from sparse_zoo.bench.host import PASS
+    from sparse_zoo.bench.lines import headline, host, interval
 
-    about = f"{found['device']}, torch {found['versions']['torch']}; fwd: forward, all: forward + backward"
+    about = f"{found['device']}, torch {found['versions']['torch']}; fwd: forward, all: forward + backward, host: its host on a GPU"
     table = Table(title=about, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False, padding=0)
     table.caption = (
         "÷ bound: of the medians; interval: of the median over turns of dense ÷ own ÷ bound, ! where it is too wide;\n"
@@ -354,6 +355,12 @@ def _speeds(found: Mapping[str, Any]) -> Table:
         names = (row["method"], row["kernel"], f"{row['tokens']:,}")
         if "failed" in row:
             console.print(f"[red]{row['method']} on {row['kernel']}[/red]: {escape(row['failed'])}", soft_wrap=True)
+            continue
+        if row["pass"] == PASS:
+            if "seconds" in row:
+                table.add_row(*names, PASS, host(row).strip())
+            else:
+                console.print(f"{row['method']}, host: {escape(host(row))}", soft_wrap=True)
             continue
         which = "fwd" if row["pass"] == "forward" else "all"
         times = (f"{row['seconds'] * 1e3:.1f}", f"{row['dense_seconds'] * 1e3:.1f}")

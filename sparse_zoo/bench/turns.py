@@ -21,6 +21,7 @@ from torch import Tensor
 import sparse_zoo as zoo
 from sparse_zoo.bench.agreement import gate
 from sparse_zoo.bench.competitors import PASSES, Timed, dense_engines
+from sparse_zoo.bench.host import host_row
 from sparse_zoo.bench.intervals import NARROW, Interval, median_interval
 from sparse_zoo.bench.suites import DTYPES, ROUTING_DIM, Entry, Round
 from sparse_zoo.errors import ZooError
@@ -256,7 +257,7 @@ def events(rounds: Sequence[Round], repeats: int, device: torch.device) -> int:
     for round_ in rounds:
         shape = (1, 1, 64, round_.head_dim)
         engines = len(dense_engines(torch.zeros(shape, dtype=DTYPES[round_.dtype], device=device)))
-        total += len(round_.entries) + (repeats + 1) * (len(round_.entries) + engines)
+        total += 2 * len(round_.entries) + (repeats + 1) * (len(round_.entries) + engines)
     return total
 
 
@@ -269,7 +270,7 @@ def run(
     most: int | None = None,
     minutes: float = math.inf,
 ) -> dict[str, Any]:
-    """All rounds: {"device", "threads", "versions", "commit", "date", "repeats", "rows"}, ready for JSON.
+    """All rounds, and the host's share of each entry: {"device", "threads", "versions", "commit", "date", "repeats", "rows"}, ready for JSON.
 
     `minutes` are for all rounds together: what one leaves over, the next may use.
     """
@@ -278,4 +279,7 @@ def run(
     for i, round_ in enumerate(rounds):
         share = (end - time.perf_counter()) / (len(rounds) - i)
         rows += measure(round_, repeats, device, progress, most=most, seconds=share)
+        for entry in round_.entries:
+            progress(f"{entry.method}, {len(round_.film)} tokens, the host alone")
+            rows.append(host_row(round_, entry))
     return {**about(device), "repeats": repeats, "rows": rows}

@@ -13,11 +13,12 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from experiments.tools.gpu import __doc__ as about
+from experiments.tools.gpu.pack_compile import CACHE, SITE, relocate
 from experiments.tools.gpu.rows import Row, Rows
 from experiments.tools.gpu.stages import MACHINE, STAGES, Stage
 from experiments.tools.gpu.summary import summary
@@ -39,8 +40,16 @@ LONGEST = 1.5
 class Parent:
     """One run: its folder, its stages, the end of its time."""
 
-    def __init__(self, out: Path, stages: Sequence[Stage], minutes: float, loaded: Sequence[str] = LOADED) -> None:
+    def __init__(
+        self,
+        out: Path,
+        stages: Sequence[Stage],
+        minutes: float,
+        loaded: Sequence[str] = LOADED,
+        environment: Mapping[str, str] | None = None,
+    ) -> None:
         self.out, self.stages, self.loaded = out, stages, loaded
+        self.environment = {**QUIET, **os.environ, **(environment or {})}
         self.begin = time.monotonic()
         self.end = self.begin + 60 * minutes
         out.mkdir(parents=True, exist_ok=True)
@@ -87,6 +96,7 @@ class Parent:
 
     def _run(self, stage: Stage, later: Sequence[Stage]) -> Row:
         limit = self._limit(stage, later)
+        known = self._compiled()
         self.process = self.spare or self._start()
         self.spare = None
         begin = time.monotonic()
@@ -106,7 +116,13 @@ class Parent:
         _kill(self.process)  # its group: what it started ends with it
         self._shorten_log()
         seconds = round(time.monotonic() - begin, 2)
-        return {"status": "failed" if reason else "passed", "reason": reason, "seconds": seconds}
+        compiled = self._compiled() - known
+        return {"status": "failed" if reason else "passed", "reason": reason, "seconds": seconds, "compiled": compiled}
+
+    def _compiled(self) -> int:
+        """Entries of Triton's cache: a stage that adds none found all its kernels there."""
+        folder = Path(self.environment.get("TRITON_CACHE_DIR") or Path.home() / ".triton" / "cache")
+        return sum(1 for _ in folder.iterdir()) if folder.is_dir() else 0
 
     def _reason(self, stage: Stage, code: int) -> str:
         if code < 0:
@@ -129,7 +145,7 @@ class Parent:
                 encoding="utf-8",
                 errors="replace",
                 start_new_session=True,
-                env={**QUIET, **os.environ},
+                env=self.environment,
             )
 
     def _fact(self, key: str) -> Any:
@@ -175,6 +191,14 @@ def chosen(only: Sequence[str]) -> list[Stage]:
     return [stage for stage in STAGES if not only or stage.name in wanted]
 
 
+def unpacked(pack: Path) -> dict[str, str]:
+    """The environment in which stages find a pack's kernels and packages."""
+    cache = (pack / CACHE).absolute()
+    relocate(cache)
+    path = [str((pack / SITE).absolute()), os.environ.get("PYTHONPATH", "")]
+    return {"TRITON_CACHE_DIR": str(cache), "PYTHONPATH": os.pathsep.join(filter(None, path))}
+
+
 def say(what: str) -> None:
     print(what, file=sys.stderr, flush=True)
 
@@ -187,6 +211,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, default=OUT, help=f"folder for the files (default: {OUT})")
     parser.add_argument("--minutes", type=float, default=MINUTES, help=f"for all stages (default: {MINUTES})")
     parser.add_argument("--only", choices=names, nargs="+", default=[], metavar="STAGE", help="these, and their checks")
+    parser.add_argument("--pack", type=Path, help="a folder of experiments.tools.gpu.pack: kernels and packages")
     parser.add_argument("--list", action="store_true", help="print the stages and end")
     given = parser.parse_args(arguments)
     if given.minutes <= 0:
@@ -196,7 +221,10 @@ def main(arguments: list[str] | None = None) -> int:
         for stage in stages:
             print(f"{stage.name:13} {stage.seconds:3} s  priority {stage.priority}  {', '.join(stage.needs)}")
         return 0
-    code = Parent(given.out, stages, given.minutes).run()
+    if given.pack is not None and not (given.pack / CACHE).is_dir():
+        parser.error(f"--pack: {given.pack} has no {CACHE}; make a pack with python3 -m experiments.tools.gpu.pack")
+    environment = unpacked(given.pack) if given.pack is not None else {}
+    code = Parent(given.out, stages, given.minutes, environment=environment).run()
     if code == 2:
         say("make gpu: torch sees no CUDA device; a GPU is needed. `make test` needs none.")
         return code
