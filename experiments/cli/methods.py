@@ -341,7 +341,8 @@ def _speeds(found: Mapping[str, Any]) -> Table:
     from sparse_zoo.bench.host import PASS
     from sparse_zoo.bench.lines import headline, host, interval
 
-    about = f"{found['device']}, torch {found['versions']['torch']}; fwd: forward, all: forward + backward, host: its host on a GPU"
+    passes = "fwd: forward, all: forward + backward, host: its host on a GPU"
+    about = f"{found['device']}, torch {found['versions']['torch']}; {passes}"
     table = Table(title=about, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False, padding=0)
     table.caption = (
         "÷ bound: of the medians; interval: of the median over turns of dense ÷ own ÷ bound, ! where it is too wide;\n"

@@ -270,7 +270,8 @@ def run(
     most: int | None = None,
     minutes: float = math.inf,
 ) -> dict[str, Any]:
-    """All rounds, and the host's share of each entry: {"device", "threads", "versions", "commit", "date", "repeats", "rows"}, ready for JSON.
+    """All rounds, and the host's share of each entry, ready for JSON: {"device", "threads", "versions", "commit",
+    "date", "repeats", "rows"}.
 
     `minutes` are for all rounds together: what one leaves over, the next may use.
     """
