@@ -355,7 +355,7 @@ def test_only_what_was_named_can_fail_a_match(calls: Path) -> None:
     assert found["rows"][-1]["failed"]
     everyone = zoo("replay", calls, "--match", "density=0.8")
     assert re.search(r"\bdense +100.0 %", everyone.stdout)
-    assert "cannot reach 0.8: the closest is" in everyone.stdout
+    assert "cannot reach density 0.8: the closest is" in everyone.stdout
     assert "by error" in everyone.stdout
     assert everyone.exit_code == 0
 
