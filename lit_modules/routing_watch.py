@@ -25,6 +25,7 @@ from sparse_zoo.errors import refuse
 from sparse_zoo.layout import Film
 from sparse_zoo.partition import Partition, Refinement
 from sparse_zoo.plan import Part
+from sparse_zoo.remember import Origin
 
 if TYPE_CHECKING:
     from lit_modules.module import LitVideoDiT
@@ -33,7 +34,7 @@ T = TypeVar("T")
 
 TIMES = (0.5, 0.9)  # the first is diagnosed; the second, close to noise, is there for churn: each costs a forward pass
 
-PLAIN: list[Any] = [Diagnosis, Routing, zoo.Layout, zoo.Plan, zoo.Shot, Film, Part, Partition, Refinement]
+PLAIN: list[Any] = [Diagnosis, Routing, zoo.Layout, zoo.Plan, zoo.Shot, Film, Origin, Part, Partition, Refinement]
 KEPT = ("layers", "_figures", "_plans", "_batch", "_step", "_own", "_training")  # by a checkpoint
 
 
