@@ -4,11 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from experiments.identity import identity
 from experiments.measures import CONTROLS, FIGURES, NO_CONTROLS, Measure
 from experiments.statistics import Figure
 from experiments.store import Result, asked_before, home, read
@@ -27,7 +25,7 @@ class Group:
     of: str | None = None
     sweep: str | None = None
 
-    @cached_property
+    @property
     def finished(self) -> list[Result]:
         return [result for result in self.results if result.status == "finished"]
 
@@ -36,7 +34,7 @@ class Group:
         """The run that stands for all where one must: the first that finished, or else the first."""
         return (self.finished or self.results)[0]
 
-    @cached_property
+    @property
     def control(self) -> str | None:
         """Which control the group is, by its name or its method: one of `CONTROLS`, None for a method."""
         name, attention = self.of or self.name, self.one.attention
@@ -61,13 +59,7 @@ class Group:
 
     def figure(self, name: str) -> Figure | None:
         """Mean and interval of one of `FIGURES` or of the sample metrics."""
-        if name not in self._figures:
-            self._figures[name] = Figure.of([*self.values(name).values()], Measure.of(name).bounds)
-        return self._figures[name]
-
-    @cached_property
-    def _figures(self) -> dict[str, Figure | None]:
-        return {}
+        return Figure.of([*self.values(name).values()], Measure.of(name).bounds)
 
     def source(self, name: str) -> str:
         """Where a figure comes from, a line per run: the value, the file that holds it, the commit."""
@@ -121,7 +113,6 @@ def controls_elsewhere(name: str, groups: Sequence[Group]) -> tuple[Group, ...]:
 
 def _world(config: Mapping[str, Any]) -> dict[str, Any]:
     """What a run is apart from its attention and seed."""
-    config = identity(config)
     data = {key: value for key, value in config.get("data", {}).items() if key != "seed"}
     return {key: value for key, value in config.items() if key not in ("attention", "match", "seed")} | {"data": data}
 
