@@ -454,3 +454,14 @@ def test_rows_that_no_rectangle_covers_are_empty(monkeypatch: pytest.MonkeyPatch
     assert bool((got.out[:, :, 10:15] == 0).all())
     assert bool((got.lse[:, :, 10:15] == -torch.inf).all())
     compare(plan, tensors)
+
+
+def test_gradients_can_be_taken_twice(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The lists that the first backward pass lets go of are made again."""
+    monkeypatch.setattr(union, "KEPT", 100)
+    plan, tensors = routed(40, 4), strided(True)
+    out = zoo.attend(*tensors, plan, kernel="triton").out
+    assert out.grad_fn.work is not None
+    first = torch.autograd.grad(out.sum(), tensors, retain_graph=True)
+    assert out.grad_fn.work is None
+    assert all(map(torch.equal, torch.autograd.grad(out.sum(), tensors), first))

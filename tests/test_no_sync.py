@@ -16,6 +16,7 @@ from torch import Tensor
 
 import sparse_zoo as zoo
 from sparse_zoo.bench import QUICK
+from sparse_zoo.host_time import host_seconds
 from sparse_zoo.remember import copy_to, on_device, origin
 
 needs_triton = pytest.mark.skipif(find_spec("triton") is None, reason="needs the package triton")
@@ -87,6 +88,14 @@ def test_some_of_the_queries_never_wait(method: str) -> None:
 )
 def test_settings_that_change_the_plan_never_wait(method: str, settings: dict[str, Any]) -> None:
     attend(method, new_film(15), **settings)
+
+
+@needs_triton
+def test_the_hosts_share_is_measured_without_a_gpu() -> None:
+    attention = zoo.build("moc", heads=HEADS, head_dim=HEAD_DIM, dim=DIM, kernel="triton")
+    seconds = host_seconds(attention, new_film(21), HEADS, HEAD_DIM, repeats=2)
+    assert seconds.keys() == {"first", "forward", "forward+backward"}
+    assert min(seconds.values()) > 0
 
 
 # -- the watcher itself -----------------------------------------------------------------------------------------------

@@ -98,7 +98,7 @@ def compiled(name: str, launch: Launch, capability: int) -> CompiledKernel:
             signature[argument] = f"*{TYPES[value.dtype]}"
         else:
             signature[argument] = "fp32" if isinstance(value, float) else "i32"
-        # Triton assumes that multiples of 16 stay so, of the pointers and integers that it compiles anew otherwise.
+        # Triton assumes that a pointer or integer that it specialises on stays a multiple of 16.
         specialised = not kernel.params[i].do_not_specialize
         if (
             specialised

@@ -1,7 +1,7 @@
 """The process of one stage: python3 -m experiments.tools.gpu.stage --out DIR, then one JSON line on standard input.
 
-It loads what stages need before it is told which one to run, so that the parent can start it while another stage runs.
-It touches no GPU until then.
+It imports what stages need before it reads which one to run, so that the parent can start it while another stage runs.
+Until then it touches no GPU.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ def run_stage(name: str, function: str, run: Run) -> bool:
         for row in rows:
             run.rows.add({"stage": name, **row})
             fine &= row.get("status") != "failed"
-    except Exception as error:  # whatever it was, the parent goes on with the next stage
+    except Exception as error:  # any failure becomes a row, and the parent runs the next stage
         import traceback
 
         traceback.print_exc()

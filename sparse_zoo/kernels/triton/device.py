@@ -391,15 +391,13 @@ def fold(
     out += item * out_item + head * out_head
     lse += item * lse_item + head * lse_head + token
     one = tl.load(lse, mask=live, other=float("-inf")) * LOG2_E
-    other = (
-        tl.load(partial_lse + item * partial_lse_item + head * partial_lse_head + place, mask=live, other=0.0) * LOG2_E
-    )
+    partial_lse += item * partial_lse_item + head * partial_lse_head + place
+    other = tl.load(partial_lse, mask=live, other=0.0) * LOG2_E
     top = tl.maximum(one, other)
     weight, more = tl.math.exp2(one - top), tl.math.exp2(other - top)
     total = weight + more
-    acc = (
-        _rows(out, token, out_row, live & (one != float("-inf")), DIM, True).to(tl.float32) * (weight / total)[:, None]
-    )
+    before = _rows(out, token, out_row, live & (one != float("-inf")), DIM, True)
+    acc = before.to(tl.float32) * (weight / total)[:, None]
     rows = _rows(partial + item * partial_item + head * partial_head, place, partial_row, live, DIM, True)
     acc += rows.to(tl.float32) * (more / total)[:, None]
     tl.store(out + token[:, None] * out_row + dim[None, :], acc.to(out.dtype.element_ty), mask=live[:, None])

@@ -35,6 +35,8 @@ class Union(torch.autograd.Function):
         ctx: Any, q: Tensor, k: Tensor, v: Tensor, plan: Plan, scale: float, config: Config
     ) -> tuple[Tensor, Tensor]:
         q, k, v = (dense_rows(x.detach()) for x in (q, k, v))
+        if config.cudnn:  # which takes rows of keys one after the other, whatever their head
+            k, v = k.contiguous(), v.contiguous()
         lse = torch.full(q.shape[:3], -torch.inf, dtype=torch.float32, device=q.device)
         with on(q):
             work = _PlanWork.of(plan, config)
@@ -59,6 +61,7 @@ class Union(torch.autograd.Function):
         q, k, v, out, lse = ctx.saved_tensors
         with on(q):
             work = ctx.work or _PlanWork.of(ctx.plan, ctx.config)
+            ctx.work = None  # the output may be held for long after its gradient is taken
             # Half precision would lose the small terms of long sums: where many rectangles read the same keys.
             wide = torch.float32 if work.overlap else k.dtype
             fresh = torch.zeros if work.dense or not work.parts else torch.empty
@@ -122,7 +125,7 @@ class _PlanWork:
         return _PlanWork(batches, overlap, parts, first, joined)
 
     def bytes(self) -> int:
-        """Of the tables that are made anew for each call."""
+        """Bytes of the tables that each call builds."""
         tables = [x for part in self.parts for x in (*part.work.by_query, *part.work.by_key)]
         held = {x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in (*tables, self.slots)}
         return sum(held.values())
@@ -265,7 +268,7 @@ def _forward(slab: _Slab, tensors: tuple[Tensor, ...], work: _PlanWork, scale: f
         own, own_lse = rows[:, part.rows], rows_lse[:, part.rows]
         if part.by_cudnn:
             own.unflatten(0, slab.shape)[:], own_lse.unflatten(0, slab.shape)[:] = cudnn.forward(
-                _gathered(slab, q, part.work), k.contiguous(), v.contiguous(),
+                _gathered(slab, q, part.work), k, v,
                 slab.first_keys(k), slab.work(part.work), part.longest, scale,
             )  # fmt: skip
             continue
@@ -313,7 +316,7 @@ def _backward(
         if part.by_cudnn:
             queries, asked, outs, lses = (_gathered(slab, x, part.work) for x in (q, grad, out, lse[..., None]))
             own.unflatten(0, slab.shape)[:], dk_part, dv_part = cudnn.backward(
-                asked, queries, k.contiguous(), v.contiguous(), outs, lses[..., 0],
+                asked, queries, k, v, outs, lses[..., 0],
                 slab.first_keys(k), slab.work(part.work), part.longest, scale,
             )  # fmt: skip
             dk += dk_part
