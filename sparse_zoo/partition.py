@@ -9,11 +9,11 @@ from torch import Tensor
 
 from sparse_zoo.errors import ZooError
 from sparse_zoo.layout import Layout
-from sparse_zoo.remember import lazy, origin, remembered
+from sparse_zoo.remember import Cached, lazy, origin, remembered
 
 
 @dataclass(frozen=True, eq=False)
-class Partition:
+class Partition(Cached):
     """Ragged pieces of a stream of `length` tokens, possibly different for each batch item and head.
 
     Piece p of batch item b and head h holds the tokens `order[b, h, offsets[b, h, p] : offsets[b, h, p + 1]]`, in
@@ -161,7 +161,7 @@ def _singles(length: int, device: torch.device) -> Partition:
 
 
 @dataclass(frozen=True, eq=False)
-class Refinement:
+class Refinement(Cached):
     """a's pieces cut at b's bounds, tokens in no piece of a staying in none.
 
     `of_a` and `of_b`, int64 (B|1, H|1, P), tell which piece of a and of b each lies in (-1: none). `parents` is the

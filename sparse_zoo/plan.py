@@ -14,11 +14,11 @@ from sparse_zoo.cost import Cost
 from sparse_zoo.errors import refuse
 from sparse_zoo.layout import Layout
 from sparse_zoo.partition import Partition, refine
-from sparse_zoo.remember import lazy, remembered
+from sparse_zoo.remember import Cached, lazy, remembered
 
 
 @dataclass(frozen=True, eq=False)
-class Part:
+class Part(Cached):
     """Pieces of queries, pieces of keys, and which attends to which.
 
     `edges` is a bool table (B|1, H|1, Q, K) over pieces, or the indices (B|1, H|1, Q, k) of the key pieces that each
@@ -147,7 +147,7 @@ class Part:
 
 
 @dataclass(frozen=True, eq=False, init=False)
-class Plan:
+class Plan(Cached):
     """Parts that share no pair. Queries attend, in one softmax, to all keys that any part gives them."""
 
     parts: tuple[Part, ...]

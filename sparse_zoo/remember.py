@@ -66,6 +66,16 @@ def remembered(most: int) -> Callable[[F], F]:
     return wrap
 
 
+class Cached:
+    """Base of dataclasses that results are cached on: a pickle or copy holds their fields alone.
+
+    What is cached may be large (copies on devices, a kernel's tables) or hold functions, which no pickle takes.
+    """
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {field.name: getattr(self, field.name) for field in fields(cast(Any, self))}
+
+
 class lazy(cached_property[T]):
     """A property computed at first use; of a copy on a device it is computed from the origin, then copied."""
 

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from importlib import import_module
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -20,7 +21,7 @@ from experiments.tools.gpu.rows import Row, Rows
 from experiments.tools.gpu.stage import Run, in_one_line, run_stage
 from experiments.tools.gpu.stages import LONG, MACHINE, STAGES, Stage
 from experiments.tools.gpu.summary import summary
-from sparse_zoo.kernels import grouped
+from sparse_zoo.kernels import _kernels, grouped
 from sparse_zoo.kernels.triton import configs
 
 ROOT = Path(__file__).parent.parent
@@ -76,6 +77,13 @@ def last(run):
     reason = run.rows.untimed(["fine"]), run.rows.untimed(["a sum"]), run.rows.untimed(["never"])
     yield {"kind": "fact", "name": "may be timed", "reasons": list(reason)}
 """
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _kernels_as_before() -> Iterator[None]:
+    """A stage registers the dense rival, which would join the kernels of every later test in this process."""
+    with patch.dict(_kernels):
+        yield
 
 
 @pytest.fixture(scope="module")

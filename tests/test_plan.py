@@ -1,9 +1,13 @@
+import copy
+import pickle
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sparse_zoo import Layout, Part, Partition, Plan, Shot, ZooError
+from sparse_zoo.remember import on_device
 
 LENGTH = 23
 
@@ -139,3 +143,17 @@ def test_pairs_of_a_table_of_many_rows() -> None:
     keys = Partition.from_labels(torch.tensor([0, 1, 1, 2, 2, 2]), 3)
     plan = Plan.routed(keys, torch.rand(2, 1, 2500, 3) < 0.3)
     assert torch.equal(plan.pairs, plan.dense_mask().sum((2, 3)))
+
+
+def test_pickles_hold_no_caches() -> None:
+    """A kernel may cache what no pickle takes, and copies on devices would be written too."""
+    plan = Plan.dense(Layout.film([Shot(2, 3, 4)] * 2))
+    alone = pickle.dumps(plan)
+    on_device(plan, torch.device("meta"))
+    plan.parts[0].__dict__["_blocks"] = {(1, 1): lambda: 0}
+    assert plan.parts[0].queries.is_singles is False
+    assert pickle.dumps(plan) == alone
+    again = pickle.loads(alone)
+    assert torch.equal(again.dense_mask(), plan.dense_mask())
+    assert copy.deepcopy(plan).parts[0].__dict__.keys() == {"queries", "keys", "edges", "routed"}
+    del plan.parts[0].__dict__["_blocks"]
