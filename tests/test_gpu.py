@@ -249,6 +249,16 @@ def test_the_list_has_every_stage(capsys: pytest.CaptureFixture[str]) -> None:
     assert [line.split()[0] for line in capsys.readouterr().out.splitlines()] == [stage.name for stage in STAGES]
 
 
+def test_without_torch_it_is_one_line_and_exit_code_2(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(gpu, "find_spec", lambda _: None)
+    assert gpu.main(["--out", str(tmp_path)]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "has no torch" in line
+    assert not list(tmp_path.iterdir())
+
+
 def test_the_parent_imports_no_torch() -> None:
     code = "import sys, experiments.tools.gpu.__main__; assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)})

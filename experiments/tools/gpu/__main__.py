@@ -1,6 +1,6 @@
 """The parent of `make gpu`: runs one stage after the other, each in a process group of its own. Imports no torch.
 
-Exit code 0 if every stage ended and every check passed, 1 if one did not, 2 where there is no GPU to run on.
+Exit code 0 if every stage ended and every check passed, 1 if one did not, 2 where there is no torch or no GPU.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -193,6 +194,9 @@ def main(arguments: list[str] | None = None) -> int:
         for stage in stages:
             print(f"{stage.name:13} {stage.seconds:3} s  priority {stage.priority}  {', '.join(stage.needs)}")
         return 0
+    if find_spec("torch") is None:  # found, not imported
+        say(f"make gpu: {sys.executable} has no torch; name a Python that has it: make gpu GPU_PYTHON=.venv/bin/python")
+        return 2
     code = Parent(given.out, stages, given.minutes).run()
     if code == 2:
         say("make gpu: torch sees no CUDA device; a GPU is needed. `make test` needs none.")
