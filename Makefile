@@ -4,10 +4,10 @@ BIN := .venv/bin
 # The version of GPU machines with torch 2.11: kernels are compiled for it too, beside the installed one.
 OLDEST_TRITON := 3.6.0
 
-.PHONY: help install sweep test lint coverage gpu ui
+.PHONY: help install sweep test lint coverage gpu gpu-pack ui
 
 help:  ## what can be made
-	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/'
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/'
 
 install: .venv/.installed  ## make .venv with pinned versions
 
@@ -33,6 +33,9 @@ coverage: install  ## the tests of sparse_zoo, and which of its lines they run (
 
 gpu:  ## what only a GPU can tell: checks, speed, a training step; ten minutes, with the system's torch
 	$(GPU_PYTHON) -m experiments.tools.gpu
+
+gpu-pack: install  ## kernels compiled here and packages, for a machine with a GPU and no network
+	$(BIN)/python -m experiments.tools.gpu.pack
 
 ui: install  ## open MLflow's page on the quickstart's store
 	$(BIN)/zoo ui

@@ -2,53 +2,29 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator, Mapping, Sequence
+import logging
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from lightning.pytorch import LightningDataModule
+from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor
 from torch.utils.data import DataLoader
 from torchmetrics import Metric
 
+from datamodules.captions import Caption, read_captions
 from datamodules.decoding import DETECTORS, Decoding, Video, load
+from datamodules.discovery import find_videos, resolve
 from datamodules.loading import Batch, ResumableLoader, train_loader, val_loader
-from datamodules.text import tokenize
+from datamodules.text import tokenize, words
 from sparse_zoo.errors import ZooError, refuse, unknown
 from sparse_zoo.layout import Layout, Shot
 
-SUFFIXES = (
-    ".avi",
-    ".flv",
-    ".m2ts",
-    ".m4v",
-    ".mkv",
-    ".mov",
-    ".mp4",
-    ".mpeg",
-    ".mpg",
-    ".ogv",
-    ".ts",
-    ".webm",
-    ".wmv",
-    ".y4m",
-)
-
-
-def resolve(place: str | Path) -> Path:
-    """A path; "package:name/inside" is a path inside an installed package, which is found but not imported."""
-    if not str(place).startswith("package:"):
-        return Path(place).expanduser()
-    name, _, inside = str(place).removeprefix("package:").partition("/")
-    spec = find_spec(name) if name.isidentifier() else None
-    if spec is None or not spec.submodule_search_locations:
-        raise ZooError(f"{place}: no package {name!r} is installed")
-    return Path(next(iter(spec.submodule_search_locations))) / inside
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -169,13 +145,14 @@ class VideoFilms(LightningDataModule):
         self.captions = captions
         self.max_words = max_words
         self.vocabulary = vocabulary
-        self.cache = None if cache is None else Path(cache)
+        self.cache = None if cache is None else resolve(cache)
         self.on_bad = on_bad
         self.flip = flip
         self.num_workers = num_workers
         self.seed = seed
         self.videos: dict[str, Video] = {}
         self.skipped: list[dict[str, str]] = []
+        self.notes: list[str] = []
         self.unused_captions: list[str] = []
         self.dropped_shots = 0
         self.train_films: list[VideoFilm] = []
@@ -190,23 +167,40 @@ class VideoFilms(LightningDataModule):
         """Decode everything and cut it into films; further calls do nothing."""
         if self.videos:
             return
-        files = self._files()
+        self.notes = []
+        caption_files = self._caption_files()
+        discovery = find_videos(self.places, caption_files)
+        self._note(*discovery.notes)
+        captions = read_captions(caption_files, discovery.files)  # before decoding, which takes long
+        self._note(*captions.notes)
+        self.unused_captions = captions.unmatched
         videos: dict[str, Video] = {}
         self.skipped = []
-        for name, path in files.items():
+        for name, path in discovery.files.items():
             try:
                 videos[name] = load(path, self.decoding, self.cache)
             except ZooError as error:
                 if self.on_bad == "raise":
                     raise
-                self.skipped.append({"path": str(path), "reason": str(error).removeprefix(f"{path}: ")})
+                reason = str(error).removeprefix(f"{path}: ")
+                self.skipped.append({"path": str(path), "reason": reason})
+                self._note(f"{name}: skipped: {reason}")
+            else:
+                self._note(*(f"{name}: {line}" for line in videos[name].notes))
         if not videos:
             refuse("VideoFilms: every video was skipped", [f"{bad['path']}: {bad['reason']}" for bad in self.skipped])
-        texts = self._texts()
-        self.unused_captions = sorted(texts.keys() - files.keys())
         self.train_films, self.val_films, self.dropped_shots = [], [], 0
         for name, video in videos.items():
-            self._cut(name, video, *texts.get(name, ("", None)))
+            self._cut(name, video, captions.by_video.get(name, Caption()))
+        texts = [text for name in videos for text in captions.by_video.get(name, Caption()).texts()]
+        too_long = sum(len(words(text)) > self.max_words for text in texts)
+        self._note(
+            f"{too_long} captions are longer than max_words {self.max_words} and cut there" if too_long else "",
+            f"{self.dropped_shots} shots are shorter than a temporal patch ({self.patch[0]} frames at fps "
+            f"{self.decoding.fps}) and dropped"
+            if self.dropped_shots
+            else "",
+        )
         longest = max(stop - start for video in videos.values() for start, stop in video.shots())
         refuse(
             "VideoFilms",
@@ -249,44 +243,24 @@ class VideoFilms(LightningDataModule):
             "dropped_shots": self.dropped_shots,
             "captions_without_video": self.unused_captions,
             "skipped": self.skipped,
+            "notes": self.notes,
         }
 
-    def _files(self) -> dict[str, Path]:
-        """The videos by name: of a folder, their path inside it."""
-        found: dict[str, Path] = {}
-        problems = []
-        for place in self.places:
-            path = resolve(place)
-            if path.is_dir():
-                inside = sorted(file for file in path.rglob("*") if file.suffix.lower() in SUFFIXES and file.is_file())
-                named = {file.relative_to(path).as_posix(): file for file in inside}
-                if not named:
-                    problems.append(f"{place}: no file in this folder ends with one of {', '.join(SUFFIXES)}")
-            else:
-                named = {path.name: path}
-                if not path.exists():
-                    problems.append(f"{place}: there is no such folder or file")
-            problems += [
-                f"two videos are called {name!r}: {found[name]} and {named[name]}" for name in named.keys() & found
-            ]
-            found |= named
-        refuse("VideoFilms", problems)
-        return found
+    def _note(self, *lines: str) -> None:
+        """Log what the data loses, and keep it for `summary()`."""
+        for line in filter(None, lines):
+            self.notes.append(line)
+            _warn(line)
 
-    def _texts(self) -> dict[str, tuple[str, list[str] | None]]:
-        """For each video's name its caption and, where given, its shots' captions."""
+    def _caption_files(self) -> list[Path]:
         if self.captions is not None:
-            return _read_captions(resolve(self.captions))
-        texts: dict[str, tuple[str, list[str] | None]] = {}
-        for place in self.places:
-            path = resolve(place) / "captions.json"
-            if path.is_file():
-                texts |= _read_captions(path)
-        return texts
+            return [resolve(self.captions)]
+        beside = (resolve(place) / "captions.json" for place in self.places)
+        return [path for path in beside if path.is_file()]
 
-    def _cut(self, name: str, video: Video, caption: str, shot_captions: list[str] | None) -> None:
+    def _cut(self, name: str, video: Video, caption: Caption) -> None:
         """Add the films of one video to both splits."""
-        shots = video.shots()
+        shots, shot_captions = video.shots(), caption.shots
         if shot_captions is not None and len(shot_captions) != len(shots):
             raise ZooError(
                 f"{name}: it has captions for {len(shot_captions)} shots, but {len(shots)} were found, beginning at "
@@ -307,7 +281,7 @@ class VideoFilms(LightningDataModule):
         for first in range(0, len(kept), self.shots_per_film):
             group = kept[first : first + self.shots_per_film]
             title = name if len(group) == len(shots) else f"{name} shots {group[0][0].shot}-{group[-1][0].shot}"
-            words = tokenize(caption, self.vocabulary, self.max_words)
+            words = tokenize(caption.whole, self.vocabulary, self.max_words)
             self.train_films.append(VideoFilm(title, words, tuple(train for train, _ in group)))
             held_spans = tuple(val for _, val in group if val.stop > val.start)
             if held_spans:
@@ -369,23 +343,6 @@ def _below(least: int, **values: int) -> list[tuple[str, int]]:
     return [(name, value) for name, value in values.items() if value < least]
 
 
-def _read_captions(path: Path) -> dict[str, tuple[str, list[str] | None]]:
-    try:
-        entries = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ZooError(f"captions {path}: it cannot be read: {error}") from error
-    if not isinstance(entries, Mapping):
-        raise ZooError(f"captions {path}: it must be an object of videos' names")
-    texts = {}
-    problems = []
-    for name, entry in entries.items():
-        caption, shots = (entry.get("caption", ""), entry.get("shots")) if isinstance(entry, Mapping) else (None, None)
-        listed = shots is None or (isinstance(shots, list) and all(isinstance(shot, str) for shot in shots))
-        if isinstance(caption, str) and listed:
-            texts[name] = (caption, shots)
-        else:
-            problems.append(
-                f'{name}: must be {{"caption": "text", "shots": ["text", ...]}}, got {json.dumps(entry)[:80]}'
-            )
-    refuse(f"captions {path}", problems)
-    return texts
+@rank_zero_only
+def _warn(line: str) -> None:
+    _log.warning("data: %s", line)

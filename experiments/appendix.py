@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
 
+from experiments.escape import for_latex, for_markdown, for_markdown_code
 from experiments.groups import Group, Line
 from experiments.measures import RECALL, WHOLE, Measure
 from experiments.report import Report, machines
@@ -19,19 +20,24 @@ COLUMNS = 7  # of a LaTeX table, beside the first, that fit a page
 
 def markdown(report: Report) -> str:
     """The tables as Markdown, a section each."""
-    return _rendered(report, "report.md.j2", _markdown)
+    return _rendered(report, "report.md.j2", for_markdown)
 
 
 def latex(report: Report) -> str:
     """The tables as LaTeX, to be `\\input`; needs the package booktabs. Wide ones are cut, so that they fit a page."""
-    return _rendered(report, "report.tex.j2", _latex, COLUMNS)
+    return _rendered(report, "report.tex.j2", for_latex, COLUMNS)
 
 
 def _rendered(report: Report, template: str, cell: Callable[[str], str], columns: int = 1000) -> str:
     environment = Environment(
-        loader=PackageLoader("experiments"), undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+        loader=PackageLoader("experiments"),
+        undefined=StrictUndefined,
+        finalize=lambda value: value if isinstance(value, Markup) else cell(str(value)),
+        trim_blocks=True,
+        lstrip_blocks=True,
     )
-    environment.filters["cell"] = cell
+    environment.filters["row"] = lambda cells, between: Markup(between.join(map(cell, cells)))
+    environment.filters["code"] = lambda text: Markup(for_markdown_code(text))
     return environment.get_template(template).render(
         report=report,
         made=datetime.now().astimezone().strftime("%Y-%m-%d"),
@@ -96,7 +102,7 @@ def _sheets(report: Report) -> Iterator[Sheet]:
         f"By {head.label} ({head.better}): mean and 95 % interval over n seeds (Student's t). Methods that share a"
         " letter were not told apart. Density and FLOPs are those of the plans that ran."
         + (f" {report.task} Beside it mean ± half of the interval." if report.task else "")
-        + (f" {report.drift}" if report.drift else ""),
+        + "".join(f" {told}" for told in (report.conclusion, report.drift, report.shortened) if told),
         ["method", head.label, "95 % interval", "", "n", "density", "GFLOPs", "s / step", *report.beside.values()],
         [*(row(group, group.titled) for group in report.ranked), *map(across, report.lines)],
     )
@@ -115,7 +121,7 @@ def _sheets(report: Report) -> Iterator[Sheet]:
                 *map(p_value, (pair.p, pair.p_holm, pair.p_exact)),
                 "yes" if pair.holds else "no",
             ]
-            for pair in report.tested
+            for pair in report.listed
         ],
     )
     yield Sheet(
@@ -158,34 +164,3 @@ def _sheets(report: Report) -> Iterator[Sheet]:
         ["cell", "status", "reason"],
         [[names, result.status, result.reason or ""] for names, result in report.unfinished_alike.items()],
     )
-
-
-def _one_line(text: str) -> str:
-    """Without line breaks. No-break spaces stay: str.split would take them for plain ones."""
-    return re.sub(r"[ \t\r\n]+", " ", text).strip(" ")
-
-
-def _markdown(text: str) -> str:
-    return re.sub(r"([\\`*_|<>\[\]])", r"\\\1", _one_line(text))
-
-
-TEX = {
-    "\\": r"\textbackslash{}",
-    "\u00a0": "~",
-    "~": r"\textasciitilde{}",
-    "^": r"\textasciicircum{}",
-    "<": r"\textless{}",
-    ">": r"\textgreater{}",
-    "|": r"\textbar{}",
-    "[": "{[}",  # not the option of a \\ before it
-    "–": "--",
-    "±": r"$\pm$",
-    "×": r"$\times$",
-    "·": r"$\cdot$",
-} | {special: f"\\{special}" for special in "&%$#_{}"}
-
-
-def _latex(text: str) -> str:
-    """Escaped; what pdfTeX has no letter for becomes a question mark."""
-    escaped = "".join(TEX.get(letter, letter) for letter in _one_line(text))
-    return escaped.encode("latin-1", "replace").decode("latin-1")

@@ -79,6 +79,13 @@ def save(path: Path, captured: Sequence[Captured]) -> Path:
 def load(path: Path) -> list[Captured]:
     """The calls of a file, on the CPU; raises ZooError with all that is wrong with it."""
     refuse("captures", [] if path.is_file() else [f"no such file: {path}"])
+    with path.open("rb") as begun:
+        pickled = begun.read(2) in (b"PK", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")
+    refuse(
+        "captures",
+        [f"{path} is a pickle, which can run code when it is loaded; give the safetensors file of `zoo capture`"]
+        * pickled,
+    )
     try:
         with safe_open(path, "pt") as file:
             metadata = file.metadata() or {}
@@ -113,9 +120,12 @@ def _captured(tensors: Mapping[str, Tensor], described: Mapping[str, Any]) -> Ca
         [f"{name} is missing" for name in NEEDED if name not in tensors]
         + [f"{name} is not known" for name in tensors if name not in TENSORS and not name.startswith("features.")],
     )
-    films = [
-        zoo.Layout.film([zoo.Shot(*shot) for shot in film["shots"]], film["caption"]) for film in described["films"]
-    ]
+    shots = [[zoo.Shot(*shot) for shot in film["shots"]] for film in described["films"]]
+    most, tokens = tensors["k"].shape[2], sum(len(shot) for film in shots for shot in film)
+    refuse(
+        "its films", [f"have {tokens} tokens, its k {most}"] * (tokens > most)
+    )  # before any memory is taken for them
+    films = [zoo.Layout.film(own, film["caption"]) for own, film in zip(shots, described["films"], strict=True)]
     held = {"noise": described["noise"], **{name: tensors[name] for name in TENSORS if name in tensors}}
     numbers = {name: described[name] for name in NUMBERS}
     call = zoo.Call(layout=zoo.Layout.pack(films), features=features or None, **held, **numbers)

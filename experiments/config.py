@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import inspect
+import json
 import logging
 import math
 import re
+import sys
 import types
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from copy import deepcopy
-from functools import partial
+from functools import cache, lru_cache, partial
+from importlib import import_module
 from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
@@ -20,28 +23,16 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 import sparse_zoo as zoo
+from experiments import yaml12
 from experiments.layers import per_layer
+from experiments.names import CONFIGS, GIVEN, MATCH, SECTIONS, Override
+from experiments.store import home
 from sparse_zoo.errors import ZooError, refuse, unknown
 from sparse_zoo.schedule import phases as phases_of
 
-CONFIGS = Path(__file__).parent / "configs"
 Config = dict[str, Any]
-Override = str | Mapping[str, Any]
 
-# What the run itself hands to these constructors; a config may not.
-GIVEN = {
-    "model": {"channels", "patch", "vocabulary", "attention"},
-    "trainer": {
-        "logger",
-        "callbacks",
-        "default_root_dir",
-        "enable_progress_bar",
-        "enable_checkpointing",
-        "enable_model_summary",
-        "barebones",
-    },
-    "sampling": {"folder", "on_image", "seed"},
-}
+OmegaConf.register_resolver("zoo_home", lambda: str(home()), replace=True)
 
 
 def load(overrides: Sequence[Override] = ()) -> Config:
@@ -80,77 +71,146 @@ def merge(overrides: Sequence[Override]) -> tuple[Config, list[str]]:
         reasons += misfits
     if not config["match"]:
         del config["match"]  # so that a run has one id, whether or not a sweep around it matches budgets
-    return config, reasons
+    return _canonical(config), reasons
+
+
+def _canonical(config: Config) -> Config:
+    """The config with one spelling for each value, so that what computes the same has one id.
+
+    A number is as its setting is declared (`1` is `1.0` where a float is wanted), a tuple is a list, a path of data is
+    absolute, a precision has Lightning's full name. What does not fit stays as it is, for `check` to refuse.
+    """
+    from lightning.fabric.plugins.precision.precision import _PRECISION_INPUT_STR_ALIAS_CONVERSION as PRECISIONS
+
+    from experiments import data
+
+    made = dict(config)
+    for section, build in _sections().items():
+        if isinstance(config[section], Mapping):
+            made[section] = _declared(config[section], _hints(build))
+    if isinstance(made["trainer"], Mapping) and "precision" in made["trainer"]:
+        precision = made["trainer"]["precision"]
+        made["trainer"] = {**made["trainer"]} | {"precision": PRECISIONS.get(str(precision), precision)}
+    if isinstance(config["data"], Mapping):
+        with suppress(ZooError):  # `check` says why there is no such class
+            films = data.find(str(config["data"].get("name")))
+            made["data"] = data.absolute(_declared(config["data"], _hints(films)), films)
+    layers = config["attention"] if isinstance(config["attention"], list) else [config["attention"]]
+    layers = [_declared_method(layer) for layer in layers]
+    made["attention"] = layers if isinstance(config["attention"], list) else layers[0]
+    if "match" in config:
+        made["match"] = {
+            key: float(value) if key != "also" and fits(value, float) else value
+            for key, value in config["match"].items()
+        }
+    return made
+
+
+def _declared_method(settings: Any) -> Any:
+    """A method's settings, and those of its schedule's steps, as the method declares them."""
+    if not isinstance(settings, Mapping) or settings.get("name") not in zoo.names():
+        return settings
+    hints = _hints_of_method(settings["name"])
+    made = _declared(settings, hints)
+    schedule = settings.get("schedule")
+    if isinstance(schedule, Mapping):
+        made["schedule"] = {
+            key: {step: as_declared(value, hints.get(key, Any)) for step, value in steps.items()}
+            if isinstance(steps, Mapping)
+            else steps
+            for key, steps in schedule.items()
+        }
+    return made
+
+
+def _declared(settings: Mapping[str, Any], hints: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: as_declared(value, hints.get(key, Any)) for key, value in settings.items()}
+
+
+def as_declared(value: Any, hint: Any) -> Any:
+    """A value that `fits` a type, as that type has it: a float for an int where a float is meant, lists for tuples.
+
+    Of several types the first that takes the value unchanged: for `int | float`, 1 and 1.0 are two values.
+    """
+    origin, args = get_origin(hint), get_args(hint)
+    if not fits(value, hint):
+        return value
+    if hint is float:
+        return float(value)
+    if origin in (Union, types.UnionType):
+        made = [as_declared(value, arg) for arg in args if fits(value, arg)]
+        return next((one for one in made if repr(one) == repr(value)), made[0])
+    if isinstance(value, list | tuple):
+        each = args if origin is tuple and args[-1:] != (Ellipsis,) else args[:1] * len(value)
+        return [as_declared(inner, arg) for inner, arg in zip(value, each or [Any] * len(value), strict=True)]
+    if isinstance(value, Mapping) and len(args) == 2:
+        return {key: as_declared(inner, args[1]) for key, inner in value.items()}
+    return value
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
-    """A YAML file that holds a mapping; raises `ZooError` with the path otherwise."""
+    """A YAML file that holds a mapping, see `experiments.yaml12`; raises `ZooError` with the path otherwise."""
     refuse(str(path), ["no such file"] if not path.is_file() else [])
     try:
-        loaded = OmegaConf.to_container(OmegaConf.load(path))
-    except (yaml.YAMLError, OmegaConfBaseException, UnicodeDecodeError) as error:
-        raise ZooError(f"{path} is no YAML: {' '.join(str(error).split())}") from error
+        loaded = yaml12.load(path.read_bytes())
+    except yaml.YAMLError as error:
+        raise ZooError(f"{path} is no YAML: {error}") from error
+    loaded = {} if loaded is None else loaded
     refuse(str(path), ["must hold a mapping"] if not isinstance(loaded, dict) else [])
     assert isinstance(loaded, dict)
-    return {str(key): value for key, value in loaded.items()}
+    return loaded
+
+
+def _sections() -> dict[str, Callable[..., Any]]:
+    """The class that each section of a config is made into."""
+    places = {section: place.split(":") for section, place in SECTIONS.items()}
+    return {section: getattr(import_module(module), name) for section, (module, name) in places.items()}
 
 
 def check(config: Config) -> list[str]:
     """Every reason why this config cannot run; none when it can."""
-    from lightning.pytorch import Trainer
-
     from experiments import data
     from experiments.match import Budget
-    from lit_modules.callbacks import SampleFilms
-    from lit_modules.dit import VideoDiT
-    from lit_modules.flow import RectifiedFlow
-    from lit_modules.module import Optim
+    from lit_modules import Optim, RectifiedFlow, SampleFilms, VideoDiT
 
-    films = {key: value for key, value in config["data"].items() if key != "name"}
+    model, films = config["model"], {key: value for key, value in config["data"].items() if key != "name"}
+    # What has the right names and types may still be out of range: the parts themselves know.
+    parts: dict[str, Callable[[], object]] = {
+        "flow": lambda: RectifiedFlow(**config["flow"]),
+        "optim": lambda: Optim(**config["optim"]),
+        "sampling": lambda: SampleFilms(".", **config["sampling"]),
+    }
     try:
         reasons = _misfits("data", films, data.find(str(config["data"].get("name"))))
     except ZooError as error:
         reasons = [str(error)]
-    reasons += _misfits("trainer", config["trainer"], Trainer, GIVEN["trainer"]) or _trainer(config["trainer"])
-    sections: dict[str, type] = {"flow": RectifiedFlow, "optim": Optim, "sampling": SampleFilms}
-    for section, build in sections.items():
-        reasons += _misfits(section, config[section], build, GIVEN.get(section, ()))
+    reasons = reasons or refusals(lambda: data.build(config["data"]))
+    for section, build in _sections().items():
+        wrong = [] if section == "model" else _misfits(section, config[section], build, GIVEN.get(section, ()))
+        reasons += wrong or refusals(parts.get(section, lambda: None))
+        if section == "trainer":
+            reasons += _trainer({key: value for key, value in config[section].items() if _declares(build, key, value)})
     if not fits(config["seed"], int) or config["seed"] < 0:
         reasons.append(f"seed must be a whole number of at least 0, got {config['seed']!r}")
     if "match" in config:
         reasons += refusals(lambda: Budget.of(config["match"]))
-    model = config["model"]
     wrong = _misfits("model", model, VideoDiT, GIVEN["model"])
     if not wrong and (model["heads"] < 1 or model["dim"] % model["heads"]):
         wrong = [f"model.heads {model['heads']} must divide model.dim {model['dim']}"]
     # Where the model's shape is wrong, the attention is still judged, in one that is right.
-    wrong += _attention(config, *((64, 1) if wrong else (model["dim"], model["heads"])))
-    if reasons or wrong:
-        return reasons + wrong
-    # What has the right names and types may still be out of range: the parts themselves know.
-    shape: dict[str, Any] = {"channels": 3, "patch": (1, 1, 1), "vocabulary": 1, "attention": {"name": "dense"}}
-    return [
-        *refusals(lambda: data.build(config["data"])),
-        *refusals(lambda: RectifiedFlow(**config["flow"])),
-        *refusals(lambda: Optim(**config["optim"])),
-        *refusals(lambda: SampleFilms(".", **config["sampling"])),
-        *refusals(lambda: VideoDiT(**{**config["model"], "depth": 1}, **shape)),
-    ]
+    attention = _attention(config, *((64, 1) if wrong else (model["dim"], model["heads"])))
+    if not wrong and not attention:
+        shape: dict[str, Any] = {"channels": 3, "patch": (1, 1, 1), "vocabulary": 1, "attention": {"name": "dense"}}
+        wrong = refusals(lambda: VideoDiT(**{**model, "depth": min(model["depth"], 1)}, **shape))
+    return reasons + wrong + attention
 
 
 def known(config: Config) -> set[str]:
     """The dotted keys, at most two deep, that the parts of a config know; they need not be set."""
-    from lightning.pytorch import Trainer
-
     from experiments import data
-    from experiments.match import KINDS
-    from lit_modules import Optim, RectifiedFlow, SampleFilms, VideoDiT
 
-    builders: dict[str, Callable[..., Any]] = {
-        "model": VideoDiT, "flow": RectifiedFlow, "optim": Optim, "trainer": Trainer, "sampling": SampleFilms
-    }  # fmt: skip
-    inside = {section: [*_parameters(build, GIVEN.get(section, ()))] for section, build in builders.items()}
-    inside |= {"match": [*KINDS, "also"], "attention": ["name", "schedule"], "data": ["name"]}
+    inside = {section: [*_parameters(build, GIVEN.get(section, ()))] for section, build in _sections().items()}
+    inside |= {"match": [key for key in MATCH if key != "set"], "attention": ["name", "schedule"], "data": ["name"]}
     if isinstance(config["attention"], dict) and (method := config["attention"].get("name")) in zoo.names():
         inside["attention"] += zoo.settings(method)
     with suppress(ZooError):
@@ -158,19 +218,88 @@ def known(config: Config) -> set[str]:
     return {"seed", *inside, *(f"{section}.{key}" for section, keys in inside.items() for key in keys)}
 
 
+# What Lightning takes and then divides by, leaves out, or trains nothing with; it refuses negative ones itself.
+AT_LEAST = {"accumulate_grad_batches": 1, "check_val_every_n_epoch": 1, "gradient_clip_val": 0, "log_every_n_steps": 0}
+ABOVE_ZERO = ("max_steps", "max_epochs", "limit_train_batches", "val_check_interval")
+
+
 def _trainer(given: Mapping[str, Any]) -> list[str]:
-    """What Lightning refuses of its own settings; whether the device is there is not asked, a cluster may have it."""
+    """Every reason against the settings of Lightning's trainer.
+
+    Whether a device that is named is here is not asked, a cluster may have it: `cannot_start` does.
+    """
+    from lightning.pytorch.accelerators import AcceleratorRegistry
+    from lightning.pytorch.strategies import StrategyRegistry
+
+    accelerators = ["auto", "gpu", *AcceleratorRegistry.available_accelerators()]
+    strategies = ["auto", *StrategyRegistry.available_strategies()]
+    bad = {
+        key: unknown(f"trainer.{key}", given[key], names)
+        for key, names in (("accelerator", accelerators), ("strategy", strategies))
+        if key in given and given[key] not in names
+    } | _out_of_range(given)
+    accelerator = given.get("accelerator", "auto")
+    here = accelerator == "auto" or _available(accelerator)
+    away = {"accelerator", "devices", "num_nodes", *(() if here else ("precision", "strategy")), *bad}
+    where = {"accelerator": accelerator if here else "cpu", "devices": 1}
+    own = {key: value for key, value in given.items() if key not in away}
+    reasons = [*bad.values()]
+    while reason := _refused_trainer(own | where):
+        reasons.append(reason)
+        # Without the setting that is at fault Lightning gives another reason, or none.
+        culprit = next((key for key in own if _refused_trainer(_without(own, key) | where) != reason), None)
+        if culprit is None:
+            break
+        own = _without(own, culprit)
+    return reasons + _several(given)
+
+
+def cannot_start(trainer: Mapping[str, Any]) -> list[str]:
+    """Why Lightning cannot make this trainer on this very machine, with the device that is asked for."""
+    reason = _refused_trainer({"devices": 1, **trainer})
+    return [reason] if reason else []
+
+
+def _without(settings: Mapping[str, Any], key: str) -> dict[str, Any]:
+    return {other: value for other, value in settings.items() if other != key}
+
+
+def _out_of_range(given: Mapping[str, Any]) -> dict[str, str]:
+    """Which settings are too small, by key the reason."""
+    low = {
+        key: f"trainer.{key} must be at least {least}, got {given[key]!r}"
+        for key, least in AT_LEAST.items()
+        if isinstance(given.get(key), int | float) and given[key] < least
+    }
+    return low | {
+        key: f"trainer.{key} must be above 0, got {given[key]!r}"
+        for key in ABOVE_ZERO
+        if isinstance(given.get(key), int | float) and given[key] == 0
+    }
+
+
+def _available(accelerator: str) -> bool:
+    """Whether Lightning finds such a device on this machine."""
+    from lightning.pytorch.accelerators import AcceleratorRegistry
+
+    known = AcceleratorRegistry.available_accelerators()
+    names = {name for name in known if AcceleratorRegistry[name]["accelerator"].is_available()}
+    return accelerator in names or (accelerator == "gpu" and bool({"cuda", "mps"} & names))
+
+
+def _refused_trainer(settings: Mapping[str, Any]) -> str:
+    """What Lightning refuses a trainer with, in one line; nothing where it makes one."""
+    return _refusal(json.dumps(settings, sort_keys=True))
+
+
+@lru_cache(maxsize=256)
+def _refusal(settings: str) -> str:
     from lightning.fabric.plugins.environments.lightning import LightningEnvironment
     from lightning.fabric.utilities.exceptions import MisconfigurationException
     from lightning.pytorch import Trainer
-    from lightning.pytorch.accelerators import AcceleratorRegistry
 
-    accelerators = ["auto", "gpu", *AcceleratorRegistry.available_accelerators()]
-    accelerator = given.get("accelerator", "auto")
-    reasons = [] if accelerator in accelerators else [unknown("trainer.accelerator", accelerator, accelerators)]
-    hardware = {"accelerator", "devices", "num_nodes", "strategy", "precision", "plugins"}
     whole_process = {"deterministic", "benchmark"}  # a trainer sets these for whatever runs here
-    own = {key: value for key, value in given.items() if key not in hardware | whole_process}
+    own = {key: value for key, value in json.loads(settings).items() if key not in whole_process}
     quiet: dict[str, Any] = dict.fromkeys(
         ("logger", "enable_progress_bar", "enable_model_summary", "enable_checkpointing"), False
     )
@@ -178,27 +307,31 @@ def _trainer(given: Mapping[str, Any]) -> list[str]:
     logging.disable(logging.WARNING)  # it tells of GPUs
     try:
         with warnings.catch_warnings(action="ignore"):
-            Trainer(**own, **quiet, accelerator="cpu", devices=1, plugins=[LightningEnvironment()])
-    except (MisconfigurationException, ValueError, TypeError) as error:
-        reasons.append(f"trainer: {' '.join(str(error).split())}")
+            Trainer(**own, **quiet, plugins=[LightningEnvironment()])
+    except (MisconfigurationException, ImportError, RuntimeError, ValueError, TypeError) as error:
+        return f"trainer: {' '.join(str(error).split())}"
     finally:
         logging.disable(disabled)
-    return reasons + _several(given)
+    return ""
 
 
 def _several(trainer: Mapping[str, Any]) -> list[str]:
     """Why a run may not have more than one process; Lightning would start this very command again in each."""
     devices, nodes = trainer.get("devices", 1), trainer.get("num_nodes", 1)
-    one = devices in (1, "1") or (isinstance(devices, list) and len(devices) == 1)
+    listed = isinstance(devices, list) and len(devices) == 1
     return [
         f"trainer.{key} must be {allowed}, got {given!r}: a run has one process and one device; for many runs at once "
         "there is zoo sweep FILE --jobs"
         for key, given, allowed, fine in (
-            ("devices", devices, "1, or a list of one", one),
+            ("devices", devices, "1, or a list of one", devices in (1, "1") or listed),
             ("num_nodes", nodes, "1", nodes == 1),
         )
         if not fine
-    ]
+    ] + (
+        [f"trainer.devices must be 1 where trainer.accelerator is 'cpu', got {devices!r}"]
+        if listed and trainer.get("accelerator") == "cpu"
+        else []
+    )
 
 
 def refusals(build: Callable[[], object]) -> list[str]:
@@ -231,7 +364,9 @@ def _attends(settings: Mapping[str, Any], dim: int, heads: int, trainer: Mapping
         return [_since(start, reason) for reason, start in misfits.items()]
     layout = zoo.Layout.film([zoo.Shot(2, 2, 2, 1), zoo.Shot(1, 2, 2)], caption=1)
     cuda = torch.cuda.is_available() and trainer.get("accelerator", "auto") in ("auto", "gpu", "cuda")
-    precision = str(trainer.get("precision", 32))
+    from lit_modules.precision import default_precision
+
+    precision = str(trainer.get("precision") or default_precision(trainer.get("accelerator", "auto")))
     dtype = torch.bfloat16 if "bf16" in precision else torch.float16 if "16" in precision else torch.float32
     device = "cuda" if cuda else "cpu"
     try:
@@ -253,11 +388,25 @@ def _misfits_of_method(settings: Mapping[str, Any]) -> list[str]:
     name = settings.get("name")
     if name not in zoo.names():
         return [unknown("method", name, zoo.names())]
-    hints: dict[str, Any] = {}
-    for cls in reversed(zoo.get(name).__mro__[:-1]):
-        hints |= get_type_hints(inspect.getattr_static(cls, "__init__"))
+    hints = _hints_of_method(name)
     found = [_misfit(f"attention.{key}", value, hints[key]) for key, value in settings.items() if key in hints]
     return [reason for reason in found if reason]
+
+
+def _hints_of_method(name: str) -> dict[str, Any]:
+    """The declared types of a method's settings, those of its bases too."""
+    hints: dict[str, Any] = {}
+    for cls in reversed(zoo.get(name).__mro__[:-1]):
+        hints |= _hints(cls)
+    return hints
+
+
+@cache
+def _hints(build: Callable[..., Any]) -> dict[str, Any]:
+    """The declared types of what a class is made from."""
+    hints = get_type_hints(inspect.getattr_static(build, "__init__"))
+    # Lightning's limits and intervals count where they are ints and are shares where they are floats; this is a length.
+    return hints | ({"gradient_clip_val": float | None} if "gradient_clip_val" in hints else {})
 
 
 def _since(step: int, reason: str) -> str:
@@ -265,15 +414,13 @@ def _since(step: int, reason: str) -> str:
 
 
 def parse(override: str) -> tuple[str, Any]:
-    """A text key=value, whose value is YAML, as (key, value); raises `ZooError`."""
+    """A text key=value, whose value `yaml12.load_value` reads, as (key, value); raises `ZooError`."""
     key, equals, text = override.partition("=")
     refuse("config", [f"an override is key=value, got {override!r}"] if not equals or not key.strip() else [])
     try:
-        parsed = OmegaConf.to_container(OmegaConf.from_dotlist([f"value={text}"]))
-    except (yaml.YAMLError, OmegaConfBaseException) as error:
-        raise ZooError(f"config: the value in {override!r} is no YAML: {' '.join(str(error).split())}") from error
-    assert isinstance(parsed, dict)
-    return key.strip(), parsed["value"]
+        return key.strip(), yaml12.load_value(text)
+    except yaml.YAMLError as error:
+        raise ZooError(f"config: the value in {override!r} is no YAML: {error}") from error
 
 
 def parse_method(text: str) -> tuple[str, dict[str, Any]]:
@@ -341,7 +488,7 @@ def _assign_data(config: Config, value: dict[str, Any]) -> str:
 
 def _misfits(section: str, given: Mapping[str, Any], build: Callable[..., Any], taken: Iterable[str] = ()) -> list[str]:
     """Why the class `build` cannot be made from `given`."""
-    hints = get_type_hints(inspect.getattr_static(build, "__init__"))
+    hints = _hints(build)
     parameters = _parameters(build, taken)
     needed = [name for name, parameter in parameters.items() if parameter.default is parameter.empty]
     return [
@@ -355,6 +502,11 @@ def _misfits(section: str, given: Mapping[str, Any], build: Callable[..., Any], 
     ]
 
 
+def _declares(build: Callable[..., Any], key: str, value: Any) -> bool:
+    """Whether a class takes such a value under this key."""
+    return key in _parameters(build) and fits(value, _hints(build).get(key, Any))
+
+
 def _parameters(build: Callable[..., Any], taken: Iterable[str] = ()) -> dict[str, inspect.Parameter]:
     return {
         name: parameter
@@ -366,10 +518,21 @@ def _parameters(build: Callable[..., Any], taken: Iterable[str] = ()) -> dict[st
 def _misfit(key: str, value: Any, hint: Any) -> str:
     if fits(value, hint):
         return ""
-    wanted = (
-        hint.__name__ if inspect.isclass(hint) else str(hint).replace("typing.", "").replace("collections.abc.", "")
-    )
+    if choices := _choices(hint):
+        return f"{key} must be one of {', '.join(dict.fromkeys(map(str, choices)))}, got {value!r}"
+    wanted = hint.__name__ if inspect.isclass(hint) else re.sub(r"typing\.|collections\.abc\.", "", str(hint))
+    wanted = re.sub(r"\bbool\b", "true or false", wanted)
     return f"{key} must be {wanted}, got {value!r}"
+
+
+def _choices(hint: Any) -> list[Any]:
+    """The values of a type that is made of `Literal`s, and of None, alone; none of any other type."""
+    if get_origin(hint) is Literal:
+        return [*get_args(hint)]
+    if hint is types.NoneType:
+        return ["null"]
+    each = [_choices(arg) for arg in get_args(hint)] if get_origin(hint) in (Union, types.UnionType) else [[]]
+    return [choice for own in each for choice in own] if all(each) else []
 
 
 def fits(value: Any, hint: Any) -> bool:
@@ -386,6 +549,8 @@ def fits(value: Any, hint: Any) -> bool:
     if hint in (int, float):
         if isinstance(value, bool) or (isinstance(value, float) and not math.isfinite(value)):
             return False  # JSON, in which configs are kept, knows no other numbers than finite ones
+        if hint is float and isinstance(value, int) and abs(value) > sys.float_info.max:
+            return False
         return isinstance(value, int if hint is int else (int, float))
     if hint is Path:
         return isinstance(value, str)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping
 from importlib import import_module
 from inspect import getattr_static, isclass
-from typing import Any, Protocol, cast
+from pathlib import Path
+from typing import Any, Protocol, cast, get_args, get_type_hints
 
 from lightning.pytorch import LightningDataModule
 from torchmetrics import Metric
@@ -47,6 +49,7 @@ class FilmData(Protocol):
         ...
 
 
+PATHS = ("folder", "captions", "cache")  # settings of ours that name files
 OURS: dict[str, Callable[..., FilmData]] = {"shot_world": ShotWorld, "video_films": VideoFilms}
 
 
@@ -71,6 +74,29 @@ def find(name: str) -> Callable[..., FilmData]:
 
 def _is_data(cls: type) -> bool:
     return issubclass(cls, LightningDataModule) and cls is not LightningDataModule
+
+
+def absolute(settings: Mapping[str, Any], films: Callable[..., FilmData]) -> dict[str, Any]:
+    """The settings of a class with its paths made absolute, links followed: a folder has one spelling, from anywhere.
+
+    Paths are `PATHS` of our own classes, and whatever a class of yours declares as `Path`; so is the file in its name.
+    """
+    hints = get_type_hints(getattr_static(films, "__init__"))
+    ours = PATHS if films in OURS.values() else ()
+    made = dict(settings)
+    for key, value in settings.items():
+        if key in ours or hints.get(key) is Path or Path in get_args(hints.get(key)):
+            made[key] = [_absolute(one) for one in value] if isinstance(value, list) else _absolute(value)
+    place, colon, wanted = str(settings["name"]).rpartition(":")
+    if place.endswith(".py"):
+        made["name"] = f"{_absolute(place)}{colon}{wanted}"
+    return made
+
+
+def _absolute(place: Any) -> Any:
+    if not isinstance(place, str) or place.startswith("package:") or "://" in place:
+        return place
+    return os.path.realpath(os.path.expanduser(place))
 
 
 def build(settings: Mapping[str, Any]) -> FilmData:

@@ -65,24 +65,33 @@ class Effect:
 
 def effects(cells: Sequence[Cells], measure: Measure) -> list[Effect]:
     """Of every setting with at least two values among these cells, all of which were measured."""
-    settings = {cell.name: _settings(cell.config, cells) for cell in cells}
+    nodes: dict[str, list[Mapping[str, Any]]] = {}  # the configs of each method
+    for cell in cells:
+        if not isinstance(cell.config[METHOD], list):
+            nodes.setdefault(cell.config[METHOD]["name"], []).append(cell.config)
+    methods = {name: _method(name, alike) for name, alike in nodes.items()}
+    settings = {cell.name: _settings(cell.config, methods) for cell in cells}
     axes = _axes(settings)
     found = [_effect(keys, axes, cells, settings, measure) for keys in axes]
     return [effect for effect in found if len(effect.levels) > 1]
 
 
-def _settings(config: Mapping[str, Any], cells: Sequence[Cells]) -> dict[str, str]:
+def _method(name: str, alike: Sequence[Mapping[str, Any]]) -> tuple[list[str], dict[str, Any]]:
+    """The settings of a method that any of its configs gives, without those that were solved, and its defaults."""
+    hidden = {"name", *_solved(alike)}
+    given = dict.fromkeys(key for config in alike for key in config[METHOD] if key not in hidden)
+    defaults = {key: one.default for key, one in zoo.settings(name).items()} if name in zoo.names() else {}
+    return [*given], defaults
+
+
+def _settings(config: Mapping[str, Any], methods: Mapping[str, tuple[list[str], dict[str, Any]]]) -> dict[str, str]:
     """Dotted key -> value as JSON, without the seed; settings of a method as `attention.METHOD.key`."""
     plain = _flat({key: value for key, value in config.items() if key not in NO_SETTINGS})
     attention = config[METHOD]
     if isinstance(attention, list):
         return plain | {METHOD: _json(attention)}
     name = attention["name"]
-    single = [cell.config for cell in cells if not isinstance(cell.config[METHOD], list)]
-    alike = [other for other in single if other[METHOD]["name"] == name]
-    hidden = {"name", *_solved(alike)}
-    given = {key: None for other in alike for key in other[METHOD] if key not in hidden}
-    defaults = {key: one.default for key, one in zoo.settings(name).items()} if name in zoo.names() else {}
+    given, defaults = methods[name]
     own = {key: attention.get(key, defaults.get(key)) for key in given if key in attention or key in defaults}
     return plain | {METHOD: _json(name)} | {f"{METHOD}.{name}.{key}": _json(value) for key, value in own.items()}
 
@@ -91,7 +100,8 @@ def _solved(alike: Sequence[Mapping[str, Any]]) -> set[str]:
     """The settings of a method that one and the same budget was solved to in all of its cells."""
     budgets = [config.get("match") or {} for config in alike]
     asked = {_json({key: value for key, value in budget.items() if key not in ("set", "also")}) for budget in budgets}
-    return set.intersection(*(set(budget.get("set", ())) for budget in budgets)) if len(asked) == 1 else set()
+    solved = [set(own) if isinstance(own := budget.get("set"), Mapping) else set[str]() for budget in budgets]
+    return set.intersection(*solved) if len(asked) == 1 else set()
 
 
 def _readable(key: str) -> str:
@@ -141,8 +151,9 @@ def _effect(
     combinations = set().union(*levels.values())
     crossed = combinations.intersection(*levels.values())
     made = []
+    counted = crossed or combinations
     for value, by_rest in levels.items():
-        used = [by_rest[rest] for rest in by_rest if rest in (crossed or combinations)]
+        used = [by_rest[rest] for rest in by_rest if rest in counted]
         of_all = [cell for group in used for cell in group]
         seeds = sorted(set.intersection(*(set(cell.values) for cell in of_all)))
         # Each combination counts alike, however many variants of a method it has.

@@ -8,10 +8,10 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from rich import box
-from rich.markup import escape
 from rich.table import Table
 
 from experiments.costs import si
+from experiments.escape import for_terminal as escape
 from experiments.grid import differing
 from experiments.run import provenance
 from experiments.store import Cell, Result, read
@@ -69,11 +69,14 @@ class Forecast:
         """Try every cell and time its steps; `told` hears the name of each. Raises `ZooError` as a trial does."""
         first = first_of_groups(sweep.cells)
         settings = differing([_shown(cell.config) for cell in first.values()])
-        rows = []
+        rows, here = [], provenance()
+        groups: dict[str, list[Cell]] = {}
+        for cell in sweep.cells:
+            groups.setdefault(cell.group or cell.name, []).append(cell)
         for (name, cell), own in zip(first.items(), settings, strict=True):
             told(name)
-            cells = [other for other in sweep.cells if (other.group or other.name) == name]
-            rows.append(_row(name, cell, own, [(other, read(other, sweep.name)) for other in cells]))
+            runs = [(other, read(other, sweep.name)) for other in groups[name]]
+            rows.append(_row(name, cell, own, runs, here))
         return Forecast(sweep.name, sweep.about, tuple(rows))
 
     @property
@@ -98,7 +101,7 @@ class Forecast:
         """For a terminal: which cells, and what they take; the last line is the total."""
         cells = [cell for row in self.rows for cell in row.cells]
         finished = sum(cell["status"] == "finished" for cell in cells)
-        which = _table(f"{self.name}: {len(cells)} cells, {finished} finished")
+        which = _table(f"{escape(self.name)}: {len(cells)} cells, {finished} finished")
         for column in ("cell", "settings", "seeds", "status"):
             which.add_column(column, overflow="fold")
         costs = _table("")
@@ -125,10 +128,11 @@ def _table(title: str) -> Table:
     return Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
 
 
-def _row(name: str, cell: Cell, settings: dict[str, Any], runs: Sequence[tuple[Cell, Result]]) -> Row:
+def _row(
+    name: str, cell: Cell, settings: dict[str, Any], runs: Sequence[tuple[Cell, Result]], here: dict[str, Any]
+) -> Row:
     found = trial(cell.config)
     steps = cell.config["trainer"].get("max_steps") or 0
-    here = provenance()
     done = [r for _, r in runs if r.status == "finished" and r.seconds and _same_machine(r.provenance, here)]
     each = step_seconds(cell.config) if not done and steps > 0 else None
     seconds = statistics.fmean(r.seconds or 0 for r in done) if done else None if each is None else each * steps

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from experiments.identity import identity
 from experiments.measures import CONTROLS, FIGURES, NO_CONTROLS, Measure
 from experiments.statistics import Figure
 from experiments.store import Result, asked_before, home, read
@@ -25,7 +27,7 @@ class Group:
     of: str | None = None
     sweep: str | None = None
 
-    @property
+    @cached_property
     def finished(self) -> list[Result]:
         return [result for result in self.results if result.status == "finished"]
 
@@ -34,7 +36,7 @@ class Group:
         """The run that stands for all where one must: the first that finished, or else the first."""
         return (self.finished or self.results)[0]
 
-    @property
+    @cached_property
     def control(self) -> str | None:
         """Which control the group is, by its name or its method: one of `CONTROLS`, None for a method."""
         name, attention = self.of or self.name, self.one.attention
@@ -59,7 +61,13 @@ class Group:
 
     def figure(self, name: str) -> Figure | None:
         """Mean and interval of one of `FIGURES` or of the sample metrics."""
-        return Figure.of([*self.values(name).values()], Measure.of(name).bounds)
+        if name not in self._figures:
+            self._figures[name] = Figure.of([*self.values(name).values()], Measure.of(name).bounds)
+        return self._figures[name]
+
+    @cached_property
+    def _figures(self) -> dict[str, Figure | None]:
+        return {}
 
     def source(self, name: str) -> str:
         """Where a figure comes from, a line per run: the value, the file that holds it, the commit."""
@@ -113,6 +121,7 @@ def controls_elsewhere(name: str, groups: Sequence[Group]) -> tuple[Group, ...]:
 
 def _world(config: Mapping[str, Any]) -> dict[str, Any]:
     """What a run is apart from its attention and seed."""
+    config = identity(config)
     data = {key: value for key, value in config.get("data", {}).items() if key != "seed"}
     return {key: value for key, value in config.items() if key not in ("attention", "match", "seed")} | {"data": data}
 

@@ -17,6 +17,8 @@ from torch import Tensor
 import sparse_zoo as zoo
 from experiments.captures import Captured
 from experiments.config import parse_method
+from experiments.escape import for_terminal as escape
+from experiments.escape import visible
 from experiments.trained import Trained
 from experiments.wording import percent, settings
 from lit_modules.dit import Block
@@ -29,7 +31,8 @@ FIGURES = ("mass", "error", "density")
 RULE = (
     "In %. kept: share of dense attention's softmax on the keys; error: of the output, ‖out − dense‖ ÷ ‖dense‖. best, "
     "pooled, random: as many pieces, chosen by mass, by q · mean k, at random. router: the best would bring back a "
-    "third or more of what is missing; budget: it would not, only more keys would; enough: 95 % are kept."
+    "third or more of what is missing; budget: it would not, only more keys would; enough: 95 % are kept. Of several "
+    "branches, kept is of the union of their keys, and pairs are summed over branches."
 )
 COLOURS = {"method": "#2f7ed8", "best": "#1f9d6b", "pooled": "#e07b29", "random": "#d1495b"}
 QUIET = "#6b7280"
@@ -261,7 +264,7 @@ def plot(found: Climbed, path: Path) -> Path:
             _draw(axes[2 * i], by_layer, key, "layer")
             _draw(axes[2 * i + 1], by_time, key, "noise time")
         title = f"{method}: {percent(found.figures(method)['method']['density'])} of pairs"
-        line.suptitle(title, x=0.01, ha="left", fontsize=10, fontweight="bold")
+        line.suptitle(visible(title).replace("$", r"\$"), x=0.01, ha="left", fontsize=10, fontweight="bold")
         handles, labels = axes[0].get_legend_handles_labels()
         line.legend(handles[::-1], labels[::-1], loc="outside lower left", ncols=5, fontsize=8, frameon=False)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -304,7 +307,7 @@ def _table(title: str, by: str, rows: Sequence[tuple[str, str, Figures]]) -> Tab
     for method, label, found in rows:
         shares = [percent(found["method"]["density"])]
         shares += [percent(_of(found, rung, key)) for key in ("mass", "error") for rung in RUNGS]
-        table.add_row(*([method] if several else []), label, *(x.replace(" %", "") for x in shares))
+        table.add_row(*([escape(method)] if several else []), label, *(x.replace(" %", "") for x in shares))
     return table
 
 

@@ -7,6 +7,7 @@ runs what is missing, a half-done cell from its last checkpoint.
 
 from __future__ import annotations
 
+import logging
 import os
 import signal
 import sys
@@ -25,6 +26,7 @@ from unittest.mock import patch
 import torch
 
 import sparse_zoo as zoo
+from experiments import signals
 from experiments.progress import Bar
 from experiments.run import Watch, flat, run
 from experiments.store import Asked, Cell, Result, asked_before, lock, read, write_sweep
@@ -33,6 +35,7 @@ from experiments.tracking import Tracker
 from sparse_zoo.errors import ZooError, refuse
 
 POLL = 1.0  # seconds between looks at cells that run elsewhere
+ENDING = 10.0  # seconds that a process has, beyond a step, to write its cell down when the sweep is interrupted
 
 
 @dataclass(frozen=True)
@@ -242,9 +245,13 @@ def _in_processes(works: list[Work], jobs: int, bar: Bar) -> Iterator[Result]:
     finally:
         for worker in workers:
             worker.process.terminate()
-        for worker in workers:
-            worker.process.join(10)
-            worker.process.kill()
+        try:
+            deadline = time.monotonic() + signals.GRACE + ENDING
+            for worker in workers:
+                worker.process.join(max(0.0, deadline - time.monotonic()))
+        finally:  # at a second signal too
+            for worker in workers:
+                worker.process.kill()
 
 
 class _Worker:
@@ -277,11 +284,10 @@ class _Worker:
 def _serve(pipe: Connection, threads: int) -> None:
     """What such a process does."""
     torch.set_num_threads(threads)
-    # Ctrl-C reaches all processes of a terminal: the driver alone answers it, and ends the others as if by Ctrl-C.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    logging.getLogger("datamodules").setLevel(logging.ERROR)  # what the data leaves out was said before the first cell
     watch, trackers = _Telling(pipe), dict[str, Tracker]()
-    with suppress(EOFError, KeyboardInterrupt):
+    # Ctrl-C reaches all processes of a terminal: the driver alone answers it, and ends the others by SIGTERM.
+    with signals.caught(patient=True), suppress(EOFError, KeyboardInterrupt):
         while True:
             work: Work = pipe.recv()
             for plugin in work.plugins:

@@ -4,18 +4,21 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from copy import deepcopy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import product
 from typing import Any
 
 import sparse_zoo as zoo
-from experiments.config import Config, refusals
+from experiments.config import Config, fits, refusals
+from experiments.identity import identity
 from experiments.measures import TOLERANCE
+from experiments.names import MATCH
 from experiments.trial import layers_of, step_seconds, trial
 from lit_modules.flops import ModelShape, inner
-from sparse_zoo.errors import refuse, unknown
+from sparse_zoo.errors import ZooError, refuse, unknown
 from sparse_zoo.simulate import simulate
 
 KINDS = {
@@ -35,29 +38,35 @@ class Budget:
     """What every method is to cost: one of `KINDS` and how much of it.
 
     `also`: for methods whose knob is too coarse, {method: {setting: candidates}}; they are tried in their order, each
-    with the whole range of the knob, until one comes within `TOLERANCE`.
+    with the whole range of the knob, until one comes near enough. `within`: how far from the target, relative to it,
+    is near enough.
     """
 
     kind: str
     target: float
     also: Mapping[str, Mapping[str, Sequence[Any]]]
+    within: float = TOLERANCE
 
     @staticmethod
     def of(asked: Mapping[str, Any]) -> Budget:
-        """From {"density": 0.16}, {"flops": 1e9} or {"seconds": 0.5}; raises `ZooError` with all reasons."""
+        """From {"density": 0.16}, {"flops": 1e9} or {"seconds": 0.5}, with "within" and "also" or without.
+
+        Raises `ZooError` with all reasons.
+        """
         kinds = [key for key in asked if key in KINDS]
-        known = [*KINDS, "also", "set"]
-        also = asked.get("also", {})
+        also, within = asked.get("also", {}), asked.get("within", TOLERANCE)
         well = isinstance(also, Mapping) and all(isinstance(own, Mapping) for own in also.values())
-        reasons = [unknown("key of match", key, known) for key in asked if key not in known]
+        reasons = [unknown("key of match", key, MATCH) for key in asked if key not in MATCH]
         reasons += (
             [] if len(kinds) == 1 else [f"match needs one of {', '.join(KINDS)}, got {', '.join(kinds) or 'none'}"]
         )
         reasons += [
             f"match.{kind} must be a number above 0, got {asked[kind]!r}"
             for kind in kinds
-            if not isinstance(asked[kind], int | float) or isinstance(asked[kind], bool) or not asked[kind] > 0
+            if not fits(asked[kind], float) or not asked[kind] > 0
         ]
+        if not fits(within, float) or not 0 < within < 1:
+            reasons.append(f"match.within must be a number between 0 and 1, relative to the target, got {within!r}")
         reasons += [] if well else [f"match.also must be {{method: {{setting: candidates}}}}, got {also!r}"]
         for name, own in also.items() if well else ():
             if name not in zoo.names():
@@ -71,7 +80,7 @@ class Budget:
                 if not isinstance(values, list) or not values
             ]
         refuse("match", reasons)
-        return Budget(kinds[0], float(asked[kinds[0]]), also)
+        return Budget(kinds[0], float(asked[kinds[0]]), also, float(within))
 
 
 @dataclass(frozen=True)
@@ -79,6 +88,8 @@ class Solution:
     """The nearest to `goal` that was found: settings (the knob's last) and what they cost.
 
     below, above: with the same further settings, the knob's values nearest to the goal at either side, and their costs.
+    within: how far the cost may be from the goal, relative to it. reach: the least and the most that the method can
+    cost, known where the goal was missed.
     """
 
     goal: float
@@ -86,6 +97,8 @@ class Solution:
     cost: float
     below: tuple[Any, float] | None
     above: tuple[Any, float] | None
+    within: float = TOLERANCE
+    reach: tuple[float, float] | None = None
 
     @property
     def error(self) -> float:
@@ -94,18 +107,21 @@ class Solution:
 
     @property
     def reached(self) -> bool:
-        return self.error <= TOLERANCE
+        return self.error <= self.within
 
-    def why_not(self, knob: zoo.Knob, method: str, advice: str) -> str:
+    def why_not(self, knob: zoo.Knob, method: str, kind: str, advice: str) -> str:
         """What keeps the method from the goal, for people; with `advice` where other settings may reach it."""
-        told = ", ".join(f"{key} {value}" for key, value in self.settings.items())
-        text = f"{method} comes no nearer to {self.goal:.4g} than {self.cost:.4g}, at {told}"
-        if self.above is None:
-            return f"{text}: the range of {knob.setting} ends at {knob.high}"
-        if self.below is None:
-            return f"{text}: the range of {knob.setting} begins at {knob.low}"
-        steps = ", ".join(f"{cost:.4g} at {value}" for value, cost in (self.below, self.above))
-        return f"{text}: {knob.setting} is too coarse ({steps}); {advice}"
+        settings, reach = ", ".join(f"{key}={value}" for key, value in self.settings.items()), ""
+        text = f"{method} cannot reach {kind} {self.goal:.4g}: the closest is {self.cost:.4g} at {settings}"
+        if self.reach:
+            low, high = self.reach
+            reach = f"it can reach {low:.4g} to {high:.4g}, with {knob.setting} from {knob.low} to {knob.high}"
+        if self.above is None or self.below is None:
+            end = knob.high if self.above is None else knob.low
+            bound = "lower" if end == min(knob.low, knob.high) else "upper"
+            return text + (f", its {bound} bound" if self.settings[knob.setting] == end else "") + f"; {reach}"
+        steps = ", ".join(f"{cost:.4g} at {knob.setting}={value}" for value, cost in (self.below, self.above))
+        return f"{text}, not within {self.within:.3g} of it ({steps}); {reach}. {advice}"
 
 
 def solve(
@@ -114,27 +130,46 @@ def solve(
     goal: float,
     also: Mapping[str, Sequence[Any]] | None = None,
     accepts: Callable[[Settings], bool] = lambda _: True,
+    within: float = TOLERANCE,
 ) -> Solution:
-    """Turn a knob until `measure(settings)` is within 2 % of `goal`, or as near as can be.
+    """Turn a knob until `measure(settings)` is `within` of `goal`, relative to it, or as near as can be.
 
     Bisection, since cost never falls from the knob's low to its high; of several sizes, as a window's, the last is
     bisected for every choice of the others. The nearest value is taken; of equally near ones the first from low, of
     several sizes the most even. With `also`, {setting: candidates}, all this for one choice of candidates after the
-    other, until one comes within 2 %. Where none does, more values around the nearest are measured: with a random
+    other, until one is near enough. Where none is, more values around the nearest are measured: with a random
     router cost rises in the mean alone. `accepts(settings)`, without measuring, tells whether the method takes even
     numbers where a range goes from odd to odd.
     """
-    also = also or {}
-    ranges = []
-    for choice in product(*also.values()):
-        others = dict(zip(also, choice, strict=True))
-        ranges.append(_Range(knob, others, measure, accepts))
+    ranges = _ranges(knob, measure, also, accepts)
     for search in (_Range.bisect, _Range.look_around):
         for each in ranges:
             search(each, goal)
-            if each.nearest(goal).reached:
-                return each.nearest(goal)
-    return min((each.nearest(goal) for each in ranges), key=lambda found: found.error)
+            if (found := replace(each.nearest(goal), within=within)).reached:
+                return found
+    nearest = min((each.nearest(goal) for each in ranges), key=lambda found: found.error)
+    return replace(nearest, within=within, reach=_reach(ranges))
+
+
+def _ranges(
+    knob: zoo.Knob,
+    measure: Measure,
+    also: Mapping[str, Sequence[Any]] | None,
+    accepts: Callable[[Settings], bool],
+) -> list[_Range]:
+    """The range of a knob for each choice of candidates."""
+    also = also or {}
+    choices = (dict(zip(also, choice, strict=True)) for choice in product(*also.values()))
+    return [_Range(knob, others, measure, accepts) for others in choices]
+
+
+def _reach(ranges: Sequence[_Range]) -> tuple[float, float]:
+    """The least and the most that these ranges cost: at their ends, or where else it was measured."""
+    for each in ranges:
+        for end in each.ends():
+            each.cost(end)
+    costs = [cost for each in ranges for cost in each.costs.values()]
+    return min(costs), max(costs)
 
 
 Place = tuple[int, ...]  # for each of a knob's sizes, the number of its value, from low; of a plain number, one
@@ -164,6 +199,10 @@ class _Range:
         if place not in self.costs:
             self.costs[place] = self.measure(self.others | {self.knob.setting: self.value(place)})
         return self.costs[place]
+
+    def ends(self) -> tuple[Place, Place]:
+        """Where it costs least and most."""
+        return tuple(0 for _ in self.axes), tuple(len(axis) - 1 for axis in self.axes)
 
     def nearest(self, goal: float) -> Solution:
         ranked = self._ranked(goal)
@@ -236,52 +275,119 @@ def solved(config: Config, earlier: Iterable[Config] = ()) -> Config:
     for before in earlier:
         if "set" in (before.get("match") or {}) and _question(before) == _question(config):
             found = with_settings(config, before["match"]["set"])
-            if budget.kind == "seconds" or abs(_total(budget, found) - budget.target) <= TOLERANCE * budget.target:
+            if budget.kind == "seconds" or abs(_total(budget, found) - budget.target) <= budget.within * budget.target:
                 return found
     return with_settings(config, _solve(config, budget))
 
 
-def _solve(config: Config, budget: Budget) -> Settings | list[Settings]:
+class Unreached(ZooError):
+    """A budget that a method cannot come near to."""
+
+
+@dataclass(frozen=True)
+class _Search:
+    """The search for the knob of a distinct entry of a config's attention: `layers` are the numbers of those it fills.
+
+    What is measured is the mean cost of these layers, or the seconds of a step.
+    """
+
+    config: Config
+    budget: Budget
+    entry: Settings
+    layers: Sequence[int]
+    knob: zoo.Knob
+
+    def measure(self, settings: Settings) -> float:
+        count = len(layers_of(self.config))
+        candidate = with_settings(self.config, [settings if i in self.layers else {} for i in range(count)])
+        if self.budget.kind == "seconds":
+            return _total(self.budget, candidate)
+        costs = _by_layer(self.budget, candidate)
+        return sum(costs[i] for i in self.layers) / len(self.layers)
+
+    def accepts(self, settings: Settings) -> bool:
+        dim, heads = self.config["model"]["dim"], self.config["model"]["heads"]
+        shape = {"heads": heads, "head_dim": dim // heads, "dim": dim}
+        return not refusals(lambda: zoo.build(**self.entry, **settings, **shape))
+
+    @property
+    def also(self) -> Mapping[str, Sequence[Any]]:
+        return self.budget.also.get(self.entry["name"], {})
+
+
+def _searches(config: Config, budget: Budget) -> tuple[list[_Search], float]:
+    """A search for each distinct entry whose method has a knob, and what the layers of the others cost together.
+
+    Raises `ZooError` where no search can begin.
+    """
     layers = layers_of(config)
     entries = [layer for i, layer in enumerate(layers) if layer not in layers[:i]]
     knobs = {entries.index(x): knob for x in entries if (knob := zoo.get(x["name"]).knob) is not None}
     refuse("match", _hindrances(entries, knobs, budget))
+    found = [
+        _Search(
+            config, budget, entries[number], [i for i, layer in enumerate(layers) if layer == entries[number]], knob
+        )
+        for number, knob in knobs.items()
+    ]
+    turned = {i for each in found for i in each.layers}
+    if budget.kind == "seconds" or len(turned) == len(layers):
+        return found, 0.0
+    return found, sum(cost for i, cost in enumerate(_by_layer(budget, config)) if i not in turned)
+
+
+def _solve(config: Config, budget: Budget) -> Settings | list[Settings]:
+    layers = layers_of(config)
+    searches, fixed = _searches(config, budget)
     # What each layer whose knob is turned is to cost.
     goal = budget.target
     if budget.kind != "seconds":
-        turned = [entries.index(layer) in knobs for layer in layers]
-        costs = [0.0] * len(layers) if all(turned) else _by_layer(budget, config)
-        fixed = sum(cost for cost, turn in zip(costs, turned, strict=True) if not turn)
         total = budget.target * (len(layers) if budget.kind == "density" else 1)
         refuse("match", ["layers whose method has no knob take it all"] if total <= fixed else [])
-        goal = (total - fixed) / sum(turned)
-    found: dict[int, Solution] = {}
-    for number, knob in knobs.items():
-        entry = entries[number]
-        own = [i for i, layer in enumerate(layers) if layer == entry]
-
-        def measure(settings: Settings, own: Sequence[int] = own) -> float:
-            candidate = with_settings(config, [settings if i in own else {} for i in range(len(layers))])
-            if budget.kind == "seconds":
-                return _total(budget, candidate)
-            costs = _by_layer(budget, candidate)
-            return sum(costs[i] for i in own) / len(own)
-
-        def accepts(settings: Settings, entry: Settings = entry) -> bool:
-            dim, heads = config["model"]["dim"], config["model"]["heads"]
-            return not refusals(lambda: zoo.build(**entry, **settings, heads=heads, head_dim=dim // heads, dim=dim))
-
-        found[number] = solve(knob, measure, goal, budget.also.get(entry["name"]), accepts)
-    refuse(
-        f"match.{budget.kind} {budget.target:.4g}",
-        [
-            each.why_not(knobs[i], name := entries[i]["name"], f"match.also.{name} can vary another setting too")
-            for i, each in found.items()
-            if not each.reached
-        ],
-    )
-    each = [found[i].settings if (i := entries.index(layer)) in found else {} for layer in layers]
+        goal = (total - fixed) / sum(len(each.layers) for each in searches)
+    each: list[Settings] = [{} for _ in layers]
+    reasons = []
+    for search in searches:
+        found = solve(search.knob, search.measure, goal, search.also, search.accepts, budget.within)
+        for i in search.layers:
+            each[i] = found.settings
+        if not found.reached:
+            name = search.entry["name"]
+            advice = f"Widen match.within, or let match.also.{name} vary another setting too"
+            reasons.append(found.why_not(search.knob, name, budget.kind, advice))
+    if reasons:
+        raise Unreached("; ".join(reasons))
     return each if isinstance(config["attention"], list) else each[0]
+
+
+def reach(config: Config) -> tuple[float, float]:
+    """The least and the most that a config can cost with its knobs at their ends, as `Budget` counts it."""
+    budget = Budget.of(config["match"])
+    searches, fixed = _searches(config, budget)
+    ends = [(len(x.layers), _reach(_ranges(x.knob, x.measure, x.also, x.accepts))) for x in searches]
+    if budget.kind == "seconds":
+        return ends[0][1]
+    share = len(layers_of(config)) if budget.kind == "density" else 1
+    low, high = ((fixed + sum(count * costs[end] for count, costs in ends)) / share for end in (0, 1))
+    return low, high
+
+
+def shared_reach(configs: Mapping[str, Config]) -> list[str]:
+    """For each kind of budget, which costs all configs that ask for it can reach; those without a knob apart."""
+    found: dict[str, dict[str, tuple[float, float]]] = {}
+    for name, config in configs.items():
+        with suppress(ZooError):
+            found.setdefault(Budget.of(config["match"]).kind, {})[name] = reach(config)
+    lines = []
+    for kind, ends in found.items():
+        least, most = max(ends, key=lambda name: ends[name][0]), min(ends, key=lambda name: ends[name][1])
+        low, high = ends[least][0], ends[most][1]
+        lines.append(
+            f"all cells can reach {kind} {low:.4g} to {high:.4g}"
+            if low <= high
+            else f"no {kind} is in reach of all cells: {least} costs at least {low:.4g}, {most} at most {high:.4g}"
+        )
+    return lines
 
 
 def _hindrances(entries: Sequence[Settings], knobs: Mapping[int, zoo.Knob], budget: Budget) -> list[str]:
@@ -334,7 +440,7 @@ def _each(config: Config, settings: Settings | list[Settings]) -> list[Settings]
 
 def _question(config: Config) -> Config:
     """What decides a solution: the parts of an unsolved config that do."""
-    asked = deepcopy({key: config[key] for key in ("data", "model", "flow", "attention", "match")})
+    asked = deepcopy({key: identity(config)[key] for key in ("data", "model", "flow", "attention", "match")})
     settings = asked["match"].pop("set", None)
     if settings is not None:
         layers = [asked["attention"]] if isinstance(settings, dict) else asked["attention"]
@@ -388,7 +494,7 @@ def turned(method: str, settings: Settings, budget: Budget, size: Mapping[str, A
     def accepts(own: Settings) -> bool:
         return not refusals(lambda: zoo.build(method, **size, **settings, **own))
 
-    found = solve(knob, measure, budget.target, budget.also.get(method), accepts)
-    advice = f"another setting of {method} may bring it nearer"
-    refuse(f"match.{budget.kind}", [] if found.reached else [found.why_not(knob, method, advice)])
+    found = solve(knob, measure, budget.target, budget.also.get(method), accepts, budget.within)
+    advice = f"Another setting of {method} may bring it nearer"
+    refuse(f"match.{budget.kind}", [] if found.reached else [found.why_not(knob, method, budget.kind, advice)])
     return found.settings

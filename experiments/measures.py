@@ -65,7 +65,7 @@ class Measure:
     @property
     def distance(self) -> tuple[str, int] | None:
         """("identity_recall", 4) of "identity_recall_back_4": what is measured at how many shots; None without one."""
-        found = re.fullmatch(r"(\w+)_back_(\d+)", self.name)
+        found = re.fullmatch(r"(\w+)_back_(\d{1,9})", self.name)
         return (found[1], int(found[2])) if found else None
 
     @property

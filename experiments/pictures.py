@@ -84,17 +84,18 @@ class Map:
         for i, counts in enumerate(routed):
             matrix, circles = axes[len(maps) + 2 * i], loops(counts)
             _draw_shots(matrix, counts)
-            matrix.set_title("picks by shot (darker: more of a row)", fontsize=9, loc="left")
-            told = f"loops: {', '.join(map(loop_text, circles)) or 'none'}"
-            matrix.set_title(told, fontsize=9, loc="right", color=_rgb(LOOP) if circles else QUIET)
+            told = textwrap.wrap(f"loops: {', '.join(map(loop_text, circles)) or 'none'}", 56)
+            # The loops have lines of their own, below, because both together are wider than the matrix.
+            matrix.set_title("picks by shot (darker: more of a row)" + "\n" * len(told), fontsize=9, loc="left")
+            matrix.set_title("\n".join(told), fontsize=9, loc="right", color=_rgb(LOOP) if circles else QUIET)
             _draw_arcs(axes[len(maps) + 2 * i + 1], counts)
         for i, labels in enumerate(groups):
             _draw_groups(figure.add_subplot(grid[rows + i, :]), labels)
         plain = (f"{key}={json.dumps(x, separators=(',', ':'))}" for key, x in self.settings.items())
         title = textwrap.wrap(" ".join([self.method, *plain]).replace('"', ""), 40 * columns)
         figure.suptitle("\n".join(title), x=0.012, ha="left", fontsize=12, fontweight="bold")
-        told = "\n".join(textwrap.wrap(SIMULATED, 68 * columns))
-        figure.supxlabel(told, x=0.012, ha="left", fontsize=8, color=QUIET)
+        note = "\n".join(textwrap.wrap(SIMULATED, 68 * columns))
+        figure.supxlabel(note, x=0.012, ha="left", fontsize=8, color=QUIET)
         return _write(figure, path)
 
     def _title(self, branch: int) -> str:

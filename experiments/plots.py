@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import wraps
 from typing import Any, ParamSpec
@@ -12,6 +12,7 @@ from typing import Any, ParamSpec
 import numpy as np
 
 from experiments.effects import Effect
+from experiments.escape import visible
 from experiments.measures import Measure
 from experiments.statistics import Figure, front
 from experiments.wording import plain_values
@@ -24,6 +25,7 @@ THEME = {INK: "var(--ink)", FAINT: "var(--line)", QUIET: "var(--quiet)", "'DejaV
 STYLE = {
     "svg.fonttype": "none",
     "svg.hashsalt": "zoo",
+    "text.parse_math": False,  # names may hold dollars
     "font.family": "sans-serif",
     "font.size": 9,
     "text.color": INK,
@@ -53,6 +55,7 @@ class Mark:
 
 
 BANDS = 9  # of more lines the bands would hide each other
+LONGEST_LABEL = 40  # letters of a setting's value
 CROWDED = 8  # values of a setting whose names would meet even if slanted
 SHARE = (0.0, 1.0)
 WHOLE_SCALE = (-0.04, 1.04)  # of shares, so that lines at either end are whole
@@ -84,22 +87,31 @@ def pareto(
     quality: Measure,
     cost: Measure,
     levels: Levels,
+    numbered: Collection[str],
 ) -> Any:
-    """Quality with its interval against cost, (quality, cost) by name; steps join the front, rings mark it."""
+    """Quality with its interval against cost, (quality, cost) by name; steps join the front, rings mark it.
+
+    Those that are not `numbered` are faint dots.
+    """
     canvas, axis = _panel(4.3, 3.5)
     found = front({name: of.mean for name, (_, of) in points.items()}, lambda name: quality.rank(points[name][0].mean))
     steps = [(cost.unit * points[name][1].mean, points[name][0].mean) for name in found]
     axis.step(*zip(*steps, strict=True), where="post", color=INK, lw=0.9, ls=(0, (4, 2)), zorder=2)
+    faint = [(cost.unit * paid.mean, good.mean) for name, (good, paid) in points.items() if name not in numbered]
+    if faint:
+        axis.scatter(*zip(*faint, strict=True), s=8, color=QUIET, alpha=0.4, lw=0, zorder=1)
     for name, (good, paid) in points.items():
+        if name not in numbered:
+            continue
         x, y, colour = cost.unit * paid.mean, good.mean, marks[name].colour
         if good.low is not None and good.high is not None:
             axis.plot([x, x], [good.low, good.high], color=colour, lw=1.6, alpha=0.55)
         ring = INK if name in found else "none"
         axis.scatter(x, y, s=120, color=colour, edgecolors=ring, linewidths=1.3, zorder=4)
         _number(axis, x, y, marks[name])
-    axis.set_xlabel(cost.label)
+    axis.set_xlabel(visible(cost.label))
     axis.locator_params(axis="x", nbins=6)  # more of long figures would run into each other
-    axis.set_ylabel(quality.label)
+    axis.set_ylabel(visible(quality.label))
     _draw_levels(axis, levels)
     return canvas
 
@@ -118,12 +130,12 @@ def effect(one: Effect, measure: Measure, levels: Levels) -> Any:
     if all(isinstance(part, int | float) for level in one.levels for part in level.value):
         axis.plot(places, means, color=INK, lw=0.8, zorder=2)
     axis.scatter(places, means, s=34, color=INK, zorder=4)
-    labels = [plain_values(level.value) for level in one.levels]
+    labels = [_cut(visible(plain_values(level.value))) for level in one.levels]
     slanted = {"rotation": 25, "ha": "right", "fontsize": 8} if sum(len(label) + 2 for label in labels) > 30 else {}
     axis.set_xticks(places, labels=labels, **({"rotation": 90, "fontsize": 8} if len(labels) > CROWDED else slanted))
     axis.set_xlim(-0.5, len(one.levels) - 0.5)
     axis.grid(axis="x", visible=False)
-    axis.set_ylabel(measure.label)
+    axis.set_ylabel(visible(measure.label))
     _draw_levels(axis, levels)
     return canvas
 
@@ -151,7 +163,7 @@ def curves(
         axis.plot(steps, values.mean(0), color=marks[name].colour, lw=1.5, **dots)
         _number_line(axis, steps, values.mean(0), marks[name])
     axis.set_xlabel("step")
-    axis.set_ylabel(label)
+    axis.set_ylabel(visible(label))
     axis.margins(x=0.02)
     low, high = axis.dataLim.intervaly
     if measure.bounds == SHARE:
@@ -180,7 +192,7 @@ def distances(lines: Mapping[str, Mapping[int, Figure]], marks: Mapping[str, Mar
         axis.plot(places, means, color=mark.colour, lw=1.5, marker="o", ms=3)
         _number_line(axis, places, means, mark)
     axis.set_xlabel("shots back to the nearest that shows the subject")
-    axis.set_ylabel(label)
+    axis.set_ylabel(visible(label))
     axis.xaxis.set_major_locator(MaxNLocator(integer=True))
     axis.set_ylim(*WHOLE_SCALE)
     _draw_levels(axis, levels)
@@ -198,7 +210,15 @@ def together(runs: Sequence[Sequence[tuple[int, float]]]) -> tuple[np.ndarray, n
 def smooth(losses: Sequence[float]) -> list[float]:
     """Mean over the last tenth of the run at most, so that the first point is the first loss."""
     reach = max(1, len(losses) // 10)
-    return [float(np.mean(losses[max(0, i + 1 - reach) : i + 1])) for i in range(len(losses))]
+    sums = np.concatenate([[0.0], np.cumsum(losses)])
+    last = np.arange(1, len(losses) + 1)
+    first = np.maximum(0, last - reach)
+    return [float(x) for x in (sums[last] - sums[first]) / (last - first)]
+
+
+def _cut(label: str) -> str:
+    """A label that leaves room for the plot."""
+    return label if len(label) <= LONGEST_LABEL else f"{label[: LONGEST_LABEL - 1]}…"
 
 
 def _number_line(axis: Any, x: Sequence[float] | np.ndarray, y: Sequence[float] | np.ndarray, mark: Mark) -> None:
@@ -235,7 +255,7 @@ def _draw_levels(axis: Any, levels: Levels) -> None:
     style = {"size": 7.5, "color": QUIET, "ha": "right", "va": "bottom", "zorder": 1, "textcoords": "offset points"}
     for value, labels in written:
         place = {"xy": (0.995, value), "xycoords": axis.get_yaxis_transform(), "xytext": (0, 6)}
-        axis.annotate(", ".join(labels), **place, **style)
+        axis.annotate(visible(", ".join(labels)), **place, **style)
 
 
 def _themed(svg: str) -> str:

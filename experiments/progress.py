@@ -7,7 +7,6 @@ from contextlib import contextmanager
 from types import TracebackType
 
 from rich.console import Console
-from rich.markup import escape
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
@@ -18,6 +17,8 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
+from experiments.escape import for_terminal as escape
+from experiments.escape import visible
 from experiments.store import Result
 
 
@@ -26,12 +27,12 @@ class Bar:
 
     def __init__(self, console: Console, cells: int) -> None:
         self.progress = Progress(
-            TextColumn("{task.description}"),
+            TextColumn("{task.description}", markup=False),
             BarColumn(),
             MofNCompleteColumn(),
             TimeElapsedColumn(),
             TimeRemainingColumn(),
-            TextColumn("{task.fields[note]}"),
+            TextColumn("{task.fields[note]}", markup=False),
             console=console,
         )
         self.console = console
@@ -50,10 +51,10 @@ class Bar:
         self.progress.stop()
 
     def started(self, name: str) -> None:
-        self.running[name] = self.progress.add_task(name, total=None, note="")
+        self.running[name] = self.progress.add_task(visible(name), total=None, note="")
 
     def step(self, name: str, step: int, total: int | None, note: str) -> None:
-        self.progress.update(self.running[name], completed=step, total=total, note=note)
+        self.progress.update(self.running[name], completed=step, total=total, note=visible(note))
 
     def kept(self, count: int) -> None:
         """Cells that had finished before."""
@@ -64,12 +65,14 @@ class Bar:
         self._end(result.name)
         self.progress.advance(self.cells)
         if result.status == "failed":
-            self.console.print(f"[red]{result.name} failed:[/red] {escape(result.reason or '')}", soft_wrap=True)
+            self.console.print(
+                f"[red]{escape(result.name)} failed:[/red] {escape(result.reason or '')}", soft_wrap=True
+            )
 
     def dropped(self, name: str, why: str) -> None:
         """Without one."""
         self._end(name)
-        self.console.print(f"[red]{name}:[/red] {escape(why)}", soft_wrap=True)
+        self.console.print(f"[red]{escape(name)}:[/red] {escape(why)}", soft_wrap=True)
 
     def note(self, line: str) -> None:
         self.console.print(f"[dim]{escape(line)}[/dim]", soft_wrap=True)
@@ -87,12 +90,12 @@ def counting(console: Console, what: str, total: int) -> Iterator[Callable[..., 
         BarColumn(),
         MofNCompleteColumn(),
         TimeElapsedColumn(),
-        TextColumn("{task.fields[note]}"),
+        TextColumn("{task.fields[note]}", markup=False),
     )
     with Progress(*columns, console=console, transient=True) as progress:
         task = progress.add_task("", total=total, note="")
 
         def told(note: str, steps: int = 1) -> None:
-            progress.update(task, advance=steps, note=note)
+            progress.update(task, advance=steps, note=visible(note))
 
         yield told

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from experiments import signals
 from experiments.launch import POLL, Work, on_gpu
 from experiments.progress import Bar
 from experiments.slurm import Job
@@ -18,7 +19,7 @@ from experiments.store import Result, home, read
 from sparse_zoo.errors import ZooError, refuse
 
 RETRIES = 3  # so many times may the process or the node of a cell die, which then goes on in another one
-ENDING = 10.0  # seconds that cells have to end in when the sweep is interrupted
+ENDING = signals.GRACE + 10  # seconds that cells have to end in when the sweep is interrupted
 PASSED_ON = ("ZOO_", "MLFLOW_")  # variables of this process that hold in the cells' too
 
 
@@ -42,6 +43,14 @@ def results(works: Sequence[Work], jobs: int | None, bar: Bar) -> Iterator[Resul
         ray.init(log_to_driver=False, logging_level=logging.ERROR)
     except (ConnectionError, RuntimeError) as error:
         raise ZooError(f"--executor ray: {' '.join(str(error).split())}") from error
+    # Ray has put a handler of its own in the place of ours.
+    with signals.caught():
+        yield from _tasks(works, jobs, bar)
+
+
+def _tasks(works: Sequence[Work], jobs: int | None, bar: Bar) -> Iterator[Result]:
+    import ray
+
     waiting, running = deque(works), dict[Any, Work]()
     try:
         there = ray.cluster_resources()

@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from experiments.escape import for_json
 from experiments.measures import FIGURES
 from experiments.report import Report
 from experiments.statistics import Figure
@@ -57,8 +58,8 @@ def write_record(report: Report, path: Path) -> None:
     """`record` as JSON, a group or a run a line, so that a change of one is a line of a diff."""
     lines = []
     for key, value in record(report).items():
-        each = [json.dumps(one, ensure_ascii=False) for one in value] if isinstance(value, list) else []
-        plain = "[\n  " + ",\n  ".join(each) + "\n ]" if each else json.dumps(value, ensure_ascii=False)
+        each = [for_json(one) for one in value] if isinstance(value, list) else []
+        plain = "[\n  " + ",\n  ".join(each) + "\n ]" if each else for_json(value)
         lines.append(f" {json.dumps(key)}: {plain}")
     with whole(path) as file:
         file.write(("{\n" + ",\n".join(lines) + "\n}\n").encode())

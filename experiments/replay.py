@@ -15,13 +15,12 @@ from rich.table import Table
 import sparse_zoo as zoo
 from experiments.captures import Captured
 from experiments.config import parse_method
+from experiments.escape import for_terminal as escape
+from experiments.escape import visible
 from experiments.match import Budget, taken, turned
 from experiments.wording import percent, settings
 from sparse_zoo.errors import ZooError, refuse
 from sparse_zoo.ladder import ladder
-
-TINY = 1024
-"""Films of fewer tokens get the settings that a class declares as `small`: its defaults are for real films."""
 
 LEGEND = "* no other row has both fewer pairs and less error. at best: with as many pieces, chosen by softmax mass."
 
@@ -54,23 +53,13 @@ class Replayed:
 Told = Callable[[str, Replayed | None], object]
 
 
-def asked(
-    texts: Sequence[str], captured: Sequence[Captured], budget: Budget | None = None
-) -> list[tuple[str, dict[str, Any]]]:
-    """Methods with settings, of METHOD[:key=value,...], or all that are registered.
+def asked(texts: Sequence[str]) -> list[tuple[str, dict[str, Any]]]:
+    """Methods with settings, of METHOD[:key=value,...], or all that are registered; `dense`, the reference, always.
 
-    A method without settings of its own in the text has its defaults, or on tiny films its `small` ones; with a budget
-    these leave its knob to be turned.
+    What a text does not set has the class's default.
     """
-    longest = max(len(film) for one in captured for film in one.call.layout.films)
-    found = []
-    for name, given in [parse_method(text) for text in texts] or [(name, {}) for name in zoo.names()]:
-        method = zoo.get(name)
-        small = dict(method.small) if longest < TINY else {}
-        if budget is not None and method.knob is not None:
-            small.pop(method.knob.setting, None)
-        found.append((name, given or small))
-    return found
+    found = [parse_method(text) for text in texts] or [(name, {}) for name in zoo.names()]
+    return found if any(name == "dense" for name, _ in found) else [("dense", {}), *found]
 
 
 def replay(
@@ -91,7 +80,8 @@ def replay(
     rows = []
     for name, given in methods:
         try:
-            own = dict(given) | ({} if budget is None else _matched(captured, name, given, budget, told))
+            free = budget is None or name == "dense"  # the reference costs what it costs
+            own = dict(given) | ({} if free or budget is None else _matched(captured, name, given, budget, told))
             rows.append(_served(captured, name, own, told))
         except ZooError as error:
             rows.append(Replayed(name, dict(given), {}, failed=str(error)))
@@ -192,7 +182,7 @@ def table(captured: Sequence[Captured], rows: Sequence[Replayed]) -> Table:
     for row in rows:
         if row.failed is None:
             shares = (percent(row.figures[key]) for key in ("density", "mass", "best_mass", "error", "best_error"))
-            found.add_row("*" if row.pareto else "", row.label, *shares, f"{row.figures['seconds']:.3g}")
+            found.add_row("*" if row.pareto else "", escape(row.label), *shares, f"{row.figures['seconds']:.3g}")
     return found
 
 
@@ -216,7 +206,7 @@ def plot(rows: Sequence[Replayed], path: Path) -> Path:
     front = sorted((density, error) for row, density, error in ran if row.pareto)
     axes.plot(*zip(*front, strict=True), color="0.7", lw=1.2, zorder=1)
     for number, (row, density, error) in enumerate(ran, 1):
-        label, faint = f"{number}  {row.label}", 1 if row.pareto else 0.45
+        label, faint = visible(f"{number}  {row.label}").replace("$", r"\$"), 1 if row.pareto else 0.45
         axes.scatter(density, error, s=46, zorder=2, edgecolor="0.2", alpha=faint, label=label)
         axes.annotate(str(number), (density, error), xytext=(5, 5), textcoords="offset points", fontsize=8)
     figure.legend(loc="outside lower left", fontsize=7, frameon=False)

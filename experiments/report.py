@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
@@ -12,14 +13,22 @@ from rich import box
 from rich.table import Table
 
 from experiments.effects import Cells, Effect, effects
+from experiments.escape import for_terminal as escape
 from experiments.groups import Group, Line, commit, controls_elsewhere
 from experiments.measures import BESIDE, CONTROLS, COSTS, FIGURES, HEADLINES, RECALL, TOLERANCE, WHOLE, Measure
+from experiments.results_schema import VERSION
 from experiments.statistics import Difference, Films, detectable, differences, letters, over_films
-from experiments.store import Result, home, read, read_sweep, write_json
-from experiments.wording import giga, half, interval, mean, number, percent
+from experiments.store import Result, home, read, read_sweep, whole
+from experiments.wording import giga, half, interval, mean, number, p_value, percent, signed
 from sparse_zoo.errors import refuse, unknown
 
 MEASURES_ABREAST = 5  # columns of measures in a terminal 80 wide
+MANY = 40  # groups that plots and matrices have room for
+MOST_PAIRS = 800  # that are listed one by one
+MOST_WHOLE = 120  # results that report.json and the page hold whole
+MOST_ROWS = 60  # of a terminal's table
+MOST_NAMED = 40  # cells that a sentence names
+LEFT_OUT = ("curves", "films", "diagnostics", "costs", "config", "data", "traceback")  # of the results of a long report
 FEW_SEEDS = 5  # up to here the sign-flip test cannot rule chance out at 5 %: 2 / 2^5 is more
 
 
@@ -59,11 +68,11 @@ class Report:
         elsewhere = controls_elsewhere(name, groups) if memory else ()
         return Report(name, asked.about, _best_first(groups, headline), headline, asked.command, elsewhere)
 
-    @property
+    @cached_property
     def results(self) -> list[Result]:
         return [result for group in self.groups for result in group.results]
 
-    @property
+    @cached_property
     def finished(self) -> list[Result]:
         return [result for result in self.results if result.status == "finished"]
 
@@ -77,9 +86,9 @@ class Report:
         alike: dict[tuple[str | None, ...], list[Result]] = {}
         for result in self.unfinished:
             alike.setdefault((result.status, result.reason, result.checkpoint), []).append(result)
-        return {", ".join(result.name for result in some): some[0] for some in alike.values()}
+        return {_named([result.name for result in some]): some[0] for some in alike.values()}
 
-    @property
+    @cached_property
     def measured(self) -> list[Group]:
         """The groups that have the headline."""
         return [group for group in self.groups if group.values(self.headline.name)]
@@ -89,7 +98,7 @@ class Report:
         """Whether any finished run was asked for what earlier shots showed."""
         return RECALL in self.measures
 
-    @property
+    @cached_property
     def ranked(self) -> list[Group]:
         """The groups that any run finished of, best first; without controls in a test of memory."""
         return [group for group in self.groups if group.finished and not (self.memory and group.control)]
@@ -113,7 +122,7 @@ class Report:
             ]
         return found
 
-    @property
+    @cached_property
     def rows(self) -> list[Group]:
         """The groups that any run finished of, as the leaderboard has them: methods, then controls."""
         return self.ranked + [line.group for line in self.lines if line.group]
@@ -124,6 +133,82 @@ class Report:
         return next((group for group in self.rows if group.values(self.headline.name)), None)
 
     @property
+    def many(self) -> bool:
+        """Whether there are more groups than plots and matrices have room for."""
+        return len(self.groups) > MANY
+
+    @cached_property
+    def plotted(self) -> list[Group]:
+        """The groups that plots and pictures show: all, or of `many` the first of the leaderboard and the controls."""
+        if not self.many:
+            return [*self.groups]
+        return [group for i, group in enumerate(self.rows) if i < MANY or group.control]
+
+    @property
+    def entire(self) -> bool:
+        """Whether every result is few enough to be listed with its config and curves."""
+        return len(self.results) <= MOST_WHOLE
+
+    @property
+    def shortened(self) -> str:
+        """What a long report leaves out, in a sentence; or nothing."""
+        told = []
+        if self.many:
+            told.append(f"plots and pictures show the first {MANY} of {len(self.groups)} groups and the controls")
+            told.append("the matrix of differences, the letters and the comparison by film are left out")
+        if len(self.tested) > len(self.listed):
+            told.append(f"of {len(self.tested)} pairs only significant ones are listed, at most {MOST_PAIRS}")
+        if not self.entire:
+            told.append("configs and curves of single runs stand in their result.json alone")
+        return f"This report is long: {'; '.join(told)}." if told else ""
+
+    @cached_property
+    def listed(self) -> list[Difference]:
+        """The pairs that are listed: all that were tested, or of too many the most significant ones."""
+        if len(self.tested) <= MOST_PAIRS:
+            return self.tested
+        return sorted((pair for pair in self.tested if pair.holds), key=lambda pair: pair.p_holm or 0.0)[:MOST_PAIRS]
+
+    @cached_property
+    def winner(self) -> Group | None:
+        """The first of the leaderboard, where its difference from every other method is significant."""
+        if len(self._contest) < 2:
+            return None
+        first, *others = self._contest
+        return first if all(self._pairs[first.name, other.name].holds for other in others) else None
+
+    @property
+    def conclusion(self) -> str:
+        """Which method wins, or why none does, in a sentence; nothing where nothing was measured."""
+        contest, label = self._contest, self.headline.label
+        if not contest:
+            return ""
+        first, *others = contest
+        if self.winner is not None:
+            value = number(mean(first.figure(self.headline.name)))
+            return f"Best {label}: {value}, by {first.name}; its difference from every other method is significant."
+        if not others:
+            return f"No significant winner: only one method has {label}."
+        pairs = [self._pairs[first.name, other.name] for other in others]
+        if all(pair.p is None for pair in pairs):
+            why = "each method has one seed" if self.seeds == 1 else "the first has no two seeds in common with another"
+            return f"No significant winner: no test is possible, because {why}."
+        pair = next(pair for pair in pairs if not pair.holds)
+        if pair.p is None:
+            return f"No significant winner: {pair.a} and {pair.b} share fewer than two seeds, so no test is possible."
+        gap = f"{pair.a} and {pair.b} differ by {signed(pair.mean)}"
+        return f"No significant winner: {gap}, which is not significant (p {p_value(pair.p_holm)}, Holm)."
+
+    @property
+    def _contest(self) -> list[Group]:
+        """The methods that can win: those of the leaderboard that have the headline."""
+        return [group for group in self.ranked if group.values(self.headline.name)]
+
+    @cached_property
+    def _pairs(self) -> dict[tuple[str, str], Difference]:
+        return {(pair.a, pair.b): pair for pair in self.differences}
+
+    @cached_property
     def measures(self) -> list[str]:
         """The names of the sample metrics that any finished run has."""
         return _metrics(self.groups)
@@ -176,7 +261,7 @@ class Report:
         """The most finished runs that differ by their seed alone."""
         return max((len(group.finished) for group in self.groups), default=0)
 
-    @property
+    @cached_property
     def chance(self) -> dict[str, float]:
         """What guessing scores, by measure, where all finished runs agree on it."""
         found: dict[str, set[float]] = {}
@@ -203,15 +288,22 @@ class Report:
         """Every pair of groups that have the headline, in their order, better first."""
         return differences({group.name: group.values(self.headline.name) for group in self.measured})
 
-    @property
+    @cached_property
     def tested(self) -> list[Difference]:
         return [pair for pair in self.differences if pair.p is not None]
 
     @cached_property
     def films(self) -> list[Films]:
-        """The same pairs, by the films that the models at hand judged, where they kept outcomes of the same films."""
+        """The same pairs, by the films that the models at hand judged, where they kept outcomes of the same films.
+
+        None of `many` groups, whose pairs nobody reads one by one.
+        """
+        if self.many:
+            return []
         name = self.headline.name
-        judged = [(group, {r.seed: r.films[name] for r in group.finished if name in r.films}) for group in self.groups]
+        judged = [
+            (group, {r.seed: r.films[name] for r in group.finished if r.films.get(name)}) for group in self.groups
+        ]
         same = [group.one.config.get("data") for group, kept in judged if kept]
         if any(data != same[0] for data in same):
             return []
@@ -220,13 +312,18 @@ class Report:
     @cached_property
     def letters(self) -> dict[str, str]:
         """Groups that share a letter were not told apart; empty where nothing could be tested."""
+        if self.many:
+            return {}
         held = [(pair.a, pair.b) for pair in self.differences if pair.holds]
         return letters([group.name for group in self.measured], held) if self.tested else {}
 
     @cached_property
     def effects(self) -> list[Effect]:
         """What each setting that differs between cells does to the headline."""
-        values = [Cells(group.name, group.one.config, group.values(self.headline.name)) for group in self.measured]
+        values = [
+            Cells(group.name, {"attention": group.one.attention} | group.one.config, group.values(self.headline.name))
+            for group in self.measured
+        ]
         return effects(values, self.headline)
 
     @property
@@ -265,10 +362,11 @@ class Report:
         """Which cells met their budget of pairs as they were made and not in training, in a sentence; or nothing."""
         moved = []
         for group in self.rows:
-            asked, found = (group.one.config.get("match") or {}).get("density"), mean(group.figure("density"))
-            if asked is not None and found is not None and abs(found - asked) > TOLERANCE * asked:
+            match = group.one.config.get("match") or {}
+            asked, within, found = match.get("density"), match.get("within", TOLERANCE), mean(group.figure("density"))
+            if asked is not None and found is not None and abs(found - asked) > within * asked:
                 moved.append(f"{group.name} {percent(found)} for {percent(asked)}")
-        told = ", ".join(moved).replace(" %", "\u00a0%")
+        told = _named(moved).replace(" %", "\u00a0%")
         return f"Budgets were met before training; in training moved {told}." if moved else ""
 
     def singly(self) -> Report:
@@ -279,11 +377,14 @@ class Report:
 
     def to_json(self) -> dict[str, Any]:
         """{"name", "cells", "groups", "headline", "command", "verdict", "caution", "drift", "differences", "films",
-        "effects"}.
+        "effects", "winner", "conclusion", "shortened", "version"}.
 
         A group names its cells; its figures are `Figure`s over those that finished, its letters those of `letters`.
-        null stands for what was not measured.
+        null stands for what was not measured. Of a long report `shortened` says what is left out here too.
         """
+        blank = {key: type(getattr(Result("", {}, "missing", 0), key))() for key in LEFT_OUT if key != "traceback"}
+        cells = self.results if self.entire else [replace(one, traceback=None, **blank) for one in self.results]
+        listed = self.differences if len(self.differences) <= MOST_PAIRS else self.listed
         groups = [
             {
                 "name": group.name,
@@ -298,16 +399,20 @@ class Report:
         ]
         return {
             "name": self.name,
-            "cells": [result.to_json() for result in self.results],
+            "cells": [result.to_json() for result in cells],
             "groups": groups,
             "headline": self.headline.name,
             "command": self.command,
             "verdict": self.verdict,
             "caution": self.caution,
             "drift": self.drift,
-            "differences": [asdict(pair) | {"holds": pair.holds} for pair in self.differences],
+            "differences": [asdict(pair) | {"holds": pair.holds} for pair in listed],
             "films": [asdict(pair) | {"holds": pair.holds} for pair in self.films],
             "effects": [asdict(effect) for effect in self.effects],
+            "winner": self.winner.name if self.winner else None,
+            "conclusion": self.conclusion,
+            "shortened": self.shortened,
+            "version": VERSION,
         }
 
     def write(self) -> Path:
@@ -315,16 +420,20 @@ class Report:
         from experiments.page import html  # here: matplotlib takes a second to import, for which no terminal need wait
 
         folder = home() / self.name
-        write_json(folder / "report.json", self.to_json())
+        with whole(folder / "report.json") as file:
+            file.write(json.dumps(self.to_json(), allow_nan=False).encode())
         page = folder / "report.html"
-        page.write_text(html(self))
+        with whole(page) as file:
+            file.write(html(self).encode())
         return page
 
     def tables(self, *, runs: bool = False) -> list[Table]:
         """For a terminal: the leaderboard, and the other measures; of single `runs`, or means over seeds."""
         shown = self.singly() if runs else self
         several, head = shown.seeds > 1, self.headline
-        title = f"{self.name}: {len(self.finished)} of {len(self.results)} cells finished, by {head.label}"
+        title = (
+            f"{escape(self.name)}: {len(self.finished)} of {len(self.results)} cells finished, by {escape(head.label)}"
+        )
         if several:
             title += (
                 f"; means over up to {shown.seeds} seeds, their 95 % intervals; who shares a letter was not told apart"
@@ -333,7 +442,7 @@ class Report:
         spread = ("95 %", "", "n") if several else ("first", "last")
         for name in (
             "cell",
-            _short(head.name),
+            escape(_short(head.name)),
             *spread,
             "density",
             "GFLOPs",
@@ -355,21 +464,25 @@ class Report:
             else:
                 own = [number(mean(group.figure(name))) for name in ("first_loss", "last_loss")]
             costs = [percent(density), giga(flops), number(seconds)]
-            table.add_row(title, number(mean(figure)), *own, *costs, *([] if several else [group.one.kernel]))
+            kernel = [] if several else [escape(group.one.kernel or "–")]
+            table.add_row(escape(title), number(mean(figure)), *map(escape, own), *costs, *kernel)
 
-        for group in shown.ranked:
+        for group in shown.ranked[:MOST_ROWS]:
             add(group, group.name)
+        _add_rest(table, shown.ranked)
         table.add_section()
         for line in shown.lines:
             if line.group:
                 add(line.group, line.title)
             elif line.missing:
-                table.add_row(f"{line.title}: {line.missing}")
+                table.add_row(escape(f"{line.title}: {line.missing}"))
             else:
-                table.add_row(line.title, number(shown.chance.get(head.name)))
-        for group in shown.groups:
+                table.add_row(escape(line.title), number(shown.chance.get(head.name)))
+        odd = [group for group in shown.groups if len(group.finished) < len(group.results)]
+        for group in odd[:MOST_ROWS]:
             for status in dict.fromkeys(r.status for r in group.results if r.status != "finished"):
-                table.add_row(group.name, f"[red]{status}[/red]")
+                table.add_row(escape(group.name), f"[red]{status}[/red]")
+        _add_rest(table, odd)
         others = "Other measures; of last shots, drawn after the true ones before them, but for the loss."
         halves = " ± half a 95 % interval." if several else ""
         return [
@@ -386,9 +499,10 @@ class Report:
             table = _table("" if first else title)
             table.add_column("cell", overflow="fold")
             for name in names:
-                table.add_column(columns[name], justify="right", overflow="fold")
-            for group in self.rows:
-                table.add_row(group.name, *(half(group.figure(name)) for name in names))
+                table.add_column(escape(columns[name]), justify="right", overflow="fold")
+            for group in self.rows[:MOST_ROWS]:
+                table.add_row(escape(group.name), *(half(group.figure(name)) for name in names))
+            _add_rest(table, self.rows)
             if any(name in self.chance for name in names):
                 table.add_row("[dim]chance[/dim]", *(number(self.chance.get(name)) for name in names))
             yield table
@@ -420,6 +534,18 @@ def _best_first(groups: Sequence[Group], headline: Measure) -> tuple[Group, ...]
 
 def _table(title: str) -> Table:
     return Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1), pad_edge=False)
+
+
+def _add_rest(table: Table, groups: Sequence[Group]) -> None:
+    """A line for the groups that have no row, where there are too many."""
+    if len(groups) > MOST_ROWS:
+        table.add_row(f"[dim]and {len(groups) - MOST_ROWS} more[/dim]")
+
+
+def _named(names: Sequence[str]) -> str:
+    """The names in a sentence, cut where they are too many."""
+    more = f", and {len(names) - MOST_NAMED} more" if len(names) > MOST_NAMED else ""
+    return ", ".join(names[:MOST_NAMED]) + more
 
 
 def _short(name: str) -> str:

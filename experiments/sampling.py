@@ -51,15 +51,23 @@ class Drawing:
         films: How many films; where several are packed in a stream, all of a stream are drawn.
         given: How many first shots of each film are given instead of drawn.
         sampling: Fields of `Euler` that differ from the run's.
+        plugins: Files of the user, see `Trained`.
 
     Raises:
         ZooError: if there is no checkpoint or no config beside it, or the data does not fit the model.
     """
 
     def __init__(
-        self, run: Path, overrides: Sequence[str], *, films: int, given: int, sampling: Mapping[str, Any]
+        self,
+        run: Path,
+        overrides: Sequence[str],
+        *,
+        films: int,
+        given: int,
+        sampling: Mapping[str, Any],
+        plugins: Sequence[Path] = (),
     ) -> None:
-        trained = Trained("zoo sample", run, overrides, films)
+        trained = Trained("zoo sample", run, overrides, films, plugins)
         self.trained, self.module, self.batches = trained, trained.module, trained.batches
         self.given, self.settings = given, trained.config["data"]
         of_run = {key: value for key, value in trained.config["sampling"].items() if key != "every"}

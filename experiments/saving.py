@@ -13,7 +13,9 @@ from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.plugins import TorchCheckpointIO
 from typing_extensions import override
 
+from experiments import signals
 from experiments.store import whole
+from experiments.tracking import Log
 
 
 class WholeCheckpoints(TorchCheckpointIO):
@@ -51,7 +53,7 @@ class Saving(Checkpoint):
     By time, not by steps: what a kill may cost is then the same whatever a step takes, and so is the share of time that
     saving takes. Where a validation follows a step, after it: Lightning takes one that is due when it resumes for
     done. Never in the middle of accumulated batches, nor after the last step, so that a run that goes on always has a
-    step and a validation of its own.
+    step and a validation of its own. A signal that asks the process to end is answered here, once the state is saved.
     """
 
     def __init__(self, path: Path, seconds: float) -> None:
@@ -79,12 +81,13 @@ class Saving(Checkpoint):
         amid = trainer.fit_loop.epoch_loop._should_accumulate() or (
             trainer.global_step >= trainer.estimated_stepping_batches
         )
-        if amid or not trainer.strategy.broadcast(time.monotonic() - self._last >= self.seconds):
+        if amid or not (signals.pending() or time.monotonic() - self._last >= self.seconds):
             return
         for logger in trainer.loggers:
-            logger.save()  # what came before the checkpoint is not repeated
+            logger.flush() if isinstance(logger, Log) else logger.save()  # what came before is not repeated
         trainer.save_checkpoint(self.path)
         self._last = time.monotonic()
+        signals.raise_pending()
 
 
 def saved_step(path: Path) -> int:
@@ -94,8 +97,36 @@ def saved_step(path: Path) -> int:
             broken = file.testzip()
         if broken is not None:
             raise ValueError(f"{broken} in it is damaged")
-        return int(torch.load(path, map_location="cpu", weights_only=False, mmap=True)["global_step"])
+        return int(load_plain(path, mmap=True)["global_step"])
     except FileNotFoundError as error:
         raise ValueError("there is none") from error
-    except Exception as error:  # whatever a damaged pickle makes of itself
+    except Exception as error:  # whatever a damaged archive makes of itself
         raise ValueError(str(error) or type(error).__name__) from error
+
+
+def load_plain(path: Path, *, mmap: bool = False) -> dict[str, Any]:
+    """A checkpoint of tensors and plain values; ValueError, with the reason, for any other.
+
+    A pickle can name functions to be called, and a checkpoint may be somebody else's: such names are refused.
+    """
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
+    except FileNotFoundError:
+        raise
+    except Exception as error:  # whatever a damaged pickle makes of itself
+        foreign = _foreign(path)
+        if foreign:
+            raise ValueError(f"would run code when loaded ({', '.join(foreign)}), so it is refused") from error
+        why = str(error).partition("\n")[0].partition(". ")[0] or type(error).__name__  # torch goes on with advice
+        raise ValueError(f"is damaged: {why}") from error
+    if not isinstance(state, dict):
+        raise ValueError("is no checkpoint of a run")
+    return state
+
+
+def _foreign(path: Path) -> list[str]:
+    """The functions and classes that a pickle names and that plain values do not need."""
+    try:
+        return sorted(torch.serialization.get_unsafe_globals_in_checkpoint(path))
+    except Exception:  # it is damaged, which is said elsewhere
+        return []

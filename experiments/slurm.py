@@ -6,6 +6,7 @@ import json
 import os
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -16,12 +17,14 @@ from pathlib import Path
 from typing import Any
 
 import sparse_zoo as zoo
+from experiments import signals
 from experiments.launch import POLL, Work
 from experiments.progress import Bar
 from experiments.store import Result, home, write_json
 from experiments.tracking import Tracker
 from sparse_zoo.errors import ZooError, refuse
 
+NOTICE_SIGNAL = signal.SIGUSR2  # submitit's, by which SLURM tells a job that it is preempted or its time is over
 NOTICE = 60  # seconds before the end of its time at which SLURM tells a job, which then queues up again
 TIME = "1:00:00"  # of a job, where none is asked for
 REQUEUES = 100  # so many times, at most, may a cell take all the time of its job and go on in another one
@@ -41,8 +44,16 @@ class Job:
             zoo.load_plugin(plugin)
         told = _Telling()
         tracker = Tracker(self.work.sweep, told.note)
-        while self.work.attempt(tracker, told) is None:
-            time.sleep(POLL)
+        requeue = signal.getsignal(NOTICE_SIGNAL)  # submitit's own, in a job of it
+        try:
+            with signals.caught(*[NOTICE_SIGNAL] if callable(requeue) else []):
+                while self.work.attempt(tracker, told) is None:
+                    time.sleep(POLL)
+        except signals.Ended as ended:
+            told.note(f"{self.work.cell.name} was ended by {ended}")
+            if ended.number == NOTICE_SIGNAL and callable(requeue):
+                requeue(ended.number, None)  # ends this process
+            raise SystemExit(ended.code) from ended
 
     def checkpoint(self) -> Any:
         """What submitit queues up when the job's time is over or it is preempted: the same, which then goes on."""
@@ -95,7 +106,7 @@ def submit(works: list[Work], settings: Mapping[str, Any], at_once: int | None) 
 
     folder = home() / works[0].sweep / "slurm"
     register = folder / "jobs.json"
-    before: dict[str, str] = json.loads(register.read_text()) if register.exists() else {}
+    before: dict[str, str] = json.loads(register.read_text(encoding="utf-8")) if register.exists() else {}
     alive = _queued()
     jobs = {before[work.cell.id]: work for work in works if before.get(work.cell.id) in alive}
     new = [work for work in works if before.get(work.cell.id) not in alive]
@@ -147,7 +158,7 @@ def _queued() -> set[str]:
     """The jobs of this user that wait or run, elements of arrays as 12_3; ZooError where SLURM does not answer."""
     asked = ["squeue", "--noheader", "--array", "--me", "--format=%i"]
     for _ in range(GONE):
-        found = subprocess.run(asked, capture_output=True, text=True, check=False)
+        found = subprocess.run(asked, capture_output=True, encoding="utf-8", errors="replace", check=False)
         if not found.returncode:
             return set(found.stdout.split())
         time.sleep(POLL)

@@ -12,7 +12,7 @@ PASS = "forward+backward"
 
 def measured(found: Mapping[str, Any]) -> list[Row]:
     """The rows that have times."""
-    return [row for row in found["rows"] if "failed" not in row]
+    return [row for row in found["rows"] if "failed" not in row and "skipped" not in row]
 
 
 def markdown(found: Mapping[str, Any]) -> str:

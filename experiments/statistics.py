@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 from itertools import combinations
 from string import ascii_lowercase
 
@@ -17,6 +18,9 @@ import numpy as np
 from scipy import stats
 
 ALPHA = 0.05
+EXACT, DRAWN = 13, 9999  # signs of so many differences are flipped in all ways, of more in so many that are drawn
+MOST_SETS = 52  # that have letters: two alphabets
+TABLE = 1 << 22  # numbers in one table of pairs × patterns of signs
 
 
 @dataclass(frozen=True)
@@ -51,7 +55,13 @@ class Figure:
         """Half of the interval before it is cut; NaN of one run."""
         if self.sd is None:
             return float("nan")
-        return float(stats.t.ppf(1 - ALPHA / 2, self.n - 1)) * self.sd / math.sqrt(self.n)
+        return _critical(self.n) * self.sd / math.sqrt(self.n)
+
+
+@cache
+def _critical(n: int) -> float:
+    """How many standard errors a 95 % interval of n values reaches to each side."""
+    return float(stats.t.ppf(1 - ALPHA / 2, n - 1))
 
 
 @dataclass(frozen=True)
@@ -81,24 +91,60 @@ class Difference:
 
 def differences(values: Mapping[str, Mapping[int, float]]) -> list[Difference]:
     """Every pair of methods, in their order, paired by seed; `values` are name -> seed -> value."""
-    found = [_paired(a, b, values[a], values[b]) for a, b in combinations(values, 2)]
-    return _corrected(found)
+    names, seeds = [*values], sorted(set().union(*values.values()))
+    table = np.full((len(names), len(seeds)), np.nan)
+    for own, name in zip(table, names, strict=True):
+        own[:] = [values[name].get(seed, np.nan) for seed in seeds]
+    first, second = np.triu_indices(len(names), 1)
+    gaps = table[first] - table[second]  # (pairs, seeds)
+    which, patterns = np.unique(~np.isnan(gaps), axis=0, return_inverse=True)
+    found: list[Difference | None] = [None] * len(gaps)
+    for number, shared in enumerate(which):
+        rows = np.flatnonzero(patterns.reshape(-1) == number)
+        for row, tested in zip(rows, _paired(gaps[rows][:, shared]), strict=True):
+            found[row] = Difference(names[first[row]], names[second[row]], int(shared.sum()), *tested)
+    return _corrected([one for one in found if one is not None])
 
 
-def _paired(a: str, b: str, of_a: Mapping[int, float], of_b: Mapping[int, float]) -> Difference:
-    shared = sorted(of_a.keys() & of_b.keys())
-    gaps = np.array([of_a[seed] - of_b[seed] for seed in shared])
-    n = len(gaps)
+Tested = tuple[float | None, float | None, float | None, float | None, float | None]
+
+
+def _paired(gaps: np.ndarray) -> list[Tested]:
+    """Mean, its interval, p and p_exact of each row of differences (pairs, n), as `Difference` has them."""
+    count, n = gaps.shape
     if n < 2:
-        return Difference(a, b, n)
-    # Exact up to 2^13 sign patterns, then 9999 of them drawn.
-    exact = stats.permutation_test((gaps,), np.mean, permutation_type="samples", n_resamples=9999, rng=0)
-    p_exact = float(exact.pvalue)
-    if np.allclose(gaps, gaps[0], rtol=1e-9, atol=1e-15):
-        return Difference(a, b, n, float(gaps[0]), None, None, p_exact if gaps[0] else 1.0, p_exact)
-    test = stats.ttest_1samp(gaps, 0.0)  # on differences: the paired test
-    low, high = test.confidence_interval(1 - ALPHA)
-    return Difference(a, b, n, float(gaps.mean()), float(low), float(high), float(test.pvalue), p_exact)
+        return [(None, None, None, None, None)] * count
+    means, exact = gaps.mean(1), flipped(gaps)
+    alike = np.isclose(gaps, gaps[:, :1], rtol=1e-9, atol=1e-15).all(1)
+    errors = np.where(alike, 1.0, gaps.std(1, ddof=1) / math.sqrt(n))  # of pairs that are alike t is not defined
+    p = 2 * stats.t.sf(np.abs(means / errors), n - 1)
+    low, high = means - _critical(n) * errors, means + _critical(n) * errors
+    plain = zip(means.tolist(), low.tolist(), high.tolist(), p.tolist(), exact.tolist(), strict=True)
+    return [
+        (float(row[0]), None, None, flip if row[0] else 1.0, flip) if same else (mean, a, b, each, flip)
+        for (mean, a, b, each, flip), same, row in zip(plain, alike, gaps, strict=True)
+    ]
+
+
+def flipped(gaps: np.ndarray) -> np.ndarray:
+    """The two-sided p of flipping the signs of each row of differences (pairs, n).
+
+    All 2^n patterns of signs up to n = 13, beyond it 9999 that are drawn, the same for all rows.
+    """
+    n = gaps.shape[1]
+    exact = n <= EXACT
+    if exact:
+        signs = 1.0 - 2.0 * ((np.arange(2**n)[:, None] >> np.arange(n)) & 1)  # (patterns, n)
+    else:
+        signs = np.random.default_rng(0).choice([-1.0, 1.0], (DRAWN, n))
+    found = []
+    for some in np.array_split(gaps, max(1, gaps.shape[0] * len(signs) // TABLE)):
+        sums, own = some @ signs.T, some.sum(1, keepdims=True)
+        near = 1e-12 * np.abs(some).sum(1, keepdims=True)  # equal but for rounding
+        less, more = (sums <= own + near).sum(1), (sums >= own - near).sum(1)
+        fewest = np.minimum(less, more)
+        found.append(np.minimum(1.0, 2 * fewest / len(signs) if exact else 2 * (fewest + 1) / (DRAWN + 1)))
+    return np.concatenate(found)
 
 
 @dataclass(frozen=True)
@@ -125,17 +171,26 @@ class Films:
 
 def over_films(values: Mapping[str, Mapping[int, Sequence[float]]]) -> list[Films]:
     """Every pair of methods that judged equally many films; `values` are name -> seed -> a value per film, in order."""
+    arrays = {name: {seed: np.asarray(each, float) for seed, each in runs.items()} for name, runs in values.items()}
     found = []
-    for a, b in combinations(values, 2):
-        seeds = sorted(values[a].keys() & values[b].keys())
-        seeds = [seed for seed in seeds if len(values[a][seed]) == len(values[b][seed]) == len(values[a][seeds[0]])]
+    for a, b in combinations(arrays, 2):
+        of_a, of_b = arrays[a], arrays[b]
+        seeds = sorted(of_a.keys() & of_b.keys())
+        seeds = [seed for seed in seeds if len(of_a[seed]) == len(of_b[seed]) == len(of_a[seeds[0]])]
         if seeds:
-            gaps = np.mean([np.subtract(values[a][seed], values[b][seed]) for seed in seeds], axis=0)
-            better, worse = int((gaps > 0).sum()), int((gaps < 0).sum())
-            p = stats.binomtest(better, better + worse).pvalue if better + worse else 1.0
-            found.append(Films(a, b, len(seeds), len(gaps), better, worse, float(p)))
+            gaps = sum(of_a[seed] - of_b[seed] for seed in seeds)
+            better, worse = int(np.count_nonzero(gaps > 0)), int(np.count_nonzero(gaps < 0))
+            found.append(
+                Films(a, b, len(seeds), len(of_a[seeds[0]]), better, worse, _sign_test(better, better + worse))
+            )
     corrected = holm([one.p for one in found])
     return [replace(one, p_holm=p) for one, p in zip(found, corrected, strict=True)]
+
+
+@cache
+def _sign_test(better: int, unequal: int) -> float:
+    """The exact two-sided sign test."""
+    return float(stats.binomtest(better, unequal).pvalue) if unequal else 1.0
 
 
 def _corrected(found: Sequence[Difference]) -> list[Difference]:
@@ -146,17 +201,19 @@ def _corrected(found: Sequence[Difference]) -> list[Difference]:
 
 def holm(ps: Sequence[float]) -> list[float]:
     """p values corrected for each other (Holm 1979), in their order: at 5 %, any false verdict in 5 % of reports."""
-    corrected, least = [1.0] * len(ps), 0.0
-    for rank, i in enumerate(np.argsort(ps, kind="stable")):
-        least = max(least, min(1.0, (len(ps) - rank) * ps[i]))
-        corrected[i] = least
-    return corrected
+    values = np.asarray(ps, float)
+    order = np.argsort(values, kind="stable")
+    corrected = np.empty(len(values))
+    steps = np.minimum(1.0, np.arange(len(values), 0, -1) * values[order])
+    corrected[order] = np.maximum.accumulate(steps)
+    return [float(p) for p in corrected]
 
 
 def letters(names: Sequence[str], told_apart: Sequence[tuple[str, str]]) -> dict[str, str]:
     """Letters for each name: two share one exactly if they were not told apart (a compact letter display).
 
-    By inserting and absorbing: each pair told apart splits every set that holds both; sets within others go.
+    By inserting and absorbing: each pair told apart splits every set that holds both; sets within others go. Empty
+    where more than `MOST_SETS` sets are needed, which nobody could read.
     """
     sets = [set(names)]
     for a, b in told_apart:
@@ -166,6 +223,8 @@ def letters(names: Sequence[str], told_apart: Sequence[tuple[str, str]]) -> dict
             for i, one in enumerate(split)
             if not any(one < two or (one == two and j < i) for j, two in enumerate(split))
         ]
+        if len(sets) > MOST_SETS:
+            return {}
     sets.sort(key=lambda one: sorted(names.index(name) for name in one))
     marks = [ascii_lowercase[i % 26] * (i // 26 + 1) for i in range(len(sets))]
     return {name: "".join(mark for mark, one in zip(marks, sets, strict=True) if name in one) for name in names}
@@ -178,12 +237,9 @@ def detectable(n: int, pairs: int) -> float:
 
 def front(costs: Mapping[str, float], rank: Callable[[str], float]) -> list[str]:
     """The names that no other beats in cost or in rank (smaller is better) without losing in the other, by cost."""
-
-    def beaten(name: str) -> bool:
-        mine = (costs[name], rank(name))
-        return any(
-            (theirs := (costs[other], rank(other))) != mine and theirs[0] <= mine[0] and theirs[1] <= mine[1]
-            for other in costs
-        )
-
-    return sorted((name for name in costs if not beaten(name)), key=lambda name: costs[name])
+    places = sorted((costs[name], rank(name), i, name) for i, name in enumerate(costs))
+    kept: list[tuple[float, float, int, str]] = []
+    for place in places:
+        if not kept or place[1] < kept[-1][1] or place[:2] == kept[-1][:2]:
+            kept.append(place)
+    return [name for *_, name in kept]

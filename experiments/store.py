@@ -1,7 +1,8 @@
 """Where runs lie on disk, and the one truth about each of them: its `result.json`.
 
 `<home>/<sweep>/sweep.json` names the cells that were last asked for; `<home>/<sweep>/<cell>-<id>/result.json` says what
-became of one. The id is a hash of the resolved config, so a changed cell gets a new folder and no result is lost.
+became of one. The id is a hash of what the config computes (`experiments.identity`), so a changed cell gets a new
+folder and no result is lost.
 MLflow holds a copy for its own pages; whether a cell is finished is never asked there, so that a sweep resumes with no
 server in reach. Who runs a cell holds the lock in its folder, which the kernel frees when the process ends, however it
 ends.
@@ -19,18 +20,21 @@ import sys
 import traceback as tracebacks
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import IO, Any, Literal
 
+from experiments import results_schema
+from experiments.identity import identity
+from experiments.redact import redact
 from sparse_zoo.errors import ZooError
 
-Status = Literal["finished", "failed", "running", "missing"]
+Status = Literal["finished", "failed", "running", "missing", "unreadable"]
 
 
 def home() -> Path:
     """The folder that holds every run: $ZOO_HOME, or `runs` in the current directory."""
-    return Path(os.environ.get("ZOO_HOME") or "runs").absolute()
+    return Path(os.path.expanduser(os.environ.get("ZOO_HOME") or "runs")).absolute()
 
 
 def config_id(config: Mapping[str, Any]) -> str:
@@ -49,7 +53,7 @@ class Cell:
 
     @property
     def id(self) -> str:
-        return config_id(self.config)
+        return config_id(identity(self.config))
 
     def folder(self, sweep: str) -> Path:
         return home() / sweep / f"{self.name}-{self.id}"
@@ -104,34 +108,36 @@ class Result:
 
     def fail(self, error: Exception) -> None:
         """Record what was raised; to be called while it is handled."""
-        self.status, self.reason = "failed", f"{type(error).__name__}: {error}"
-        self.traceback = tracebacks.format_exc()
+        self.status, self.reason = "failed", redact(f"{type(error).__name__}: {error}")
+        self.traceback = redact(tracebacks.format_exc())
 
     def to_json(self) -> dict[str, Any]:
         """This as JSON knows it: non-finite numbers become null."""
         plain: dict[str, Any] = _finite(asdict(self))
-        return plain
+        return plain | {"version": results_schema.VERSION}
 
     def write(self, folder: Path) -> None:
         write_json(folder / "result.json", self.to_json())
 
 
 def read(cell: Cell, sweep: str) -> Result:
-    """The cell's result; status "missing", with the reason, where there is none that can be used."""
+    """The cell's result; "missing" where there is none, "unreadable" where it cannot be used, with the reason."""
     folder = cell.folder(sweep)
-    path = folder / "result.json"
     blank = Result(cell.name, cell.config["attention"], "missing", cell.config["seed"], id=cell.id, folder=str(folder))
-    if not path.exists():
-        blank.reason = "has not run yet"
-        return blank
     try:
-        result = _parse(path)
+        result = _parse(folder)
+        found, wanted = (result.name, result.seed), (cell.name, cell.config["seed"])
+        if found != wanted:
+            raise ValueError(f"it is of the cell (name, seed) {found}, not {wanted}")
         if result.status == "running" and not running(folder):
-            result = _parse(path)  # it may just have ended
+            result = _parse(folder)  # it may just have ended
             if result.status == "running":
                 result.status, result.reason = "missing", "was interrupted before its end"
-    except (ValueError, TypeError, AttributeError) as error:  # of JSON, of UTF-8, of what it holds
-        blank.reason = f"{path} cannot be read: {error}"
+    except FileNotFoundError:
+        blank.reason = "has not run yet"
+        return blank
+    except (ValueError, OSError) as error:
+        blank.status, blank.reason = "unreadable", f"{folder / 'result.json'} cannot be read: {error}"
         return blank
     result.folder = str(folder)  # the runs may have been moved since
     return result
@@ -144,7 +150,7 @@ def lock(folder: Path) -> Iterator[bool]:
     On network file systems too, where they know flock: NFS does.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    with (folder / "lock").open("w") as file:
+    with (folder / "lock").open("w", encoding="utf-8") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -159,7 +165,7 @@ def lock(folder: Path) -> Iterator[bool]:
 def running(folder: Path) -> bool:
     """Whether a process, here or on another machine, holds the lock of that folder."""
     try:
-        with (folder / "lock").open() as file:
+        with (folder / "lock").open(encoding="utf-8") as file:
             fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
     except FileNotFoundError:
         return False
@@ -175,12 +181,12 @@ class Asked:
     about: str
     cells: tuple[Cell, ...]
     mlflow_run: str | None = None
-    command: str = field(default_factory=lambda: shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]))
+    command: str = field(default_factory=lambda: redact(shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])))
 
 
 def write_sweep(name: str, asked: Asked) -> None:
     """Remember what was asked for, so that a report can name the cells that are missing."""
-    write_json(home() / name / "sweep.json", {"name": name, **asdict(asked)})
+    write_json(home() / name / "sweep.json", {"version": results_schema.VERSION, "name": name, **asdict(asked)})
 
 
 def read_sweep(name: str) -> Asked:
@@ -190,11 +196,11 @@ def read_sweep(name: str) -> Asked:
         known = sorted(found.parent.name for found in home().glob("*/sweep.json"))
         raise ZooError(f"no sweep {name!r} in {home()}; there: {', '.join(known) or 'none'}")
     try:
-        plain = json.loads(path.read_text())
-        cells = tuple(Cell(**cell) for cell in plain["cells"])
-        return Asked(plain["about"], cells, plain["mlflow_run"], plain.get("command", ""))
-    except (ValueError, KeyError, TypeError) as error:
+        plain = results_schema.read_sweep(path)
+    except (ValueError, OSError) as error:
         raise ZooError(f"{path} cannot be read ({error}); remove it, and `zoo sweep` writes it anew") from error
+    cells = tuple(Cell(cell["name"], dict(cell["config"]), cell.get("group")) for cell in plain["cells"])
+    return Asked(plain["about"], cells, plain.get("mlflow_run"), plain.get("command", ""))
 
 
 def asked_before(name: str) -> Asked | None:
@@ -227,9 +233,8 @@ def whole(path: Path) -> Iterator[IO[bytes]]:
             part.unlink(missing_ok=True)
 
 
-def _parse(path: Path) -> Result:
-    known = {f.name for f in fields(Result)}
-    return Result(**{key: value for key, value in json.loads(path.read_text()).items() if key in known})
+def _parse(folder: Path) -> Result:
+    return Result(**results_schema.read_result(folder))
 
 
 def _finite(plain: Any) -> Any:

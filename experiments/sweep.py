@@ -10,9 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import sparse_zoo as zoo
-from experiments.config import Config, Override, check, known, merge
+from experiments.config import Config, check, known, merge
 from experiments.grid import Choice, grid, matches
-from experiments.match import solved, with_settings
+from experiments.match import Unreached, shared_reach, solved, with_settings
+from experiments.names import Override
 from experiments.store import Cell, asked_before
 from experiments.sweepfile import OWN, SWEEPS, chain_of, find, mappings
 from experiments.trial import first_of_groups, said
@@ -171,7 +172,7 @@ def _matched(cells: Sequence[Cell], sweep: str, told: Callable[[str], object]) -
     """The cells with their budgets solved, once for those that differ by their seed alone."""
     asked = asked_before(sweep)
     earlier = [cell.config for cell in asked.cells] if asked else []
-    found, reasons = {}, []
+    found, reasons, unreached = {}, [], False
     for label, cell in first_of_groups(cells).items():
         if "match" not in cell.config:
             continue
@@ -180,6 +181,11 @@ def _matched(cells: Sequence[Cell], sweep: str, told: Callable[[str], object]) -
             found[label] = solved(cell.config, earlier)["match"]["set"]
         except Exception as error:  # a plug-in may raise anything; the other cells' reasons are told beside
             reasons.append(f"cell {label}: {said(error)}")
+            unreached = unreached or isinstance(error, Unreached)
+    if unreached:
+        reasons += shared_reach(
+            {x: cell.config for x, cell in first_of_groups(cells).items() if "match" in cell.config}
+        )
     refuse(f"sweep {sweep}", reasons)
     groups = [cell.group or cell.name for cell in cells]
     return [

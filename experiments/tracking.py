@@ -1,6 +1,8 @@
 """MLflow: one experiment per sweep, one parent run, one child per cell. Nothing else in the tree imports mlflow.
 
-The store is a copy for its own pages: where it cannot be reached, a run goes on without it and says so once.
+The store is a copy for its own pages: where it cannot be reached, a run goes on without it and says so once. All that
+is asked of it is asked in a thread of its own, for which a run waits a few seconds at most: a server may accept and
+never answer.
 """
 
 from __future__ import annotations
@@ -12,11 +14,13 @@ import os
 import re
 import subprocess
 import sys
+import threading
 import time
 from argparse import Namespace
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from queue import SimpleQueue
 from typing import Any, TypeVar
 
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")  # read while mlflow is imported
@@ -44,21 +48,25 @@ from mlflow.exceptions import MlflowException  # noqa: E402
 from sqlalchemy.exc import SQLAlchemyError  # noqa: E402
 from typing_extensions import override  # noqa: E402
 
+from experiments.address import sqlite_file, sqlite_uri, tracking_uri  # noqa: E402
+from experiments.redact import redact  # noqa: E402
 from experiments.store import config_id, home  # noqa: E402
 
 mlflow.store.db.utils.MAX_RETRY_COUNT = 3  # for a database that cannot be opened; MLflow's 10 take 51 seconds
 
 T = TypeVar("T")
 
-BUSY = 30  # seconds that a write waits for another process to finish its own, in SQLite
+PATIENCE = 5.0  # seconds that a run waits, in all, for a server that does not answer
+PATIENCE_DISK = 60.0  # the same for a database file, which other processes may keep busy
 AGAIN = 60  # seconds after which a store that failed is tried again
 TRAINING = {"mlflow.experimentKind": "custom_model_development"}  # else its page takes it for language models
+SERVER_ENDS = 10.0  # seconds that MLflow's server has to end its processes
 AT_ONCE = 100  # what a server takes of tags or parameters in one request; of metrics it takes more
 
 
 def uri() -> str:
-    """$MLFLOW_TRACKING_URI, or the SQLite file among the runs."""
-    return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{home() / 'mlflow.db'}"
+    """$MLFLOW_TRACKING_URI, or the SQLite file among the runs; raises `ZooError` where it is no address."""
+    return tracking_uri()
 
 
 class Tracker:
@@ -71,11 +79,54 @@ class Tracker:
         self.uri, self.experiment, self.told = uri(), experiment, told
         self._experiment_id: str | None = None
         self._silent_until = 0.0
+        self._why: str | None = None
         self._told = False
+        self._patience = PATIENCE_DISK if self.uri.startswith("sqlite") else PATIENCE
+        self._left = self._patience
+        self._queue: SimpleQueue[Callable[[], object]] = SimpleQueue()
+        threading.Thread(target=self._work, name="tracking", daemon=True).start()
         self.reach(lambda: None)
 
+    @property
+    def incomplete(self) -> str | None:
+        """Why the store does not hold everything, in a line; None as far as is known."""
+        return self._why
+
     def reach(self, ask: Callable[[], T]) -> T | None:
-        """What `ask` gives, or None where the store cannot be reached."""
+        """What `ask` gives, or None where the store cannot be reached or does not answer in time."""
+        if time.monotonic() < self._silent_until:
+            return None
+        answers: list[T | None] = []
+        answered = threading.Event()
+
+        def work() -> None:
+            try:
+                answers.append(self._attempt(ask))
+            finally:
+                answered.set()
+
+        self._queue.put(work)
+        if not answered.wait(self._left):
+            self._left = 0.0
+            self._fail(f"no answer for {self._patience:g} seconds")
+        self._tell()
+        return answers[0] if answers else None
+
+    def post(self, ask: Callable[[], object]) -> None:
+        """Ask without waiting; `reach` comes after it."""
+        self._queue.put(lambda: self._attempt(ask))
+        self._tell()
+
+    def _work(self) -> None:
+        while True:
+            work = self._queue.get()
+            try:
+                work()
+            except Exception as error:  # of MLflow or of a plug-in of it: no reason to end the run
+                self._fail(redact(f"{type(error).__name__}: {error}"))
+
+    def _attempt(self, ask: Callable[[], T]) -> T | None:
+        """In the thread: what `ask` gives, or None where the store fails or has just failed."""
         if time.monotonic() < self._silent_until:
             return None
         try:
@@ -84,12 +135,18 @@ class Tracker:
             return ask()
         # OSError: of the network or the disk; ImportError: the driver of a database that is not installed.
         except (MlflowException, SQLAlchemyError, OSError, ImportError) as error:
-            self._silent_until = time.monotonic() + AGAIN
-            if not self._told:
-                why = str(error).strip().splitlines()[0][:200]
-                self.told(f"MLflow's store {self.uri} failed ({why}); results on disk are whole without it")
-            self._told = True
+            self._fail(redact(str(error).strip().splitlines()[0])[:200])
             return None
+
+    def _fail(self, why: str) -> None:
+        self._silent_until = time.monotonic() + AGAIN
+        self._why = self._why or why
+
+    def _tell(self) -> None:
+        """Once, in the thread of the run: pipes to other processes are not made for several."""
+        if self._why is not None and not self._told:
+            self._told = True
+            self.told(f"MLflow's store {redact(self.uri)} failed ({self._why}); results on disk are whole without it")
 
     @property
     def experiment_id(self) -> str:
@@ -98,11 +155,11 @@ class Tracker:
 
     def _open(self) -> None:
         home().mkdir(parents=True, exist_ok=True)
-        wait = f"?timeout={BUSY}" if self.uri.startswith("sqlite:///") and "?" not in self.uri else ""
+        file = sqlite_file(self.uri)
         with _locked(home() / "mlflow.lock"):  # processes that open a fresh database at once race in its migrations
-            if wait:
-                _make(Path(self.uri.removeprefix("sqlite:///")))
-            self.client = mlflow.MlflowClient(self.uri + wait)
+            if file is not None:
+                _make(file)
+            self.client = mlflow.MlflowClient(self.uri if file is None else sqlite_uri(file))
             found = self.client.get_experiment_by_name(self.experiment)
             # A server knows where artifacts go; a bare database would have them put beside the shell.
             served = self.uri.startswith(("http://", "https://", "databricks"))
@@ -155,6 +212,7 @@ class Tracker:
             made = self.client.create_run(self.experiment_id, run_name=name, tags=tags)
             return Log(self, str(made.info.run_id), {})
 
+        self._left = self._patience
         return self.reach(ask) or Log(self, None, {})
 
     def end(self, run_id: str | None, status: str) -> None:
@@ -213,10 +271,17 @@ class Log(Logger):
 
     @override
     def save(self) -> None:
+        self._ask(self._send)
+
+    def _send(self, client: mlflow.MlflowClient, run_id: str) -> None:
         while self._waiting:
-            if not self._ask(lambda client, run_id: client.log_batch(run_id, metrics=self._waiting[:AT_ONCE])):
-                return  # they wait for the next time
+            client.log_batch(run_id, metrics=self._waiting[:AT_ONCE])  # where it fails, they wait for the next time
             del self._waiting[:AT_ONCE]
+
+    def flush(self) -> None:
+        """Save, and wait until the store has it, or does not answer."""
+        self.save()
+        self.tracker.reach(lambda: None)
 
     @override
     def finalize(self, status: str) -> None:
@@ -272,26 +337,25 @@ class Log(Logger):
         self.save()
         self.tracker.end(self.run_id, status)
 
-    def _ask(self, ask: Callable[[mlflow.MlflowClient, str], object]) -> bool:
-        """Whether the store took it."""
+    def _ask(self, ask: Callable[[mlflow.MlflowClient, str], object]) -> None:
         run_id = self.run_id
-        if run_id is None:
-            return False
-
-        def asked() -> bool:
-            ask(self.tracker.client, run_id)
-            return True
-
-        return self.tracker.reach(asked) or False
+        if run_id is not None:
+            self.tracker.post(lambda: ask(self.tracker.client, run_id))
 
 
 def serve(port: int) -> int:
     """MLflow's own page on this store, until it is stopped; its exit code."""
     Tracker("Default", lambda line: print(line, file=sys.stderr))
-    return subprocess.call(
-        [sys.executable, "-m", "mlflow", "ui", "--backend-store-uri", uri(), "--port", str(port)],
-        env={**os.environ, "MLFLOW_DISABLE_TELEMETRY": "true"},
+    # The address by the environment: it may hold a password, and a command line is visible to everybody.
+    server = subprocess.Popen(
+        [sys.executable, "-m", "mlflow", "ui", "--port", str(port)],
+        env={**os.environ, "MLFLOW_DISABLE_TELEMETRY": "true", "MLFLOW_BACKEND_STORE_URI": uri()},
     )
+    try:
+        return server.wait()
+    finally:
+        server.terminate()  # at a signal to this process alone; it ends its own processes
+        server.wait(SERVER_ENDS)
 
 
 def _make(database: Path) -> None:
@@ -300,12 +364,12 @@ def _make(database: Path) -> None:
         for left in database.parent.glob(f"{database.name}.*.part"):
             left.unlink()
         part = database.with_name(f"{database.name}.{time.time_ns()}.part")  # MLflow keeps the one of before open
-        mlflow.MlflowClient(f"sqlite:///{part}").search_experiments(max_results=1)
+        mlflow.MlflowClient(sqlite_uri(part)).search_experiments(max_results=1)
         os.replace(part, database)
 
 
 @contextmanager
 def _locked(path: Path) -> Iterator[None]:
-    with path.open("w") as file:
+    with path.open("w", encoding="utf-8") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 import logging
-import pickle
 import warnings
 from collections.abc import Sequence
 from operator import itemgetter
@@ -13,11 +11,15 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
+from lightning.fabric.plugins.environments.lightning import LightningEnvironment
 from torch.utils._pytree import tree_map_only
 
 from experiments.config import Config, load
-from experiments.data import build
+from experiments.data import OURS, build
+from experiments.results_schema import read_result
+from experiments.saving import load_plain
 from lit_modules import LitVideoDiT
+from lit_modules.precision import default_precision
 from sparse_zoo.errors import ZooError, refuse
 
 Batch = dict[str, Any]
@@ -33,15 +35,20 @@ class Trained:
         run: A run's folder, or one of its checkpoints.
         overrides: "data.key=value" over the run's config.
         films: How many films; where several are packed in a stream, all of a stream are there.
+        plugins: Files of the user. A run folder may be somebody else's, so a class that its config names is imported
+            only from one of these, or where an override names it.
 
     Raises:
         ZooError: if there is no checkpoint or no config beside it, or the data does not fit the model.
     """
 
-    def __init__(self, command: str, run: Path, overrides: Sequence[str], films: int) -> None:
+    def __init__(
+        self, command: str, run: Path, overrides: Sequence[str], films: int, plugins: Sequence[Path] = ()
+    ) -> None:
         self.checkpoint, before = _find(command, run)
         foreign = [x for x in overrides if x.partition("=")[0].strip().split(".")[0] != "data"]
         refuse(command, [f"only data can be changed, the rest is the checkpoint's; got {x!r}" for x in foreign])
+        refuse(command, [_foreign_class(before, overrides, plugins)])
         self.config = load([before, *overrides])
         self.module, self.step = _load(self.checkpoint)
         data = build(self.config["data"])
@@ -68,10 +75,13 @@ class Trained:
         logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)  # it would tell of GPUs and products
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "The `srun` command")  # a trained model is looked at where one is
+            given: Any = self.config["trainer"]
+            precision: Any = given.get("precision") or default_precision(given.get("accelerator", "auto"))
             self.trainer = pl.Trainer(
-                accelerator=self.config["trainer"].get("accelerator", "auto"),
+                plugins=[LightningEnvironment()],  # in a SLURM allocation too
+                accelerator=given.get("accelerator", "auto"),
                 devices=1,
-                precision=self.config["trainer"].get("precision"),
+                precision=precision,
                 logger=False,
                 enable_checkpointing=False,
                 enable_progress_bar=False,
@@ -102,23 +112,37 @@ def _find(command: str, run: Path) -> tuple[Path, Config]:
     result = path.parent.parent / "result.json"
     refuse(command, [] if result.is_file() else [f"{path} lies in no run: there is no {result} with its config"])
     try:
-        config: Config = json.loads(result.read_text())["config"]
-    except (ValueError, KeyError, TypeError) as error:
+        config: Config = read_result(path.parent.parent)["config"]
+    except (ValueError, KeyError, OSError) as error:
         raise ZooError(f"{command}: {result} cannot be read ({type(error).__name__}: {error})") from error
     return path, config
+
+
+def _foreign_class(config: Config, overrides: Sequence[str], plugins: Sequence[Path]) -> str:
+    """Why the class of the run's data may not be imported; nothing where the user named it."""
+    name = str(config.get("data", {}).get("name"))
+    named = any(x.partition("=")[0].strip() in ("data", "data.name") for x in overrides)
+    given = name.rpartition(":")[0]
+    if ":" not in name or name in OURS or named or any(Path(given).resolve() == one.resolve() for one in plugins):
+        return ""
+    how = f"--plugin {given}" if given.endswith(".py") else f"data.name={name}"
+    return f"the run's data is the class {name!r}, and importing it runs code. Give {how} if you trust it"
 
 
 def _load(checkpoint: Path) -> tuple[LitVideoDiT, int]:
     """The module with its averaged weights, and its step of training."""
     try:
-        state = torch.load(checkpoint, map_location="cpu", weights_only=True)
-    except Exception as error:  # whatever a damaged pickle makes of itself
-        why = str(error).partition("\n")[0].partition(". ")[0] or type(error).__name__  # torch goes on with advice
-        raise ZooError(f"{checkpoint} is damaged: {why}") from error
+        state = load_plain(checkpoint)
+    except ValueError as error:
+        raise ZooError(f"{checkpoint} {error}") from error
     try:
         step = int(state["global_step"])
-        return LitVideoDiT.load_from_checkpoint(checkpoint, map_location="cpu"), step
-    except (KeyError, TypeError, RuntimeError, pickle.UnpicklingError) as error:
+        # Not load_from_checkpoint: it imports the "_instantiator" that a checkpoint names.
+        module = LitVideoDiT(**state["hyper_parameters"])
+        module.on_load_checkpoint(state)
+        module.load_state_dict(state["state_dict"])
+        return module, step
+    except (KeyError, TypeError, RuntimeError, AttributeError) as error:
         raise ZooError(f"{checkpoint} is no checkpoint of a run: {type(error).__name__}: {error}") from error
 
 

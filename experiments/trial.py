@@ -24,6 +24,7 @@ from lit_modules.callbacks import synchronize
 from lit_modules.dit import Block
 from lit_modules.flops import ModelShape, caption_flops, linear_flops
 from lit_modules.flow import generator
+from lit_modules.precision import default_precision
 from sparse_zoo.errors import ZooError, refuse
 
 BATCHES, ITEMS = 4, 2  # training batches tried, and items of each; packed films are one item
@@ -167,7 +168,9 @@ def step_seconds(config: Config) -> float | None:
     if device == "cpu" and trainer.get("accelerator") in ("gpu", "cuda"):
         return None
     made, batches = _data(json.dumps(config["data"]))
-    half = torch.autocast(device, torch.bfloat16, enabled="bf16" in str(trainer.get("precision", "")))
+    precision = str(trainer.get("precision") or default_precision(trainer.get("accelerator", "auto")))
+    dtype = torch.bfloat16 if "bf16" in precision else torch.float16
+    half = torch.autocast(device, dtype, enabled="16" in precision and (device != "cpu" or "bf16" in precision))
     seconds = []
     with torch.random.fork_rng(devices=[]):
         model = _model(config, made).to(device)

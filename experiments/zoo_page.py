@@ -119,4 +119,4 @@ if __name__ == "__main__":
     (DOCS / "zoo").mkdir(exist_ok=True)
     for name in methods():
         drawing(name).save(DOCS / "zoo" / f"{name}.png", optimize=True)
-    (DOCS / "zoo.md").write_text(page())
+    (DOCS / "zoo.md").write_text(page(), encoding="utf-8")

@@ -190,7 +190,8 @@ class _PeakMemory:
             self.meaning = "CUDA tensors, this run"
             return
         try:
-            Path("/proc/self/clear_refs").write_text("5")  # Linux: sets the peak resident size back to the present one
+            # Linux: sets the peak resident size back to the present one.
+            Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")
             self.meaning = "resident memory of the process, this run"
         except OSError:
             self.meaning = "resident memory of the process since it began"
@@ -199,7 +200,7 @@ class _PeakMemory:
         if self.device.type == "cuda":
             return torch.cuda.max_memory_allocated(self.device)
         if self.meaning.endswith("this run"):
-            lines = Path("/proc/self/status").read_text().splitlines()
+            lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
             return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("VmHWM"))
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         return peak if sys.platform == "darwin" else 1024 * peak

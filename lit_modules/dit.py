@@ -15,6 +15,7 @@ from torch.utils.checkpoint import checkpoint
 import sparse_zoo as zoo
 from lit_modules.stream import Stream, stream, video_only
 from sparse_zoo.errors import refuse, unknown
+from sparse_zoo.gather import add_at, take
 
 TEXT = ("joint", "cross")
 POOLED_TEXT = ("none", "adaln", "tokens")
@@ -195,10 +196,10 @@ class VideoDiT(nn.Module):
         table = stream(layout)
         x = self.patches(video)  # (B, Nv, dim)
         if self.pooled is not None:
-            x = x + self.pooled(_pool(words, table)[:, table.shot_of_video])
+            x = x + self.pooled(take(_pool(words, table), 1, table.shot_of_video))
         if self.text == "cross":
             return x, video_only(layout)
-        return torch.cat([words, x], dim=1)[:, table.merge], layout
+        return take(torch.cat([words, x], dim=1), 1, table.merge), layout
 
     def forward(
         self,
@@ -268,9 +269,9 @@ class VideoDiT(nn.Module):
             results.append(replace(result, losses={name: loss.detach() for name, loss in result.losses.items()}))
             kept.append(keys)
 
-        x = x[:, own_video]  # (B, Nv', dim)
+        x = take(x, 1, own_video)  # (B, Nv', dim)
         shot_of_video = row_of[own_video]
-        scale, shift = self.modulation(context.condition)[:, shot_of_video].chunk(2, dim=-1)
+        scale, shift = take(self.modulation(context.condition), 1, shot_of_video).chunk(2, dim=-1)
         out = self.final(_modulate(x, scale, shift))  # (B, Nv', P)
         if self.predicts == "clean":
             t = time[:, shot_of_video, None].clamp(min=LEAST_TIME).to(video.dtype)
@@ -333,7 +334,7 @@ class Block(nn.Module):
         self, x: Tensor, context: Context, layer: int, layers: int
     ) -> tuple[Tensor, zoo.Result, tuple[Tensor, Tensor, Tensor] | None]:
         """x (B, Lq, dim) after this block, what attention did, and, where there is a past, this layer of the next."""
-        modulation = self.modulation(context.condition)[:, context.row_of]  # (B, Lq, 6·dim)
+        modulation = take(self.modulation(context.condition), 1, context.row_of)  # (B, Lq, 6·dim)
         scale_a, shift_a, gate_a, scale_m, shift_m, gate_m = modulation.chunk(6, dim=-1)
 
         hidden = _modulate(x, scale_a, shift_a)  # (B, Lq, dim)
@@ -462,9 +463,9 @@ def _pool(words: Tensor, table: Stream) -> Tensor:
     """
     shots, films = len(table.film_of_shot), len(table.shots_of_film)
     total = words.new_zeros(words.shape[0], shots + films, words.shape[2])
-    total = total.index_add(1, table.row_of[table.text], words)
+    total = add_at(total, 1, table.row_of[table.text], words)
     film = total[:, shots:]
-    return torch.cat([total[:, :shots] + film[:, table.film_of_shot], film], dim=1)
+    return torch.cat([total[:, :shots] + take(film, 1, table.film_of_shot), film], dim=1)
 
 
 def own_captions(layout: zoo.Layout, video: zoo.Layout, table: Stream) -> zoo.Plan:

@@ -20,8 +20,12 @@ import sparse_zoo as zoo
 from lit_modules.callbacks import synchronize
 from lit_modules.flow import generator
 from lit_modules.stream import stream
-from sparse_zoo.diagnostics import Diagnosis, churn, diagnose
+from sparse_zoo.diagnostics import Diagnosis, Routing, churn, diagnose
 from sparse_zoo.errors import refuse
+from sparse_zoo.layout import Film
+from sparse_zoo.partition import Partition, Refinement
+from sparse_zoo.plan import Part
+from sparse_zoo.remember import Origin
 
 if TYPE_CHECKING:
     from lit_modules.module import LitVideoDiT
@@ -30,6 +34,7 @@ T = TypeVar("T")
 
 TIMES = (0.5, 0.9)  # the first is diagnosed; the second, close to noise, is there for churn: each costs a forward pass
 
+PLAIN: list[Any] = [Diagnosis, Routing, zoo.Layout, zoo.Plan, zoo.Shot, Film, Origin, Part, Partition, Refinement]
 KEPT = ("layers", "_figures", "_plans", "_batch", "_step", "_own", "_training")  # by a checkpoint
 
 
@@ -101,13 +106,14 @@ class RoutingWatch(Callback):
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        kept = torch.load(io.BytesIO(state_dict["kept"].numpy().tobytes()), weights_only=False)
+        with torch.serialization.safe_globals(PLAIN):  # a checkpoint may be somebody else's: nothing else is made
+            kept = torch.load(io.BytesIO(state_dict["kept"].numpy().tobytes()), weights_only=True)
         for name in KEPT:
             setattr(self, name, kept[name])
         if self.path.exists():
-            lines = self.path.read_text().splitlines(keepends=True)
+            lines = self.path.read_text(encoding="utf-8").splitlines(keepends=True)
             whole = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= self._step]
-            self.path.write_text("".join(whole))
+            self.path.write_text("".join(whole), encoding="utf-8")
 
     def summary(self) -> dict[str, Any]:
         """The last probe, JSON-able: its step, figures by name as logged, `share_of_time` up to the end of it, and
@@ -141,7 +147,7 @@ class RoutingWatch(Callback):
             for figures, layer in zip(by_layer, self.layers, strict=True)
         ]
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        with self.path.open("a") as file:
+        with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps({"step": self._step, "layers": layers}) + "\n")
 
 

@@ -12,6 +12,7 @@ from torch._compile import _disable_dynamo
 
 from sparse_zoo.cost import Cost
 from sparse_zoo.errors import ZooError, refuse, unknown
+from sparse_zoo.gather import take
 from sparse_zoo.kernels import attend, attend_sum
 from sparse_zoo.kernels import names as kernel_names
 from sparse_zoo.layout import Layout
@@ -167,6 +168,8 @@ class Attention(nn.Module):
       `q_rows`).
     - `own_heads`: what makes heads differ other than their q, k, v (parameters or windows of each), in a sentence;
       None: nothing.
+    - `reads_values`: what makes its plans depend on v, in a sentence; None: nothing.
+    - `same_in_training`: settings at which training attends as evaluation does, or a sentence saying why it never does.
     - `knob`: the setting that buys density.
     - `card`: what a table of methods says of it (docs/zoo.md); checks do not look at it.
     - `small`: settings that suit films of a few dozen tokens; the conformance suite uses them.
@@ -190,6 +193,8 @@ class Attention(nn.Module):
     may_be_empty: bool = False
     pools_queries: bool = False
     own_heads: str | None = None
+    reads_values: str | None = None
+    same_in_training: ClassVar[Mapping[str, Any] | str] = {}
     knob: ClassVar[Knob | None] = None
     card: ClassVar[Card | None] = None
     small: ClassVar[Mapping[str, Any]] = {}
@@ -297,7 +302,7 @@ class Attention(nn.Module):
             value, _, kernel = attend(q, k, v, plan, kernel=self.kernel)
             if branch.rows is not None:
                 rows = branch.rows if silent is None else branch.rows.masked_fill(silent, -1)
-                value = value[:, :, rows.clamp(min=0)].masked_fill((rows < 0)[:, None], 0)
+                value = take(value, 2, rows.clamp(min=0)).masked_fill((rows < 0)[:, None], 0)
             terms.append(branch.weight * value)
             used.append(kernel)
         if shared:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from sparse_zoo.errors import ZooError
+from sparse_zoo.gather import add_at
 from sparse_zoo.layout import Layout
 from sparse_zoo.remember import Cached, lazy, origin, remembered
 
@@ -116,9 +117,8 @@ class Partition(Cached):
         first = torch.arange(batch * heads, device=x.device)[:, None] * (self.count + 1)
         place = first + torch.where(piece < 0, self.count, piece)
         total = x.new_zeros(batch * heads * (self.count + 1), dim)
-        total = total.index_add(0, place.flatten(), x.reshape(-1, dim)).view(batch, heads, self.count + 1, dim)[
-            :, :, :-1
-        ]
+        total = add_at(total, 0, place.flatten(), x.reshape(-1, dim))
+        total = total.view(batch, heads, self.count + 1, dim)[:, :, :-1]
         return total / self.sizes.clamp(min=1)[..., None].to(x.dtype)
 
     def narrow(self, tokens: Tensor) -> Partition:

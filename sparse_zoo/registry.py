@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib.util
 import inspect
+import os
 import re
 import sys
 from collections.abc import Callable, Iterator, Mapping
@@ -202,12 +204,16 @@ def load_plugin(path: str | Path) -> list[str]:
 def import_file(path: str | Path) -> ModuleType:
     """Import a Python file, once; if that fails, nothing that it registered stays.
 
+    The module is named after the whole path, links followed: files of one name in different folders are two modules,
+    and one file is the same module in every process.
+
     Raises `ZooError` if there is no such file or it does not import.
     """
     path = Path(path).resolve()
     refuse(f"plug-in {path}", ["no such file"] if not path.is_file() else [])
-    name = f"sparse_zoo_plugin_{path.stem}"
-    if name in sys.modules and getattr(sys.modules[name], "__file__", None) == str(path):
+    stem, digest = re.sub(r"\W", "_", path.stem), hashlib.sha256(os.fsencode(path)).hexdigest()
+    name = f"sparse_zoo_plugin_{stem}_{digest[:12]}"
+    if name in sys.modules:
         return sys.modules[name]
     spec = importlib.util.spec_from_file_location(name, path)
     if spec is None or spec.loader is None:

@@ -11,11 +11,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import fields, is_dataclass
-from functools import cached_property, lru_cache, wraps
+from functools import cached_property, wraps
 from typing import Any, NamedTuple, TypeVar, cast
 
 import torch
 from torch import Tensor
+
+from sparse_zoo.bounded import bounded
 
 T = TypeVar("T")
 F = TypeVar("F", bound=Callable[..., Any])
@@ -45,9 +47,9 @@ def remembered(most: int) -> Callable[[F], F]:
     """
 
     def wrap(function: F) -> F:
-        made = lru_cache(maxsize=most)(torch.inference_mode(False)(function))
+        made = bounded(most)(torch.inference_mode(False)(function))
 
-        @lru_cache(maxsize=most)
+        @bounded(most)
         @torch.inference_mode(False)
         def copied(device: torch.device, *args: Any, **named: Any) -> Any:
             return on_device(made(*args, **named), device)

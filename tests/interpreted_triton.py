@@ -53,9 +53,12 @@ def _small(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(kernel_checks, name, value)
 
 
-# 66,560 programs would take minutes; that grids have one dimension is tested below.
+# 66,560 programs, or plans of hundreds of tokens, would take minutes; that grids have one dimension is tested below.
+SLOW = ("kernel_many_rectangles", "kernel_large_plans")
+
+
 @pytest.mark.usefixtures("_small")
-@pytest.mark.parametrize("check", [name for name in testing.kernel_checks() if name != "kernel_many_rectangles"])
+@pytest.mark.parametrize("check", [name for name in testing.kernel_checks() if name not in SLOW])
 def test_conforms(check: str) -> None:
     (outcome,) = testing.check_kernel("triton", only=[check])
     assert outcome.status == "passed", outcome

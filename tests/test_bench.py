@@ -10,7 +10,7 @@ import torch
 import sparse_zoo as zoo
 from sparse_zoo import bench
 from sparse_zoo.bench import __main__ as command
-from sparse_zoo.bench import agreement, competitors, intervals, turns
+from sparse_zoo.bench import agreement, competitors, host, intervals, turns
 from sparse_zoo.kernels import grouped
 from sparse_zoo.simulate import simulate
 
@@ -20,7 +20,7 @@ CPU = torch.device("cpu")
 def test_rows_add_up(capsys: pytest.CaptureFixture[str]) -> None:
     assert command.main(["--tokens", "2048", "--repeats", "1", "--max-repeats", "1", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
-    rows = found["rows"]
+    rows = [row for row in found["rows"] if row["pass"] != "host"]
     assert found["threads"]
     assert found["device"]
     assert found["versions"]["torch"] == torch.__version__
@@ -261,3 +261,27 @@ def test_no_turns_are_added_when_time_is_up(monkeypatch: pytest.MonkeyPatch) -> 
 
 def test_rows_measured_before_there_were_intervals_are_no_noise() -> None:
     assert bench.headline([{"method": "moc"}, {"method": "moga", "failed": "out of memory"}]) == ""
+
+
+# -- the host's share -------------------------------------------------------------------------------------------------
+
+
+def test_the_host_has_a_row_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is measured without a GPU: twice as much work for the host takes longer, whatever else the machine does."""
+    pytest.importorskip("triton", reason="needs the package triton")
+    monkeypatch.setattr(turns, "measure", lambda *_, **__: [])
+    round_ = bench.Round(bench.film_of(2048), (bench.MOC, bench.Entry("window", {"tile": [2, 8, 8]})))
+    rows = bench.run([round_], 1, CPU)["rows"]
+    assert [(row["method"], row["pass"], row["kernel"]) for row in rows] == [
+        ("moc", "host", "triton"),
+        ("window", "host", "triton"),
+    ]
+    assert all(0 < row["forward_seconds"] < row["seconds"] for row in rows)
+    lines = list(bench.table(rows))
+    assert [line.split()[:1] + line.split()[4:5] for line in lines[1:]] == [["moc", "host"], ["window", "host"]]
+
+
+def test_where_the_host_cannot_be_measured_a_row_says_why() -> None:
+    row = host.host_row(bench.Round(FILM, (bench.MOC,), 1, 16), bench.MOC)
+    assert row["skipped"] == "head dim 16 is not 64 or 128"
+    assert next(line for line in bench.table([row]) if line.startswith("moc")).endswith("head dim 16 is not 64 or 128")

@@ -213,7 +213,7 @@ cli.main()
     done = subprocess.run([sys.executable, "-c", code], cwd=here, capture_output=True, text=True, env=os.environ)
     assert done.returncode == 130, done.stderr
     assert "go on with: zoo sweep long.yaml" in done.stdout
-    assert "was interrupted after 3 steps" in done.stdout
+    assert "was interrupted by SIGINT after 3 steps" in done.stdout
     assert "Traceback" not in done.stderr + done.stdout
 
 

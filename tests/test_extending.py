@@ -32,6 +32,7 @@ INTRODUCTION, *SECTIONS = re.split(r"^## ", PAGE, flags=re.M)
 BY_TITLE = {section.partition("\n")[0]: section for section in SECTIONS}
 TESTED = {
     "A method": "test_a_method",
+    "A choice for each query": "test_a_choice_for_each_query",
     "Several branches, a gate, an auxiliary loss": "test_several_branches",
     "A coarse branch": "test_a_coarse_branch",
     "A schedule": "test_a_schedule",
@@ -100,6 +101,16 @@ def test_a_method() -> None:
 
 
 @pytest.mark.usefixtures("here")
+def test_a_choice_for_each_query() -> None:
+    (result,) = follow("A choice for each query")
+    assert result["attention"] == {"name": "nearest_frames", "top_k": 1}
+    film = zoo.Layout.film([zoo.Shot(1, 2, 2) for _ in range(3)])
+    x = torch.zeros(1, 1, len(film), 4)
+    mask = zoo.build("nearest_frames", heads=1, head_dim=4, top_k=1)(x, x, x, film).plans[0].dense_mask()[0, 0]
+    assert torch.equal(mask, (film.shot[:, None] == film.shot) | (film.shot == 0))  # of equal scores the earliest
+
+
+@pytest.mark.usefixtures("here")
 def test_several_branches() -> None:
     (result,) = follow("Several branches, a gate, an auxiliary loss")
     assert result["density"] == 1.5  # half in one branch, all in the other
@@ -163,7 +174,9 @@ def test_a_kernel() -> None:
 @pytest.mark.usefixtures("here")
 def test_a_datamodule() -> None:
     (result,) = follow("A datamodule")
-    assert result["config"]["data"] == {"name": "plain_colours.py:PlainColours", "films": 4}
+    name = result["config"]["data"].pop("name")  # an absolute path: the run is found again from any folder
+    assert name.endswith("/plain_colours.py:PlainColours")
+    assert result["config"]["data"] == {"films": 4}
     assert result["data"] == {"train": {"films": 4, "shots": 8, "frames": 16}}
     assert result["strips"]
 

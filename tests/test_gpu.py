@@ -1,6 +1,7 @@
 """`make gpu`, as far as a machine without a GPU can tell: a rehearsal with stages that crash, all stages' code."""
 
 import ast
+import json
 import os
 import subprocess
 import sys
@@ -16,7 +17,7 @@ import torch
 
 import sparse_zoo as zoo
 from experiments.tools.gpu import __main__ as gpu
-from experiments.tools.gpu import checks, common, instruments, machine, model, rows, times
+from experiments.tools.gpu import checks, common, instruments, machine, model, pack, pack_compile, rows, times
 from experiments.tools.gpu.rows import Row, Rows
 from experiments.tools.gpu.stage import Run, in_one_line, run_stage
 from experiments.tools.gpu.stages import LONG, MACHINE, STAGES, Stage
@@ -138,7 +139,7 @@ def test_exit_code_and_rows_say_which_stage_failed_and_how(rehearsed: tuple[int,
 def test_the_table_says_it_too(rehearsed: tuple[int, list[Row], Path]) -> None:
     _, _, out = rehearsed
     page = (out / "summary.md").read_text()
-    assert "| crash | 0 | **failed**: killed by SIGSEGV |" in page
+    assert "| crash | 0 | 0 | **failed**: killed by SIGSEGV |" in page
     assert "| a sum | **failed**: out errs by 1e-01, allowed is 1e-03 |" in page
     assert "| before the hang | 2e+03 |  |" in page
     assert "Failed stages: crash, hang, compile_error, full, illegal, wrong, half. Skipped stages: counted." in page
@@ -425,6 +426,92 @@ def test_failures_are_named_in_one_line() -> None:
 
 def test_the_summary_of_nothing_is_a_page() -> None:
     assert "Failed stages: none" in summary([], 0.0)
+
+
+# -- what travels -----------------------------------------------------------------------------------------------------
+
+SAME_KEYS = """
+import json, sys
+import torch
+from triton.runtime import driver
+from sparse_zoo.kernels.triton import device
+from experiments.tools.gpu.pack_compile import Driver
+driver.set_active(Driver(90))
+for launch in json.load(open(sys.argv[1])):
+    args = [torch.empty(8, dtype=getattr(torch, x["dtype"][6:])) if isinstance(x, dict) else x for x in launch["args"]]
+    getattr(device, launch["name"]).warmup(*args, grid=(1,), **launch["constants"])
+"""
+
+
+def test_what_is_compiled_without_torch_is_found_with_it_and_elsewhere(tmp_path: Path) -> None:
+    """Kernels compiled by the torch-free script are not compiled again for torch's tensors, after the cache moved."""
+    pytest.importorskip("triton", reason="needs the package triton")
+    film = zoo.Layout.film([zoo.Shot(2, 16, 16, text=3)] * 3)
+    launches = pack._step("moc", {"top_k": 1, "causal": None}, film, 2, 64, torch.bfloat16)
+    few = [pack.described(launch) for launch in launches if launch.name in ("merge", "row_dots", "pool")]
+    assert {launch["name"] for launch in few} == {"merge", "row_dots", "pool"}
+    first, moved = tmp_path / "first", tmp_path / "moved"
+    first.mkdir()
+    (first / pack_compile.LAUNCHES).write_text(json.dumps(few))
+    script, kernels = pack_compile.__file__, ROOT / "sparse_zoo" / "kernels" / "triton" / "device.py"
+    environment = {name: x for name, x in os.environ.items() if name not in ("TRITON_INTERPRET", "TRITON_CACHE_DIR")}
+    code = "import runpy, sys; sys.modules['torch'] = None; runpy.run_path(sys.argv.pop(1), run_name='__main__')"
+    done = subprocess.run(
+        [sys.executable, "-c", code, script, str(first), str(kernels), "90"],
+        capture_output=True, text=True, check=False, env=environment, cwd=tmp_path,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "3 kernels compiled" in done.stdout
+    assert " 0 failed" in done.stdout
+    first.rename(moved)
+    found = gpu.unpacked(moved)
+    before = {entry.name for entry in (moved / pack_compile.CACHE).iterdir()}
+    environment |= found | {"PYTHONPATH": str(ROOT)}
+    subprocess.run(
+        [sys.executable, "-c", SAME_KEYS, str(moved / pack_compile.LAUNCHES)], check=True, env=environment, cwd=ROOT
+    )
+    files = list((moved / pack_compile.CACHE).glob("*/*"))
+    assert {file.parent.name for file in files} == before
+    assert {file.suffix for file in files} == {".cubin", ".json"}  # compiled anew, there would be others
+
+
+def test_launches_are_recorded_once_for_each_kernel() -> None:
+    pytest.importorskip("triton", reason="needs the package triton")
+    film = zoo.Layout.film([zoo.Shot(2, 16, 16, text=3)] * 3)
+    with common.tiles(128, "attend", times.SWEEP[0][1][0], attend_rows=True):
+        launches = pack._step("moc", {"top_k": 1, "causal": None}, film, 2, 128, torch.bfloat16)
+    found = [pack.described(launch) for launch in launches]
+    assert json.loads(json.dumps(found)) == found
+    assert {"attend", "grad_queries", "grad_keys", "merge", "choose"} <= {launch["name"] for launch in found}
+    blocks = [
+        [x["block"] for x in launch["args"] if isinstance(x, dict) and "block" in x]
+        for launch in found
+        if launch["name"] == "attend"
+    ]
+    assert [[1, 1, 128, 128]] * 2 in blocks  # keys and values, by the copy engine
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--python", "no-such-python"], "no-such-python"),
+        (["--out", "."], "exists; give a new folder"),
+    ],
+)
+def test_a_pack_that_cannot_be_made_is_one_line(
+    arguments: list[str], said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert pack.main(["--out", str(tmp_path / "pack"), *arguments]) == 1
+    told = capsys.readouterr().err
+    assert said in told
+    assert told.count("\n") == 1
+
+
+def test_a_folder_that_is_no_pack_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        gpu.main(["--pack", str(tmp_path)])
+    assert ended.value.code == 2
+    assert "has no triton-cache" in capsys.readouterr().err
 
 
 # -- what it imports --------------------------------------------------------------------------------------------------

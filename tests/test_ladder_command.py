@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -279,7 +280,7 @@ def test_all_methods_are_ranked_on_the_calls(calls: Path, tmp_path: Path) -> Non
     assert (dense["density"], dense["pareto"], dense["untrained"]) == (1, True, False)
     assert dense["error"] < 1e-5
     assert rows["moga", None]["untrained"]
-    assert rows["moga", None]["settings"] == {"groups": 3, "frames_per_group": 2}  # the films are tiny
+    assert rows["moga", None]["settings"] == {}  # the class's defaults, not those of the suite
     one = rows["moc", 1]
     calls_of = [captured.call for captured in load(calls)]
     moc = build_method("moc", heads=2, head_dim=8, top_k=1)
@@ -307,8 +308,9 @@ def test_a_method_that_cannot_run_says_why(calls: Path) -> None:
     assert result.exit_code == 1
     assert "top_k must be a whole number of at least 1, got 0" in result.stdout
     assert "100.0 %" in result.stdout
-    assert zoo("replay", calls, "moc:top_k=0", "--plot", "none.png").exit_code == 1
-    assert not Path("none.png").exists()
+    alone = zoo("replay", calls, "moc:top_k=0")
+    assert alone.exit_code == 1
+    assert "100.0 %" in alone.stdout  # dense is there as the reference
     unknown = zoo("replay", calls, "mocc")
     assert (unknown.exit_code, unknown.stdout) == (2, "")
     assert "did you mean 'moc'" in unknown.stderr
@@ -332,18 +334,17 @@ def test_methods_rank_at_one_cost() -> None:
     ]
     found = replay(captured, given, Budget.of({"density": 0.5}))
     ran = [row for row in found if row.failed is None]
-    assert {row.method for row in ran} == {"svg2", "xattention"}
-    for row in ran:
+    assert {row.method for row in ran} == {"svg2", "xattention", "dense"}  # the reference has no budget
+    for row in (row for row in ran if row.method != "dense"):
         attention = build_method(row.method, heads=2, head_dim=8, **row.settings).eval()
         costs = [attention.run(one.call).cost().density for one in captured]
         assert row.figures["density"] == pytest.approx(sum(costs) / 2) == pytest.approx(0.5, rel=0.02)
         assert abs(costs[0] - costs[1]) > 0.02
         assert row.settings.items() >= dict(given)[row.method].items()
-    dense, named, coarse, ends = (str(row.failed) for row in found if row.failed is not None)
-    assert dense == "match: dense has no knob to turn"
+    named, coarse, ends = (str(row.failed) for row in found if row.failed is not None)
     assert named == "match: top_k of moc is to be solved: leave it out"
-    assert coarse.endswith("another setting of moc may bring it nearer")
-    assert "moc comes no nearer to 0.5 than" in ends
+    assert coarse.endswith("Another setting of moc may bring it nearer")
+    assert "moc cannot reach density 0.5: the closest is" in ends
 
 
 def test_only_what_was_named_can_fail_a_match(calls: Path) -> None:
@@ -353,7 +354,8 @@ def test_only_what_was_named_can_fail_a_match(calls: Path) -> None:
     assert found["match"] == {"density": 0.5}
     assert found["rows"][-1]["failed"]
     everyone = zoo("replay", calls, "--match", "density=0.8")
-    assert "dense has no knob to turn" in everyone.stdout
+    assert re.search(r"\bdense +100.0 %", everyone.stdout)
+    assert "cannot reach density 0.8: the closest is" in everyone.stdout
     assert "by error" in everyone.stdout
     assert everyone.exit_code == 0
 
@@ -380,8 +382,6 @@ def test_a_budget_that_cannot_be_is_refused_at_once(calls: Path) -> None:
         assert message in result.stderr
     (row,) = replay(load(calls), [("moc", {})], Budget.of({"seconds": 1.0}))
     assert row.failed == "match: seconds can be matched in zoo train and zoo sweep alone"
-    tiny = dict(asked(["moc_fixed"], load(calls), Budget.of({"density": 0.5})))["moc_fixed"]
-    assert (tiny["chunk_tokens"], "top_k" in tiny) == (7, False)
 
 
 def test_the_front_is_what_nothing_beats(calls: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -397,16 +397,11 @@ def test_the_front_is_what_nothing_beats(calls: Path, monkeypatch: pytest.Monkey
     assert [row.settings["top_k"] for row in rows] == [2, 4, 3, 1, 5]
 
 
-def test_settings_for_tiny_films_are_for_tiny_films() -> None:
-    def captured(frames: int) -> list[Captured]:
-        film = Layout.film([Shot(frames, 16, 16)])
-        x = torch.zeros(1, 1, 1, 1).expand(1, 1, len(film), 1)
-        return [Captured(Call(x, x, x, film), {})]
-
-    tiny: Any = dict(asked([], captured(3)))
-    assert tiny["moc_fixed"]["chunk_tokens"] == 7
-    assert dict(asked([], captured(4)))["moc_fixed"] == {}
-    assert asked(["moc:top_k=3", "moc"], captured(4)) == [("moc", {"top_k": 3}), ("moc", {})]
+def test_replay_compares_defaults_and_always_dense() -> None:
+    assert dict(asked([]))["moc_fixed"] == {}
+    assert dict(asked([]))["dense"] == {}
+    assert asked(["moc:top_k=3", "moc"]) == [("dense", {}), ("moc", {"top_k": 3}), ("moc", {})]
+    assert asked(["moc", "dense"]) == [("moc", {}), ("dense", {})]
 
 
 @pytest.mark.parametrize("command", ["ladder", "capture", "replay"])

@@ -238,9 +238,7 @@ def test_a_cell_that_runs_elsewhere_is_waited_for(
 
 
 @pytest.mark.usefixtures("runs")
-@pytest.mark.parametrize(
-    "uri", ["http://127.0.0.1:1", "nothing://here", "sqlite:////proc/x.db", "postgresql+none://x/y", "mysql://x/y"]
-)
+@pytest.mark.parametrize("uri", ["http://127.0.0.1:1", "sqlite:////proc/x.db", "postgresql+none://x/y", "mysql://x/y"])
 def test_a_store_that_cannot_be_opened_is_one_line_and_soon_told(monkeypatch: pytest.MonkeyPatch, uri: str) -> None:
     monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
     told: list[str] = []
@@ -312,7 +310,7 @@ def test_a_run_that_goes_on_logs_no_step_twice() -> None:
         for step in steps:
             log.log_metrics({"loss": step / 2}, step)
             log.log_metrics({f"only_at_{step}": 1.0}, step)
-        log.save()
+        log.flush()
     assert log.run_id == first.run_id
     history = tracker.client.get_metric_history(str(first.run_id), "loss")
     assert [(point.step, point.value) for point in history] == [(step, step / 2) for step in range(6)]

@@ -173,3 +173,24 @@ def test_plans_over_pooled_tokens_are_counted_and_not_drawn(tmp_path: Path) -> N
 def test_loops_in_words() -> None:
     assert pictures.loop_text([9, 11]) == "9 <-> 11"
     assert pictures.loop_text([3, 5, 8]) == "3 -> 5 -> 8 -> 3"
+
+
+def test_no_label_overprints_another(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two loops and more beside the title of their matrix."""
+    figures = []
+    monkeypatch.setattr(pictures, "_write", lambda figure, path: figures.append(figure) or path)
+    monkeypatch.setattr(pictures, "loops", lambda counts: [(0, 1), (2, 3, 4), (5, 6, 7, 8), (9, 11)][: len(counts)])
+    pictures.sample_map("moc", {"causal": None}).save(tmp_path / "map.png")
+    (figure,) = figures
+    figure.draw_without_rendering()
+    for axis in figure.axes:
+        titles = [one for one in (axis.title, axis._left_title, axis._right_title) if one.get_text().strip()]
+        lines = [(one, one.get_text().strip("\n").count("\n") + 1, one.get_text().count("\n") + 1) for one in titles]
+        boxes = []
+        for one, shown, every in lines:  # blank lines at the end of a title are room for the other one
+            box = one.get_window_extent()
+            blank = box.height * (every - shown) / every
+            boxes.append((box.x0, box.y0 + blank, box.x1, box.y1))
+        for i, a in enumerate(boxes):
+            for b in boxes[i + 1 :]:
+                assert a[2] <= b[0] or b[2] <= a[0] or a[3] <= b[1] + 1 or b[3] <= a[1] + 1, (a, b)

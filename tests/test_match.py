@@ -18,7 +18,7 @@ from experiments import match, store, trial
 from experiments.cli import app
 from experiments.config import Config, load
 from experiments.data import build
-from experiments.match import Solution, solve, solved
+from experiments.match import Budget, Solution, solve, solved
 from experiments.sweep import read
 from lit_modules import RectifiedFlow, VideoDiT
 from lit_modules.flow import generator
@@ -145,10 +145,39 @@ def test_a_cost_that_falls_now_and_then_is_looked_around() -> None:
 
 def test_the_reasons_name_what_ends() -> None:
     knob = zoo.Knob("top_k", 1, 4)
-    for goal, said in ((0.9, "ends at 4"), (0.01, "begins at 1"), (0.25, "too coarse (0.2 at 2, 0.3 at 3)")):
+    reach = "it can reach 0.1 to 0.4, with top_k from 1 to 4"
+    for goal, said in (
+        (0.9, f"moc cannot reach density 0.9: the closest is 0.4 at top_k=4, its upper bound; {reach}"),
+        (0.01, f"moc cannot reach density 0.01: the closest is 0.1 at top_k=1, its lower bound; {reach}"),
+        (
+            0.25,
+            "moc cannot reach density 0.25: the closest is 0.2 at top_k=2, not within 0.02 of it "
+            f"(0.2 at top_k=2, 0.3 at top_k=3); {reach}. Vary another",
+        ),
+    ):
         found, _ = found_on_a_line(knob, lambda k: k / 10, goal)
-        assert said in found.why_not(knob, "moc", "turn another")
-    assert found.why_not(knob, "moc", "turn another").endswith("; turn another")
+        assert found.why_not(knob, "moc", "density", "Vary another") == said
+    falling = zoo.Knob("groups", 64, 4)  # more groups cost less
+    found, _ = found_on_a_line(falling, lambda groups: 1 / groups, 0.01)
+    assert found.why_not(falling, "moga", "density", "").startswith(
+        "moga cannot reach density 0.01: the closest is 0.01562 at groups=64, its upper bound; it can reach 0.01562 to"
+    )
+
+
+def test_the_tolerance_is_a_setting() -> None:
+    knob = zoo.Knob("top_k", 1, 4)
+
+    def cost(own: dict[str, Any]) -> float:
+        return float(own["top_k"] / 10)
+
+    assert not solve(knob, cost, 0.28).reached
+    assert solve(knob, cost, 0.28, within=0.1).reached
+    assert solve(knob, cost, 0.28, within=0.1).settings == {"top_k": 3}
+    assert Budget.of({"density": 0.5}).within == 0.02
+    assert Budget.of({"density": 0.5, "within": 0.1}).within == 0.1
+    for wrong in (0, 1, -0.1, "much", True, float("nan"), None):
+        with pytest.raises(ZooError, match=r"match.within must be a number between 0 and 1, .* got"):
+            Budget.of({"density": 0.5, "within": wrong})
 
 
 # -- measured on the films of a config ---------------------------------------------------------------------------------
@@ -240,7 +269,7 @@ def test_layers_share_what_those_without_a_knob_leave() -> None:
         ({"attention": "moc", "attention.top_k": 3}, "top_k of moc is to be solved: leave it out"),
         ({"attention": "dense"}, "dense has no knob to turn; `match: null` in a cell leaves it as it is"),
         ({"attention": {"name": "moc", "schedule": {"causal": {0: None, 5: "routing"}}}}, "has a schedule"),
-        ({"attention": "moc", "match": {"density": 5.0}}, "the range of top_k ends at 64"),
+        ({"attention": "moc", "match": {"density": 5.0}}, "; it can reach 0.5135 to 0.727, with top_k from 1 to 64"),
         ({"match": {"densty": 0.1}}, "unknown key of match 'densty'; did you mean 'density'"),
         ({"match": {"density": 0.1, "flops": 3}}, "match needs one of density, flops, seconds, got density, flops"),
         ({"match": {"density": "much"}}, "match.density must be a number above 0, got 'much'"),
@@ -260,11 +289,12 @@ def test_what_cannot_be_matched_says_why(overrides: dict[str, Any], message: str
 # -- in a sweep --------------------------------------------------------------------------------------------------------
 
 MOC = {"name": "moc", "anchors": ["shot"], "causal": None}
+MOGA = {"name": "moga", "mix": ["group"]}
 BUDGET: dict[str, Any] = {
     "base": RAGGED,
     "match": {"density": 0.5},
     "seeds": 3,
-    "axes": {"attention": {"moc": MOC, "moga": {"name": "moga", "mix": ["group"]}}},
+    "axes": {"attention": {"moc": MOC, "moga": MOGA}},
     "cells": {"dense": {"attention": "dense", "match": None}},
 }
 
@@ -284,7 +314,7 @@ def test_seeds_share_one_solution(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         assert config["attention"] == MOC | {"top_k": top_k}
         assert config["match"] == {"density": 0.5, "set": {"top_k": top_k}}
         assert config["seed"] == seed
-        assert cells[f"moc-s{seed}"].id == store.config_id(config)
+        assert cells[f"moc-s{seed}"].id == store.Cell("of any name", config).id
         assert "match" not in cells[f"dense-s{seed}"].config
     assert len({cell.id for cell in sweep.cells}) == 9
 
@@ -310,8 +340,33 @@ def test_every_cell_that_misses_is_named_at_once(tmp_path: Path) -> None:
     cells = {"dense": {"attention": "dense"}, "other": {"attention": "moc", "attention.top_k": 2}}
     with pytest.raises(ZooError) as caught:
         read(write_sweep(tmp_path / "s.yaml", **BUDGET | {"match": {"density": 0.01}, "cells": cells}))
-    for part in ("cell moc: ", "begins at 1", "cell moga: ", "begins at 64", "cell dense: ", "no knob", "cell other: "):
+    for part in (
+        "cell moc: moc cannot reach density 0.01: ",
+        "at top_k=1, its lower bound",
+        "cell moga: moga cannot reach density 0.01: ",
+        "with groups from 64 to 1",
+        "cell dense: ",
+        "no knob",
+        "cell other: ",
+    ):
         assert part in str(caught.value)
+    # The range that all cells with a knob can reach, against plain measuring at the knobs' ends.
+    ends = []
+    for attention, low, high in ((MOC, {"top_k": 1}, {"top_k": 64}), (MOGA, {"groups": 64}, {"groups": 1})):
+        ends.append([trial.trial(load([RAGGED, {"attention": attention | own}])).density for own in (low, high)])
+    low, high = max(end[0] for end in ends), min(end[1] for end in ends)
+    assert f"all cells can reach density {low:.4g} to {high:.4g}" in str(caught.value)
+
+
+def test_a_tolerance_holds_in_a_sweep(tmp_path: Path) -> None:
+    """What 2 % refuses a wider tolerance takes, and the solution is kept."""
+    alone: dict[str, Any] = {"base": RAGGED, "cells": {"moc": {"attention": MOC}}}
+    few, more = (trial.trial(load([RAGGED, {"attention": MOC | {"top_k": k}}])).density for k in (1, 2))
+    asked = {"density": (few + more) / 2}
+    with pytest.raises(ZooError, match=r"cannot reach density .* not within 0.02 of it .* Widen match.within"):
+        read(write_sweep(tmp_path / "s.yaml", **alone, match=asked))
+    (cell,) = read(write_sweep(tmp_path / "s.yaml", **alone, match=asked | {"within": 0.5})).cells
+    assert cell.config["match"].keys() == {"density", "within", "set"}
 
 
 def test_a_size_and_an_axis_may_ask_for_other_budgets(tmp_path: Path) -> None:
@@ -361,7 +416,7 @@ def test_cost_turns_the_knob() -> None:
         assert found["settings"] == {"anchors": ["shot"], "causal": None, "top_k": 5}
         assert "top_k 5" in run("cost", *own, "--match", asked, *size).stdout
     for wrong, said in (
-        ("density=7", "ends at 64"),
+        ("density=7", "at top_k=9; it can reach 0.6205 to 0.7703, with top_k from 1 to 64"),
         ("seconds=1", "in zoo train and zoo sweep alone"),
         ("density=0", "above 0"),
     ):

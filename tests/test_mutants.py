@@ -11,6 +11,7 @@ from sparse_zoo.testing import kernels, methods
 from sparse_zoo.testing.mutants import MUTANTS, Mutant
 from sparse_zoo.testing.mutants.kernels import Plain
 from sparse_zoo.testing.mutants.moc import Dropping, Noisy, Open
+from sparse_zoo.testing.mutants.sizes import Unruled
 from sparse_zoo.testing.mutants.tiles import OpenReach
 
 
@@ -31,7 +32,7 @@ def test_every_check_has_a_mutant() -> None:
     assert all(mutant.broken.endswith(".") for mutant in MUTANTS)
 
 
-@pytest.mark.parametrize("base", [Open, Dropping, Noisy, OpenReach])
+@pytest.mark.parametrize("base", [Open, Dropping, Noisy, OpenReach, Unruled])
 def test_what_mutants_are_made_of_is_unbroken(base: type[zoo.Attention]) -> None:
     assert {outcome.status for outcome in testing.check_method(base)} <= {"passed", "skipped"}
 

@@ -60,6 +60,7 @@ def test_bench_writes_and_exits_by_what_failed(tmp_path: Path) -> None:
     assert [row["pass"] for row in json.loads((tmp_path / "a.json").read_text())["rows"]] == [
         "forward",
         "forward+backward",
+        "host",
     ]
     assert (tmp_path / "a.png").stat().st_size > 1000
     refused = CliRunner().invoke(app, [*asked, "--kernel", "torch", "--json"])

@@ -13,7 +13,8 @@ import typer
 from rich import box
 from rich.table import Table
 
-from experiments.cli.shell import AsJson, Plugin, app, console, errors, escape, load_plugins, plain
+from experiments.cli.shell import AsJson, Plugin, app, console, errors, load_plugins, plain
+from experiments.escape import for_terminal as escape
 
 if TYPE_CHECKING:
     from sparse_zoo import Setting
@@ -74,6 +75,22 @@ def list_(
         )
     console.print("\n[bold]kernels[/bold]")
     console.print(table)
+    console.print('\n[bold]kernel="auto" on an H100[/bold], where all packages are there')
+    console.print(_on_h100())
+
+
+def _on_h100() -> Table:
+    """What "auto" takes there, by dtype and head dim; needs no GPU."""
+    import torch
+
+    from sparse_zoo.kernels.automatic import H100, SHOWN, automatic
+
+    table = Table.grid(padding=(0, 2))
+    table.add_row("  head dim", *map(str, SHOWN))
+    for dtype in (torch.bfloat16, torch.float16, torch.float32):
+        name = str(dtype).removeprefix("torch.")
+        table.add_row(f"  [cyan]{name}[/cyan]", *(automatic("cuda", H100, dtype, dim) for dim in SHOWN))
+    return table
 
 
 @app.command(epilog="Example: [bold]zoo check own_and_previous_shots --plugin own_shots.py[/bold]")
@@ -293,7 +310,7 @@ def bench(
         found = speed.run(rounds, repeats, device, progress, most=most, minutes=minutes)
     if out is not None:
         out.parent.mkdir(parents=True, exist_ok=True)
-        out.write_text(json.dumps(found, indent=1) + "\n")
+        out.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
     timed = any("failed" not in row for row in found["rows"])
     if plot is not None and timed:
         from experiments.speed import plot as draw
@@ -321,9 +338,11 @@ SPEEDS = "method", "kernel", "tokens", "pass", "ms", "dense", "attained", "÷ bo
 
 
 def _speeds(found: Mapping[str, Any]) -> Table:
-    from sparse_zoo.bench.lines import headline, interval
+    from sparse_zoo.bench.host import PASS
+    from sparse_zoo.bench.lines import headline, host, interval
 
-    about = f"{found['device']}, torch {found['versions']['torch']}; fwd: forward, all: forward + backward"
+    passes = "fwd: forward, all: forward + backward, host: its host on a GPU"
+    about = f"{found['device']}, torch {found['versions']['torch']}; {passes}"
     table = Table(title=about, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False, padding=0)
     table.caption = (
         "÷ bound: of the medians; interval: of the median over turns of dense ÷ own ÷ bound, ! where it is too wide;\n"
@@ -337,6 +356,12 @@ def _speeds(found: Mapping[str, Any]) -> Table:
         names = (row["method"], row["kernel"], f"{row['tokens']:,}")
         if "failed" in row:
             console.print(f"[red]{row['method']} on {row['kernel']}[/red]: {escape(row['failed'])}", soft_wrap=True)
+            continue
+        if row["pass"] == PASS:
+            if "seconds" in row:
+                table.add_row(*names, PASS, host(row).strip())
+            else:
+                console.print(f"{row['method']}, host: {escape(host(row))}", soft_wrap=True)
             continue
         which = "fwd" if row["pass"] == "forward" else "all"
         times = (f"{row['seconds'] * 1e3:.1f}", f"{row['dense_seconds'] * 1e3:.1f}")

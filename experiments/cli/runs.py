@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.table import Table
 
-from experiments.cli.shell import AsJson, Plugin, app, console, errors, escape, load_plugins
+from experiments.cli.shell import AsJson, Plugin, app, check_names, console, errors, load_plugins
+from experiments.escape import for_terminal as escape
 
 if TYPE_CHECKING:
     from experiments.forecast import Forecast
     from experiments.report import Report
-    from experiments.store import Result
+    from experiments.store import Cell, Result
 
 EXECUTORS = ("local", "slurm", "ray")
 
@@ -36,8 +38,9 @@ def train(
     as_json: AsJson = False,
 ) -> None:
     """Train one model and say what came out; one that was interrupted goes on from its last checkpoint."""
+    check_names(overrides or [], plugin)
     load_plugins(plugin)
-    from experiments.config import load, read_yaml
+    from experiments.config import cannot_start, load, read_yaml
     from experiments.match import solved
     from experiments.progress import Bar
     from experiments.run import run
@@ -46,7 +49,9 @@ def train(
     from experiments.wording import settings
     from sparse_zoo.errors import refuse
 
-    resolved = solved(load([*([read_yaml(config)] if config else []), *(overrides or [])]))
+    asked = load([*([read_yaml(config)] if config else []), *(overrides or [])])
+    refuse("zoo train", cannot_start(asked["trainer"]))
+    resolved = solved(asked)
     methods = resolved["attention"] if isinstance(resolved["attention"], list) else [resolved["attention"]]
     cell = Cell("-".join(dict.fromkeys(str(method["name"]) for method in methods)), resolved)
     try:
@@ -54,13 +59,13 @@ def train(
             refuse(cell.name, [] if mine else [f"the same run is going on elsewhere, in {cell.folder('train')}"])
             result = run(cell, "train", Tracker("train", bar.note), bar, fresh=fresh)
     except KeyboardInterrupt:
-        errors.print(f"Stopped. What there is lies in {cell.folder('train')}", soft_wrap=True)
-        raise typer.Exit(130) from None
+        errors.print(f"Stopped. What there is lies in {escape(str(cell.folder('train')))}", soft_wrap=True)
+        raise
     if as_json:
         print(json.dumps(result.to_json()))
     else:
         console.print(_one_run(result, settings(resolved["attention"])))
-        console.print(f"The run lies in {result.folder}", soft_wrap=True)
+        console.print(f"The run lies in {escape(result.folder)}", soft_wrap=True)
     if result.status == "failed":
         errors.print(f"[bold red]Failed:[/bold red] {escape(result.reason or '')}", soft_wrap=True)
         raise typer.Exit(1)
@@ -131,6 +136,8 @@ def sweep(
         loaded = read(path, shorter, sized, lambda name: status.update(f"the budget of {escape(name)} is solved"))
         status.update("cells are tried")
         trial.check(loaded.cells)
+        if executor == "local" and not dry_run:
+            refuse("zoo sweep", _cannot_start(loaded.cells))
         if dry_run:
             from experiments.forecast import Forecast
 
@@ -138,18 +145,18 @@ def sweep(
     if dry_run:
         _foretold(forecast, as_json)
         return
-    interrupted = False
+    interrupted = None
     try:
         with Bar(errors, len(loaded.cells)) as bar:
             execute(loaded, bar, fresh=fresh, jobs=jobs, slurm=settings, ray=executor == "ray", wait=wait)
-    except KeyboardInterrupt:
-        interrupted = True
+    except KeyboardInterrupt as error:
+        interrupted = error
     report = Report.of(loaded.name)
     page = report.write()
     _show(report, page)
     if interrupted:
         console.print(f"Stopped. Finished cells are kept; go on with: {escape(_again())}", soft_wrap=True)
-        raise typer.Exit(130)
+        raise interrupted
     if report.unfinished and wait:
         raise typer.Exit(1)
 
@@ -194,7 +201,7 @@ def report(
         if out is None:
             print(text)
         else:
-            out.write_text(text)
+            out.write_text(text, encoding="utf-8")
         return
     page = found.write()
     if as_json:
@@ -205,24 +212,28 @@ def report(
 
 def _show(report: Report, page: Path, *, runs: bool = False) -> None:
     """The leaderboard, what holds, what did not finish, where the page is."""
+    from experiments.report import MOST_NAMED
     from experiments.wording import p_value, signed
 
     console.print(*report.tables(runs=runs), sep="\n")
-    for pair in report.tested:
-        if pair.holds:
-            console.print(f"[bold]{pair.a} – {pair.b}[/bold] {signed(pair.mean)}, p {p_value(pair.p_holm)} (Holm)")
-    console.print(f"{report.verdict} {report.caution}".strip(), highlight=False)
-    if report.drift:
-        console.print(report.drift, highlight=False)
+    held = [pair for pair in report.tested if pair.holds]
+    for pair in held[:MOST_NAMED]:
+        names = escape(f"{pair.a} – {pair.b}")
+        console.print(f"[bold]{names}[/bold] {signed(pair.mean)}, p {p_value(pair.p_holm)} (Holm)")
+    if len(held) > MOST_NAMED:
+        console.print(f"and {len(held) - MOST_NAMED} more significant differences")
+    for line in (report.conclusion, f"{report.verdict} {report.caution}".strip(), report.drift, report.shortened):
+        if line:
+            console.print(escape(line), highlight=False)
     for names, result in report.unfinished_alike.items():
-        console.print(f"[red]{names}[/red], {result.status}: {escape(result.reason or '')}", soft_wrap=True)
-    console.print(f"Report: {page}", soft_wrap=True)
+        console.print(f"[red]{escape(names)}[/red], {result.status}: {escape(result.reason or '')}", soft_wrap=True)
+    console.print(f"Report: {escape(str(page))}", soft_wrap=True)
 
 
 def _one_run(result: Result, title: str) -> Table:
     from experiments.wording import giga, number, percent
 
-    table = Table(title=title, title_justify="left", show_header=False)
+    table = Table(title=escape(title), title_justify="left", show_header=False)
     for key, value in (
         ("status", result.status),
         ("steps", str(result.steps)),
@@ -236,7 +247,7 @@ def _one_run(result: Result, title: str) -> Table:
         ("s/step", number(result.seconds_per_step)),
         *(("skipped", f"{bad['path']}: {bad['reason']}") for bad in result.data.get("skipped", [])),
     ):
-        table.add_row(key, escape(value))
+        table.add_row(escape(key), escape(value))
     return table
 
 
@@ -249,6 +260,13 @@ def _foretold(forecast: Forecast, as_json: bool) -> None:
     console.print(*forecast.tables(), sep="\n")
     for note in NOTES:
         console.print(f"[dim]{escape(note)}[/dim]")
+
+
+def _cannot_start(cells: Sequence[Cell]) -> list[str]:
+    """Why some cells cannot start on this very machine, each reason once."""
+    from experiments.config import cannot_start
+
+    return list(dict.fromkeys(reason for cell in cells for reason in cannot_start(cell.config["trainer"])))
 
 
 def _again() -> str:

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import errno
+import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
+from rich.console import Console, ConsoleDimensions
 from typer.core import TyperGroup
+
+from experiments import signals
+from experiments.escape import for_terminal as escape
 
 # Read when torch is first imported. OpenMP's threads spin while they wait; where other programs want the same cores, a
 # step took 10 times as long for it. Spinning for a short time only costs nothing where they do not.
@@ -22,31 +26,76 @@ os.environ.setdefault("KINETO_LOG_LEVEL", "99")
 # Why a folder cannot be written: no fault of the program's, so one line and no traceback.
 NO_PLACE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EEXIST)
 
-console = Console()
-errors = Console(stderr=True)
+PIPED = 1000  # columns where there is no terminal: no table, number or advice is cut for want of room
+
+
+class Screen(Console):
+    """A console as wide as its terminal or as $COLUMNS says; a file or a pipe has no edge."""
+
+    @property  # type: ignore[misc]  # rich's has a setter, which nothing here uses
+    def size(self) -> ConsoleDimensions:
+        found = super().size
+        return found if self.is_terminal or os.environ.get("COLUMNS") else ConsoleDimensions(PIPED, found.height)
+
+
+console = Screen(emoji=False)  # a name such as a:bomb:b stays text
+errors = Screen(stderr=True, emoji=False)
+
+
+class Notes(logging.Handler):
+    """Shows what the data leaves out, each line once: a sweep sets up the same data for every cell."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.shown: set[str] = set()
+
+    def emit(self, record: logging.LogRecord) -> None:
+        line = record.getMessage()
+        if line not in self.shown:
+            self.shown.add(line)
+            errors.print(f"[yellow]{escape(line)}[/yellow]", soft_wrap=True)
 
 
 class Group(TyperGroup):
-    """Commands whose refusals are one clear message and exit code 2, not a traceback."""
+    """Commands whose refusals are one clear message and exit code 2, not a traceback, and that signals end as such."""
 
     def invoke(self, ctx: Any) -> Any:
+        notes = Notes()
+        logging.getLogger("datamodules").addHandler(notes)
         try:
-            return super().invoke(ctx)
+            with signals.caught():
+                return super().invoke(ctx)
+        except KeyboardInterrupt as error:
+            raise typer.Exit(signals.exit_code(error)) from error
+        except UnicodeEncodeError as error:  # of a file's name
+            cannot = f"{error.object!r} cannot be written in the encoding of this locale, {error.encoding}"
+            raise refused(f"{cannot}; give the command with PYTHONUTF8=1, or set LC_ALL=C.UTF-8") from error
         except ValueError as error:
             from sparse_zoo.errors import ZooError
 
             if not isinstance(error, ZooError):
                 raise
-            errors.print(f"[bold red]Error:[/bold red] {escape(str(error))}", soft_wrap=True)
-            raise typer.Exit(2) from error
+            raise refused(str(error)) from error
         except OSError as error:
             from experiments.store import home
 
             if error.errno not in NO_PLACE:
                 raise
-            told = f"{error}; runs lie in {home()}, or where $ZOO_HOME says"
-            errors.print(f"[bold red]Error:[/bold red] {escape(told)}", soft_wrap=True)
-            raise typer.Exit(2) from error
+            raise refused(f"{error}; runs lie in {home()}, or where $ZOO_HOME says") from error
+
+
+def refused(message: str) -> typer.Exit:
+    """Print a refusal; the exit to be raised."""
+    errors.print(f"[bold red]Error:[/bold red] {escape(message)}", soft_wrap=True)
+    return typer.Exit(2)
+
+
+def check_names(overrides: Sequence[str | Mapping[str, Any]], plugins: Sequence[Path]) -> None:
+    """Refuse misspelt names at once, before what takes seconds to import is imported."""
+    from experiments.names import misspelt
+
+    if message := misspelt(overrides, plugins=bool(plugins)):
+        raise refused(message)
 
 
 app = typer.Typer(
@@ -64,18 +113,14 @@ Plugin = Annotated[
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON and nothing else.")]
 
 
-def load_plugins(paths: Sequence[Path]) -> None:
+def load_plugins(paths: Sequence[Path], *, data: bool = False) -> None:
+    """Import the user's files; with `data` they may hold a datamodule and no method."""
     if paths:
         import sparse_zoo as zoo
+        from sparse_zoo.registry import import_file
 
         for path in paths:
-            zoo.load_plugin(path)
-
-
-def escape(text: str) -> str:
-    from rich.markup import escape
-
-    return escape(text)
+            (import_file if data else zoo.load_plugin)(path)
 
 
 def plain(value: Any) -> Any:

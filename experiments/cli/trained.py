@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.table import Table
 
-from experiments.cli.shell import AsJson, Plugin, app, console, errors, escape, load_plugins
+from experiments.cli.shell import AsJson, Plugin, app, console, errors, load_plugins
+from experiments.escape import for_terminal as escape
 
 if TYPE_CHECKING:
     from experiments.sampling import Sampled
@@ -40,7 +41,7 @@ def sample(
     What is not asked for is as in the run's config. Measures that begin with whole_ ask whether a film of which no shot
     was given agrees with itself, the others compare drawn shots with the true film.
     """
-    load_plugins(plugin)
+    load_plugins(plugin, data=True)
     from experiments.progress import counting
     from experiments.sampling import Drawing
     from experiments.wording import number
@@ -48,7 +49,7 @@ def sample(
     asked = {
         key: value for key, value in {"order": order, "context": context, "steps": steps}.items() if value is not None
     }
-    drawing = Drawing(run, overrides or [], films=films, given=given, sampling=asked)
+    drawing = Drawing(run, overrides or [], films=films, given=given, sampling=asked, plugins=plugin)
     with counting(errors, "steps", drawing.steps) as told:
         sampled = drawing.draw(out, lambda: told(""))
     if as_json:
@@ -58,8 +59,8 @@ def sample(
         errors.print(escape(note), soft_wrap=True)
     console.print(_drawn(sampled))
     for name, value in sampled.metrics.items():
-        console.print(f"{name} {number(value)}")
-    console.print(f"The strips lie in {sampled.folder}", soft_wrap=True)
+        console.print(f"{escape(name)} {number(value)}")
+    console.print(f"The strips lie in {escape(sampled.folder)}", soft_wrap=True)
 
 
 Times = Annotated[
@@ -93,12 +94,12 @@ def ladder(
     softmax that the method kept, and the error of its output, stand beside those of the best possible choice of as many
     pieces, of the choice by pooled keys, and of a random one.
     """
-    load_plugins(plugin)
+    load_plugins(plugin, data=True)
     from experiments.ladder import RULE, TIMES, climb, plot
     from experiments.progress import counting
     from experiments.trained import Trained
 
-    trained = Trained("zoo ladder", run, overrides or [], films)
+    trained = Trained("zoo ladder", run, overrides or [], films, plugin)
     at = tuple(times) or TIMES
     with counting(errors, "attentions", len(trained.batches) * len(at) * len(trained.module.model.blocks)) as told:
         found = climb(trained, at, method, told)
@@ -111,7 +112,7 @@ def ladder(
     for line in found.told():
         console.print(escape(line), soft_wrap=True)
     console.print(f"[dim]{RULE}[/dim]")
-    console.print(f"Plot: {picture}", soft_wrap=True)
+    console.print(f"Plot: {escape(str(picture))}", soft_wrap=True)
 
 
 @app.command(epilog="Example: [bold]zoo capture runs/train/moc-0123456789ab --layers 0,2 --times 0.5[/bold]")
@@ -131,7 +132,7 @@ def capture(
 
     Each call of each chosen layer and noise time is kept bit for bit; experiments.captures.load gives them back.
     """
-    load_plugins(plugin)
+    load_plugins(plugin, data=True)
     from experiments.captures import save
     from experiments.ladder import TIMES, layer_numbers
     from experiments.ladder import capture as captured_of
@@ -139,7 +140,7 @@ def capture(
     from experiments.trained import Trained
 
     chosen = None if layers is None else layer_numbers(layers)
-    trained = Trained("zoo capture", run, overrides or [], films)
+    trained = Trained("zoo capture", run, overrides or [], films, plugin)
     at = tuple(times) or TIMES
     with counting(errors, "attentions", len(trained.batches) * len(at) * len(trained.module.model.blocks)) as told:
         captured = captured_of(trained, at, chosen, told)
@@ -148,7 +149,7 @@ def capture(
     if as_json:
         print(json.dumps(found))
         return
-    console.print(f"{len(captured)} calls, {path.stat().st_size / 2**20:.1f} MiB: {path}", soft_wrap=True)
+    console.print(f"{len(captured)} calls, {path.stat().st_size / 2**20:.1f} MiB: {escape(str(path))}", soft_wrap=True)
 
 
 @app.command(epilog="Example: [bold]zoo replay calls.safetensors dense moc:top_k=2 moc:top_k=4 --plot front.png[/bold]")
@@ -168,7 +169,7 @@ def replay(
     """Rank methods on captured calls, offline: pairs, softmax kept and at best, error of the output, seconds.
 
     Errors are against dense attention on the same q, k, v. What a method learns (moga's router) is not learnt here, and
-    the row says so. Without settings a method has its defaults, on films under 1024 tokens its settings for tiny films.
+    the row says so. Settings that are not given are the defaults; dense attention is always there, as the reference.
     With --match all cost the same; a method that cannot says why. The exit code is 1 if one that was named has failed.
     """
     load_plugins(plugin)
@@ -180,7 +181,7 @@ def replay(
 
     budget = None if match is None else Budget.of(dict([parse(match)]))
     captured = load(file)
-    asked = offline.asked(methods or [], captured, budget)
+    asked = offline.asked(methods or [])
     with counting(errors, "methods", len(asked)) as moved:
 
         def told(note: str, row: offline.Replayed | None) -> None:
@@ -200,7 +201,7 @@ def replay(
         for row in failed:
             console.print(f"[red]{escape(row.label)}[/red]: {escape(row.failed or '')}", soft_wrap=True)
         if out is not None and len(failed) < len(rows):
-            console.print(f"Plot: {out.absolute()}", soft_wrap=True)
+            console.print(f"Plot: {escape(str(out.absolute()))}", soft_wrap=True)
     if failed and (methods or len(failed) == len(rows)):
         raise typer.Exit(1)
 
@@ -218,7 +219,7 @@ def ui(port: Annotated[int, typer.Option(help="Port on this machine.")] = 5000) 
 
 def _drawn(sampled: Sampled) -> Table:
     settings = " · ".join(f"{key} {value}" for key, value in sampled.sampling.items() if value is not None)
-    table = Table(title=f"{Path(sampled.checkpoint).name} · {settings}", title_justify="left")
+    table = Table(title=escape(f"{Path(sampled.checkpoint).name} · {settings}"), title_justify="left")
     chosen = sampled.sampling["context"] is not None
     for title in ("film", "shots", "given", *(["each shot beside"] if chosen else []), "strip"):
         table.add_column(title, overflow="fold")

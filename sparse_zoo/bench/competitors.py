@@ -142,7 +142,11 @@ def peak_bytes(run: Callable[[], object], device: torch.device) -> int:
     with tempfile.TemporaryDirectory() as folder:
         trace = Path(folder) / "trace.json"
         profiled.export_chrome_trace(str(trace))
-        events = [event for event in json.loads(trace.read_text())["traceEvents"] if event.get("name") == "[memory]"]
+        events = [
+            event
+            for event in json.loads(trace.read_text(encoding="utf-8"))["traceEvents"]
+            if event.get("name") == "[memory]"
+        ]
     held = most = 0
     for event in sorted(events, key=lambda event: event["ts"]):
         held += event["args"]["Bytes"]

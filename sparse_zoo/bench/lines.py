@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
+from sparse_zoo.bench.host import PASS
 from sparse_zoo.bench.intervals import NARROW
 from sparse_zoo.bench.turns import Row
 
@@ -21,6 +22,11 @@ def headline(rows: Sequence[Row]) -> str:
         f"The machine was too noisy for {len(noisy)} of {len(timed)} rows: the interval of attained ÷ bound is wider "
         f"than {NARROW:g}. Measure again on a quiet machine, or with more turns (--max-repeats)."
     )
+
+
+def host(row: Row) -> str:
+    """Milliseconds of the host for forward + backward on a GPU, or why they are not known."""
+    return f"{row['seconds'] * 1e3:9.1f}" if "seconds" in row else f"not measured: {row['skipped']}"
 
 
 def interval(row: Row) -> str:
@@ -43,6 +49,9 @@ def table(rows: Sequence[Row]) -> Iterator[str]:
         name = f"{row['method']:10} {row['kernel']:9} {row['tokens']:7} {row['dtype']:8}"
         if "failed" in row:
             yield f"{name} {row['failed']}"
+            continue
+        if row["pass"] == PASS:
+            yield f"{name} {PASS:16} {host(row)}"
             continue
         yield (
             f"{name} {row['pass']:16} {row['seconds'] * 1e3:9.1f} {row['dense_seconds'] * 1e3:9.1f} "

@@ -21,6 +21,7 @@ from torch import Tensor
 import sparse_zoo as zoo
 from sparse_zoo.bench.agreement import gate
 from sparse_zoo.bench.competitors import PASSES, Timed, dense_engines
+from sparse_zoo.bench.host import host_row
 from sparse_zoo.bench.intervals import NARROW, Interval, median_interval
 from sparse_zoo.bench.suites import DTYPES, ROUTING_DIM, Entry, Round
 from sparse_zoo.errors import ZooError
@@ -224,7 +225,10 @@ def about(device: torch.device) -> dict[str, Any]:
     """Where it was measured: device, threads, versions, commit (null outside of a checkout), date."""
     try:
         asked = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
-        commit = subprocess.run(asked, capture_output=True, text=True, check=False).stdout.strip() or None
+        commit = (
+            subprocess.run(asked, capture_output=True, encoding="utf-8", errors="replace", check=False).stdout.strip()
+            or None
+        )
     except FileNotFoundError:
         commit = None
     versions = {"python": platform.python_version(), "torch": str(torch.__version__)}
@@ -242,7 +246,7 @@ def about(device: torch.device) -> dict[str, Any]:
 def processor() -> str:
     """The processor's name as the system gives it."""
     cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    lines = cpuinfo.read_text(encoding="utf-8").splitlines() if cpuinfo.exists() else []
     named = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     return named[0] if named else platform.processor() or platform.machine()
 
@@ -253,7 +257,7 @@ def events(rounds: Sequence[Round], repeats: int, device: torch.device) -> int:
     for round_ in rounds:
         shape = (1, 1, 64, round_.head_dim)
         engines = len(dense_engines(torch.zeros(shape, dtype=DTYPES[round_.dtype], device=device)))
-        total += len(round_.entries) + (repeats + 1) * (len(round_.entries) + engines)
+        total += 2 * len(round_.entries) + (repeats + 1) * (len(round_.entries) + engines)
     return total
 
 
@@ -266,7 +270,8 @@ def run(
     most: int | None = None,
     minutes: float = math.inf,
 ) -> dict[str, Any]:
-    """All rounds: {"device", "threads", "versions", "commit", "date", "repeats", "rows"}, ready for JSON.
+    """All rounds, and the host's share of each entry, ready for JSON: {"device", "threads", "versions", "commit",
+    "date", "repeats", "rows"}.
 
     `minutes` are for all rounds together: what one leaves over, the next may use.
     """
@@ -275,4 +280,7 @@ def run(
     for i, round_ in enumerate(rounds):
         share = (end - time.perf_counter()) / (len(rounds) - i)
         rows += measure(round_, repeats, device, progress, most=most, seconds=share)
+        for entry in round_.entries:
+            progress(f"{entry.method}, {len(round_.film)} tokens, the host alone")
+            rows.append(host_row(round_, entry))
     return {**about(device), "repeats": repeats, "rows": rows}

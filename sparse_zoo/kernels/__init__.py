@@ -11,7 +11,9 @@ from torch import Tensor
 from torch._compile import _disable_dynamo
 
 from sparse_zoo.errors import refuse, unknown
+from sparse_zoo.kernels.automatic import RULES
 from sparse_zoo.kernels.base import Kernel
+from sparse_zoo.kernels.exact import Exact
 from sparse_zoo.kernels.flash_attn import FlashAttn
 from sparse_zoo.kernels.flex import Flex
 from sparse_zoo.kernels.grouped import Cpu
@@ -23,10 +25,10 @@ from sparse_zoo.plan import Plan
 
 _kernels: dict[str, Kernel] = {
     kernel.name: kernel
-    for kernel in (TorchVarlen(), Triton(), Cudnn(), FlashAttn(), XFormers(), Flex(), Cpu(), Reference())
+    for kernel in (TorchVarlen(), Triton(), Cudnn(), FlashAttn(), XFormers(), Flex(), Cpu(), Exact(), Reference())
 }
-AUTO = ("torch", "cpu")
-"""What "auto" tries, in this order. The oracle is never among them: it has to be asked for."""
+AUTO = tuple(rule.kernel for rule in RULES)
+"""What "auto" tries, in this order: see `automatic`."""
 
 
 class Attended(NamedTuple):

@@ -58,6 +58,7 @@ class MoC(Attention):
 
     limits = Limit({"top_k": 1 << 30, "causal": None})
     strict = {"causal": "strict"}
+    same_in_training: ClassVar[Mapping[str, Any] | str] = {"drop_off": 0.0, "drop_in": 0.0}
     knob = Knob("top_k", 1, 64)
     card = Card(
         paper="Mixture of Contexts for Long Video Generation, arXiv 2508.21058",

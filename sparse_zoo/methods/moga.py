@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from sparse_zoo.attention import Attention, Branch, Call, Card, Knob, Limit, Term, is_count
 from sparse_zoo.errors import refuse, unknown
+from sparse_zoo.gather import add_at
 from sparse_zoo.layout import Layout
 from sparse_zoo.partition import Partition
 from sparse_zoo.plan import Plan
@@ -136,7 +137,7 @@ class MoGA(Attention):
         taken = (group[..., None] == torch.arange(self.groups, device=group.device)).to(p.dtype)
 
         def per_film(x: Tensor) -> Tensor:
-            total = x.new_zeros(len(x), len(video.number), self.groups).index_add(1, video.film, x)
+            total = add_at(x.new_zeros(len(x), len(video.number), self.groups), 1, video.film, x)
             return total / video.number.to(p.dtype)[:, None]
 
         share, mass = per_film(taken), per_film(p * taken if self.balance == "printed" else p)

@@ -15,6 +15,7 @@ from torch.utils.checkpoint import checkpoint
 from sparse_zoo.attention import Attention, Branch, Call, Card, Knob, Limit, Term, is_count
 from sparse_zoo.blocks import chosen, joint, largest, members, pooled, same_film, stretches
 from sparse_zoo.errors import refuse
+from sparse_zoo.gather import take
 from sparse_zoo.layout import Layout
 from sparse_zoo.plan import Plan
 from sparse_zoo.registry import register
@@ -78,6 +79,11 @@ class SLA(Attention):
         nn.init.zeros_(self.proj.weight)
 
     def branches(self, call: Call) -> list[Branch | Term]:
+        width = call.v.shape[-1]
+        refuse(
+            type(self).__name__,
+            [f"v has head dim {width}; proj is for {self.head_dim}"] if width != self.head_dim else [],
+        )
         blocks = stretches(call.layout, self.block)
         if not blocks.count:
             return [Branch(joint(call.layout))]
@@ -143,11 +149,11 @@ def _one_head(q: Tensor, k: Tensor, v: Tensor, marginal: Tensor, places: _Places
     """O_l of one batch item and head, float32 at least: q, k, v (L, D), marginal bool (blocks, blocks) -> (L, D)."""
     with torch.autocast(q.device.type, enabled=False):
         wide = torch.promote_types(q.dtype, torch.float32)
-        q, k, v = (x.to(wide)[places.table] for x in (q, k, v))  # (blocks, size, D)
+        q, k, v = (take(x.to(wide), 0, places.table) for x in (q, k, v))  # (blocks, size, D)
         k = k.softmax(-1) * places.held[..., None]
         v = torch.nn.functional.pad(v, (0, 1), value=1.0)  # its last channel sums the weights
         own = k.transpose(1, 2) @ v  # (blocks, D, D + 1)
         sums = (marginal.to(wide) @ own.flatten(1)).view_as(own)
         out = q.softmax(-1) @ sums
         out = out[..., :-1] / (out[..., -1:] + EPS)
-        return out.flatten(0, 1)[places.back].masked_fill(places.text[:, None], 0)
+        return take(out.flatten(0, 1), 0, places.back).masked_fill(places.text[:, None], 0)

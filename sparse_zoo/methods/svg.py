@@ -48,6 +48,7 @@ class SVG(Attention):
     strict = "spatial heads attend across cuts, and the choice of a head looks at the whole film"
     anchors = ("text",)
     pools_queries = True
+    reads_values = "a head's kind is chosen by the error of sampled outputs"
     knob = Knob("width", 0, 16)
     card = Card(
         paper="Sparse VideoGen: Accelerating Video Diffusion Transformers with Spatial-Temporal Sparsity, "

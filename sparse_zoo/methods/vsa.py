@@ -109,6 +109,11 @@ class VSA(Attention):
 
     def _gates(self, call: Call) -> dict[str, Tensor]:
         """Those of this call's heads, (B, H, L, D) each, 1 for text."""
+        width = call.v.shape[-1]
+        refuse(
+            type(self).__name__,
+            [f"v has head dim {width}; gates are for {self.head_dim}"] if self.gates and width != self.head_dim else [],
+        )
         heads = slice(call.head_offset, call.head_offset + call.q.shape[1])
         text = call.layout.is_text[:, None]
         found = {}

@@ -14,7 +14,7 @@ from sparse_zoo.attention import Attention, Knob, Limit
 from sparse_zoo.layout import Layout, Shot
 from sparse_zoo.testing import oracle
 from sparse_zoo.testing.plans import plans
-from sparse_zoo.testing.subject import FILMS, Subject, make
+from sparse_zoo.testing.subject import CASES, FILMS, Subject, make
 from sparse_zoo.testing.suite import Checks, Skip, expect, fail, same
 
 checks: Checks[Subject] = Checks()
@@ -27,11 +27,13 @@ def limit_is_dense(subject: Subject) -> None:
     if isinstance(limit, str):
         raise Skip(f"limits: {limit}")
     expect(isinstance(limit, Limit), "limits a Limit, or a sentence saying why there is none", f"{limit!r}", "limits")
-    attention = subject.build({"text_reads": "method"} | dict(limit.settings))
-    for film, layout in FILMS.items():
+    settings = {"text_reads": "method"} | dict(limit.settings)
+    calls = [(film, subject.build(settings), make(layout)) for film, layout in FILMS.items()]
+    calls += [(name, subject.build_for(case, settings), case.call()) for name, case in CASES.items()]
+    for film, attention, call in calls:
+        layout = call.layout
         if bool(layout.is_text.any()) and not limit.text:
             continue
-        call = make(layout)
         together = layout.sample[:, None] == layout.sample
         want = torch.nn.functional.scaled_dot_product_attention(
             call.q, call.k, call.v, attn_mask=together, enable_gqa=True

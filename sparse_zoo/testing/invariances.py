@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,19 +14,27 @@ from sparse_zoo.errors import unknown
 from sparse_zoo.layout import Layout, Shot
 from sparse_zoo.testing import oracle
 from sparse_zoo.testing.plans import branches
-from sparse_zoo.testing.subject import PACKED, SILENT, STORY, Subject, make
+from sparse_zoo.testing.subject import CASES, PACKED, SILENT, STORY, Subject, make
 from sparse_zoo.testing.suite import Checks, Skip, expect, same, some
 
 checks: Checks[Subject] = Checks()
 
 EXACT = 1e-9
-SHOTS = [Shot(2, 3, 3, 2), Shot(1, 4, 2, 1), Shot(3, 2, 3, 2), Shot(2, 3, 3)]
+SHOTS = [Shot(2, 3, 3, 2), Shot(1, 4, 2, 1), Shot(3, 2, 3, 2), Shot(2, 3, 3), *[Shot(1, 3, 3, 1), Shot(2, 2, 3)] * 2]
+MANY = CASES["many films, items and heads"]
+LONGEST = CASES["a long film"]
 
 
 def at(call: Call, layout: Layout, rows: Tensor) -> Call:
     """The call on some tokens of its stream, which make a layout of their own."""
     q, k, v = (x[:, :, rows] for x in (call.q, call.k, call.v))
     return replace(call, q=q, k=k, v=v, hidden=None if call.hidden is None else call.hidden[:, rows], layout=layout)
+
+
+def of_items(call: Call, items: Tensor) -> Call:
+    """The call on some batch items, int64 (n,), in that order."""
+    q, k, v = (x[items] for x in (call.q, call.k, call.v))
+    return replace(call, q=q, k=k, v=v, hidden=None if call.hidden is None else call.hidden[items])
 
 
 def disturbed(call: Call, where: Tensor) -> Call:
@@ -42,68 +51,70 @@ def disturbed(call: Call, where: Tensor) -> Call:
 @checks
 def films_packed(subject: Subject) -> None:
     """Films packed in one stream give what they give alone, and no pair joins two of them."""
-    attention, call = subject.build(), make(PACKED)
-    for branch in branches(attention, call):
-        if branch.rows is None and branch.k is None:  # pooled keys are no tokens: the outputs below tell
-            across = oracle.mask_of(branch.plan) & (PACKED.sample[:, None] != PACKED.sample)
-            expect(~across.any(), "no pair of two films", f"pairs {some(across)}", "cut pieces by sample too")
-    together = attention.run(call).out
-    for number, film in enumerate(PACKED.films):
-        mine = (PACKED.sample == number).nonzero()[:, 0]
-        alone = attention.run(at(call, Layout((film,)), mine)).out
-        change = "routing, counting and pooling must restart at each sample"
-        same(together[:, :, mine], alone, EXACT, f"film {number} packed and alone", change)
+    for attention, call in ((subject.build(), make(PACKED)), (subject.build_for(MANY), MANY.call(batch=1))):
+        sample = call.layout.sample
+        for branch in branches(attention, call):
+            if branch.rows is None and branch.k is None:  # pooled keys are no tokens: the outputs below tell
+                across = oracle.mask_of(branch.plan) & (sample[:, None] != sample)
+                expect(~across.any(), "no pair of two films", f"pairs {some(across)}", "cut pieces by sample too")
+        together = attention.run(call).out
+        for number, film in enumerate(call.layout.films):
+            mine = (sample == number).nonzero()[:, 0]
+            alone = attention.run(at(call, Layout((film,)), mine)).out
+            change = "routing, counting and pooling must restart at each sample"
+            same(together[:, :, mine], alone, EXACT, f"film {number} packed and alone", change)
 
 
 @checks
 def batch_items_apart(subject: Subject) -> None:
     """Batch items do not touch: each gives what it gives alone."""
-    attention, call = subject.build(), make(STORY)
-    together = attention.run(call).out
-    for item in range(call.q.shape[0]):
-        only = slice(item, item + 1)
-        hidden = None if call.hidden is None else call.hidden[only]
-        alone = attention.run(replace(call, q=call.q[only], k=call.k[only], v=call.v[only], hidden=hidden)).out
-        change = "decide for each batch item by its own tokens"
-        same(together[only], alone, EXACT, f"batch item {item} with the other and alone", change)
+    for attention, call in ((subject.build(), make(STORY)), (subject.build_for(MANY), MANY.call())):
+        together = attention.run(call).out
+        for item in range(call.q.shape[0]):
+            alone = attention.run(of_items(call, torch.tensor([item]))).out
+            change = "decide for each batch item by its own tokens"
+            same(together[item, None], alone, EXACT, f"batch item {item} with the others and alone", change)
 
 
 @checks
 def heads_permute(subject: Subject) -> None:
     """Permuting the heads of q, k, v permutes those of the output; with `own_heads` it does not."""
-    attention, call = subject.build(), make(STORY)
-    # Query heads 0, 1 read key head 0, and 2, 3 read 1: both sides are permuted alike.
-    order, kv_order = torch.tensor([3, 2, 0, 1]), torch.tensor([1, 0])
-    permuted = replace(call, q=call.q[:, order], k=call.k[:, kv_order], v=call.v[:, kv_order])
-    change = "decide for each head by its own q and k"
-    if attention.own_heads is not None:
-        differ = not torch.equal(attention.run(permuted).out, attention.run(call).out[:, order])
-        expect(differ, f"heads that differ: {attention.own_heads}", "outputs of heads alike", "own_heads = None")
-        return
-    same(
-        attention.run(permuted).out,
-        attention.run(call).out[:, order],
-        EXACT,
-        "outputs of permuted heads and permuted outputs",
-        change,
-    )
+    for attention, call in ((subject.build(), make(STORY)), (subject.build_for(MANY), MANY.call(batch=1))):
+        # The halves of the query heads read a key head each: both sides are permuted alike.
+        half = torch.arange(call.q.shape[1]).view(2, -1)
+        order, kv_order = torch.cat([half[1].flip(0), half[0]]), torch.tensor([1, 0])
+        permuted = replace(call, q=call.q[:, order], k=call.k[:, kv_order], v=call.v[:, kv_order])
+        change = "decide for each head by its own q and k"
+        if attention.own_heads is not None:
+            differ = not torch.equal(attention.run(permuted).out, attention.run(call).out[:, order])
+            expect(differ, f"heads that differ: {attention.own_heads}", "outputs of heads alike", "own_heads = None")
+            return
+        same(
+            attention.run(permuted).out,
+            attention.run(call).out[:, order],
+            EXACT,
+            "outputs of permuted heads and permuted outputs",
+            change,
+        )
 
 
 @checks
 def head_slices(subject: Subject) -> None:
     """Some heads, told by `head_offset` where they lie, give what they give among all, in training too."""
-    attention, call = subject.build().train(), make(STORY, step=3, seed=7)
-    whole = attention.run(call).out
-    for first in (0, 2):
-        heads, shared = slice(first, first + 2), slice(first // 2, first // 2 + 1)
-        part = replace(call, q=call.q[:, heads], k=call.k[:, shared], v=call.v[:, shared], head_offset=first)
-        same(
-            attention.run(part).out,
-            whole[:, heads],
-            EXACT,
-            f"heads {first} … {first + 1} alone and among all",
-            "take the number of heads from call.q, and draws by call.head_offset + head",
-        )
+    small, many = make(STORY, step=3, seed=7), MANY.call(batch=1)
+    for attention, call in ((subject.build().train(), small), (subject.build_for(MANY).train(), many)):
+        whole = attention.run(call).out
+        share = call.q.shape[1] // 2
+        for number, first in enumerate((0, share)):
+            heads, shared = slice(first, first + share), slice(number, number + 1)
+            part = replace(call, q=call.q[:, heads], k=call.k[:, shared], v=call.v[:, shared], head_offset=first)
+            same(
+                attention.run(part).out,
+                whole[:, heads],
+                EXACT,
+                f"heads {first} … {first + share - 1} alone and among all",
+                "take the number of heads from call.q, and draws by call.head_offset + head",
+            )
 
 
 @checks
@@ -124,32 +135,32 @@ def prefix_invariance(subject: Subject) -> None:
             "the declaration, or set self.causality in __init__",
         )
     film = Layout.film(SHOTS, caption=2)
-    call = make(film)
-    whole = attention.run(call).out
-    for shots in (1, 2, 3):
-        prefix = Layout.film(SHOTS[:shots], caption=2)
-        rows = torch.arange(len(prefix))
-        same(
-            attention.run(at(call, prefix, rows)).out,
-            whole[:, :, rows],
-            EXACT,
-            f"the first {shots} shots alone and within the film",
-            "no query may look at, route by, or count anything of a later shot, text included",
-        )
+    for context in ({}, LONGEST.context):
+        call = make(film, **context)
+        whole = attention.run(call).out
+        for shots in (1, 2, 3, 6):
+            prefix = Layout.film(SHOTS[:shots], caption=2)
+            rows = torch.arange(len(prefix))
+            same(
+                attention.run(at(call, prefix, rows)).out,
+                whole[:, :, rows],
+                EXACT,
+                f"the first {shots} shots alone and within the film",
+                "no query may look at, route by, or count anything of a later shot, text included",
+            )
 
 
 @checks
 def causality_holds(subject: Subject) -> None:
     """Plans and outputs of a causal method see no video of later shots; those of one that declares None do."""
-    attentions = [subject.build()]
-    if isinstance(subject.cls.strict, Mapping):
-        attentions.append(subject.build(subject.cls.strict))
-    causal = [attention for attention in attentions if attention.causality is not None]
+    strict: list[Mapping[str, Any]] = [subject.cls.strict] if isinstance(subject.cls.strict, Mapping) else []
+    causal = [settings for settings in [{}, *strict] if subject.build(settings).causality is not None]
     if not causal:
-        if _sees_ahead(attentions[0]):
+        if _sees_ahead(subject.build()):
             return
         raise Skip("causality: None, though nothing of a later shot was seen")
-    for attention in causal:
+    for settings in causal:
+        attention = subject.build(settings)
         expect(
             attention.causality in ("routing", "strict"),
             "causality None, 'routing' or 'strict'",
@@ -157,7 +168,9 @@ def causality_holds(subject: Subject) -> None:
             "the declaration",
         )
         for layout in (STORY, PACKED, SILENT):
-            _nothing_ahead(attention, layout)
+            _nothing_ahead(attention, make(layout))
+        for case in CASES.values():
+            _nothing_ahead(subject.build_for(case, settings), case.call())
 
 
 def _sees_ahead(attention: Attention) -> bool:
@@ -168,8 +181,8 @@ def _sees_ahead(attention: Attention) -> bool:
     return not torch.equal(changed, attention.run(call).out[:, :, before])
 
 
-def _nothing_ahead(attention: Attention, layout: Layout) -> None:
-    call = make(layout)
+def _nothing_ahead(attention: Attention, call: Call) -> None:
+    layout = call.layout
     later = (layout.shot > layout.shot[:, None]) & (layout.sample == layout.sample[:, None])
     ahead = later & ~layout.is_text
     for branch in branches(attention, call):
@@ -202,9 +215,10 @@ def anchors_attended(subject: Subject) -> None:
         raise Skip("anchors: none declared")
     for name in attention.anchors:
         expect(name in ANCHORS, f"anchors among {ANCHORS}", unknown("anchor", name, ANCHORS), "the declaration")
-    for layout in (STORY, PACKED, SILENT):
-        call = make(layout)
-        wanted = _anchors(attention, layout)
+    calls = [(attention, make(layout)) for layout in (STORY, PACKED, SILENT)]
+    calls += [(subject.build_for(case), case.call()) for case in CASES.values()]
+    for attention, call in calls:
+        wanted = _anchors(attention, call.layout)
         for branch in branches(attention, call):
             if branch.rows is None and branch.k is None:
                 missing = wanted & ~oracle.masks(attention, call, branch)

@@ -26,6 +26,7 @@ GRID = 65_535
 """Where a grid dimension of CUDA ends."""
 AFFORDABLE = 1 << 28
 """Pairs that a check may make a kernel execute."""
+SMALL_SCALE = 1e-3
 
 
 @dataclass(frozen=True)
@@ -139,6 +140,26 @@ def recipes() -> Iterator[Recipe]:
         )
 
 
+@dataclass(frozen=True)
+class Large:
+    """A plan and sizes beyond those of the seeded plans; head dims of which the first that the kernel takes is used."""
+
+    recipe: Recipe
+    lead: tuple[int, int]
+    kv_heads: int
+    head_dims: tuple[int, ...]
+
+
+LARGE = (
+    Large(Recipe(620, 700, ("routed", "groups", "sparse"), 90, 1, 2, 101), (1, 2), 1, (HEAD_DIM, 16, 32, 64)),
+    Large(Recipe(40, 1100, ("groups",), 1, 1, 1, 102), (1, 1), 1, (HEAD_DIM, 16, 32, 64)),
+    Large(Recipe(70, 90, ("blocks", "routed", "singles", "groups", "sparse"), 9, 6, 12, 103), (6, 12), 2, (80, 96)),
+    Large(Recipe(33, 150, ("groups", "blocks"), 3, 1, 10, 104), (5, 10), 10, (128, 256)),
+)
+"""More than 512 queries and keys, 1,024 keys in one rectangle, 4 batch items, 8 heads, 4 query heads for a key head, 64
+channels."""
+
+
 # -- comparing --------------------------------------------------------------------------------------------------------
 
 
@@ -151,9 +172,17 @@ class Run:
     grads: tuple[Tensor, ...]
 
 
-def inputs(subject: KernelSubject, queries: int, keys: int, kv_heads: int = 2, seed: int = 3) -> list[Tensor]:
-    draw = torch.Generator().manual_seed(seed)
-    shapes = [(BATCH, HEADS, queries, subject.head_dim)] + [(BATCH, kv_heads, keys, subject.head_dim)] * 2
+def inputs(
+    subject: KernelSubject,
+    queries: int,
+    keys: int,
+    kv_heads: int = 2,
+    seed: int = 3,
+    lead: tuple[int, int] | None = None,
+) -> list[Tensor]:
+    """q, k, v that need gradients; `lead`: batch items and query heads."""
+    draw, (batch, heads) = torch.Generator().manual_seed(seed), lead or (BATCH, HEADS)
+    shapes = [(batch, heads, queries, subject.head_dim)] + [(batch, kv_heads, keys, subject.head_dim)] * 2
     made = [torch.randn(shape, generator=draw, dtype=torch.float64) for shape in shapes]
     return [x.to(device=subject.device, dtype=subject.dtype).requires_grad_() for x in made]
 
@@ -223,6 +252,38 @@ def kernel_gradients(subject: KernelSubject) -> None:
     for recipe in recipes():
         given = inputs(subject, recipe.queries, recipe.keys, seed=recipe.seed)
         compare(subject, given, recipe.plan(subject.device), f"on {recipe}", only="grads")
+
+
+@_all
+def kernel_large_plans(subject: KernelSubject) -> None:
+    """Outputs, lse and gradients with many tokens, pieces, batch items, heads, shared keys and channels."""
+    for large in LARGE:
+        for head_dim in large.head_dims:
+            sized = replace(subject, head_dim=head_dim)
+            given = inputs(sized, large.recipe.queries, large.recipe.keys, large.kv_heads, lead=large.lead)
+            if not subject.kernel.why_not(given[0], given[2]):
+                compare(sized, given, large.recipe.plan(subject.device), f"on {large}")
+                break
+
+
+@_all
+def kernel_gradients_alone(subject: KernelSubject) -> None:
+    """Gradients of q, k and v are the same where only some of them need one."""
+    length = 22
+    plan = Plan.groups(torch.arange(length, device=subject.device) // 6)
+    given = inputs(subject, length, length)
+    want = dict(zip("qkv", by_kernel(subject, given, plan).grads, strict=True))
+    for names in ("q", "k", "v", "qk", "qv", "kv"):
+        some = {name: x.detach().requires_grad_(name in names) for name, x in zip("qkv", given, strict=True)}
+        out, _ = subject.kernel.run(some["q"], some["k"], some["v"], plan, subject.head_dim**-0.5)
+        weight = torch.randn(out.shape, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
+        value = (out * weight.to(out)).sum()
+        wanted = [some[name] for name in names]
+        grads = torch.autograd.grad(value, wanted, allow_unused=True) if value.requires_grad else [None] * len(wanted)
+        for name, grad in zip(names, grads, strict=True):
+            atol = EXACT if subject.dtype == torch.float64 else 8 * torch.finfo(subject.dtype).eps
+            change = "what is saved for the backward pass: it may not depend on which other input needs a gradient"
+            same(grad, want[name], atol, f"gradients of {name} where {', '.join(names)} alone need one", change)
 
 
 @_all
@@ -331,17 +392,19 @@ def kernel_many_rectangles(subject: KernelSubject) -> None:
 
 @_all
 def kernel_extreme_scores(subject: KernelSubject) -> None:
-    """With scores near ±200, in float32 where it is taken, outputs, lse and gradients stay finite and right."""
+    """With scores near ±200 and far apart, in float32 where it is taken, outputs, lse and gradients are right."""
     narrow = torch.float32 if subject.dtype == torch.float64 else subject.dtype
     length = 24
     token = torch.arange(length, device=subject.device)
     plan = Plan.groups(token // 8) | Plan.groups(token % 2)
-    for sign in (-1.0, 1.0):
+    for sign in (-1.0, 1.0, 0.0):
         q, k, v = inputs(replace(subject, dtype=narrow), length, length)
         with torch.no_grad():
-            # All q and k lie along one direction: every score has one sign.
-            q.copy_(sign * (8 / subject.head_dim) ** 0.5 * (8.0 + q.abs()))
-            k.copy_(8.0 + k.abs())
+            if sign:  # All q and k lie along one direction: every score has one sign.
+                q.copy_(sign * (8 / subject.head_dim) ** 0.5 * (8.0 + q.abs()))
+                k.copy_(8.0 + k.abs())
+            else:  # of either sign, some hundreds apart
+                q.mul_(150.0)
         given = [q, k, v]
         got, want = by_kernel(subject, given, plan), by_oracle(given, plan)
         rough = by_oracle(given, plan, narrow)
@@ -352,7 +415,8 @@ def kernel_extreme_scores(subject: KernelSubject) -> None:
             # An lse of 200 is rounded by 2e-5 in float32, and gradients of q and k are differences of terms near 50.
             atol = allowed(given, ours, right, plain) + 1e-3 * max(1.0, float(right.abs().max()))
             change = "take exp(score - lse) in one piece, never exp(score) · exp(-lse)"
-            same(ours, right, atol, f"{name} with scores near {sign * 200:.0f}", change)
+            near = f"{sign * 200:.0f}" if sign else "±300"
+            same(ours, right, atol, f"{name} with scores near {near}", change)
 
 
 @_all
@@ -403,8 +467,11 @@ def kernel_scale(subject: KernelSubject) -> None:
     """Scores are multiplied by the scale that is given, in forward and backward."""
     length = 12
     plan = Plan.groups(torch.arange(length, device=subject.device) // 6)
-    given = inputs(subject, length, length)
-    for scale in (0.1, 1.0):
+    for scale in (0.1, 1.0, SMALL_SCALE, 5.0):
+        given = inputs(subject, length, length)
+        if scale == SMALL_SCALE:  # large queries, whose scores a small scale makes ordinary
+            with torch.no_grad():
+                given[0].div_(scale)
         got, want = by_kernel(subject, given, plan, scale), by_oracle(given, plan, scale=scale)
         rough = by_oracle(given, plan, given[0].dtype, scale)
         atol = allowed(given, got.out, want.out, rough.out)
@@ -442,6 +509,8 @@ def kernel_tells_why_not(subject: KernelSubject) -> None:
     )
     plan = Plan.groups(torch.arange(9, device=subject.device) // 3)
     q, k, v = inputs(subject, 9, 9)
-    narrow = v.detach()[..., :4].requires_grad_()
-    if not subject.kernel.why_not(q, narrow):
-        compare(subject, [q, k, narrow], plan, "where v is narrower than q")
+    wider = torch.cat([v, v.flip(2)], dim=-1)
+    for what, other in (("narrower", v[..., :4]), ("wider", wider)):
+        given = [q, k, other.detach().contiguous().requires_grad_()]
+        if not subject.kernel.why_not(q, given[2]):
+            compare(subject, given, plan, f"where v is {what} than q")

@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
 from dataclasses import replace
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
 
 from sparse_zoo.attention import Attention, Branch, Call
 from sparse_zoo.errors import ZooError
 from sparse_zoo.partition import Partition
 from sparse_zoo.plan import Part, Plan
 from sparse_zoo.testing import oracle
-from sparse_zoo.testing.subject import BATCH, FILMS, HEADS, PACKED, STORY, Subject, make, usable
+from sparse_zoo.testing.subject import CASES, FILMS, LONG, PACKED, STORY, Case, Subject, make, usable
 from sparse_zoo.testing.suite import Checks, expect, fail, same, some
 
 checks: Checks[Subject] = Checks()
+
+T = TypeVar("T")
 
 
 def plans(attention: Attention, call: Call) -> list[Plan]:
@@ -25,6 +31,15 @@ def plans(attention: Attention, call: Call) -> list[Plan]:
 def branches(attention: Attention, call: Call) -> list[Branch]:
     """The branches that have a plan."""
     return [branch for branch in oracle.routed(attention, call)[1] if isinstance(branch, Branch)]
+
+
+def everywhere(subject: Subject, *, grad: bool = False) -> Iterator[tuple[str, Attention, Call]]:
+    """The method, and a call of it, on each film and in each case, with the name of either."""
+    attention = subject.build()
+    for film, layout in FILMS.items():
+        yield film, attention, make(layout, grad=grad)
+    for name, case in CASES.items():
+        yield name, subject.build_for(case), case.call(grad=grad)
 
 
 @checks
@@ -44,16 +59,16 @@ def builds(subject: Subject) -> None:
 @checks
 def plans_in_range(subject: Subject) -> None:
     """Pieces list tokens of the stream, each at most once; edges name pieces that exist; sizes fit batch and heads."""
-    attention = subject.build()
-    for film, layout in FILMS.items():
-        for plan in plans(attention, make(layout)):
+    for film, attention, call in everywhere(subject):
+        items, count = call.q.shape[:2]
+        for plan in plans(attention, call):
             for number, part in enumerate(plan.parts):
                 reasons = _out_of_range(part)
                 expect(not reasons, "indices in range", f"part {number} on {film}: {'; '.join(reasons)}", "its indices")
-            _, batch, heads, *_ = oracle.times_held(plan).shape
+            batch, heads = plan.batch_heads
             expect(
-                batch in (1, BATCH) and heads in (1, HEADS),
-                f"a plan for {BATCH} or 1 batch items and {HEADS} or 1 heads",
+                batch in (1, items) and heads in (1, count),
+                f"a plan for {items} or 1 batch items and {count} or 1 heads",
                 f"{batch} and {heads}",
                 "the leading sizes of its labels, tables or indices",
             )
@@ -86,9 +101,8 @@ def _bad_pieces(pieces: Partition) -> list[str]:
 @checks
 def plans_disjoint(subject: Subject) -> None:
     """No pair of a query and a key is held twice by a branch's plan."""
-    attention = subject.build()
-    for film, layout in FILMS.items():
-        for plan in plans(attention, make(layout)):
+    for film, attention, call in everywhere(subject):
+        for plan in plans(attention, call):
             held = oracle.times_held(plan)
             twice = held.sum(0) > 1
             if bool(twice.any()):
@@ -132,13 +146,11 @@ def _of(x: Tensor, item: int, head: int) -> Tensor:
 @checks
 def no_query_without_key(subject: Subject) -> None:
     """Every query has a key in each branch; with `may_be_empty`, one without has output 0 and passes no gradient."""
-    attention = subject.build()
-    for film, layout in FILMS.items():
-        call = make(layout, grad=True)
+    for film, attention, call in everywhere(subject, grad=True):
         masks = [oracle.masks(attention, call, branch) for branch in branches(attention, call) if branch.rows is None]
         if not masks:
             continue
-        empty = [~mask.any(-1).expand(BATCH, HEADS, -1) for mask in masks]
+        empty = [~mask.any(-1).expand(call.q.shape[:3]) for mask in masks]
         if not attention.may_be_empty:
             for rows in empty:
                 expect(
@@ -159,13 +171,12 @@ def no_query_without_key(subject: Subject) -> None:
 @checks
 def pairs_counted(subject: Subject) -> None:
     """Reported pairs, density and FLOPs are those of the branches' masks; kernels execute no fewer."""
-    attention = subject.build()
-    for film, layout in FILMS.items():
-        call = make(layout)
+    for film, attention, call in everywhere(subject):
+        layout, (batch, heads) = call.layout, call.q.shape[:2]
         result = attention.run(call)
         masks = [oracle.masks(attention, call, branch) for branch in branches(attention, call)]
-        pairs = sum(int(mask.expand(BATCH, HEADS, -1, -1).sum()) for mask in masks)
-        dense = BATCH * HEADS * sum(len(film) ** 2 for film in layout.films)
+        pairs = sum(int(mask.expand(batch, heads, -1, -1).sum()) for mask in masks)
+        dense = batch * heads * sum(len(film) ** 2 for film in layout.films)
         cost, dim = result.cost(), result.out.shape[-1]
         pooled = any(plan.shape != (len(layout), len(layout)) for plan in result.plans)
         terms = sum(x.flops for x in oracle.routed(attention, call)[1] if not isinstance(x, Branch))
@@ -185,16 +196,88 @@ def pairs_counted(subject: Subject) -> None:
             "routing_flops(call)",
         )
         for name, *_ in usable():
-            executed = sum(plan.executed(name, batch=BATCH, heads=HEADS) for plan in result.plans)
+            executed = sum(plan.executed(name, batch=batch, heads=heads) for plan in result.plans)
             expect(executed >= pairs, f"kernel {name} to execute {pairs} pairs or more", f"{executed}", "executed()")
+
+
+@checks
+def plans_ignore_values(subject: Subject) -> None:
+    """With other values v the plans stay the same, in training too; with `reads_values` they do not."""
+    differ = False
+    calls = [(subject.build(), make(STORY)), *((subject.build_for(case), case.call()) for case in CASES.values())]
+    for attention, call in calls:
+        v = torch.randn(call.v.shape, generator=torch.Generator().manual_seed(17), dtype=call.v.dtype)
+        for training in (False, True):
+            attention.train(training)
+            pairs = zip(plans(attention, call), plans(attention, replace(call, v=3 * v)), strict=True)
+            changed = [oracle.mask_of(mine) != oracle.mask_of(other) for mine, other in pairs]
+            differ = differ or any(bool(x.any()) for x in changed)
+            for wrong in [] if attention.reads_values else changed:
+                expect(
+                    ~wrong.any(),
+                    "the same plans with other values",
+                    f"others {some(wrong)} (batch item, head, query, key)",
+                    "choose by q, k and hidden; or say in reads_values why v decides",
+                )
+    declared = attention.reads_values
+    expect(differ or not declared, f"plans that depend on v: {declared}", "the same ones", "reads_values = None")
+
+
+@checks
+def routing_is_counted(subject: Subject) -> None:
+    """`routing_flops` is at least half, and no more than twice, what torch counts while branches are made."""
+    for case in (COUNTED, CASES["many films, items and heads"]):
+        attention, call = subject.build_for(case), case.call()
+        with torch.no_grad():
+            assert call.hidden is not None
+            hidden = call.hidden
+            features, before, _ = _counted(lambda: attention.features(hidden))  # noqa: B023
+            routed = replace(call, features=features)
+            made, inside, touched = _counted(lambda: attention.branches(routed))  # noqa: B023
+        terms = sum(x.flops for x in made if not isinstance(x, Branch))
+        declared = attention.routing_flops(routed) + terms
+        # Features may hold gates besides what decides: they count where nothing else was multiplied.
+        least, most = (inside or before) / 2, 2 * (before + inside) + touched
+        expect(
+            least <= declared <= most,
+            f"routing_flops, with the FLOPs of terms, between {least:.4g} and {most:.4g}",
+            f"{declared:.4g}",
+            "routing_flops(call): 2 FLOPs for a product and a sum, over batch items, query heads, queries and pieces",
+        )
+
+
+COUNTED = Case(LONG, batch=2, heads=4, kv_heads=2, head_dim=64)
+
+
+class _Touched(TorchDispatchMode):
+    """Counts the numbers that operations other than views make or read."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.numbers = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if not getattr(func, "is_view", False):
+            held = [x for x in (*args, out) if isinstance(x, Tensor) and x.is_floating_point()]
+            self.numbers += max((x.numel() for x in held), default=0)
+        return out
+
+
+def _counted(make: Callable[[], T]) -> tuple[T, int, int]:
+    """What a function gives, the FLOPs of its matrix products, and how many numbers its operations went over."""
+    with FlopCounterMode(display=False) as flops, _Touched() as touched:
+        made = make()
+    return made, flops.get_total_flops(), touched.numbers
 
 
 @checks
 def some_queries(subject: Subject) -> None:
     """Given some queries of the stream (`q_rows`), each gets what it gets among all; `pools_queries` refuses them."""
-    attention = subject.build()
-    for layout in (STORY, PACKED):
-        whole = make(layout, step=3)
+    calls = [(subject.build(), make(layout, step=3)) for layout in (STORY, PACKED)]
+    calls += [(subject.build_for(case), case.call()) for case in CASES.values()]
+    for attention, whole in calls:
+        layout, (batch, heads) = whole.layout, whole.q.shape[:2]
         rows = torch.randperm(len(layout))[:11]
         some_rows = replace(whole, q=whole.q[:, :, rows], q_rows=rows)
         if attention.pools_queries:
@@ -211,7 +294,7 @@ def some_queries(subject: Subject) -> None:
         )
         same(part.out, attention.run(whole).out[:, :, rows], 1e-9, "outputs of some queries and among all", change)
         lengths = torch.tensor([len(film) for film in layout.films])
-        dense = BATCH * HEADS * int(lengths[layout.sample[rows]].sum())
+        dense = batch * heads * int(lengths[layout.sample[rows]].sum())
         came = part.cost().dense_pairs
         expect(came == dense, f"{dense} dense pairs for these queries", f"{came}", "Result must hold call.q_rows")
 

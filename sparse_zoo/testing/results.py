@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from sparse_zoo.attention import Attention, Branch, Call, Term
+from sparse_zoo.errors import ZooError
 from sparse_zoo.testing import oracle
-from sparse_zoo.testing.subject import FILMS, KV_HEADS, PACKED, STORY, Subject, make, usable
+from sparse_zoo.testing.subject import CASES, FILMS, HEAD_DIM, KV_HEADS, PACKED, STORY, Subject, make, usable
 from sparse_zoo.testing.suite import Checks, expect, same, some
 
 checks: Checks[Subject] = Checks()
@@ -26,6 +27,10 @@ def bound(attention: Attention, call: Call, want: Tensor, branches: Sequence[Bra
     if call.q.dtype == torch.float64:
         return EXACT
     return oracle.bound(call.q.dtype, want, oracle.plain(attention, call, None, branches))
+
+
+def _exact(want: Tensor) -> float:
+    return EXACT * max(1.0, float(want.abs().max()))
 
 
 def gradients(attention: Attention, call: Call, out: Tensor) -> list[Tensor | None]:
@@ -53,6 +58,12 @@ def output_equals_oracle(subject: Subject) -> None:
                     f"outputs of {kernel} on {film}",
                     "run(call) or the kernel: neither may add to, or leave out, what branches(call) says",
                 )
+    for name, case in CASES.items():
+        attention, call = subject.build_for(case), case.call()
+        with torch.no_grad():
+            want = oracle.plain(attention, call)
+            change = "run(call) or the kernel: look for what only larger inputs, later layers and steps, or noise reach"
+            same(attention.run(call).out, want, _exact(want), f"outputs on {name}", change)
 
 
 @checks
@@ -71,6 +82,14 @@ def gradients_equal_oracle(subject: Subject) -> None:
                 if dtype != torch.float64 and right is not None and rough is not None:
                     atol = oracle.bound(dtype, right, rough)
                 same(ours, right, atol, f"gradients of {name} by {kernel} on {film}", "run(call), or the backward")
+    for film, case in CASES.items():
+        attention, call = subject.build_for(case).train(), case.call(grad=True)
+        got = gradients(attention, call, attention.run(call).out)
+        want = gradients(attention, call, oracle.plain(attention, call))
+        names = ["q", "k", "v", "hidden", *(name for name, _ in attention.named_parameters())]
+        for name, ours, right in zip(names, got, want, strict=True):
+            atol = GRADIENT * (1.0 if right is None else max(1.0, float(right.abs().max())))
+            same(ours, right, atol, f"gradients of {name} in training on {film}", "run(call), or the backward")
 
 
 @checks
@@ -107,27 +126,47 @@ def influence_equals_mask(subject: Subject) -> None:
 @checks
 def shared_keys(subject: Subject) -> None:
     """Keys and values shared by several query heads (GQA) give what copies of them give; routing is per query head."""
-    attention = subject.build()
-    call = make(STORY)
-    copied = replace(call, k=call.k.repeat_interleave(2, dim=1), v=call.v.repeat_interleave(2, dim=1))
-    same(
-        attention.run(call).out,
-        attention.run(copied).out,
-        EXACT,
-        "outputs with shared keys and with copies of them",
-        "query head h reads key head h // (H // Hk), in routing too",
-    )
+    crowd = CASES["many films, items and heads"]
+    for attention, call in ((subject.build(), make(STORY)), (subject.build_for(crowd), crowd.call())):
+        share = call.q.shape[1] // call.k.shape[1]
+        copied = replace(call, k=call.k.repeat_interleave(share, dim=1), v=call.v.repeat_interleave(share, dim=1))
+        same(
+            attention.run(call).out,
+            attention.run(copied).out,
+            EXACT,
+            f"outputs with keys shared by {share} heads and with copies of them",
+            "query head h reads key head h // (H // Hk), in routing too",
+        )
+
+
+@checks
+def values_of_another_width(subject: Subject) -> None:
+    """Values wider or narrower than q give what the branches mean, or a ZooError."""
+    attention, call = subject.build({"kernel": "reference"}), make(STORY)
+    for width in (3, HEAD_DIM + 5):
+        v = torch.randn(*call.v.shape[:3], width, generator=torch.Generator().manual_seed(7), dtype=call.v.dtype)
+        other = replace(call, v=v)
+        try:
+            out = attention.run(other).out
+        except ZooError:
+            continue
+        change = "take the width of outputs from v, or refuse another than q's"
+        same(out, oracle.plain(attention, other), EXACT, f"outputs with values of width {width}", change)
 
 
 @checks
 def half_precision(subject: Subject) -> None:
     """In bfloat16 and float16 the error to float64 is bounded by that of plain softmax in the same precision."""
+    long = CASES["a long film"]
     for dtype in (torch.bfloat16, torch.float16):
-        attention, call = subject.build(dtype=dtype), make(STORY, dtype=dtype)
-        with torch.no_grad():
-            out, want = attention.run(call).out, oracle.plain(attention, call)
-            expect(out.dtype == dtype, f"an output in {dtype}", f"{out.dtype}", "the dtype of weights and terms")
-            same(out, want, bound(attention, call, want), f"outputs in {dtype} and float64", "what run(call) rounds")
+        calls = [(subject.build(dtype=dtype), make(STORY, dtype=dtype))]
+        calls.append((subject.build_for(long, dtype=dtype), long.call(dtype=dtype)))
+        for attention, call in calls:
+            with torch.no_grad():
+                out, want = attention.run(call).out, oracle.plain(attention, call)
+                expect(out.dtype == dtype, f"an output in {dtype}", f"{out.dtype}", "the dtype of weights and terms")
+                atol = bound(attention, call, want)
+                same(out, want, atol, f"outputs in {dtype} and float64", "what run(call) rounds")
 
 
 @checks

@@ -23,8 +23,8 @@ from sparse_zoo.layout import Layout, Shot
 from sparse_zoo.plan import Plan
 from sparse_zoo.testing import oracle
 from sparse_zoo.testing.results import EXACT, bound
-from sparse_zoo.testing.subject import PACKED, RAGGED, STORY, Subject, make
-from sparse_zoo.testing.suite import Checks, expect, fail, same
+from sparse_zoo.testing.subject import CASES, PACKED, RAGGED, STORY, Subject, make
+from sparse_zoo.testing.suite import Checks, Skip, expect, fail, same
 
 checks: Checks[Subject] = Checks()
 
@@ -149,10 +149,37 @@ def draws_recomputed(subject: Subject) -> None:
 def eval_draws_nothing(subject: Subject) -> None:
     """In eval mode the output does not depend on seed and step: randomness is for training."""
     attention = subject.build().eval()
-    outs = [attention.run(make(STORY, step=step)).out for step in (0, 1)]
+    outs = [attention.run(make(STORY, step=step)).out for step in (0, 1, None, 1001, 1_234_567)]
     outs.append(attention.run(replace(make(STORY, step=1), seed=8)).out)
     for out in outs[1:]:
         same(out, outs[0], 0.0, "outputs in eval mode at other seeds and steps", "draw only where self.training")
+
+
+@checks
+def training_is_evaluation(subject: Subject) -> None:
+    """At the settings that `same_in_training` declares, outputs, plans and losses are those of evaluation."""
+    settings = subject.cls.same_in_training
+    if isinstance(settings, str):
+        raise Skip(f"same_in_training: {settings}")
+    change = "use self.training for nothing but the draws that same_in_training switches off"
+    calls = [(subject.build(settings), make(STORY, step=5, seed=3))]
+    calls += [(subject.build_for(case, settings), case.call(seed=3)) for case in CASES.values()]
+    for attention, call in calls:
+        with torch.no_grad():
+            trained, judged = attention.train().run(call), attention.eval().run(call)
+        for mine, other in zip(trained.plans, judged.plans, strict=True):
+            expect(
+                torch.equal(oracle.mask_of(mine), oracle.mask_of(other)),
+                "the plans of evaluation in training",
+                "others",
+                change,
+            )
+        same(trained.out, judged.out, EXACT, "outputs in training and in evaluation", change)
+        expect(
+            trained.losses.keys() == judged.losses.keys(), f"losses {[*judged.losses]}", f"{[*trained.losses]}", change
+        )
+        for name, loss in trained.losses.items():
+            same(loss, judged.losses[name], EXACT, f"losses[{name!r}] in training and in evaluation", change)
 
 
 @checks
@@ -229,18 +256,26 @@ def copies_and_pickles(subject: Subject) -> None:
 @checks
 def autocast(subject: Subject) -> None:
     """Under autocast to bfloat16 it chooses as without; gives q's dtype, what its branches mean, finite gradients."""
-    attention = subject.build(dtype=torch.float32)
-    call, plain = oracle.routed(attention, make(STORY, dtype=torch.float32))
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        narrowed = attention.branches(call)
-    for mine, other in zip(narrowed, plain, strict=True):
-        if isinstance(mine, Branch) and isinstance(other, Branch):
-            expect(
-                torch.equal(oracle.mask_of(mine.plan), oracle.mask_of(other.plan)),
-                "the same plan from the same q, k and features under autocast",
-                "another",
-                "take products that decide under torch.autocast(device, enabled=False): it narrows .float() too",
-            )
+    attention, long = subject.build(dtype=torch.float32), replace(CASES["a long film"], heads=8, kv_heads=2)
+    # Of many keys close to each other, half precision takes others for the nearest.
+    close = replace(long, k_offset=2.0)
+    for chooses, given in (
+        (attention, make(STORY, dtype=torch.float32)),
+        (subject.build_for(close, dtype=torch.float32), close.call(dtype=torch.float32)),
+        (subject.build_for(long, dtype=torch.float32).train(), long.call(dtype=torch.float32)),
+    ):
+        call, plain = oracle.routed(chooses, given)
+        for dtype in (torch.bfloat16, torch.float16):
+            with torch.autocast("cpu", dtype=dtype):
+                narrowed = chooses.branches(call)
+            for mine, other in zip(narrowed, plain, strict=True):
+                if isinstance(mine, Branch) and isinstance(other, Branch):
+                    expect(
+                        torch.equal(mine.plan.dense_mask(), other.plan.dense_mask()),
+                        f"the same plan from the same q, k and features under autocast to {dtype}",
+                        "another",
+                        "take what decides under torch.autocast(device, enabled=False): it narrows .float() too",
+                    )
     for dtype in (torch.float32, torch.bfloat16):
         call = make(STORY, dtype=dtype, grad=True)
         with torch.autocast("cpu", dtype=torch.bfloat16):

@@ -32,7 +32,7 @@ from sparse_zoo.methods.window import Window
 from sparse_zoo.schedule import Scheduled
 from sparse_zoo.testing import oracle, slow
 from sparse_zoo.testing.plans import branches
-from sparse_zoo.testing.subject import FILMS, Subject, make
+from sparse_zoo.testing.subject import CASES, FILMS, Subject, make
 from sparse_zoo.testing.suite import Checks, Skip, expect, same, some
 
 checks: Checks[Subject] = Checks()
@@ -145,13 +145,18 @@ def routing_is_the_papers(subject: Subject) -> None:
     rule = next((_rules[base] for base in subject.cls.__mro__ if base in _rules), None)
     if rule is None:
         raise Skip(f"no rule is given for {subject.name}: see sparse_zoo.testing.slow_routing")
-    attention = subject.build({"text_reads": "method"})
+    usual = {"text_reads": "method"}
+    small = subject.build(usual)
     cases = [(film, how, False) for film in FILMS for how in ("", ", scores tied,")]
     cases += [("story", ", scores close,", False), ("story", " in training", True), ("packed", " in training", True)]
+    cases += [(name, how, bool(how)) for name in CASES for how in ("", " in training")]
     for film, how, training in cases:
         # Heads with parameters of their own are as many as the call holds: there is no place for an offset.
         first = 0 if subject.cls.own_heads is not None else 2
-        call = make(FILMS[film], step=5, layer=1, layers=3, head_offset=first)
+        if film in CASES:
+            attention, call = subject.build_for(CASES[film], usual), CASES[film].call(head_offset=first)
+        else:
+            attention, call = small, make(FILMS[film], step=5, layer=1, layers=3, head_offset=first)
         attention.train(training)
         if "tied" in how:
             call.q.zero_()

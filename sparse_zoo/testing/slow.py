@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from fractions import Fraction
+from functools import cache, lru_cache
 from itertools import accumulate, pairwise
 from typing import Any
 
@@ -29,14 +30,17 @@ class Token:
     in_shot: int
 
 
+@lru_cache(16)
 def tokens(layout: Layout) -> list[Token]:
     names = ("sample", "shot", "frame", "row", "col", "is_text", "shot_frame")
     return [Token(*row) for row in zip(*(getattr(layout, name).tolist() for name in names), strict=True)]
 
 
 def dense(layout: Layout) -> list[set[int]]:
-    all_tokens = tokens(layout)
-    return [{j for j, b in enumerate(all_tokens) if b.sample == a.sample} for a in all_tokens]
+    films: dict[int, set[int]] = {}
+    for i, t in enumerate(tokens(layout)):
+        films.setdefault(t.sample, set()).add(i)
+    return [films[t.sample] for t in tokens(layout)]
 
 
 def even_chunks(frames: int, per_frame: int, size: int) -> list[int]:
@@ -113,31 +117,33 @@ def moc(
     all_tokens = tokens(layout)
     names = chunk_names(layout, chunk, frames, size)
     order = list(dict.fromkeys(names))
-    members = {name: [j for j, other in enumerate(names) if other == name] for name in order}
-    means = {name: k[members[name]].detach().float().mean(0) for name in order}
+    members = {name: {j for j, other in enumerate(names) if other == name} for name in order}
+    place = {name: number for number, name in enumerate(order)}
+    means = torch.stack([k[sorted(members[name])].detach().float().mean(0) for name in order])
+    scores = (q.detach().float() @ means.T).tolist()
+    # What is anchored, and which chunks are left, is the same for tokens of one shot, chunk and kind.
+    anchored: dict[Any, tuple[set[int], list[int]]] = {}
     result = []
     for i, a in enumerate(all_tokens):
-        kept: set[int] = set()
-        for j, b in enumerate(all_tokens):
-            if b.sample != a.sample:
-                continue
-            seen = causal != "strict" or b.shot <= a.shot
-            text = "text" in anchors and b.text and seen
-            shot = "shot" in anchors and b.shot == a.shot and a.shot >= 0
-            own = "chunk" in anchors and names[i] == names[j] and seen
-            if text or shot or own:
-                kept.add(j)
-        candidates = []
-        for number, name in enumerate(order):
-            if name[0] != a.sample or set(members[name]) <= kept:
-                continue
-            if causal is not None and number >= order.index(names[i]):
-                continue
-            candidates.append((-float(q[i].detach().float() @ means[name]), number))
-        ranked = [number for _, number in sorted(candidates)]
+        alike = names[i], a.sample, a.shot, a.text
+        if alike not in anchored:
+            always: set[int] = set()
+            for j, b in enumerate(all_tokens):
+                if b.sample != a.sample:
+                    continue
+                seen = causal != "strict" or b.shot <= a.shot
+                text = "text" in anchors and b.text and seen
+                shot = "shot" in anchors and b.shot == a.shot and a.shot >= 0
+                own = "chunk" in anchors and names[i] == names[j] and seen
+                if text or shot or own:
+                    always.add(j)
+            free = [n for n, name in enumerate(order) if name[0] == a.sample and not members[name] <= always]
+            anchored[alike] = always, [n for n in free if causal is None or n < place[names[i]]]
+        kept, candidates = set(anchored[alike][0]), anchored[alike][1]
+        ranked = sorted(candidates, key=lambda number: (-scores[i][number], number))
         chosen, rest = ranked[:top_k], ranked[top_k:]
         for number in drops.change(i, chosen, rest) if drops else chosen:
-            kept |= set(members[order[number]])
+            kept |= members[order[number]]
         result.append(kept)
     return result
 
@@ -153,10 +159,10 @@ def moga_branch(
         shot = shots[t.sample, t.shot]
         return t.row * windows[0] // shot.rows, t.col * windows[1] // shot.cols
 
+    place = [None if t.text else window(t) for t in all_tokens]
+
     def reads(i: int, j: int) -> bool:
         a, b = all_tokens[i], all_tokens[j]
-        if a.sample != b.sample:
-            return False
         if b.text:
             return True
         if a.text:
@@ -165,7 +171,7 @@ def moga_branch(
             return group[i] == group[j]
         if name == "frame":
             return a.frame == b.frame
-        if window(a) != window(b):
+        if place[i] != place[j]:
             return False
         if a.shot == b.shot:
             return frames is None or a.in_shot // frames == b.in_shot // frames
@@ -173,8 +179,7 @@ def moga_branch(
             return shots[b.sample, b.shot].frames - b.in_shot <= 2
         return b.shot == a.shot + 1 and b.in_shot < 2
 
-    n = len(all_tokens)
-    return [{j for j in range(n) if reads(i, j)} for i in range(n)]
+    return [{j for j in film if reads(i, j)} for i, film in enumerate(dense(layout))]
 
 
 def window(layout: Layout, *, tile: tuple[int, ...], size: tuple[int, ...], edge: str, restart: bool) -> list[set[int]]:
@@ -194,26 +199,35 @@ def window(layout: Layout, *, tile: tuple[int, ...], size: tuple[int, ...], edge
         shot = shots[t.sample, t.shot]
         return len(steps[t.sample]), -(-shot.rows // tile[1]), -(-shot.cols // tile[2])
 
-    def reads(a: Token, b: Token) -> bool:
-        if a.sample != b.sample:
-            return False
-        if a.text or b.text:
-            return True
-        for at, there, count, extent in zip(place(a), place(b), counts(a), size, strict=True):
-            low = at - extent // 2
-            if edge == "shift":
-                low = max(0, min(low, count - extent))
-                if not low <= there < low + extent:
-                    return False
-            elif abs(at - there) > extent // 2:
-                return False
-        return True
+    films = dense(layout)
+    text = {j for j, t in enumerate(all_tokens) if t.text}
+    tiles: dict[Any, set[int]] = {}
+    for j, t in enumerate(all_tokens):
+        if not t.text:
+            tiles.setdefault((t.sample, place(t)), set()).add(j)
 
-    return [{j for j, b in enumerate(all_tokens) if reads(a, b)} for a in all_tokens]
+    def near(at: int, there: int, count: int, extent: int) -> bool:
+        if edge == "cut":
+            return abs(at - there) <= extent // 2
+        low = max(0, min(at - extent // 2, count - extent))
+        return low <= there < low + extent
+
+    @cache
+    def window_of(sample: int, mine: tuple[int, ...], room: tuple[int, ...]) -> set[int]:
+        found: set[int] = set()
+        for (film, theirs), held in tiles.items():
+            if film == sample and all(map(near, mine, theirs, room, size)):
+                found |= held
+        return found
+
+    return [
+        films[i] if t.text else window_of(t.sample, place(t), counts(t)) | (films[i] & text)
+        for i, t in enumerate(all_tokens)
+    ]
 
 
 def as_mask(kept: list[set[int]]) -> Tensor:
     mask = torch.zeros(len(kept), len(kept), dtype=torch.bool)
-    for i, keys in enumerate(kept):
-        mask[i, list(keys)] = True
+    rows = torch.tensor([i for i, keys in enumerate(kept) for _ in keys], dtype=torch.int64)
+    mask[rows, torch.tensor([j for keys in kept for j in keys], dtype=torch.int64)] = True
     return mask

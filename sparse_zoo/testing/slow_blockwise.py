@@ -25,11 +25,11 @@ def moba(attention: MoBA, call: Call) -> list[tuple[Tensor, Tensor | float]]:
         kept = beside_text(call.layout)
         for film in video(call.layout):
             blocks = cut(film, attention.block_tokens)
-            means = [k[block].mean(0) for block in blocks]
+            scores = (q @ torch.stack([k[block].mean(0) for block in blocks]).T).tolist()
             for own, block in enumerate(blocks):
                 for i in block:
                     others = [c for c in range(len(blocks)) if c != own]
-                    others.sort(key=lambda c: -float(q[i] @ means[c]))
+                    others.sort(key=lambda c: -scores[i][c])
                     for c in [own, *others][: attention.top_k]:
                         kept[i] |= set(blocks[c])
         return kept
@@ -46,11 +46,11 @@ def vmoba(attention: VMoBA, call: Call) -> list[tuple[Tensor, Tensor | float]]:
         own = {i: name for name, block in blocks.items() for i in block}
         for b in range(batch):
             q, k = call.q[b].detach().float(), call.k[b].detach().float()
-            means = [
-                {name: k[h * len(k) // heads, block].mean(0) for name, block in blocks.items()} for h in range(heads)
-            ]
+            keys = [k[h * len(k) // heads] for h in range(heads)]
+            means = [torch.stack([x[block].mean(0) for block in blocks.values()]) for x in keys]
+            products = [(q[h] @ means[h].T).tolist() for h in range(heads)]
             similarity = {  # in the order of ties
-                (i, h, name): float(q[h, i] @ means[h][name]) for i in film for h in range(heads) for name in blocks
+                (i, h, name): products[h][i][c] for i in film for h in range(heads) for c, name in enumerate(blocks)
             }
             scopes: dict[Hashable, list[tuple[int, int, Hashable]]] = {}
             for i, h, name in similarity:
@@ -80,11 +80,12 @@ def xattention(attention: XAttention, call: Call) -> list[tuple[Tensor, Tensor |
         kept = beside_text(call.layout)
         for film in video(call.layout):
             blocks = cut(film, attention.block_tokens)
+            dots = (q.double() @ k.double().T / (stride * math.sqrt(q.shape[-1]))).tolist()
             for asking in blocks:
                 held = [0.0] * len(blocks)
                 for group in cut(asking, stride):
                     exps = [
-                        [math.exp(antidiagonal(q, k, group, keys, stride)) for keys in cut(block, stride)]
+                        [math.exp(antidiagonal(dots, group, keys, stride)) for keys in cut(block, stride)]
                         for block in blocks
                     ]
                     total = sum(map(sum, exps))
@@ -100,11 +101,10 @@ def xattention(attention: XAttention, call: Call) -> list[tuple[Tensor, Tensor |
     return [(per_head(call, choose), 1.0)]
 
 
-def antidiagonal(q: Tensor, k: Tensor, group: list[int], keys: list[int], stride: int) -> float:
+def antidiagonal(dots: list[list[float]], group: list[int], keys: list[int], stride: int) -> float:
     """Group and keys hold up to `stride` tokens each; from the last query and the first key inwards."""
     pairs = [(stride - 1 - n, n) for n in range(stride)]
-    dots = [float(q[group[a]] @ k[keys[b]]) for a, b in pairs if a < len(group) and b < len(keys)]
-    return math.fsum(dots) / (stride * math.sqrt(q.shape[-1]))
+    return sum(dots[group[a]][keys[b]] for a, b in pairs if a < len(group) and b < len(keys))
 
 
 def per_head(call: Call, choose: Callable[[Tensor, Tensor], list[set[int]]]) -> Tensor:
@@ -120,12 +120,12 @@ def per_head(call: Call, choose: Callable[[Tensor, Tensor], list[set[int]]]) -> 
 
 
 def video(layout: Layout) -> list[list[int]]:
-    """The video tokens of each film."""
+    """The video tokens of each film that has any."""
     films: list[list[int]] = [[] for _ in layout.films]
     for i, t in enumerate(tokens(layout)):
         if not t.text:
             films[t.sample].append(i)
-    return films
+    return [film for film in films if film]
 
 
 def beside_text(layout: Layout) -> list[set[int]]:

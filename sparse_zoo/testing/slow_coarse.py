@@ -22,16 +22,21 @@ from sparse_zoo.testing.slow import Token, tokens
 Pieces = dict[Hashable, list[int]]
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """One query (D,) over keys (n, D) and values (n, D)."""
-    weights: Tensor = (k @ q / math.sqrt(len(q))).softmax(0)
-    return weights @ v
+def attend(q: Tensor, k: Tensor, v: Tensor, reads: dict[int, list[int]] | None = None) -> Tensor:
+    """Queries (m, D) over keys and values (n, D): all of them, or those that `reads` lists for a query (others: 0)."""
+    scores = q @ k.T / math.sqrt(q.shape[-1])
+    if reads is None:
+        return scores.softmax(-1) @ v
+    unseen = torch.ones_like(scores, dtype=torch.bool)
+    for i, keys in reads.items():
+        unseen[i, keys] = False
+    return scores.masked_fill(unseen, -torch.inf).softmax(-1).nan_to_num(0.0) @ v
 
 
-def ranked(query: Tensor, keys: Tensor) -> list[int]:
-    """Numbers of keys (n, D) by falling product with a query (D,), ties to the earlier."""
-    scores = (keys.float() @ query.float()).tolist()
-    return sorted(range(len(scores)), key=lambda number: (-scores[number], number))
+def ranked(queries: Tensor, keys: Tensor) -> list[list[int]]:
+    """For each query (m, D) the numbers of keys (n, D) by falling product, ties to the earlier."""
+    scores = (queries.float() @ keys.float().T).tolist()
+    return [sorted(range(len(row)), key=lambda number: (-row[number], number)) for row in scores]
 
 
 def cubes(call: Call, film: list[int], tile: tuple[int, ...], restart: bool) -> Pieces:
@@ -76,20 +81,22 @@ def vsa(attention: VSA, call: Call) -> Tensor:
 
     def one(item: int, head: int, q: Tensor, k: Tensor, v: Tensor, video: list[int], text: list[int]) -> None:
         dim, place = len(q[0]), call.head_offset + head
-        for i in text:
-            out[item, head, i] = attend(q[i], k[video + text], v[video + text])
-        if not video:
-            return
-        pieces = cubes(call, video, attention.tile, attention.stop_at_shots)
-        of_q, of_k, of_v = (means(x, pieces) for x in (q, k, v))
-        for number, held in enumerate(pieces.values()):
-            best = ranked(of_q[number], of_k)[: attention.top_k]
-            read = text + [j for other in best for j in list(pieces.values())[other]]
-            coarse = attend(of_q[number], of_k, of_v)
-            for i in held:
-                mine = {name: gate[item, i, place * dim : (place + 1) * dim] for name, gate in gates.items()}
-                out[item, head, i] = attend(q[i], k[read], v[read]) * mine.get("fine", 1.0)
-                out[item, head, i] += coarse * mine.get("coarse", 0.0)
+        reads = dict.fromkeys(text, video + text)
+        coarse = torch.zeros_like(v)
+        if video:
+            pieces = cubes(call, video, attention.tile, attention.stop_at_shots)
+            of_q, of_k, of_v = (means(x, pieces) for x in (q, k, v))
+            blocks, order, found = list(pieces.values()), ranked(of_q, of_k), attend(of_q, of_k, of_v)
+            for number, held in enumerate(blocks):
+                read = text + [j for other in order[number][: attention.top_k] for j in blocks[other]]
+                reads |= dict.fromkeys(held, read)
+                coarse[held] = found[number]
+        fine = attend(q, k, v, reads)
+        mine = {name: gate[item, :, place * dim : (place + 1) * dim] for name, gate in gates.items()}
+        out[item, head, text] = fine[text]
+        out[item, head, video] = fine[video] * (mine["fine"][video] if "fine" in mine else 1.0)
+        if "coarse" in mine:
+            out[item, head, video] += coarse[video] * mine["coarse"][video]
 
     per_film(call, one)
     return out
@@ -104,22 +111,21 @@ def nsa(attention: NSA, call: Call) -> Tensor:
     def one(item: int, head: int, q: Tensor, k: Tensor, v: Tensor, video: list[int], text: list[int]) -> None:
         pieces = list(runs(video, attention.block).values())
         of_k, of_v = (means(x, dict(enumerate(pieces))) if pieces else x[:0] for x in (k, v))
-        for i in video + text:
-            first = 3 * (call.head_offset + head)
-            compress, select, near = gates[item, i, first : first + 3]
-            if i in text:
-                chosen = window = list(range(len(pieces)))
-            else:
-                own = next(number for number, held in enumerate(pieces) if i in held)
-                fixed = {0, own, max(own - 1, 0)}
-                free = [number for number in ranked(q[i], of_k) if number not in fixed]
-                chosen = [*fixed, *free[: attention.top_k]]
-                window = [number for number in range(len(pieces)) if abs(number - own) <= attention.window // 2]
-            for which, gate in ((chosen, select), (window, near)):
-                read = text + [j for number in which for j in pieces[number]]
-                out[item, head, i] += gate * attend(q[i], k[read], v[read])
-            if pieces:
-                out[item, head, i] += compress * attend(q[i], of_k, of_v)
+        first = 3 * (call.head_offset + head)
+        compress, select, near = (gates[item, :, first + n, None] for n in range(3))
+        owner = {i: number for number, held in enumerate(pieces) for i in held}
+        order = ranked(q, of_k)
+        selected, window = dict.fromkeys(text, text + video), dict.fromkeys(text, text + video)
+        for i, own in owner.items():
+            fixed = {0, own, max(own - 1, 0)}
+            free = [number for number in order[i] if number not in fixed]
+            beside = [number for number in range(len(pieces)) if abs(number - own) <= attention.window // 2]
+            for reads, which in ((selected, [*fixed, *free[: attention.top_k]]), (window, beside)):
+                reads[i] = text + [j for number in which for j in pieces[number]]
+        out[item, head] += select * attend(q, k, v, selected) + near * attend(q, k, v, window)
+        film = text + video
+        if pieces:
+            out[item, head, film] += compress[film] * attend(q[film], of_k, of_v)
 
     per_film(call, one)
     return out
@@ -130,24 +136,22 @@ def sla(attention: SLA, call: Call) -> Tensor:
     out = torch.zeros_like(call.q, dtype=torch.float64)
 
     def one(item: int, head: int, q: Tensor, k: Tensor, v: Tensor, video: list[int], text: list[int]) -> None:
-        for i in text:
-            out[item, head, i] = attend(q[i], k[video + text], v[video + text])
-        if not video:
-            return
+        reads = dict.fromkeys(text, video + text)
         pieces = runs(video, attention.block)
-        of_q, of_k = means(q, pieces), means(k, pieces)
+        blocks = list(pieces.values())
+        order = ranked(means(q, pieces), means(k, pieces)) if video else []
         critical = max(1, int(len(pieces) * attention.top_k))
         negligible = min(int(len(pieces) * attention.negligible), len(pieces) - critical)
-        for number, held in enumerate(pieces.values()):
-            order = ranked(of_q[number], of_k)
+        for number, held in enumerate(blocks):
             exact, linear = (
-                [j for other in which for j in list(pieces.values())[other]]
-                for which in (order[:critical], order[critical : len(order) - negligible])
+                [j for other in which for j in blocks[other]]
+                for which in (order[number][:critical], order[number][critical : len(pieces) - negligible])
             )
-            for i in held:
-                weights = k[linear].softmax(-1) @ q[i].softmax(-1)
-                rest = (weights @ v[linear]) / (weights.sum() + 1e-5)
-                out[item, head, i] = attend(q[i], k[text + exact], v[text + exact]) + attention.proj.weight @ rest
+            reads |= dict.fromkeys(held, text + exact)
+            weights = q[held].softmax(-1) @ k[linear].softmax(-1).T
+            rest = (weights @ v[linear]) / (weights.sum(-1, keepdim=True) + 1e-5)
+            out[item, head, held] = rest @ attention.proj.weight.T
+        out[item, head] += attend(q, k, v, reads)
 
     per_film(call, one)
     return out

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from fractions import Fraction
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -43,25 +44,21 @@ def radial_keys(layout: Layout, block: int, decay: float) -> list[set[int]]:
             video.setdefault(t.sample, []).append(i)
     blocks = [ids[n : n + block] for ids in video.values() for n in range(0, len(ids), block)]
     block_of = {i: members for members in blocks for i in members}
-    seen = {
-        (i, j) for ids in video.values() for i in ids for j in ids if sees(layout, every[i], every[j], block, decay)
-    }
+    seen = torch.zeros(len(every), len(every), dtype=torch.int64)
+    for ids in video.values():
+        table = [[sees(layout, every[i], every[j], block, decay) for j in ids] for i in ids]
+        seen[torch.tensor(ids)[:, None], torch.tensor(ids)] = torch.tensor(table).long()
 
     def attends(queries: list[int], keys: list[int]) -> bool:
-        counts = [sum((i, j) in seen for i in queries) for j in keys]
+        counts = seen[queries][:, keys].sum(0).tolist()
         some = [n for n in counts if n]
         many = [n for n in some if Fraction(n, len(queries)) > Fraction(1, 3)]
         return bool(some) and Fraction(len(many), len(some)) > Fraction(6, 10)
 
-    kept = {(id(a), id(b)) for a in blocks for b in blocks if a is b or attends(a, b)}
-    return [
-        {
-            j
-            for j, b in enumerate(every)
-            if a.sample == b.sample and (a.text or b.text or (id(block_of[i]), id(block_of[j])) in kept)
-        }
-        for i, a in enumerate(every)
-    ]
+    kept = {id(a): {j for b in blocks if a is b or attends(a, b) for j in b} for a in blocks}
+    text = {j for j, t in enumerate(every) if t.text}
+    films = slow.dense(layout)
+    return [films[i] if a.text else kept[id(block_of[i])] | (films[i] & text) for i, a in enumerate(every)]
 
 
 def sees(layout: Layout, a: Token, b: Token, block: int, decay: float) -> bool:
@@ -71,12 +68,19 @@ def sees(layout: Layout, a: Token, b: Token, block: int, decay: float) -> bool:
     if distance <= 1 or b.frame == 0:
         return True
     mine, theirs = (shots[t.shot].rows * shots[t.shot].cols for t in (a, b))
-    width = Fraction(2 ** mine.bit_length(), 2 ** distance.bit_length())
-    if distance % max(1, int(block / width)):
+    step, reach = band(mine, distance, block, decay)
+    if distance % step:
         return False
     own = a.row * shots[a.shot].cols + a.col
     other = b.row * shots[b.shot].cols + b.col
-    return abs(own - (2 * other + 1) * mine // (2 * theirs)) <= max(width * Fraction(decay), Fraction(block))
+    return abs(own - (2 * other + 1) * mine // (2 * theirs)) <= reach
+
+
+@lru_cache(1024)
+def band(size: int, distance: int, block: int, decay: float) -> tuple[int, Fraction]:
+    """Of frames of `size` tokens so far apart: every how many are seen, and how far from the own place."""
+    width = Fraction(2 ** size.bit_length(), 2 ** distance.bit_length())
+    return max(1, int(block / width)), max(width * Fraction(decay), Fraction(block))
 
 
 def by_head(call: Call, rule: Callable[[Tensor, Tensor, Tensor], list[set[int]]]) -> Tensor:
@@ -98,21 +102,7 @@ def svg(attention: SVG, call: Call) -> Masks:
 
 def svg_keys(q: Tensor, k: Tensor, v: Tensor, layout: Layout, width: int, rows: int) -> list[set[int]]:
     """q, k, v (L, D) of one batch item and head."""
-    every = tokens(layout)
-
-    def group(t: Token) -> int:
-        film = layout.films[t.sample]
-        shot = film.shots[t.shot]
-        return (t.row * shot.cols + t.col) * sum(one.frames for one in film.shots) // (shot.rows * shot.cols)
-
-    def reads(i: int, j: int, kind: str) -> bool:
-        a, b = every[i], every[j]
-        if a.sample != b.sample:
-            return False
-        if a.text or b.text or b.frame == 0:
-            return True
-        apart = a.frame - b.frame if kind == "spatial" else group(a) - group(b)
-        return abs(apart) <= width
+    every, masks = tokens(layout), svg_masks(layout, width)
 
     def output(i: int, keys: list[int]) -> Tensor:
         weights: Tensor = (k[keys] @ q[i] / float(q.shape[-1] ** 0.5)).softmax(0)
@@ -124,14 +114,31 @@ def svg_keys(q: Tensor, k: Tensor, v: Tensor, layout: Layout, width: int, rows: 
         video = [j for j in own if not every[j].text]
         picked = [video[int((n + 0.5) * len(video) / min(rows, len(video)))] for n in range(min(rows, len(video)))]
         errors = {
-            name: sum(
-                float((output(i, [j for j in own if reads(i, j, name)]) - output(i, own)).square().mean())
-                for i in picked
-            )
+            name: sum(float((output(i, sorted(masks[name][i])) - output(i, own)).square().mean()) for i in picked)
             for name in ("spatial", "temporal")
         }
         kind[film] = "temporal" if errors["temporal"] < errors["spatial"] else "spatial"
-    return [{j for j in range(len(every)) if reads(i, j, kind[a.sample])} for i, a in enumerate(every)]
+    return [masks[kind[a.sample]][i] for i, a in enumerate(every)]
+
+
+@lru_cache(16)
+def svg_masks(layout: Layout, width: int) -> dict[str, list[set[int]]]:
+    """What each token reads in a head of either kind."""
+    every = tokens(layout)
+
+    def group(t: Token) -> int:
+        film = layout.films[t.sample]
+        shot = film.shots[t.shot]
+        return (t.row * shot.cols + t.col) * sum(one.frames for one in film.shots) // (shot.rows * shot.cols)
+
+    place = {"spatial": [t.frame for t in every], "temporal": [-1 if t.text else group(t) for t in every]}
+
+    def reads(i: int, j: int, kind: str) -> bool:
+        a, b = every[i], every[j]
+        return a.text or b.text or b.frame == 0 or abs(place[kind][i] - place[kind][j]) <= width
+
+    films = slow.dense(layout)
+    return {kind: [{j for j in films[i] if reads(i, j, kind)} for i in range(len(every))] for kind in place}
 
 
 @slow_routing(SVG2)
@@ -158,6 +165,8 @@ def svg2_keys(
     reads: dict[int, set[int]] = {}
     for film in range(len(layout.films)):
         video = [j for j, t in enumerate(every) if t.sample == film and not t.text]
+        if not video:
+            continue
         queries = lloyd(q, video, min(query_clusters, len(video)), rounds)
         keys = lloyd(k, video, min(key_clusters, len(video)), rounds)
         for centre, members in queries:
@@ -186,8 +195,8 @@ def lloyd(x: Tensor, video: list[int], count: int, rounds: int) -> list[tuple[Te
     members: list[list[int]] = []
     for _ in range(rounds):
         members = [[] for _ in centres]
-        for i in video:
-            distances = (torch.stack(centres) - x[i]).square().sum(-1).tolist()
-            members[distances.index(min(distances))].append(i)
+        distances = (torch.stack(centres) - x[video][:, None]).square().sum(-1).tolist()
+        for i, row in zip(video, distances, strict=True):
+            members[row.index(min(row))].append(i)
         centres = [x[own].mean(0) if own else centre for own, centre in zip(members, centres, strict=True)]
     return list(zip(centres, members, strict=True))

@@ -35,6 +35,78 @@ RAGGED = {
 }
 FILMS = {"story": STORY, "packed": PACKED, "silent": SILENT, **RAGGED}
 
+LONG = Layout.film(
+    [
+        Shot(18, 4, 4, 3),
+        Shot(1, 5, 6),
+        Shot(2, 4, 5, 2),
+        Shot(3, 5, 5, 1),
+        Shot(1, 3, 5),
+        Shot(1, 4, 6, 1),
+        Shot(2, 4, 5, 2),
+        Shot(1, 5, 6, 1),
+    ],
+    caption=3,
+)
+"""More than 512 tokens of video, 16 frames in a shot and 3 shots back."""
+CROWD = Layout.pack(
+    [
+        Layout.film([Shot(2, 2, 3, 1), Shot(1, 2, 2)], caption=1),
+        Layout.film([Shot(1, 3, 3)]),
+        Layout.film([Shot(1, 1, 4, 1), Shot(2, 2, 2), Shot(1, 1, 2)]),
+        Layout.film([Shot(1, 1, 1)], caption=2),
+        Layout.film([Shot(3, 2, 2, 1)]),
+        Layout.film([Shot(1, 2, 3), Shot(1, 2, 2, 1)], caption=1),
+    ]
+)
+"""More than 4 films in a stream."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """A call unlike the small ones: its film, its sizes, how large its scores are, and what else a `Call` holds.
+
+    Together the cases go beyond each size at which a fault may begin to show: tokens, frames, shots, films, batch
+    items, heads, query heads per key head, head dim, layer, step, and noise near 0 and 1.
+    """
+
+    layout: Layout
+    batch: int = 1
+    heads: int = 2
+    kv_heads: int = 1
+    head_dim: int = HEAD_DIM
+    q_scale: float = 1.0
+    k_offset: float = 0.0
+    context: Mapping[str, Any] = field(default_factory=dict)
+
+    def call(self, **changes: Any) -> Call:
+        """The call on random inputs; `changes` are keyword arguments of `make`."""
+        sizes = {name: getattr(self, name) for name in ("batch", "heads", "kv_heads", "head_dim")}
+        call = make(self.layout, **sizes | dict(self.context) | changes)
+        with torch.no_grad():
+            call.q.mul_(self.q_scale)
+            call.k.mul_(0.1 if self.k_offset else 1.0).add_(self.k_offset)
+        return call
+
+
+CASES = {
+    "a long film": Case(LONG, context={"layer": 9, "layers": 12, "step": 1001, "noise": 0.9995}),
+    "many films, items and heads": Case(
+        CROWD,
+        batch=6,
+        heads=12,
+        kv_heads=2,
+        head_dim=80,
+        context={"layer": 22, "layers": 40, "step": 123_457, "noise": 1e-4},
+    ),
+    "large scores": Case(
+        STORY, heads=5, q_scale=40.0, context={"layer": 14, "layers": 16, "step": 5_000_000, "noise": 1.0}
+    ),
+    "faint queries, close keys": Case(
+        SILENT, q_scale=1e-3, k_offset=1.0, context={"layer": 60, "layers": 61, "step": 0, "noise": 0.0}
+    ),
+}
+
 
 @dataclass(frozen=True)
 class Subject:
@@ -48,6 +120,7 @@ class Subject:
         self,
         changes: Mapping[str, Any] = MappingProxyType({}),
         *,
+        heads: int = HEADS,
         head_dim: int = HEAD_DIM,
         dtype: torch.dtype = torch.float64,
         device: str = "cpu",
@@ -62,11 +135,15 @@ class Subject:
             given = dict(self.cls.small) | dict(self.settings) | dict(changes)
             # A schedule is no setting of the class: the registry makes one of its classes for each phase.
             make = partial(build, self.name) if "schedule" in given else self.cls
-            attention = make(heads=HEADS, head_dim=head_dim, dim=DIM, **given)
+            attention = make(heads=heads, head_dim=head_dim, dim=DIM, **given)
             with torch.no_grad():
                 for parameter in attention.parameters():
                     parameter.add_(0.5 * torch.randn_like(parameter))
         return attention.eval().to(device=device, dtype=dtype)
+
+    def build_for(self, case: Case, changes: Mapping[str, Any] = MappingProxyType({}), **given: Any) -> Attention:
+        """The method for the heads of a case; further arguments as `build`."""
+        return self.build(changes, heads=case.heads, head_dim=case.head_dim, **given)
 
 
 def make(

@@ -13,12 +13,13 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from experiments.tools.gpu import __doc__ as about
+from experiments.tools.gpu.pack_compile import CACHE, SITE, relocate
 from experiments.tools.gpu.rows import Row, Rows
 from experiments.tools.gpu.stages import MACHINE, STAGES, Stage
 from experiments.tools.gpu.summary import summary
@@ -40,8 +41,16 @@ LONGEST = 1.5
 class Parent:
     """One run: its folder, its stages, the end of its time."""
 
-    def __init__(self, out: Path, stages: Sequence[Stage], minutes: float, loaded: Sequence[str] = LOADED) -> None:
+    def __init__(
+        self,
+        out: Path,
+        stages: Sequence[Stage],
+        minutes: float,
+        loaded: Sequence[str] = LOADED,
+        environment: Mapping[str, str] | None = None,
+    ) -> None:
         self.out, self.stages, self.loaded = out, stages, loaded
+        self.environment = {**QUIET, **os.environ, **(environment or {})}
         self.begin = time.monotonic()
         self.end = self.begin + 60 * minutes
         out.mkdir(parents=True, exist_ok=True)
@@ -88,10 +97,11 @@ class Parent:
 
     def _run(self, stage: Stage, later: Sequence[Stage]) -> Row:
         limit = self._limit(stage, later)
+        known = self._compiled()
         self.process = self.spare or self._start()
         self.spare = None
         begin = time.monotonic()
-        with self.log.open("a") as log:
+        with self.log.open("a", encoding="utf-8") as log:
             print(f"== {stage.name}, {limit:.0f} s", file=log)
         assert self.process.stdin is not None
         asked = json.dumps({"name": stage.name, "function": stage.function, "seconds": limit})
@@ -107,7 +117,13 @@ class Parent:
         _kill(self.process)  # its group: what it started ends with it
         self._shorten_log()
         seconds = round(time.monotonic() - begin, 2)
-        return {"status": "failed" if reason else "passed", "reason": reason, "seconds": seconds}
+        compiled = self._compiled() - known
+        return {"status": "failed" if reason else "passed", "reason": reason, "seconds": seconds, "compiled": compiled}
+
+    def _compiled(self) -> int:
+        """Entries of Triton's cache: a stage that adds none found all its kernels there."""
+        folder = Path(self.environment.get("TRITON_CACHE_DIR") or Path.home() / ".triton" / "cache")
+        return sum(1 for _ in folder.iterdir()) if folder.is_dir() else 0
 
     def _reason(self, stage: Stage, code: int) -> str:
         if code < 0:
@@ -121,15 +137,16 @@ class Parent:
         return "; ".join(said) or (f"failed checks: {', '.join(failed)}" if failed else f"ended with exit code {code}")
 
     def _start(self) -> subprocess.Popen[str]:
-        with self.log.open("a") as log:
+        with self.log.open("a", encoding="utf-8") as log:
             return subprocess.Popen(
                 [sys.executable, "-m", "experiments.tools.gpu.stage", "--out", str(self.out), "--load", *self.loaded],
                 stdin=subprocess.PIPE,
                 stdout=log,
                 stderr=subprocess.STDOUT,
-                text=True,
+                encoding="utf-8",
+                errors="replace",
                 start_new_session=True,
-                env={**QUIET, **os.environ},
+                env=self.environment,
             )
 
     def _fact(self, key: str) -> Any:
@@ -138,7 +155,9 @@ class Parent:
         return found[-1].get(key) if found else None
 
     def _write_summary(self) -> None:
-        (self.out / "summary.md").write_text(summary(self.rows.read(), time.monotonic() - self.begin) + "\n")
+        (self.out / "summary.md").write_text(
+            summary(self.rows.read(), time.monotonic() - self.begin) + "\n", encoding="utf-8"
+        )
 
     def _shorten_log(self) -> None:
         size = self.log.stat().st_size
@@ -173,6 +192,14 @@ def chosen(only: Sequence[str]) -> list[Stage]:
     return [stage for stage in STAGES if not only or stage.name in wanted]
 
 
+def unpacked(pack: Path) -> dict[str, str]:
+    """The environment in which stages find a pack's kernels and packages."""
+    cache = (pack / CACHE).absolute()
+    relocate(cache)
+    path = [str((pack / SITE).absolute()), os.environ.get("PYTHONPATH", "")]
+    return {"TRITON_CACHE_DIR": str(cache), "PYTHONPATH": os.pathsep.join(filter(None, path))}
+
+
 def say(what: str) -> None:
     print(what, file=sys.stderr, flush=True)
 
@@ -185,6 +212,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, default=OUT, help=f"folder for the files (default: {OUT})")
     parser.add_argument("--minutes", type=float, default=MINUTES, help=f"for all stages (default: {MINUTES})")
     parser.add_argument("--only", choices=names, nargs="+", default=[], metavar="STAGE", help="these, and their checks")
+    parser.add_argument("--pack", type=Path, help="a folder of experiments.tools.gpu.pack: kernels and packages")
     parser.add_argument("--list", action="store_true", help="print the stages and end")
     given = parser.parse_args(arguments)
     if given.minutes <= 0:
@@ -197,11 +225,14 @@ def main(arguments: list[str] | None = None) -> int:
     if find_spec("torch") is None:  # found, not imported
         say(f"make gpu: {sys.executable} has no torch; name a Python that has it: make gpu GPU_PYTHON=.venv/bin/python")
         return 2
-    code = Parent(given.out, stages, given.minutes).run()
+    if given.pack is not None and not (given.pack / CACHE).is_dir():
+        parser.error(f"--pack: {given.pack} has no {CACHE}; make a pack with python3 -m experiments.tools.gpu.pack")
+    environment = unpacked(given.pack) if given.pack is not None else {}
+    code = Parent(given.out, stages, given.minutes, environment=environment).run()
     if code == 2:
         say("make gpu: torch sees no CUDA device; a GPU is needed. `make test` needs none.")
         return code
-    print((given.out / "summary.md").read_text())
+    print((given.out / "summary.md").read_text(encoding="utf-8"))
     return code
 
 

@@ -125,7 +125,7 @@ def traced(call: Callable[[], object], device: torch.device) -> Trace:
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "trace.json"
         profiled.export_chrome_trace(str(file))
-        events = json.loads(file.read_text())["traceEvents"]
+        events = json.loads(file.read_text(encoding="utf-8"))["traceEvents"]
     wanted = ("kernel", "gpu_memcpy", "gpu_memset") if device.type == "cuda" else ("cpu_op",)
     seconds: Counter[str] = Counter()
     calls: Counter[str] = Counter()

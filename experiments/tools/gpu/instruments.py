@@ -77,7 +77,7 @@ def _under(tool: list[str], function: str, run: Run, file: Path, seconds: float)
             [*tool, sys.executable, "-c", call],
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
-            text=True,
+            encoding="utf-8",
             errors="replace",
             timeout=max(1.0, seconds),
             check=False,
@@ -88,6 +88,6 @@ def _under(tool: list[str], function: str, run: Run, file: Path, seconds: float)
         reason = f"{tool[0]} took longer than {seconds:.0f} s"
     except OSError as error:
         return "", f"{tool[0]}: {error}"
-    with file.open("a") as kept:
+    with file.open("a", encoding="utf-8") as kept:
         kept.write(text[-KEPT:])
     return text, reason

@@ -34,7 +34,7 @@ class Rows:
     def read(self) -> list[Row]:
         """All rows; a line that a killed process left incomplete is skipped."""
         found = []
-        for line in self.path.read_text(errors="replace").splitlines() if self.path.exists() else []:
+        for line in self.path.read_text(errors="replace", encoding="utf-8").splitlines() if self.path.exists() else []:
             try:
                 row = json.loads(line)
             except json.JSONDecodeError:

@@ -31,8 +31,8 @@ def _lines(rows: Sequence[Row], seconds: float) -> Iterator[str]:
     lines = [f"{row['name']} | {_status(row)}" for row in checks if row["status"] != "passed"]
     yield from _table("check | status", lines)
     ends = [row for row in rows if row["kind"] == "end"]
-    lines = [f"{row['name']} | {row['seconds']:.0f} | {_status(row)}" for row in ends]
-    yield from _table("stage | s | status", lines)
+    lines = [f"{row['name']} | {row['seconds']:.0f} | {row.get('compiled', 0)} | {_status(row)}" for row in ends]
+    yield from _table("stage | s | kernels compiled | status", lines)
     bad = [row["name"] for row in ends if row["status"] == "failed"]
     left = [row["name"] for row in ends if row["status"] == "skipped"]
     yield f"Failed stages: {', '.join(bad) or 'none'}. Skipped stages: {', '.join(left) or 'none'}."

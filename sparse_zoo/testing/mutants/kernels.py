@@ -302,3 +302,108 @@ class PaddedKeysRead(Plain):
         first = masks[0].clone().expand(*torch.broadcast_shapes(masks[0].shape, (*reached.shape, 1))).clone()
         first[..., 0] |= reached & ~oracle.mask_of(plan)[..., 0]
         return [first, *masks[1:]]
+
+
+# -- sizes ------------------------------------------------------------------------------------------------------------
+
+
+@mutant("kernel_large_plans")
+class KernelKeysPast512(Plain):
+    """Keys after the 512th are read by nobody."""
+
+    def masks(self, plan: Plan) -> list[Tensor]:
+        return [mask & (torch.arange(mask.shape[-1]) < 512) for mask in super().masks(plan)]
+
+
+@mutant("kernel_large_plans")
+class KernelQueriesPast512(Plain):
+    """Queries after the 512th read nothing."""
+
+    def masks(self, plan: Plan) -> list[Tensor]:
+        return [mask & (torch.arange(mask.shape[-2]) < 512)[:, None] for mask in super().masks(plan)]
+
+
+@mutant("kernel_large_plans")
+class KernelItemsPastFour(Plain):
+    """Batch items after the fourth run the fourth's plan."""
+
+    def masks(self, plan: Plan) -> list[Tensor]:
+        return [mask[torch.arange(mask.shape[0]).clamp(max=3)] for mask in super().masks(plan)]
+
+
+@mutant("kernel_large_plans")
+class KernelHeadsPastEight(Plain):
+    """Heads after the eighth run the eighth's plan."""
+
+    def masks(self, plan: Plan) -> list[Tensor]:
+        return [mask[:, torch.arange(mask.shape[1]).clamp(max=7)] for mask in super().masks(plan)]
+
+
+@mutant("kernel_large_plans")
+class KernelSharedByFour(Plain):
+    """No key head serves more than four query heads."""
+
+    def shared(self, x: Tensor, heads: int) -> Tensor:
+        share = min(4, heads // x.shape[1])
+        return x[:, (torch.arange(heads) // share).clamp(max=x.shape[1] - 1)]
+
+
+@mutant("kernel_large_plans")
+class KernelChannelsPast64(Plain):
+    """Scores are made of the first 64 channels."""
+
+    def scores(self, q: Tensor, k: Tensor, scale: float) -> Tensor:
+        return super().scores(q[..., :64], k[..., :64], scale)
+
+
+@mutant("kernel_large_plans")
+class KernelPartsPastFour(Plain):
+    """Parts after the fourth are left out."""
+
+    def masks(self, plan: Plan) -> list[Tensor]:
+        return super().masks(plan)[:4]
+
+
+@mutant("kernel_large_plans")
+class LargeGradientsInFloat32(Plain):
+    """Gradients over more than 512 keys are rounded to float32."""
+
+    def grads(self, p: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, grad: Tensor, scale: float) -> Any:
+        found = super().grads(p, q, k, v, out, grad, scale)
+        return [x.float().to(x.dtype) for x in found] if k.shape[2] > 512 else found
+
+
+@mutant("kernel_gradients_alone")
+class KernelKeysLearnWithValues(Plain):
+    """k gets no gradient where v needs none."""
+
+    def run(self, q: Tensor, k: Tensor, v: Tensor, plan: Plan, scale: float) -> tuple[Tensor, Tensor]:
+        return super().run(q, k if v.requires_grad else k.detach(), v, plan, scale)
+
+
+@mutant("kernel_scale")
+class ScaleOfAHundredthAtLeast(Plain):
+    """Scales below a hundredth are taken for that."""
+
+    def scores(self, q: Tensor, k: Tensor, scale: float) -> Tensor:
+        return super().scores(q, k, max(scale, 0.01))
+
+
+@mutant("kernel_extreme_scores")
+class ScoresClamped(Plain):
+    """Scores are clamped at 256."""
+
+    def scores(self, q: Tensor, k: Tensor, scale: float) -> Tensor:
+        return super().scores(q, k, scale).clamp(-256, 256)
+
+
+@mutant("kernel_tells_why_not")
+class WideValuesTaken(Plain):
+    """Values wider than queries are taken, and their last channels lost."""
+
+    def why_not(self, q: Tensor | None = None, v: Tensor | None = None) -> list[str]:
+        narrower = q is not None and v is not None and v.shape[-1] < q.shape[-1]
+        return super().why_not(q, v) if narrower else super().why_not(q)
+
+    def run(self, q: Tensor, k: Tensor, v: Tensor, plan: Plan, scale: float) -> tuple[Tensor, Tensor]:
+        return super().run(q, k, v[..., : q.shape[-1]], plan, scale)

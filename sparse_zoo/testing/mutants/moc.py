@@ -369,6 +369,8 @@ class NeverDropsOff(Dropping):
 class Noisy(MoC):
     """MoC, unbroken, whose scores get noise in training, drawn by seed, step, layer and head."""
 
+    same_in_training = "scores get noise"
+
     def seed(self, call: Call, head: int) -> int:
         return hash((call.seed, call.step, call.layer, call.head_offset + head)) % (1 << 31)
 

@@ -1,0 +1,299 @@
+"""One pass over a video file: its frames, upright and of one size, and where its shots begin."""
+
+from __future__ import annotations
+
+import os
+from array import array
+from bisect import bisect_left
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+import av
+import numpy as np
+import numpy.typing as npt
+from av.sidedata.sidedata import Type as SideData
+from av.stream import Disposition
+from av.video.reformatter import ColorTrc, Interpolation
+from scenedetect import AdaptiveDetector, ContentDetector, FrameTimecode
+from scenedetect.common import Timecode
+
+from sparse_zoo.errors import ZooError
+
+Frames = npt.NDArray[np.uint8]
+
+DETECTORS: dict[str, Callable[..., Any]] = {"content": ContentDetector, "adaptive": AdaptiveDetector}
+_THRESHOLD = {"content": "threshold", "adaptive": "adaptive_threshold"}
+# PySceneDetect's thresholds are made for frames of about this width.
+_DETECTOR_WIDTH = 256
+_SHORTEST_SHOT = 0.6  # seconds; cuts that follow each other faster are one
+_ROUNDING = 5e-4  # seconds: containers round times to as little as whole milliseconds
+_JITTER = 0.5  # seconds: where times go back by more, another recording begins
+_CLOCK = 10**6  # ticks a second of the times that the detector is given
+# Containers whose header says how long the video is; of the others the length is guessed.
+_WITH_LENGTH = ("matroska", "mov", "avi", "flv", "asf")
+_PICTURES = Disposition.attached_pic | Disposition.timed_thumbnails | Disposition.still_image
+_HDR = {ColorTrc.SMPTE2084: "PQ", ColorTrc.ARIB_STD_B67: "HLG"}
+_MOST_ERRORS = 1000  # in a row, without a frame between them: the rest of the file is given up
+
+
+@dataclass(frozen=True)
+class Decoding:
+    """How to decode: `fps` frames a second (None: the file's own rate), `size` (H, W) in pixels, and how to find cuts.
+
+    Frames are turned as the file says, given square pixels, resized with their aspect kept until they cover `size`,
+    then cut to it around the centre. `threshold` None is the detector's own default.
+    """
+
+    fps: float | None
+    size: tuple[int, int]
+    detector: str = "content"
+    threshold: float | None = None
+
+
+@dataclass(frozen=True)
+class Footage:
+    """What a pass found beside the frames, as `Video` has it; `notes` are lines on what was lost or not honoured."""
+
+    source: tuple[int, ...]
+    cuts: tuple[int, ...]
+    rate: float
+    notes: tuple[str, ...]
+
+
+def read_footage(path: Path, decoding: Decoding, keep: Callable[[Frames], Any]) -> Footage:
+    """Decode the whole file once, finding cuts at its own rate; call `keep` with each frame (H, W, 3) to be kept.
+
+    Only a few frames are in memory at a time. What cannot be decoded is left out, up to the next key frame.
+
+    Raises:
+        ZooError: with the path and the reason, if there is no frame to be had.
+    """
+    try:
+        if path.stat().st_size == 0:
+            raise ZooError(f"{path}: it is empty")
+        # An absolute path with its protocol: FFmpeg takes "scene:01.mp4" for a URL. Titles and the like are not read,
+        # so their encoding is no reason to refuse a video.
+        where = f"file:{os.path.abspath(path)}"
+        number = _best_stream(path, where)
+        with av.open(where, metadata_errors="replace") as container:
+            return _Pass(path, container, number, decoding).run(keep)
+    except av.FFmpegError as error:
+        raise ZooError(f"{path}: it cannot be decoded: {error.strerror}") from error
+    except OSError as error:
+        raise ZooError(f"{path}: it cannot be read: {error.strerror}") from error
+
+
+def _best_stream(path: Path, where: str) -> int:
+    """Index of the video stream to take: films before pictures, then the file's default one, then the largest."""
+    with av.open(where, metadata_errors="replace") as container:
+        videos = container.streams.video
+        films = [stream for stream in videos if not stream.disposition & _PICTURES]
+        if not films:
+            raise ZooError(f"{path}: it has no video stream" + (", only a cover picture" if videos else ""))
+        known = [stream for stream in films if stream.codec_context is not None]
+        if not known:
+            raise ZooError(f"{path}: its codec is unknown")
+        if len(known) == 1:
+            return int(known[0].index)
+        # Pictures that are not marked as such end after one packet.
+        packets = dict.fromkeys((stream.index for stream in known), 0)
+        for packet in container.demux(known):
+            packets[packet.stream_index] += packet.size > 0
+            if min(packets.values()) > 1 or sum(packets.values()) > 500:
+                break
+        best = max(
+            known,
+            key=lambda stream: (
+                packets[stream.index] > 1,
+                bool(stream.disposition & Disposition.default),
+                stream.width * stream.height,
+                -stream.index,
+            ),
+        )
+        return int(best.index)
+
+
+class _Pass:
+    """The state of one pass over a container."""
+
+    def __init__(self, path: Path, container: Any, number: int, decoding: Decoding) -> None:
+        self.path = path
+        self.container = container
+        self.stream = container.streams[number]
+        self.decoding = decoding
+        self.rate = self.stream.average_rate or self.stream.guessed_rate or Fraction(25)
+        self.period = float(1 / self.rate)
+        self.aspect = float(self.stream.sample_aspect_ratio or 1)
+        self.origin: float | None = None  # seconds in the file's own time at which the present recording would begin
+        self.now = -self.period  # seconds since the first frame
+        self.ends = 0.0  # when the present frame should give way to the next one
+        self.notes: list[str] = []
+        self.jumps: list[float] = []
+        self.gaps: list[tuple[float, float]] = []
+        self.lost: list[tuple[float, float | None, str]] = []
+
+    def run(self, keep: Callable[[Frames], Any]) -> Footage:
+        stream, decoding = self.stream, self.decoding
+        stream.thread_type = "AUTO"
+        if not 0.1 <= self.aspect <= 10:
+            raise ZooError(f"{self.path}: its pixels are {self.aspect:g} times as wide as high; 0.1 to 10 are allowed")
+        chosen = {} if decoding.threshold is None else {_THRESHOLD[decoding.detector]: decoding.threshold}
+        detector = DETECTORS[decoding.detector](min_scene_len=_SHORTEST_SHOT - _ROUNDING, **chosen)
+        # Of the stream, not of each frame: a file may change its size on the way, and the detector compares frames.
+        shrink = max(1.0, stream.width / _DETECTOR_WIDTH)
+        small = {"width": round(stream.width / shrink), "height": max(1, round(stream.height / shrink))}
+        times, source, cuts, due = array("q"), array("q"), list[int](), 0
+        interlaced, transfer = 0, None
+        for number, frame in enumerate(self._frames()):
+            times.append(round(self.now * _CLOCK))
+            moment = FrameTimecode(Timecode(times[-1], Fraction(1, _CLOCK)), self.rate)
+            view = frame.reformat(**small, format="bgr24", interpolation=Interpolation.AREA).to_ndarray()
+            cuts += [bisect_left(times, cut.pts) for cut in detector.process_frame(moment, view)]
+            interlaced += frame.interlaced_frame
+            transfer = transfer or _HDR.get(frame.color_trc)
+            tick = number if decoding.fps is None else int((self.now + _ROUNDING) * decoding.fps)
+            if tick >= due:
+                keep(self._shown(frame))
+                source.append(number)
+                due = tick + 1
+        if not source:
+            raise ZooError(f"{self.path}: it has no frame" + (f" that decodes: {self.lost[0][2]}" if self.lost else ""))
+        self._take_stock(len(times), interlaced, transfer)
+        return Footage(tuple(source), tuple(sorted({0, *cuts})), float(self.rate), tuple(self.notes))
+
+    def _frames(self) -> Iterator[Any]:
+        """Frames that are whole, with `now` set to the time of each."""
+        broken = ""
+        for item in self._decoded():
+            damage = item.strerror if isinstance(item, av.FFmpegError) else "damaged" if item.is_corrupt else ""
+            if damage:
+                broken = broken or damage
+            # What follows damage is computed from it, up to the next key frame.
+            elif not broken or item.key_frame:
+                before, ended = self.now, self.ends
+                self._advance(item)
+                if broken:
+                    self.lost.append((max(0.0, before + self.period), self.now, broken))
+                    broken = ""
+                elif before >= 0 and self.now - before > max(4 * self.period, _JITTER, ended - before + _JITTER):
+                    self.gaps.append((ended, self.now))
+                yield item
+        if broken:
+            self.lost.append((max(0.0, self.now + self.period), None, broken))
+
+    def _decoded(self) -> Iterator[Any]:
+        """Frames, and errors in the place of what could not be decoded."""
+        packets, failures = self.container.demux(self.stream), 0
+        while failures < _MOST_ERRORS:
+            try:
+                frames = next(packets).decode()
+            except (StopIteration, av.error.EOFError):
+                return
+            except av.FFmpegError as error:
+                failures += 1
+                yield error
+                packets = self.container.demux(self.stream)  # goes on where it stopped
+                continue
+            if frames:
+                failures = 0
+            yield from frames
+
+    def _advance(self, frame: Any) -> None:
+        """Set `now` for the next frame. It always moves on, so that no frame is lost where times repeat or go back."""
+        following = self.now + self.period
+        if frame.time is None:
+            self.now = following
+        else:
+            if self.origin is None:
+                self.origin = frame.time - following
+            self.now, before = frame.time - self.origin, self.now
+            if self.now <= before:
+                if before - self.now > _JITTER:
+                    self.jumps.append(following)
+                    self.origin = frame.time - following
+                self.now = following
+        own = float(frame.duration * frame.time_base) if frame.duration and frame.time_base else self.period
+        self.ends = self.now + max(own, self.period)
+
+    def _shown(self, frame: Any) -> Frames:
+        """The frame upright and with square pixels, covering `size`, cut to it around the centre."""
+        swapped, up, left = self._turn(frame)
+        height, width = self.decoding.size[::-1] if swapped else self.decoding.size
+        across = frame.width * self.aspect
+        scale = max(height / frame.height, width / across)
+        tall, wide = max(height, round(frame.height * scale)), max(width, round(across * scale))
+        smaller = tall < frame.height and wide < frame.width
+        how = Interpolation.AREA if smaller else Interpolation.BICUBIC
+        whole: Frames = frame.reformat(width=wide, height=tall, format="rgb24", interpolation=how).to_ndarray()
+        top, side = (tall - height) // 2, (wide - width) // 2
+        cut = whole[top : top + height, side : side + width]
+        cut = cut.swapaxes(0, 1) if swapped else cut
+        return cut[:: -1 if up else 1, :: -1 if left else 1]
+
+    def _turn(self, frame: Any) -> tuple[bool, bool, bool]:
+        """What to do to show a frame as its display matrix says: swap rows and columns, then mirror rows, columns."""
+        side = frame.side_data.get(SideData.DISPLAYMATRIX)
+        if side is None:
+            return False, False, False
+        # A pixel at (x, y) is shown at (ax + cy, bx + dy); translation is of no interest.
+        a, b, _, c, d, *_ = np.frombuffer(bytes(side)[:36], np.int32) / 65536
+        largest = max(abs(a), abs(b), abs(c), abs(d))
+        straight, swapped = (
+            min(abs(x), abs(y)) > 0.98 * largest > 0 and max(abs(u), abs(v)) < 0.02 * largest
+            for x, y, u, v in ((a, d, b, c), (b, c, a, d))
+        )
+        if not straight and not swapped:
+            raise ZooError(
+                f"{self.path}: it is to be shown turned by {frame.rotation} degrees; only quarter turns and mirroring "
+                "can be done. Turn its frames themselves, and write it anew"
+            )
+        return (True, bool(b < 0), bool(c < 0)) if swapped else (False, bool(d < 0), bool(a < 0))
+
+    def _take_stock(self, count: int, interlaced: int, transfer: str | None) -> None:
+        """Turn what was counted into notes."""
+        others = [
+            stream
+            for stream in self.container.streams.video
+            if stream.index != self.stream.index and not stream.disposition & _PICTURES
+        ]
+        if others:
+            self.notes.append(
+                f"it has {len(others) + 1} video streams; number {self.stream.index} is taken "
+                f"({self.stream.width}x{self.stream.height})"
+            )
+        for start, stop, why in self.lost[:3]:
+            until = "the end" if stop is None else _clock(stop)
+            self.notes.append(f"frames from {_clock(start)} to {until} are lost: {why}")
+        if len(self.lost) > 3:
+            self.notes.append(f"frames are lost in {len(self.lost) - 3} later places too")
+        if self.gaps:
+            start, stop = self.gaps[0]
+            more = f", and {len(self.gaps) - 1} more such gaps" if len(self.gaps) > 1 else ""
+            self.notes.append(f"it has no frame from {_clock(start)} to {_clock(stop)}{more}")
+        if self.jumps:
+            more = f" and {len(self.jumps) - 1} more times" if len(self.jumps) > 1 else ""
+            self.notes.append(
+                f"its times go back at {_clock(self.jumps[0])}{more}, as in joined recordings; all frames are taken, "
+                "in their order in the file"
+            )
+        promised, length = self.stream.frames, self.container.duration
+        told = any(name in self.container.format.name for name in _WITH_LENGTH)
+        if told and promised > count:
+            self.notes.append(
+                f"its header promises {promised} frames, {count} could be used: it is cut short, damaged or edited"
+            )
+        elif told and not promised and length and length / av.time_base - self.ends > max(0.5, 2 * self.period):
+            self.notes.append(
+                f"its header promises {_clock(length / av.time_base)}, its last frame ends at {_clock(self.ends)}"
+            )
+        if interlaced:
+            self.notes.append(f"{interlaced} frames are interlaced, and taken as they are: moving edges look combed")
+        if transfer:
+            self.notes.append(f"it is HDR ({transfer}) and is not tone-mapped: its colours will look pale")
+
+
+def _clock(seconds: float) -> str:
+    return f"{seconds:.2f} s"

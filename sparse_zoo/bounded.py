@@ -1,0 +1,73 @@
+"""A cache of the latest results, bounded by their number and, all such caches together, by their bytes."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable, Hashable, Mapping
+from functools import wraps
+from threading import RLock
+from typing import Any, TypeVar, cast
+
+from torch import Tensor
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+BYTES = 1 << 29  # of all caches together: a video set may have another layout in every batch
+
+_held: dict[int, int] = {}  # bytes by cache, as last counted
+_lock = RLock()
+
+
+def bounded(most: int) -> Callable[[F], F]:
+    """Decorator: cache the results of the `most` latest arguments, which must be hashable.
+
+    Results and arguments count with all tensors that they hold, lazily computed ones too. Where all caches together
+    exceed `BYTES`, the cache that has just grown drops its oldest entries, but keeps the newest.
+    """
+
+    def wrap(function: F) -> F:
+        entries: OrderedDict[Hashable, Any] = OrderedDict()
+
+        @wraps(function)
+        def call(*args: Any, **named: Any) -> Any:
+            key = (args, *sorted(named.items()))
+            with _lock:
+                if key in entries:
+                    entries.move_to_end(key)
+                    return entries[key]
+            made = function(*args, **named)
+            with _lock:
+                entries[key] = made
+                while len(entries) > most:
+                    entries.popitem(last=False)
+                # Counted anew: entries grow when their lazy properties are asked for.
+                seen: set[int] = set()
+                sizes = {k: tensor_bytes(k, seen) + tensor_bytes(value, seen) for k, value in reversed(entries.items())}
+                others = sum(held for cache, held in _held.items() if cache != id(entries))
+                while len(entries) > 1 and others + sum(sizes.values()) > BYTES:
+                    oldest, _ = entries.popitem(last=False)
+                    del sizes[oldest]
+                _held[id(entries)] = sum(sizes.values())
+            return made
+
+        return cast(F, call)
+
+    return wrap
+
+
+def tensor_bytes(x: Any, seen: set[int]) -> int:
+    """Bytes of the tensors that an object holds; those whose storage or object is in `seen` count no more."""
+    if isinstance(x, Tensor):
+        storage = x.untyped_storage()
+        place, own = storage.data_ptr() or id(storage), storage.nbytes()
+    elif isinstance(x, Mapping | tuple | list) or hasattr(x, "__dict__"):
+        place, own = id(x), 0
+    else:
+        return 0
+    if place in seen or isinstance(x, type):
+        return 0
+    seen.add(place)
+    if isinstance(x, Tensor):
+        return own
+    inner = x.values() if isinstance(x, Mapping) else x if isinstance(x, tuple | list) else vars(x).values()
+    return sum(tensor_bytes(value, seen) for value in list(inner))

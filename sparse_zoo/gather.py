@@ -1,0 +1,37 @@
+"""Gathers and sums by index whose results, and gradients, do not depend on the order in which threads finish.
+
+Floating-point addition is not associative, so whatever adds rows that share an index must add them in a fixed order,
+or two equal runs differ in the last bit. Which operator does so depends on the device:
+
+- CPU: `index_add` adds one row after the other. The backward of advanced indexing, `x[:, index]`, does not: threads add
+  to the same row in any order.
+- CUDA: `index_put(accumulate=True)`, also the backward of advanced indexing, sorts the index first. `index_add`, also
+  the backward of `index_select`, uses atomic additions in any order.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def take(x: Tensor, dim: int, index: Tensor) -> Tensor:
+    """Rows of `x` along `dim`; the gradient adds rows that were taken more than once in a fixed order.
+
+    Args:
+        x: Any shape.
+        dim: The dimension that is indexed.
+        index: int64, any shape, which takes the place of `dim` in the result.
+    """
+    if x.is_cuda:
+        return x[(slice(None),) * (dim % x.dim()) + (index,)]
+    rows: Tensor = x.index_select(dim, index.flatten()).unflatten(dim, index.shape)
+    return rows
+
+
+def add_at(x: Tensor, dim: int, index: Tensor, rows: Tensor) -> Tensor:
+    """`x.index_add(dim, index, rows)`, which adds rows that share an index in a fixed order."""
+    if x.is_cuda:
+        summed: Tensor = torch.ops.aten.index_put(x, [*[None] * (dim % x.dim()), index], rows, True)
+        return summed
+    return x.index_add(dim, index, rows)

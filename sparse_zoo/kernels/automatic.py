@@ -1,0 +1,55 @@
+"""Which kernel "auto" takes: one table of rules on device, dtype and head dim, which needs no device to be read."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+
+from sparse_zoo.kernels.triton.configs import HEAD_DIMS
+
+HALF = (torch.bfloat16, torch.float16)
+WIDE = (torch.float32, torch.float64)
+H100 = (9, 0)
+SHOWN = (64, 80, 128, 256)
+"""Head dims for which `zoo list` shows what an H100 would take."""
+
+
+class Rule(NamedTuple):
+    """A kernel that "auto" takes on a device type, for these dtypes, from a compute capability on, where
+    `head_dims` allows it: a list, a divisor and a largest one, or any."""
+
+    kernel: str
+    device: str
+    dtypes: tuple[torch.dtype, ...]
+    oldest: tuple[int, int] = (0, 0)
+    head_dims: Sequence[int] = ()
+    largest: int = 0
+
+    def takes(self, device: str, capability: tuple[int, int], dtype: torch.dtype, head_dim: int) -> bool:
+        fits = head_dim in self.head_dims if self.head_dims else not self.largest or self._within(head_dim)
+        return device == self.device and dtype in self.dtypes and capability >= self.oldest and fits
+
+    def _within(self, head_dim: int) -> bool:
+        return head_dim % 8 == 0 and head_dim <= self.largest
+
+    def described(self) -> str:
+        """The head dims, for people."""
+        if self.head_dims:
+            return " or ".join(map(str, self.head_dims))
+        return f"multiples of 8 up to {self.largest}" if self.largest else "any"
+
+
+RULES = (
+    Rule("triton", "cuda", HALF, (8, 0), HEAD_DIMS),
+    Rule("torch", "cuda", HALF, (8, 0), largest=256),
+    Rule("exact", "cuda", (*HALF, *WIDE)),
+    Rule("cpu", "cpu", (*HALF, *WIDE)),
+)
+"""In the order in which they are tried. The oracle is never among them: it has to be asked for."""
+
+
+def automatic(device: str, capability: tuple[int, int], dtype: torch.dtype, head_dim: int) -> str:
+    """The kernel that "auto" takes where all packages are there; "" for none."""
+    return next((rule.kernel for rule in RULES if rule.takes(device, capability, dtype, head_dim)), "")

@@ -1,0 +1,102 @@
+"""Which kernel "auto" takes, and the one that it takes where nothing faster runs."""
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+import sparse_zoo as zoo
+from experiments.cli import app
+from sparse_zoo.kernels import AUTO
+from sparse_zoo.kernels import exact as engine
+from sparse_zoo.kernels.automatic import H100, RULES, automatic
+from sparse_zoo.testing import oracle
+
+ON_H100 = {
+    torch.bfloat16: {64: "triton", 128: "triton", 80: "torch", 256: "torch", 40: "torch", 36: "exact"},
+    torch.float16: {64: "triton", 128: "triton", 80: "torch", 256: "torch", 40: "torch", 36: "exact"},
+    torch.float32: {64: "exact", 128: "exact", 80: "exact", 256: "exact", 40: "exact", 36: "exact"},
+}
+
+
+def test_what_auto_takes_on_an_h100() -> None:
+    found = {dtype: {dim: automatic("cuda", H100, dtype, dim) for dim in dims} for dtype, dims in ON_H100.items()}
+    assert found == ON_H100
+
+
+def test_an_old_gpu_takes_what_runs_there() -> None:
+    assert automatic("cuda", (7, 5), torch.float16, 64) == "exact"
+    assert automatic("cuda", (8, 0), torch.bfloat16, 64) == "triton"
+    assert automatic("cpu", (0, 0), torch.float32, 64) == "cpu"
+    assert automatic("cuda", H100, torch.int32, 64) == ""
+
+
+def test_every_rule_is_of_a_kernel() -> None:
+    assert {rule.kernel for rule in RULES} <= {*zoo.kernels()}
+    assert tuple(rule.kernel for rule in RULES) == AUTO
+
+
+def test_on_the_cpu_nothing_changes() -> None:
+    q = torch.randn(1, 1, 4, 8)
+    film = zoo.Layout.film([zoo.Shot(1, 2, 2)])
+    assert zoo.attend(q, q, q, zoo.Plan.dense(film)).kernel == "cpu"
+    assert any("needs a CUDA device" in reason for reason in zoo.kernels()["exact"])
+
+
+@pytest.fixture
+def exact(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """The kernel, allowed on the CPU: its operators are the same everywhere. Blocks are cut small."""
+    monkeypatch.setattr(engine.Exact, "why_not", lambda *_: [])
+    monkeypatch.setattr(engine, "PAIRS", 50)
+
+
+@pytest.mark.usefixtures("exact")
+@pytest.mark.parametrize("kv_heads", [1, 2, 4])
+@pytest.mark.parametrize("method", ["moc", "moga", "window", "dense"])
+def test_exact_agrees_with_the_oracle(method: str, kv_heads: int) -> None:
+    film = zoo.Layout.film([zoo.Shot(2, 3, 3, text=2), zoo.Shot(1, 3, 3), zoo.Shot(2, 2, 3)], caption=3)
+    attention = zoo.build(method, heads=4, head_dim=6, dim=5)
+    q = torch.randn(2, 4, len(film), 6, requires_grad=True)
+    k, v = (torch.randn(2, kv_heads, len(film), 6, requires_grad=True) for _ in "kv")
+    call = zoo.Call(q, k, v, film, hidden=torch.randn(2, len(film), 5))
+    plan = next(branch.plan for branch in attention.branches(call) if isinstance(branch, zoo.Branch))
+    out, lse, name = zoo.attend(q, k, v, plan, kernel="exact")
+    assert name == "exact"
+    wide = [x.detach().double().requires_grad_() for x in (q, k, v)]
+    want, want_lse = oracle.masked_softmax(*wide, oracle.mask_of(plan))
+    torch.testing.assert_close(out.double(), want, rtol=0, atol=3e-6)
+    torch.testing.assert_close(lse.double(), want_lse, rtol=0, atol=3e-6)
+    weight = torch.randn(out.shape)
+    grads = torch.autograd.grad(out, (q, k, v), weight)
+    for grad, expected in zip(grads, torch.autograd.grad(want, wide, weight.double()), strict=True):
+        torch.testing.assert_close(grad.double(), expected, rtol=0, atol=2e-5)
+
+
+@pytest.mark.usefixtures("exact")
+def test_exact_is_not_narrowed_by_autocast() -> None:
+    film = zoo.Layout.film([zoo.Shot(2, 4, 4)] * 2)
+    q = torch.randn(1, 1, len(film), 8)
+    plan = zoo.Plan.within(film.chunks("shot"))
+    want = zoo.attend(q, q, q, plan, kernel="exact").out
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(zoo.attend(q, q, q, plan, kernel="exact").out, want)
+
+
+def test_the_docs_have_the_rules() -> None:
+    text = (Path(__file__).parent.parent / "docs" / "kernels.md").read_text(encoding="utf-8")
+    for rule in RULES:
+        dtypes = [str(dtype).removeprefix("torch.") for dtype in rule.dtypes]
+        oldest = "any" if rule.oldest == (0, 0) else "{}.{} or newer".format(*rule.oldest)
+        line = f"| `{rule.kernel}` | {rule.device} | {', '.join(dtypes)} | {oldest} | {rule.described()} |"
+        assert line in text
+
+
+def test_zoo_list_shows_an_h100() -> None:
+    done = CliRunner().invoke(app, ["list"], env={"COLUMNS": "200"})
+    assert done.exit_code == 0
+    shown = done.stdout[done.stdout.index("on an H100") :]
+    assert re.search(r"bfloat16 +triton +torch +triton +torch", shown)
+    assert re.search(r"float32 +exact +exact +exact +exact", shown)

@@ -1,0 +1,197 @@
+"""An odd cell is one line and a marked row, names are text in every output, and a long report stays short."""
+
+from __future__ import annotations
+
+import io
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from made_up import finished, write_sweep_of
+from rich.console import Console
+from typer.testing import CliRunner
+
+from experiments import appendix, escape, results_schema
+from experiments.cli import app
+from experiments.page import html
+from experiments.record import write_record
+from experiments.report import MOST_PAIRS, Report
+from experiments.store import Asked, Cell, write_sweep
+
+RESULTS = Path(__file__).parent.parent / "experiments" / "results"
+HOSTILE = "[red]x[/red]<script>alert(1)</script>|_\\input{a}\x1b[31m\r\u202e\ud800'\"&amp;$ :bomb:"
+
+
+@pytest.fixture
+def good(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The result of the second of two cells."""
+    monkeypatch.setenv("ZOO_HOME", str(tmp_path))
+    cells = tuple(Cell(name, {"attention": {"name": "dense"}, "seed": 0}) for name in ("fine", "odd"))
+    for cell in cells:
+        finished(cell, "s", 0.5).write(cell.folder("s"))
+    write_sweep("s", Asked("", cells))
+    return cells[1].folder("s") / "result.json"
+
+
+def changed(key: str, value: Any) -> Callable[[Path], object]:
+    return lambda path: path.write_text(json.dumps(json.loads(path.read_text()) | {key: value}))
+
+
+def without(key: str) -> Callable[[Path], object]:
+    return lambda path: path.write_text(json.dumps({k: v for k, v in json.loads(path.read_text()).items() if k != key}))
+
+
+def a_folder(path: Path) -> None:
+    path.unlink()
+    path.mkdir()
+
+
+def outside(path: Path) -> None:
+    path.unlink()
+    path.symlink_to("/proc/self/status")
+
+
+ODD: dict[str, Callable[[Path], object]] = {
+    "truncated": lambda path: path.write_text(path.read_text()[:100]),
+    "list": lambda path: path.write_text("[]"),
+    "deep": lambda path: path.write_text("[" * 100_000),
+    "bytes": lambda path: path.write_bytes(b"\xff\xfe\x00"),
+    "nan": lambda path: path.write_text(path.read_text().replace('"density": 0.25', '"density": NaN')),
+    "overflow": lambda path: path.write_text(path.read_text().replace('"density": 0.25', '"density": 1e999')),
+    "digits": lambda path: path.write_text(path.read_text().replace('"density": 0.25', f'"density": 1{"0" * 400}')),
+    "text for a number": changed("density", "0.25"),
+    "true for a number": changed("val_loss", True),
+    "no seed": without("seed"),
+    "no attention": without("attention"),
+    "metrics": changed("metrics", ["a"]),
+    "metric": changed("metrics", {"identity_recall": "high"}),
+    "curve": changed("curves", {"val/loss": [[1, "a"]]}),
+    "picture": changed("pictures", [{"label": "no file"}]),
+    "strips": changed("strips", 3),
+    "attention": changed("attention", {"no": "name"}),
+    "config": changed("config", {"attention": 3}),
+    "match": changed("config", {"match": {"density": "a"}}),
+    "skipped": changed("data", {"skipped": [1]}),
+    "provenance": changed("provenance", {"commit": ["a"]}),
+    "status": changed("status", "great"),
+    "another cell": changed("name", "fine"),
+    "newer": changed("version", 99),
+    "a folder": a_folder,
+    "outside": outside,
+}
+
+
+@pytest.mark.parametrize("what", ODD)
+def test_an_odd_cell_is_one_line_and_a_marked_row(good: Path, what: str) -> None:
+    ODD[what](good)
+    result = CliRunner().invoke(app, ["report", "s"])
+    assert result.exit_code == 0, result.output
+    (line,) = [line for line in result.output.splitlines() if line.startswith("odd, unreadable: ")]
+    assert "result.json cannot be read: " in line
+    assert re.search(r"odd +unreadable", result.output)
+    assert "1 of 2 cells finished" in result.output.replace("\n", " ")
+    for text in (html(Report.of("s")), appendix.markdown(Report.of("s")), appendix.latex(Report.of("s"))):
+        assert "unreadable" in text
+    by_name = {cell["name"]: cell for cell in Report.of("s").to_json()["cells"]}
+    assert [by_name[name]["status"] for name in ("fine", "odd")] == ["finished", "unreadable"]
+
+
+def test_an_odd_sweep_does_not_end_the_report_of_another(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ZOO_HOME", str(tmp_path))
+    write_sweep_of("memory", {"moc": (0.9, 0.8)}, {"moc": {"name": "moc"}})
+    (tmp_path / "folder" / "sweep.json").mkdir(parents=True)
+    for name, text in {
+        "list": "[]",
+        "cut": "{",
+        "cells": '{"about": "", "cells": [{"name": "a", "config": 3}]}',
+    }.items():
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "sweep.json").write_text(text)
+    assert CliRunner().invoke(app, ["report", "memory"]).exit_code == 0
+
+
+def test_results_of_earlier_versions_are_read(good: Path) -> None:
+    plain = json.loads(good.read_text())
+    assert plain.pop("version") == results_schema.VERSION
+    del plain["resumed"], plain["films"]
+    good.write_text(json.dumps(plain | {"metrics": {"a_recall": None}}))  # as it was written before there were versions
+    assert [cell.status for cell in Report.of("s").results] == ["finished"] * 2
+    read = {path.stem: results_schema.read_record(path) for path in RESULTS.glob("*.json") if "cpu" not in path.stem}
+    assert all(record["groups"] and record["runs"] for record in read.values())
+
+
+def test_names_are_text_in_every_output(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ZOO_HOME", str(tmp_path))
+    name = HOSTILE.replace("/", "-").replace("\ud800", "")  # as the name of a folder
+    methods = {"a": {"name": HOSTILE, HOSTILE: HOSTILE}, name: {"name": "moc", "top_k": 1, "note": HOSTILE}}
+    write_sweep_of("s", {"a": (0.9, 0.8), name: (0.5, None)}, methods)
+    report = Report.of("s")
+    for result in report.finished:
+        result.metrics[f"{HOSTILE}_recall"] = 0.5
+        result.kernel = HOSTILE
+        result.provenance = {HOSTILE: HOSTILE}
+        result.write(Path(result.folder))
+    report = Report.of("s")
+    console = Console(width=200, file=io.StringIO(), emoji=False)
+    console.print(*report.tables(), *report.tables(runs=True))
+    write_record(report, tmp_path / "record.json")
+    outputs = {
+        "html": html(report),
+        "markdown": appendix.markdown(report),
+        "latex": appendix.latex(report),
+        "json": json.dumps(report.to_json()),
+        "terminal": console.file.getvalue(),  # type: ignore[attr-defined]
+        "command": CliRunner().invoke(app, ["report", "s"]).output,
+    }
+    for output, text in outputs.items():
+        assert not escape.UNSAFE.search(text), output
+        text.encode()
+    assert "<script" not in outputs["html"]
+    for output in ("terminal", "command"):
+        assert "[red]x[" in outputs[output]
+    assert not re.search(r"(?<!\\)<script", outputs["markdown"])
+    assert r"\input{" not in outputs["latex"]
+    for row in re.findall(r"^\|.*\|$", outputs["markdown"], re.MULTILINE):
+        assert not re.search(r"(?<!\\)_", row)
+
+
+def test_a_long_report_is_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ZOO_HOME", str(tmp_path))
+    names = [f"m{i}" for i in range(100)]
+    recalls = {name: (i / 100, i / 100 + 0.001) for i, name in enumerate(names)}
+    write_sweep_of("long", recalls, {name: {"name": "moc", "top_k": i} for i, name in enumerate(names)})
+    report = Report.of("long")
+    page = report.write()
+    assert page.stat().st_size < 1_500_000
+    assert page.with_suffix(".json").stat().st_size < 2_000_000
+    assert len(report.tested) == 100 * 99 // 2
+    assert len(report.listed) <= MOST_PAIRS
+    text = page.read_text()
+    assert "This report is long: plots and pictures show the first 40 of 100 groups" in text
+    assert text.count("data:image/png") < 150
+    assert "m99" in text
+
+
+def test_a_winner_is_named_where_it_is_significant_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ZOO_HOME", str(tmp_path))
+    sweeps = {
+        "clear": (
+            {"a": (0.90, 0.91, 0.92, 0.93), "b": (0.10, 0.12, 0.11, 0.13)},
+            "a",
+            "Best identity recall: 0.915, by a",
+        ),
+        "close": ({"a": (0.9, 0.2, 0.5), "b": (0.1, 0.8, 0.3)}, None, "No significant winner: a and b differ by"),
+        "none": ({"a": (0.0, 0.0, 0.0), "b": (0.0, 0.0, 0.0)}, None, "No significant winner: a and b differ by +0.000"),
+        "one": ({"a": (0.9,), "b": (0.1,)}, None, "no test is possible, because each method has one seed"),
+    }
+    for name, (recalls, winner, told) in sweeps.items():
+        write_sweep_of(name, recalls, {key: {"name": "moc"} for key in recalls})
+        report = Report.of(name)
+        assert report.to_json()["winner"] == winner
+        shown = CliRunner().invoke(app, ["report", name]).output.replace("\n", " ")
+        for text in (html(report), shown, appendix.markdown(report)):
+            assert told in text.replace("\\", "")
+        assert ("<dt>by</dt>" in html(report)) == (winner is not None)

@@ -1,0 +1,201 @@
+"""A signal ends a command with 128 + its number, after a checkpoint; a run that was ended so resumes bit for bit."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from test_cli import zoo
+from tiny import BASE, write_sweep
+from torch.utils._pytree import tree_leaves
+
+from experiments import signals
+from experiments.config import load
+from experiments.run import RESUME, run
+from experiments.saving import saved_step
+from experiments.signals import Ended
+from experiments.store import Cell, Result
+from experiments.tracking import Tracker
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+SIGNALS = {signal.SIGTERM: 143, signal.SIGHUP: 129, signal.SIGINT: 130}
+START = """
+import signal
+signal.signal(signal.SIGINT, signal.default_int_handler)  # what starts in the background of a shell ignores it
+from experiments.cli import main
+main()
+"""
+
+
+@pytest.fixture(autouse=True)
+def runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("ZOO_HOME", str(tmp_path / "runs"))
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "sqlite:////dev/null/mlflow.db")  # it is told of once, and not missed
+    monkeypatch.delenv("ZOO_SAVE_SECONDS", raising=False)
+    return tmp_path
+
+
+class Watch:
+    """Calls `act` when step `at` begins to be told of."""
+
+    def __init__(self, at: int = 0, act: Callable[[], object] = lambda: None) -> None:
+        self.at, self.act = at, act
+
+    def started(self, *_: object) -> None: ...
+
+    def step(self, _name: str, step: int, _total: int | None, note: str) -> None:
+        if step == self.at and note != "judging":
+            self.act()
+
+    def ended(self, *_: object) -> None: ...
+    def note(self, *_: object) -> None: ...
+
+
+def cell(**trainer: Any) -> Cell:
+    given = {"max_steps": 5, "val_check_interval": 2} | trainer
+    method = {"attention": {"name": "moc", "top_k": 1, "drop_off": 0.5}, "data.films_per_epoch": 3}
+    return Cell("moc", load([BASE, method, {f"trainer.{key}": value for key, value in given.items()}]))
+
+
+def go(asked: Cell, sweep: str, watch: Watch) -> Result:
+    return run(asked, sweep, Tracker(sweep, lambda _: None), watch)
+
+
+def read(asked: Cell, sweep: str) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((asked.folder(sweep) / "result.json").read_text())
+    return found
+
+
+@pytest.mark.parametrize("number", SIGNALS)
+@pytest.mark.parametrize(("at", "accumulate"), [(1, 1), (3, 1), (1, 2)])
+def test_signal_ends_training_after_a_checkpoint(number: int, at: int, accumulate: int) -> None:
+    asked = cell(accumulate_grad_batches=accumulate)
+    whole = go(asked, "whole", Watch())
+    with pytest.raises(Ended) as ended:
+        go(asked, "ended", Watch(at, lambda: signal.raise_signal(number)))
+    assert ended.value.code == SIGNALS[number]
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    left = read(asked, "ended")
+    assert left["status"] == "missing"
+    assert left["reason"] == f"was interrupted by {signal.Signals(number).name} after {left['steps']} steps"
+    assert saved_step(asked.folder("ended") / RESUME) == left["steps"] >= at
+    resumed = go(asked, "ended", Watch())
+    assert [part["step"] for part in resumed.resumed] == [left["steps"]]
+    assert resumed.curves == whole.curves
+    one, other = (torch.load(str(result.checkpoint), weights_only=True) for result in (whole, resumed))
+    for key in ("state_dict", "optimizer_states"):
+        pairs = zip(tree_leaves(one[key]), tree_leaves(other[key]), strict=True)
+        assert all(torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b for a, b in pairs)
+
+
+def test_second_signal_ends_training_at_once() -> None:
+    def twice() -> None:
+        signal.raise_signal(signal.SIGTERM)
+        signal.raise_signal(signal.SIGTERM)
+
+    asked = cell()
+    with pytest.raises(Ended):
+        go(asked, "twice", Watch(1, twice))
+    assert read(asked, "twice")["reason"] == "was interrupted by SIGTERM after 1 steps"
+    assert not (asked.folder("twice") / RESUME).exists()
+
+
+def test_step_that_takes_too_long_is_cut_short(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(signals, "GRACE", 0.2)
+
+    def hang() -> None:
+        signal.raise_signal(signal.SIGTERM)
+        time.sleep(30)
+
+    asked, start = cell(), time.monotonic()
+    with pytest.raises(Ended):
+        go(asked, "slow", Watch(1, hang))
+    assert time.monotonic() - start < 15
+    assert read(asked, "slow")["status"] == "missing"
+
+
+def test_forked_loader_does_not_answer_for_its_parent() -> None:
+    with signals.caught():
+        child = os.fork()
+        if not child:
+            code = 1
+            try:
+                signal.raise_signal(signal.SIGTERM)
+                code = 0
+            finally:
+                os._exit(code)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+
+
+def test_ignored_hangup_stays_ignored() -> None:
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with signals.caught():
+            signal.raise_signal(signal.SIGHUP)
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+def start(*arguments: object, **given: Any) -> subprocess.Popen[str]:
+    command = [sys.executable, "-c", START, *map(str, arguments)]
+    output: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    return subprocess.Popen(command, **output, **given)
+
+
+def wait_until(what: Callable[[], object], process: subprocess.Popen[str]) -> None:
+    end = time.monotonic() + 120
+    while not what():
+        assert process.poll() is None, process.communicate()[0]
+        assert time.monotonic() < end
+        time.sleep(0.05)
+
+
+@pytest.mark.parametrize(
+    ("number", "group"), [(signal.SIGTERM, False), pytest.param(signal.SIGHUP, True, marks=pytest.mark.slow)]
+)
+def test_driver_of_jobs_ends_its_processes_and_waits_for_them(runs: Path, number: int, group: bool) -> None:
+    """Alone, or with its processes, as a terminal that is closed signals them all."""
+    file = write_sweep(runs / "jobs.yaml", axes={"attention": ["dense", "window"]})
+    home = runs / "runs" / "jobs"
+    command = ["sweep", file, "--jobs", 2, "--max-steps", 100000]
+    process = start(*command, cwd=runs, start_new_session=True)
+    wait_until(lambda: len(list(home.glob("*/diagnostics.jsonl"))) == 2, process)
+    (os.killpg if group else os.kill)(process.pid, number)
+    output, _ = process.communicate(timeout=100)
+    assert process.returncode == SIGNALS[signal.Signals(number)], output
+    assert "Traceback" not in output
+    for path in home.glob("*/result.json"):
+        left = json.loads(path.read_text())
+        assert left["status"] == "missing"
+        assert left["reason"].startswith("was interrupted by SIGTERM after ")
+        assert saved_step(path.parent / RESUME) == left["steps"]
+        with pytest.raises(ProcessLookupError):
+            os.kill(left["provenance"]["pid"], 0)
+
+
+@pytest.mark.parametrize("number", SIGNALS)
+@pytest.mark.parametrize(
+    ("command", "inside"),
+    [
+        ("sweep none --dry-run", "experiments.sweepfile.find_sized"),
+        ("report none", "experiments.report.Report.of"),
+        ("sample run", "experiments.sampling.Drawing.__init__"),
+        ("capture run", "experiments.trained.Trained.__init__"),
+        ("check dense", "sparse_zoo.testing.run_checks"),
+    ],
+)
+def test_commands_that_do_not_train_end_with_the_code_of_the_signal(
+    monkeypatch: pytest.MonkeyPatch, command: str, inside: str, number: int
+) -> None:
+    monkeypatch.setattr(inside, lambda *_, **__: signal.raise_signal(number))
+    assert zoo(*command.split()).exit_code == 128 + number

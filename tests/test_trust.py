@@ -1,0 +1,153 @@
+"""A run folder of somebody else is data: opening it runs no code and reads no file outside it."""
+
+from __future__ import annotations
+
+import base64
+import json
+import pickle
+import shutil
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from made_up import finished
+from PIL import Image
+from tiny import BASE
+from typer.testing import CliRunner, Result
+
+from experiments.captures import load
+from experiments.cli import app
+from experiments.page import html
+from experiments.report import Report
+from experiments.saving import saved_step
+from experiments.store import Asked, Cell, write_sweep
+from lit_modules import RoutingWatch
+from sparse_zoo.errors import ZooError
+
+HERE = Path(__file__).parent
+
+
+class Runs:
+    """Unpickling this writes a file."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Path.write_text, (self.path, "ran")
+
+
+def command(*arguments: object) -> Result:
+    return CliRunner().invoke(app, [str(one) for one in arguments])
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    home = tmp_path_factory.mktemp("trained")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("ZOO_HOME", str(home))
+        config = home / "tiny.json"
+        config.write_text(json.dumps(BASE))
+        assert command("train", "--config", config, "attention=dense").exit_code == 0
+    (run,) = (home / "train").glob("dense-*")
+    return run
+
+
+@pytest.fixture
+def run(trained: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(trained, tmp_path / "run"))
+
+
+@pytest.mark.parametrize("name", ["sample", "ladder", "capture"])
+def test_a_checkpoint_that_would_run_code_is_refused(run: Path, tmp_path: Path, name: str) -> None:
+    (checkpoint,) = run.glob("checkpoints/*.ckpt")
+    state = torch.load(checkpoint, weights_only=True)
+    torch.save(state | {"extra": Runs(tmp_path / "ran")}, checkpoint)
+    told = command(name, run)
+    assert told.exit_code == 2
+    assert "would run code" in told.stderr
+    assert not (tmp_path / "ran").exists()
+    with pytest.raises(ValueError, match="would run code"):
+        saved_step(checkpoint)
+    assert not (tmp_path / "ran").exists()
+
+
+def test_a_checkpoint_cannot_name_a_function_to_be_called(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Lightning imports and calls what "_instantiator" names."""
+    (tmp_path / "evil_instantiator.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\n\ndef make(*_): ...\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    (checkpoint,) = run.glob("checkpoints/*.ckpt")
+    state = torch.load(checkpoint, weights_only=True)
+    state["hyper_parameters"]["_instantiator"] = "evil_instantiator.make"
+    torch.save(state, checkpoint)
+    assert command("sample", run).exit_code == 2
+    assert not (tmp_path / "ran").exists()
+
+
+def test_the_state_of_a_callback_runs_no_code(tmp_path: Path) -> None:
+    torch.save({"layers": Runs(tmp_path / "ran")}, tmp_path / "kept")
+    kept = torch.frombuffer(bytearray((tmp_path / "kept").read_bytes()), dtype=torch.uint8)
+    with pytest.raises(pickle.UnpicklingError):
+        RoutingWatch(tmp_path).load_state_dict({"kept": kept})
+    assert not (tmp_path / "ran").exists()
+
+
+def test_a_class_path_in_a_result_needs_a_plugin(run: Path, tmp_path: Path) -> None:
+    own = tmp_path / "films.py"
+    own.write_text(
+        f"open({str(tmp_path / 'ran')!r}, 'w')\nfrom datamodules import ShotWorld\n\n\nclass Films(ShotWorld): ...\n"
+    )
+    result = json.loads((run / "result.json").read_text())
+    result["config"]["data"]["name"] = f"{own}:Films"
+    (run / "result.json").write_text(json.dumps(result))
+    for name in ("sample", "ladder", "capture"):
+        told = command(name, run)
+        assert told.exit_code == 2
+        assert f"--plugin {own}" in told.stderr.replace("\n", "")
+        assert not (tmp_path / "ran").exists()
+    out = tmp_path / "calls.safetensors"
+    assert command("capture", run, "--plugin", own, "--times", ".5", "--out", out).exit_code == 0
+    assert (tmp_path / "ran").exists()
+    assert command("capture", run, f"data.name={own}:Films", "--times", ".5", "--out", out).exit_code == 0
+
+
+def test_a_pickle_is_no_capture(tmp_path: Path) -> None:
+    torch.save({"q": Runs(tmp_path / "ran")}, tmp_path / "calls.safetensors")
+    (tmp_path / "old.pkl").write_bytes(pickle.dumps(Runs(tmp_path / "ran")))
+    for name in ("calls.safetensors", "old.pkl"):
+        with pytest.raises(ZooError, match="is a pickle, which can run code"):
+            load(tmp_path / name)
+    assert not (tmp_path / "ran").exists()
+
+
+def test_a_page_holds_no_picture_from_outside_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ZOO_HOME", str(tmp_path / "runs"))
+    secret = tmp_path / "secret.png"
+    Image.new("RGB", (3, 3), "red").save(secret)
+    cell = Cell("a", {"attention": {"name": "dense"}, "seed": 0})
+    made = finished(cell, "s", 0.5)
+    (Path(made.folder) / "link.png").symlink_to(secret)
+    (Path(made.folder) / "text.png").write_text("no picture")
+    names = [str(secret), "../../../secret.png", "link.png", "text.png", "none.png", "."]
+    pictures = [*made.pictures, *({"file": name, "label": "layer 2"} for name in names)]
+    replace(made, pictures=pictures, strips=["film.png", *names, "plan-1-1.png"]).write(Path(made.folder))
+    write_sweep("s", Asked("", (cell,)))
+    page = html(Report.of("s"))
+    assert base64.b64encode(secret.read_bytes()).decode() not in page
+    assert page.count("leads out of the run&#39;s folder") == 2 * 3
+    assert page.count("cannot be read as a PNG") == 2
+    assert page.count("none.png: there is no such file") == 2
+    assert "a: plan-1-1.png: picture_rows" in page
+    assert 'alt="Attention plan of a, layer 1"' in page
+    assert 'alt="Generated by a"' in page
+
+
+def test_a_sweep_names_no_folder_outside_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ZOO_HOME", str(tmp_path))
+    write_sweep("s", Asked("", (Cell("../../elsewhere", {"attention": {"name": "dense"}, "seed": 0}),)))
+    with pytest.raises(ZooError, match="no name of a folder"):
+        Report.of("s")
