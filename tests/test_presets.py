@@ -153,6 +153,22 @@ def test_random_shots_are_whole_of_the_film_and_fixed_for_it(shots: int, each: s
     assert alike == [each == "shot"] * 4
 
 
+@pytest.mark.parametrize("each", ["shot", "token"])
+def test_random_shots_of_a_film_are_alike_packed_and_alone(each: str) -> None:
+    zoo.load_plugin(SWEEPS / "baselines.py")
+    films = [zoo.Layout.film([zoo.Shot(1, 2, 2, 1)] * 6, caption=1), zoo.Layout.film([zoo.Shot(1, 2, 1)] * 7)]
+    attention = zoo.build("random_shots", heads=2, head_dim=8, each=each)
+
+    def mask(layout: zoo.Layout) -> torch.Tensor:
+        x = torch.zeros(1, 2, len(layout), 8)
+        return attention(x, x, x, layout, seed=3).plans[0].dense_mask().expand(1, 2, -1, -1)
+
+    packed = mask(zoo.Layout.pack(films))
+    first = len(films[0])
+    assert torch.equal(packed[..., :first, :first], mask(films[0]))
+    assert torch.equal(packed[..., first:, first:], mask(films[1]))
+
+
 def test_the_baselines_conform() -> None:
     zoo.load_plugin(SWEEPS / "baselines.py")
     testing.check_method("own_shot")

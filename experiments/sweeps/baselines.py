@@ -50,7 +50,8 @@ class RandomShots(zoo.Attention):
     """The own shot, and others at random: what a budget brings without a choice.
 
     Captions belong to their shots; the global caption counts as one. Films are drawn with the same choice from first
-    to last step; the films of a batch share it.
+    to last step. The films of a batch share it, and so do those of one stream: shots and tokens count from the first
+    of their own film, so that a film is drawn alike packed and alone.
 
     Args:
         shots: Other shots; all of the film where it has fewer.
@@ -87,12 +88,21 @@ class RandomShots(zoo.Attention):
         if not self.shots:
             return [zoo.Branch(own)]
         number = torch.arange(pieces.count, device=rows.device)
+        shot = _within(pieces.sample)
         # Not of the step: a seed stands for a batch of films, in all the steps in which they are drawn.
         if self.each == "shot":
-            drawn = numbers(("random shots", call.seed), number[:1], number, pieces.count)[:, mine]
+            drawn = numbers(("random shots", call.seed), number[:1], shot, pieces.count)[:, mine]
         else:
-            drawn = uniform(replace(call, step=None), "random shots", pieces.count)
+            token = _within(call.layout.sample)
+            drawn = uniform(replace(call, step=None, q_rows=token[rows]), "random shots", pieces.count)
+        drawn = drawn[..., shot]
         legal = (pieces.sample[mine][:, None] == pieces.sample) & (mine[:, None] != number)
         best, which = drawn.masked_fill(~legal, -1.0).topk(min(self.shots, pieces.count))
         chosen = which.masked_fill(best < 0, -1)[None]
         return [zoo.Branch(zoo.Plan(*own.parts, *zoo.Plan.routed(pieces, chosen).parts))]
+
+
+def _within(sample: Tensor) -> Tensor:
+    """The place of each entry among those of its own film, whose entries follow one another."""
+    place = torch.arange(len(sample), device=sample.device)
+    return place - torch.searchsorted(sample, sample)
