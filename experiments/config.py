@@ -6,11 +6,12 @@ import inspect
 import json
 import logging
 import math
+import os
 import re
 import sys
 import types
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from copy import deepcopy
 from functools import cache, lru_cache, partial
@@ -21,18 +22,29 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 import yaml  # type: ignore[import-untyped]
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
+from omegaconf.resolvers import oc
 
 import sparse_zoo as zoo
 from experiments import yaml12
 from experiments.layers import per_layer
 from experiments.names import CONFIGS, GIVEN, MATCH, SECTIONS, Override
+from experiments.redact import hide
 from experiments.store import home
 from sparse_zoo.errors import ZooError, refuse, unknown
 from sparse_zoo.schedule import phases as phases_of
 
 Config = dict[str, Any]
 
+
+def _environment(name: str, *default: Any) -> Any:
+    """What `${oc.env:name,default}` gives; a value of the environment is shown as the expression from then on."""
+    if name in os.environ:
+        hide(os.environ[name], f"${{oc.env:{name}}}")
+    return oc.env(name, *default)
+
+
 OmegaConf.register_resolver("zoo_home", lambda: str(home()), replace=True)
+OmegaConf.register_resolver("oc.env", _environment, replace=True)
 
 
 def load(overrides: Sequence[Override] = ()) -> Config:
@@ -50,7 +62,7 @@ def load(overrides: Sequence[Override] = ()) -> Config:
 
 def merge(overrides: Sequence[Override]) -> tuple[Config, list[str]]:
     """The resolved config, not checked yet, and why some overrides could not be laid over it; as in `load`."""
-    config: Config = read_yaml(CONFIGS / "base.yaml")
+    config: Config = deepcopy(_shipped("base.yaml"))
     for key in ("attention", "data"):
         _assign(config, [key], config.pop(key))
     groups = [list(override.items()) for override in overrides if isinstance(override, Mapping)]
@@ -60,12 +72,7 @@ def merge(overrides: Sequence[Override]) -> tuple[Config, list[str]]:
         # A name replaces its node, so it goes before the settings inside, wherever it was written.
         for key, value in sorted(group, key=lambda pair: str(pair[0]).count(".")):
             reasons += filter(None, [_assign(config, str(key).split("."), deepcopy(value))])
-    try:
-        resolved = OmegaConf.to_container(OmegaConf.create(config), resolve=True)
-    except OmegaConfBaseException as error:
-        raise ZooError(f"config: {str(error).splitlines()[0]}") from error
-    assert isinstance(resolved, dict)
-    config = {str(key): value for key, value in resolved.items()}
+    config = _storable(config, resolve(config))
     if isinstance(config["attention"], list):
         config["attention"], misfits = per_layer(config["attention"], config["model"].get("depth"))
         reasons += misfits
@@ -148,6 +155,69 @@ def as_declared(value: Any, hint: Any) -> Any:
     return value
 
 
+def resolve(config: Config) -> Config:
+    """The config with every interpolation replaced by its value: what is computed with, and never written.
+
+    OmegaConf is given only the sections that hold an interpolation, and those that one may mean: making its nodes is
+    most of the time that a sweep of thousands of cells takes to read.
+    """
+    expressions = [text for text in _texts(config) if "${" in text]
+    involved = {
+        key: section
+        for key, section in config.items()
+        if any(key in text for text in expressions) or any("${" in text for text in _texts(section))
+    }
+    try:
+        resolved = OmegaConf.to_container(OmegaConf.create(involved), resolve=True)
+    except OmegaConfBaseException as error:
+        raise ZooError(f"config: {str(error).splitlines()[0]}") from error
+    assert isinstance(resolved, dict)
+    return {key: resolved.get(key, section) for key, section in config.items()}
+
+
+def _texts(part: Any) -> Iterator[str]:
+    """Every text inside a part of a config."""
+    inner = part.values() if isinstance(part, Mapping) else part if isinstance(part, list) else ()
+    if isinstance(part, str):
+        yield part
+    for value in inner:
+        yield from _texts(value)
+
+
+def _storable(config: Config, resolved: Config) -> Config:
+    """The resolved config, but in `data` with the expression in place of each text that comes from the environment.
+
+    Such a text may be a secret, or a place on this machine: it is no part of what is written, nor of the id. Numbers
+    are (`oc.decode`), and so are the name by which the class is found and every other section: what the run computes.
+    """
+    secrets: set[str] = set()
+
+    def collect(raw: Any, value: Any) -> None:
+        if isinstance(raw, str) and "oc.env:" in raw and isinstance(value, str) and value:
+            secrets.add(value)
+        for key, inner in _items(raw):
+            collect(inner, _at(value, key))
+
+    def keep(raw: Any, value: Any) -> Any:
+        if isinstance(raw, Mapping) and isinstance(value, Mapping):
+            return {key: inner if key == "name" else keep(raw.get(key), inner) for key, inner in value.items()}
+        if isinstance(raw, list) and isinstance(value, list):
+            return [keep(*pair) for pair in zip(raw, value, strict=True)]
+        told = isinstance(value, str | list | Mapping) and any(secret in str(value) for secret in secrets)
+        return raw if isinstance(raw, str) and "${" in raw and told else value
+
+    collect(config, resolved)
+    return resolved | {"data": keep(config["data"], resolved["data"])}
+
+
+def _items(part: Any) -> Iterable[tuple[Any, Any]]:
+    return part.items() if isinstance(part, Mapping) else enumerate(part) if isinstance(part, list) else ()
+
+
+def _at(part: Any, key: Any) -> Any:
+    return part[key] if isinstance(part, Mapping | list) else None
+
+
 def read_yaml(path: Path) -> dict[str, Any]:
     """A YAML file that holds a mapping, see `experiments.yaml12`; raises `ZooError` with the path otherwise."""
     refuse(str(path), ["no such file"] if not path.is_file() else [])
@@ -167,8 +237,15 @@ def _sections() -> dict[str, Callable[..., Any]]:
     return {section: getattr(import_module(module), name) for section, (module, name) in places.items()}
 
 
+@cache
+def _shipped(name: str) -> dict[str, Any]:
+    """A file of `configs`, read once for all cells of a sweep; callers copy what they change."""
+    return read_yaml(CONFIGS / name)
+
+
 def check(config: Config) -> list[str]:
     """Every reason why this config cannot run; none when it can."""
+    config = resolve(config)
     from experiments import data
     from experiments.match import Budget
     from lit_modules import Optim, RectifiedFlow, SampleFilms, VideoDiT
@@ -478,11 +555,11 @@ def _assign_attention(config: Config, value: Any) -> str:
 
 
 def _assign_data(config: Config, value: dict[str, Any]) -> str:
-    presets = read_yaml(CONFIGS / "data.yaml")
+    presets = _shipped("data.yaml")
     name = str(value["name"])
     if name not in presets and ":" not in name:
         return f"{unknown('data', name, presets)}; or a class of yours, as file.py:Class or package.module:Class"
-    config["data"] = {**presets.get(name, {}), **value}
+    config["data"] = {**deepcopy(presets.get(name, {})), **value}
     return ""
 
 

@@ -80,6 +80,7 @@ def absolute(settings: Mapping[str, Any], films: Callable[..., FilmData]) -> dic
     """The settings of a class with its paths made absolute, links followed: a folder has one spelling, from anywhere.
 
     Paths are `PATHS` of our own classes, and whatever a class of yours declares as `Path`; so is the file in its name.
+    An expression, which stands for a text of the environment, stays one.
     """
     hints = get_type_hints(getattr_static(films, "__init__"))
     ours = PATHS if films in OURS.values() else ()
@@ -94,7 +95,7 @@ def absolute(settings: Mapping[str, Any], films: Callable[..., FilmData]) -> dic
 
 
 def _absolute(place: Any) -> Any:
-    if not isinstance(place, str) or place.startswith("package:") or "://" in place:
+    if not isinstance(place, str) or place.startswith("package:") or "://" in place or "${" in place:
         return place
     return os.path.realpath(os.path.expanduser(place))
 

@@ -1,15 +1,39 @@
-"""Secrets in addresses, hidden wherever text is shown or kept."""
+"""Secrets of addresses and of the environment, hidden wherever text is shown or kept."""
 
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
+from typing import Any
 
 _USER = re.compile(r"(?<=://)[^/\s]*@")
 _QUERY = re.compile(
     r"([?&][\w.-]*(?:token|key|secret|passw|pwd|sig|credential|auth)[\w.-]*=)[^&#\s'\")]+", re.IGNORECASE
 )
+SHORTEST = 6  # characters of a text that is hidden: a shorter one, such as "cpu", stands in others by chance
+_hidden: dict[str, str] = {}
+
+
+def hide(text: str, shown: str) -> None:
+    """Let `redact` show something else in place of a text, unless that is shorter than `SHORTEST`."""
+    if len(text) >= SHORTEST:
+        _hidden[text] = shown
 
 
 def redact(text: str) -> str:
-    """The text with the user and password of each URL, and tokens in its query, as ***."""
+    """The text with the user and password of each URL, and tokens in its query, as ***.
+
+    What is hidden, say a text that a config has read from the environment, is shown as `hide` was told.
+    """
+    for value in sorted(_hidden, key=len, reverse=True):
+        text = text.replace(value, _hidden[value])
     return _QUERY.sub(r"\1***", _USER.sub("***@", text))
+
+
+def redact_all(part: Any) -> Any:
+    """A copy of plain values with every text redacted."""
+    if isinstance(part, Mapping):
+        return {key: redact_all(value) for key, value in part.items()}
+    if isinstance(part, list | tuple):
+        return [redact_all(value) for value in part]
+    return redact(part) if isinstance(part, str) else part

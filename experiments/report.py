@@ -18,7 +18,7 @@ from experiments.groups import Group, Line, commit, controls_elsewhere
 from experiments.measures import BESIDE, CONTROLS, COSTS, FIGURES, HEADLINES, RECALL, TOLERANCE, WHOLE, Measure
 from experiments.results_schema import VERSION
 from experiments.statistics import Difference, Films, detectable, differences, letters, over_films
-from experiments.store import Result, home, read, read_sweep, whole
+from experiments.store import Asked, Result, home, read, read_sweep, whole
 from experiments.wording import giga, half, interval, mean, number, p_value, percent, signed
 from sparse_zoo.errors import refuse, unknown
 
@@ -44,12 +44,13 @@ class Report:
     elsewhere: tuple[Group, ...] = ()
 
     @staticmethod
-    def of(name: str, by: str | None = None) -> Report:
+    def of(name: str, by: str | None = None, asked: Asked | None = None) -> Report:
         """The sweep of that name among the runs, by a measure of one's choice; raises `ZooError` where there is none.
 
-        By default the headline is the first of `HEADLINES` that any finished run has. A cost is none.
+        By default the headline is the first of `HEADLINES` that any finished run has. A cost is none. The cells are
+        those of `asked`, by default those that were asked for last under that name.
         """
-        asked = read_sweep(name)
+        asked = asked or read_sweep(name)
         by_name: dict[str, list[Result]] = {}
         for cell in asked.cells:
             by_name.setdefault(cell.group or cell.name, []).append(read(cell, name))

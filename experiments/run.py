@@ -15,6 +15,7 @@ import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from datetime import UTC, datetime
+from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Protocol
@@ -26,8 +27,9 @@ from lightning.pytorch.callbacks import Callback, LearningRateMonitor, ModelChec
 from typing_extensions import override
 
 from experiments import pictures, signals
-from experiments.config import Config
+from experiments.config import Config, resolve
 from experiments.data import build
+from experiments.redact import redact, redact_all
 from experiments.saving import Saving, WholeCheckpoints, saved_step
 from experiments.store import Cell, Result, home, read
 from experiments.tracking import Log, Tracker
@@ -175,11 +177,10 @@ def flat(config: Mapping[str, Any], above: str = "") -> dict[str, Any]:
 
 def provenance() -> dict[str, Any]:
     """Where and on what this process computes."""
-    code = Path(__file__).parent
-    commit = _git(code, "rev-parse", "HEAD")
+    commit, changed = _code()
     return {
         "commit": commit or "not in a git checkout",
-        "changed since": bool(_git(code, "status", "--porcelain", "--untracked-files=no")) if commit else None,
+        "changed since": changed,
         **{package: version(package) for package in ("sparse-zoo", "torch", "lightning", "torchmetrics", "mlflow")},
         "python": platform.python_version(),
         "platform": platform.platform(),
@@ -265,13 +266,14 @@ class History(Callback):
             self.result.val_loss = points[-1][1]
 
 
-def _train(config: Config, folder: Path, result: Result, log: Log, watch: Watch, *, resume: bool) -> None:
+def _train(stored: Config, folder: Path, result: Result, log: Log, watch: Watch, *, resume: bool) -> None:
+    config = resolve(stored)  # the environment's values are for the parts alone
     pl.seed_everything(config["seed"], workers=True, verbose=False)
     data = build(config["data"])
     assert isinstance(data, pl.LightningDataModule)
     data.prepare_data()
     data.setup("fit")
-    result.data = data.summary()
+    result.data = redact_all(data.summary())
     shape = {"channels": data.channels, "patch": list(data.patch), "vocabulary": data.vocabulary}
     sampling = {key: value for key, value in config["sampling"].items() if key != "every"}
     module = LitVideoDiT(
@@ -283,7 +285,7 @@ def _train(config: Config, folder: Path, result: Result, log: Log, watch: Watch,
         sampling=sampling,
         whole_metrics=getattr(data, "whole_metrics", dict)(),
     )
-    log.data(config["data"]["name"], config["data"], result.data)
+    log.data(stored["data"]["name"], stored["data"], result.data)
     history, cost, timer = History(result, watch), AttentionCost(every=10), StepTimer()
     films, routing = SampleFilms(folder, **config["sampling"]), RoutingWatch(folder)
     # After validation, which raises on a loss that is not finite: what is kept is good.
@@ -382,7 +384,7 @@ def _quiet(path: Path) -> Iterator[None]:
             logging.getLogger(name).setLevel(level)
         if caught:
             lines = dict.fromkeys(f"{warning.category.__name__}: {warning.message}" for warning in caught)
-            path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+            path.write_text(redact("\n".join(lines)) + "\n", encoding="utf-8")
 
 
 @contextmanager
@@ -403,6 +405,14 @@ def _interruptible() -> Iterator[None]:
         raise
     finally:
         signal.signal(signal.SIGINT, before)
+
+
+@cache
+def _code() -> tuple[str, bool | None]:
+    """The commit of the code, and whether files changed since: once, as this process has imported them."""
+    folder = Path(__file__).parent
+    commit = _git(folder, "rev-parse", "HEAD")
+    return commit, bool(_git(folder, "status", "--porcelain", "--untracked-files=no")) if commit else None
 
 
 def _git(folder: Path, *arguments: str) -> str:

@@ -24,6 +24,8 @@ class WholeCheckpoints(TorchCheckpointIO):
 
     @override
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
+        # What a datamodule of one's own was made from, where it keeps that: a secret of the environment may be in it.
+        checkpoint.pop(pl.LightningDataModule.CHECKPOINT_HYPER_PARAMS_KEY, None)
         with whole(Path(path)) as file:
             writing = _Writing(file)
             try:

@@ -142,8 +142,11 @@ def results(jobs: Mapping[str, Work], bar: Bar) -> Iterator[Result]:
         for job, work in jobs.items():
             if job not in missed:
                 continue
+            if job in alive:  # what it writes is read once it is gone
+                missed[job] = 0
+                continue
+            missed[job] += 1
             since = work.since()
-            missed[job] = 0 if job in alive else missed[job] + 1
             if since is not None and since.status in ("finished", "failed"):
                 del missed[job]
                 bar.ended(since)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import chain
@@ -86,7 +87,7 @@ def read(
     labels = [draft.name for draft in drafts]
     reasons += _unfit("sweep", name)
     reasons += [reason for label in dict.fromkeys(labels) if label != name for reason in _unfit("cell", label)]
-    reasons += [f"two cells are named {label!r}" for label in dict.fromkeys(labels) if labels.count(label) > 1]
+    reasons += [f"two cells are named {label!r}" for label, count in Counter(labels).items() if count > 1]
     refuse(f"sweep {name}", reasons)
 
     cells = _matched([Cell(draft.name, draft.config, draft.group) for draft in drafts], name, told)
@@ -129,7 +130,13 @@ def _resolve(
                 draft.wrong = [str(error)]
 
     lay(without=())
-    names = set().union(*(known(draft.config) for draft in drafts if draft.config))
+    # What a config knows follows from its classes alone.
+    kinds = {
+        repr([_names(draft.config[key]) for key in ("attention", "data")]): draft.config
+        for draft in drafts
+        if draft.config
+    }
+    names = set().union(*map(known, kinds.values()))
     strange = {key: kind for kind, own in keys.items() for key in sorted(own) if not names & {key, _two_deep(key)}}
     if strange and names:
         lay(without=strange)
@@ -141,6 +148,11 @@ def _unfit(kind: str, name: str) -> list[str]:
     fit = re.fullmatch(r"[^/\\'\"\x00-\x1f]+", name) and name not in (".", "..") and len(name.encode()) <= LONGEST
     limits = f"1 to {LONGEST} bytes, without slashes, quotes and line breaks"
     return [] if fit else [f"a {kind}'s name is that of its folder: {limits}; got {name!r}"]
+
+
+def _names(part: Any) -> Any:
+    """The name of a method or of data; None of a list for the layers."""
+    return part.get("name") if isinstance(part, Mapping) else None
 
 
 def _two_deep(key: str) -> str:

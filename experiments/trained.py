@@ -14,7 +14,7 @@ import torch
 from lightning.fabric.plugins.environments.lightning import LightningEnvironment
 from torch.utils._pytree import tree_map_only
 
-from experiments.config import Config, load
+from experiments.config import Config, load, resolve
 from experiments.data import OURS, build
 from experiments.results_schema import read_result
 from experiments.saving import load_plain
@@ -51,7 +51,7 @@ class Trained:
         refuse(command, [_foreign_class(before, overrides, plugins)])
         self.config = load([before, *overrides])
         self.module, self.step = _load(self.checkpoint)
-        data = build(self.config["data"])
+        data = build(resolve(self.config)["data"])
         assert isinstance(data, pl.LightningDataModule)
         model = self.module.model
         refuse(

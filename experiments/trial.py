@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 import sparse_zoo as zoo
 from experiments import data
-from experiments.config import Config
+from experiments.config import Config, resolve
 from experiments.store import Cell
 from lit_modules import FlowLoss, RectifiedFlow, VideoDiT
 from lit_modules.callbacks import synchronize
@@ -29,6 +29,7 @@ from sparse_zoo.errors import ZooError, refuse
 
 BATCHES, ITEMS = 4, 2  # training batches tried, and items of each; packed films are one item
 TIMED = 3  # steps timed, after one to warm up
+KEPT = 8192  # models whose figures are kept: a sweep asks for those of each model several times
 
 Batch = dict[str, Any]
 
@@ -113,9 +114,15 @@ def trial(config: Config) -> Trial:
     Weights, films and noise times are drawn as in the first steps of the run; of each of `BATCHES` batches, `ITEMS`
     items. Raises `ZooError` with whatever the parts refuse; what else they raise comes through.
     """
+    return _trial(*_model_key(config))
+
+
+def _model_key(config: Config) -> tuple[str, str, tuple[type, ...]]:
+    """What decides how a freshly built model computes: settings as JSON, device, and the classes of the methods."""
+    config = resolve(config)
     parts = {key: config[key] for key in ("seed", "data", "model", "flow", "attention")}
     classes = tuple(zoo.get(layer["name"]) for layer in layers_of(config))
-    return _trial(json.dumps(parts, sort_keys=True), _device(config["trainer"]), classes)
+    return json.dumps(parts, sort_keys=True), _device(config["trainer"]), classes
 
 
 def layers_of(config: Config) -> list[dict[str, Any]]:
@@ -124,7 +131,7 @@ def layers_of(config: Config) -> list[dict[str, Any]]:
     return given if isinstance(given, list) else [given] * config["model"]["depth"]
 
 
-@lru_cache(maxsize=512)
+@lru_cache(maxsize=KEPT)
 def _trial(settings: str, device: str, _classes: tuple[type, ...]) -> Trial:
     config = json.loads(settings)
     made, batches = _data(json.dumps(config["data"]))
@@ -163,12 +170,22 @@ def _trial(settings: str, device: str, _classes: tuple[type, ...]) -> Trial:
 
 
 def step_seconds(config: Config) -> float | None:
-    """Median seconds of `TIMED` training steps (forward and backward) after one; None where its device is not here."""
-    device, trainer = _device(config["trainer"]), config["trainer"]
-    if device == "cpu" and trainer.get("accelerator") in ("gpu", "cuda"):
+    """Median seconds of `TIMED` training steps (forward and backward) after one; None where its device is not here.
+
+    Timed once for configs alike in their model, data and precision.
+    """
+    settings, device, classes = _model_key(config)
+    accelerator = config["trainer"].get("accelerator", "auto")
+    if device == "cpu" and accelerator in ("gpu", "cuda"):
         return None
+    precision = str(config["trainer"].get("precision") or default_precision(accelerator))
+    return _step_seconds(settings, device, precision, classes)
+
+
+@lru_cache(maxsize=KEPT)
+def _step_seconds(settings: str, device: str, precision: str, _classes: tuple[type, ...]) -> float:
+    config = json.loads(settings)
     made, batches = _data(json.dumps(config["data"]))
-    precision = str(trainer.get("precision") or default_precision(trainer.get("accelerator", "auto")))
     dtype = torch.bfloat16 if "bf16" in precision else torch.float16
     half = torch.autocast(device, dtype, enabled="16" in precision and (device != "cpu" or "bf16" in precision))
     seconds = []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,10 @@ from tiny import BASE, write_sweep
 from torch.utils.flop_counter import FlopCounterMode
 from typer.testing import CliRunner
 
+from experiments import config as config_module
 from experiments import forecast, trial
+from experiments import run as run_module
+from experiments import sweep as sweep_module
 from experiments.cli import app
 from experiments.config import Config, load
 from experiments.data import build
@@ -57,6 +61,7 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("ZOO_HOME", str(tmp_path / "runs"))
     monkeypatch.setenv("COLUMNS", "100")
     trial._trial.cache_clear()
+    trial._step_seconds.cache_clear()
     return tmp_path / "runs"
 
 
@@ -236,3 +241,40 @@ def test_a_machine_without_the_device_says_so(monkeypatch: pytest.MonkeyPatch, t
     assert found.rows[0].seconds is None
     assert found.seconds is None
     assert found.rows[0].flops > 0
+
+
+# -- many cells --------------------------------------------------------------------------------------------------------
+
+
+def test_dry_run_of_many_cells_builds_and_reads_each_thing_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    counts: Counter[str] = Counter()
+
+    def count(module: Any, name: str) -> None:
+        function = getattr(module, name)
+
+        def counted(*arguments: Any) -> Any:
+            counts[name] += 1
+            return function(*arguments)
+
+        monkeypatch.setattr(module, name, counted)
+
+    for module, name in (
+        (trial, "_model"),
+        (config_module, "read_yaml"),
+        (sweep_module, "known"),
+        (run_module, "_git"),
+    ):
+        count(module, name)
+    for cached in (config_module._shipped, run_module._code):
+        cached.cache_clear()
+    base = {**BASE, "attention": "moc"}
+    axes = {"attention.top_k": [1, 2], "optim.lr": [1e-4, 2e-4, 3e-4, 4e-4, 5e-4]}
+    loaded = read(write_sweep(tmp_path / "many.yaml", base=base, axes=axes, seeds=3))
+    assert len(loaded.cells) == 30
+    trial.check(loaded.cells)
+    assert len(Forecast.of(loaded).rows) == 10
+    models, tries = 2, 2  # planned once and timed once
+    assert counts.pop("_git") <= 2  # outside of a checkout, one
+    assert counts == {"_model": models * tries, "read_yaml": 2, "known": 1}

@@ -16,13 +16,15 @@ import pytest
 import torch
 from mlflow.exceptions import MlflowException
 from rich.console import Console
+from test_cli import zoo as zoo_command
 from tiny import BASE, DIVERGES, write_sweep
 
 import sparse_zoo as zoo
 from experiments import store
 from experiments.launch import differing, execute
 from experiments.progress import Bar
-from experiments.sweep import read
+from experiments.report import Report
+from experiments.sweep import Sweep, read
 from experiments.tracking import Tracker, uri
 from sparse_zoo.errors import ZooError
 
@@ -235,6 +237,29 @@ def test_a_cell_that_runs_elsewhere_is_waited_for(
     assert bar.ran == (["moc", "dense"] if end == "killed" else ["moc"])
     assert results[0].status == ("finished" if end == "killed" else end)
     assert (results[0].provenance.get("host") == "another") == (end != "killed")
+
+
+def test_two_drivers_of_one_sweep_each_show_their_own_cells(runs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
+    file = write_sweep(runs / "twice.yaml", axes={"attention": ["dense"]})
+    other = read(file, [{"trainer.max_steps": 3}])
+
+    def both(sweep: Sweep, bar: Bar, **given: Any) -> list[store.Result]:
+        found = execute(sweep, bar, **given)
+        store.write_sweep("twice", store.Asked("other", other.cells, command="zoo sweep twice --max-steps 3"))
+        Report.of("twice").write()
+        return found
+
+    alone = zoo_command("sweep", file)
+    assert alone.exit_code == 0
+    assert "Report: " in alone.output
+    monkeypatch.setattr("experiments.launch.execute", both)
+    found = zoo_command("sweep", file)
+    assert found.exit_code == 0  # the other one's cell has not run, which is no fault of this command
+    assert "1 of 1 cells finished" in found.output
+    assert "asked for with other cells meanwhile (zoo sweep twice --max-steps 3)" in found.output
+    page = json.loads((runs / "runs" / "twice" / "report.json").read_text())
+    assert [cell["status"] for cell in page["cells"]] == ["missing"]
 
 
 @pytest.mark.usefixtures("runs")

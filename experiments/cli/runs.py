@@ -115,6 +115,7 @@ def sweep(
     from experiments.ray_jobs import needed
     from experiments.report import Report
     from experiments.slurm import parameters
+    from experiments.store import Asked, asked_before, home
     from experiments.sweep import read
     from experiments.sweepfile import find_sized
     from sparse_zoo.errors import refuse, unknown
@@ -151,9 +152,18 @@ def sweep(
             execute(loaded, bar, fresh=fresh, jobs=jobs, slurm=settings, ray=executor == "ray", wait=wait)
     except KeyboardInterrupt as error:
         interrupted = error
-    report = Report.of(loaded.name)
-    page = report.write()
-    _show(report, page)
+    report = Report.of(loaded.name, asked=Asked(loaded.about, loaded.cells))
+    last = asked_before(loaded.name)
+    if last is None or last.cells == loaded.cells:
+        _show(report, report.write())
+    else:  # by another driver, meanwhile: its page stays
+        _show(report)
+        console.print(
+            f"The sweep {escape(loaded.name)} was asked for with other cells meanwhile ({escape(last.command)}). The "
+            "tables above show the cells of this command; those of the other one are in "
+            f"{escape(str(home() / loaded.name / 'report.html'))} and zoo report {escape(loaded.name)}",
+            soft_wrap=True,
+        )
     if interrupted:
         console.print(f"Stopped. Finished cells are kept; go on with: {escape(_again())}", soft_wrap=True)
         raise interrupted
@@ -210,8 +220,8 @@ def report(
     _show(found, page, runs=runs)
 
 
-def _show(report: Report, page: Path, *, runs: bool = False) -> None:
-    """The leaderboard, what holds, what did not finish, where the page is."""
+def _show(report: Report, page: Path | None = None, *, runs: bool = False) -> None:
+    """The leaderboard, what holds, what did not finish, where the page is, if it was written."""
     from experiments.report import MOST_NAMED
     from experiments.wording import p_value, signed
 
@@ -227,7 +237,8 @@ def _show(report: Report, page: Path, *, runs: bool = False) -> None:
             console.print(escape(line), highlight=False)
     for names, result in report.unfinished_alike.items():
         console.print(f"[red]{escape(names)}[/red], {result.status}: {escape(result.reason or '')}", soft_wrap=True)
-    console.print(f"Report: {escape(str(page))}", soft_wrap=True)
+    if page is not None:
+        console.print(f"Report: {escape(str(page))}", soft_wrap=True)
 
 
 def _one_run(result: Result, title: str) -> Table:

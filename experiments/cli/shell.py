@@ -15,6 +15,7 @@ from typer.core import TyperGroup
 
 from experiments import signals
 from experiments.escape import for_terminal as escape
+from experiments.redact import redact
 
 # Read when torch is first imported. OpenMP's threads spin while they wait; where other programs want the same cores, a
 # step took 10 times as long for it. Spinning for a short time only costs nothing where they do not.
@@ -50,7 +51,7 @@ class Notes(logging.Handler):
         self.shown: set[str] = set()
 
     def emit(self, record: logging.LogRecord) -> None:
-        line = record.getMessage()
+        line = redact(record.getMessage())
         if line not in self.shown:
             self.shown.add(line)
             errors.print(f"[yellow]{escape(line)}[/yellow]", soft_wrap=True)
@@ -86,7 +87,7 @@ class Group(TyperGroup):
 
 def refused(message: str) -> typer.Exit:
     """Print a refusal; the exit to be raised."""
-    errors.print(f"[bold red]Error:[/bold red] {escape(message)}", soft_wrap=True)
+    errors.print(f"[bold red]Error:[/bold red] {escape(redact(message))}", soft_wrap=True)
     return typer.Exit(2)
 
 
