@@ -25,7 +25,6 @@ from unittest.mock import patch
 
 import torch
 
-import sparse_zoo as zoo
 from experiments import signals
 from experiments.progress import Bar
 from experiments.run import Watch, flat, run
@@ -33,6 +32,7 @@ from experiments.store import Asked, Cell, Result, asked_before, lock, read, wri
 from experiments.sweep import Sweep
 from experiments.tracking import Tracker
 from sparse_zoo.errors import ZooError, refuse
+from sparse_zoo.registry import import_file
 
 POLL = 1.0  # seconds between looks at cells that run elsewhere
 ENDING = 10.0  # seconds that a process has, beyond a step, to write its cell down when the sweep is interrupted
@@ -168,7 +168,7 @@ def differing(cells: tuple[Cell, ...]) -> dict[str, dict[str, Any]]:
 
 
 def loaded_plugins() -> tuple[Path, ...]:
-    """The files that `zoo.load_plugin` has imported here, for processes that need them too."""
+    """The files of methods, kernels and data that were imported here, for processes that need them too."""
     return tuple(
         Path(str(module.__file__)) for name, module in sys.modules.items() if name.startswith("sparse_zoo_plugin_")
     )
@@ -291,7 +291,7 @@ def _serve(pipe: Connection, threads: int) -> None:
         while True:
             work: Work = pipe.recv()
             for plugin in work.plugins:
-                zoo.load_plugin(plugin)
+                import_file(plugin)
             if work.sweep not in trackers:
                 trackers[work.sweep] = Tracker(work.sweep, watch.note)
             try:

@@ -16,13 +16,13 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-import sparse_zoo as zoo
 from experiments import signals
 from experiments.launch import POLL, Work
 from experiments.progress import Bar
 from experiments.store import Result, home, write_json
 from experiments.tracking import Tracker
 from sparse_zoo.errors import ZooError, refuse
+from sparse_zoo.registry import import_file
 
 NOTICE_SIGNAL = signal.SIGUSR2  # submitit's, by which SLURM tells a job that it is preempted or its time is over
 NOTICE = 60  # seconds before the end of its time at which SLURM tells a job, which then queues up again
@@ -41,7 +41,7 @@ class Job:
     def __call__(self) -> None:
         os.environ["ZOO_HOME"] = str(self.home)
         for plugin in self.work.plugins:
-            zoo.load_plugin(plugin)
+            import_file(plugin)
         told = _Telling()
         tracker = Tracker(self.work.sweep, told.note)
         requeue = signal.getsignal(NOTICE_SIGNAL)  # submitit's own, in a job of it

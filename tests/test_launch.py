@@ -21,9 +21,10 @@ from tiny import BASE, DIVERGES, write_sweep
 
 import sparse_zoo as zoo
 from experiments import store
-from experiments.launch import differing, execute
+from experiments.launch import Work, _serve, differing, execute, loaded_plugins
 from experiments.progress import Bar
 from experiments.report import Report
+from experiments.slurm import Job
 from experiments.sweep import Sweep, read
 from experiments.tracking import Tracker, uri
 from sparse_zoo.errors import ZooError
@@ -402,6 +403,45 @@ class Killed(zoo.Attention):
             os.kill(os.getpid(), signal.SIGKILL)
         return {}
 '''
+
+
+FILMS = """
+from datamodules import ShotWorld
+
+
+class Films(ShotWorld):
+    pass
+"""
+
+
+class OneWork:
+    """The pipe of a worker that is given one work, and then none."""
+
+    def __init__(self, work: Work) -> None:
+        self.works, self.told = [work], list[tuple[Any, ...]]()
+
+    def recv(self) -> Work:
+        if not self.works:
+            raise EOFError
+        return self.works.pop()
+
+    def send(self, told: tuple[Any, ...]) -> None:
+        self.told.append(told)
+
+
+def test_files_of_data_are_loaded_by_workers_and_jobs(runs: Path) -> None:
+    (runs / "films.py").write_text(FILMS)
+    base = BASE | {"data": BASE["data"] | {"name": f"{runs}/films.py:Films"}}
+    sweep = read(write_sweep(runs / "own.yaml", base=base, axes={"attention": ["dense"]}))
+    (cell,) = sweep.cells
+    plugins = loaded_plugins()
+    assert runs / "films.py" in plugins
+    work = Work(cell, "own", store.read(cell, "own"), None, {}, plugins, fresh=False)
+    pipe: Any = OneWork(work)
+    _serve(pipe, 1)
+    assert pipe.told[-1][0] == "done"
+    assert pipe.told[-1][1].status == "finished"
+    Job(work, store.home())()
 
 
 @pytest.mark.slow
