@@ -162,5 +162,5 @@ def _sheets(report: Report) -> Iterator[Sheet]:
         "Not finished",
         "",
         ["cell", "status", "reason"],
-        [[names, result.status, result.reason or ""] for names, result in report.unfinished_alike.items()],
+        [[names, result.state, result.reason or ""] for names, result in report.unfinished_alike.items()],
     )

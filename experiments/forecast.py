@@ -37,7 +37,7 @@ class Row:
     whether it differs between layers, heads or films. attention_flops, flops: of one training step. seconds: of one
     cell, None where it cannot be known here; seconds_from: `TIMED_NOW` or `FINISHED`. match: what the budget asked
     for, and under "set" the settings that were solved. cells: {"name", "id", "seed", "status", "steps"} each, status
-    "finished", "failed", "running", "half done" (at step `steps`) or "missing".
+    "finished", "failed", "running", "half done" (at step `steps`), "interrupted" (before the first) or "missing".
     """
 
     name: str
@@ -174,7 +174,7 @@ def _same_machine(one: dict[str, Any], other: dict[str, Any]) -> bool:
 
 
 def _state(result: Result) -> str:
-    return "half done" if result.status == "missing" and result.steps else result.status
+    return "half done" if result.status == "missing" and result.steps else result.state
 
 
 def _status(row: Row) -> str:

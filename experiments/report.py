@@ -481,7 +481,7 @@ class Report:
                 table.add_row(escape(line.title), number(shown.chance.get(head.name)))
         odd = [group for group in shown.groups if len(group.finished) < len(group.results)]
         for group in odd[:MOST_ROWS]:
-            for status in dict.fromkeys(r.status for r in group.results if r.status != "finished"):
+            for status in dict.fromkeys(r.state for r in group.results if r.status != "finished"):
                 table.add_row(escape(group.name), f"[red]{status}[/red]")
         _add_rest(table, odd)
         others = "Other measures; of last shots, drawn after the true ones before them, but for the loss."

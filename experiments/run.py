@@ -17,6 +17,7 @@ from contextlib import contextmanager
 from datetime import UTC, datetime
 from functools import cache
 from importlib.metadata import version
+from itertools import count
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -136,7 +137,8 @@ def _begin(cell: Cell, sweep: str, watch: Watch, fresh: bool) -> tuple[Result, i
         except ValueError as error:
             watch.note(f"{cell.name} starts anew: no checkpoint to go on from ({error})")
     elif before.status == "unreadable":
-        watch.note(f"{cell.name} starts anew: {before.reason}")
+        aside = _set_aside(folder)
+        watch.note(f"{cell.name} starts anew: {before.reason}; what there was is kept in {aside}")
     for path in list(folder.glob("**/*.part")) if step else [path for path in folder.iterdir() if path.name != "lock"]:
         shutil.rmtree(path) if path.is_dir() else path.unlink()
     result = Result(
@@ -152,6 +154,17 @@ def _begin(cell: Cell, sweep: str, watch: Watch, fresh: bool) -> tuple[Result, i
         mlflow_run=before.mlflow_run if step else None,
     )
     return result, step
+
+
+def _set_aside(folder: Path) -> Path:
+    """Move what a folder holds into a new one beside it: it may be a finished run, written by another version."""
+    names = (folder.with_name(f"{folder.name}.unreadable-{number}") for number in count(1))
+    aside = next(path for path in names if not path.exists())
+    aside.mkdir()
+    for path in folder.iterdir():
+        if path.name != "lock":
+            path.rename(aside / path.name)
+    return aside
 
 
 @contextmanager
@@ -355,7 +368,7 @@ def _record(log: Log, result: Result, folder: Path) -> None:
     log.log_metrics({f"result/{key}": plain[key] for key in figures if plain[key] is not None}, 0)
     log.log_metrics({f"result/{key}": value for key, value in plain["metrics"].items() if value is not None}, 0)
     told: dict[str, str | None] = {f"zoo.{key}": str(value) for key, value in result.provenance.items()}
-    told |= {"zoo.kernel": result.kernel, "zoo.status": result.status, "zoo.reason": result.reason}
+    told |= {"zoo.kernel": result.kernel, "zoo.status": result.state, "zoo.reason": result.reason}
     log.about({}, {key: value for key, value in told.items() if value})
     if result.diagnostics:
         log.file(folder / "diagnostics.jsonl")

@@ -106,6 +106,11 @@ class Result:
     config: dict[str, Any] = field(default_factory=dict)
     traceback: str | None = None
 
+    @property
+    def state(self) -> str:
+        """The status as users are shown it: a run that was begun and is not there to its end was interrupted."""
+        return "interrupted" if self.status == "missing" and self.provenance else self.status
+
     def fail(self, error: Exception) -> None:
         """Record what was raised; to be called while it is handled."""
         self.status, self.reason = "failed", redact(f"{type(error).__name__}: {error}")

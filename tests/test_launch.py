@@ -22,6 +22,7 @@ from tiny import BASE, DIVERGES, write_sweep
 import sparse_zoo as zoo
 from experiments import store
 from experiments.launch import Work, _serve, differing, execute, loaded_plugins
+from experiments.page import html
 from experiments.progress import Bar
 from experiments.report import Report
 from experiments.slurm import Job
@@ -147,10 +148,20 @@ def test_a_report_is_about_the_cells_of_the_last_command(runs: Path) -> None:
     (store.home() / "fewer" / "sweep.json").write_text("{")
     with pytest.raises(ZooError, match=r"sweep\.json cannot be read"):
         store.read_sweep("fewer")
-    (read(path).cells[0].folder("fewer") / "result.json").write_text("{")
-    execute(read(path), bar)
-    assert bar.ran == ["moc"]
-    assert any(note.startswith("moc starts anew: ") and "result.json cannot be read" in note for note in bar.notes)
+    folder = read(path).cells[0].folder("fewer")
+    for number in (1, 2):
+        (folder / "result.json").write_text(f"{{{number}")
+        there = {str(file.relative_to(folder)): file.read_bytes() for file in folder.rglob("*") if file.is_file()}
+        bar = Silent()
+        execute(read(path), bar)
+        assert bar.ran == ["moc"]
+        aside = folder.with_name(f"{folder.name}.unreadable-{number}")
+        (line,) = (note for note in bar.notes if note.startswith("moc starts anew: "))
+        assert "result.json cannot be read" in line
+        assert line.endswith(f"; what there was is kept in {aside}")
+        kept = {str(file.relative_to(aside)): file.read_bytes() for file in aside.rglob("*") if file.is_file()}
+        assert kept == {name: held for name, held in there.items() if name != "lock"}
+        assert "checkpoints/step=2.ckpt" in kept
     assert [cell.name for cell in store.read_sweep("fewer").cells] == ["moc"]
 
 
@@ -184,6 +195,11 @@ def test_ctrl_c_keeps_what_has_finished(runs: Path) -> None:
     states = [store.read(cell, sweep.name) for cell in sweep.cells]
     assert [state.status for state in states] == ["finished", "missing"]
     assert states[1].reason == "was interrupted after 1 steps"
+    shown = zoo_command("report", "stopped").output
+    assert "moc, interrupted: was interrupted after 1 steps" in shown
+    for text in (html(Report.of("stopped")), zoo_command("report", "stopped", "--markdown").output):
+        assert "interrupted" in text
+        assert "missing" not in text
     again = Silent()
     execute(sweep, again)
     assert again.ran == ["moc"]

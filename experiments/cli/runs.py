@@ -236,7 +236,7 @@ def _show(report: Report, page: Path | None = None, *, runs: bool = False) -> No
         if line:
             console.print(escape(line), highlight=False)
     for names, result in report.unfinished_alike.items():
-        console.print(f"[red]{escape(names)}[/red], {result.status}: {escape(result.reason or '')}", soft_wrap=True)
+        console.print(f"[red]{escape(names)}[/red], {result.state}: {escape(result.reason or '')}", soft_wrap=True)
     if page is not None:
         console.print(f"Report: {escape(str(page))}", soft_wrap=True)
 
@@ -246,7 +246,7 @@ def _one_run(result: Result, title: str) -> Table:
 
     table = Table(title=escape(title), title_justify="left", show_header=False)
     for key, value in (
-        ("status", result.status),
+        ("status", result.state),
         ("steps", str(result.steps)),
         ("first loss", number(result.first_loss)),
         ("last loss", number(result.last_loss)),
