@@ -34,6 +34,8 @@ from experiments.tracking import Tracker
 from sparse_zoo.errors import ZooError, refuse
 from sparse_zoo.registry import import_file
 
+OVERVIEW = 60.0  # seconds between looks of MLflow's parent run at its cells
+ABOVE = "Parameters list the values of all cells, metrics are means over finished ones, cells.json has each. Report:"
 POLL = 1.0  # seconds between looks at cells that run elsewhere
 ENDING = 10.0  # seconds that a process has, beyond a step, to write its cell down when the sweep is interrupted
 
@@ -94,26 +96,35 @@ def execute(
     on as KeyboardInterrupt, with every finished cell kept.
     """
     found = {cell.name: read(cell, sweep.name) for cell in sweep.cells}
+    params = differing(sweep.cells)
     todo = [cell for cell in sweep.cells if fresh or found[cell.name].status != "finished"]
     bar.kept(len(sweep.cells) - len(todo))
     if not todo:
         parent = _remember(sweep)
-        Tracker(sweep.name, bar.note).settle({parent: "FINISHED"} | _ended(found.values()))
+        tracker = Tracker(sweep.name, bar.note)
+        tracker.settle({parent: "FINISHED"} | _ended(found.values()))
+        tracker.overview(parent, params, list(found.values()))
+        tracker.reach(lambda: None)
         return list(found.values())
     refuse("--jobs", _too_many(1 if jobs is None else jobs, [] if slurm is not None or ray else todo))
     tracker = Tracker(sweep.name, bar.note)
     tracker.settle(_ended(found.values()))
-    parent = tracker.parent(sweep.name, f"{sweep.about}\n\n{len(sweep.cells)} cells. Report: `zoo report {sweep.name}`")
+    parent = tracker.parent(sweep.name, f"{sweep.about}\n\n{len(sweep.cells)} cells. {ABOVE} `zoo report {sweep.name}`")
     write_sweep(sweep.name, Asked(sweep.about, sweep.cells, parent))
-    params, plugins = differing(sweep.cells), loaded_plugins()
+    plugins = loaded_plugins()
     works = [Work(cell, sweep.name, found[cell.name], parent, params[cell.name], plugins, fresh) for cell in todo]
-    ended = "KILLED"
+    ended, shown = "KILLED", time.monotonic()
+    tracker.overview(parent, params, list(found.values()))
     try:
         for result in _results(works, tracker, bar, jobs, slurm, ray, wait):
             found[result.name] = result
+            if time.monotonic() - shown > OVERVIEW:
+                tracker.overview(parent, params, list(found.values()))
+                shown = time.monotonic()
         ended = "FINISHED" if all(result.status == "finished" for result in found.values()) else "FAILED"
     finally:
         if wait:
+            tracker.overview(parent, params, list(found.values()))
             tracker.end(parent, ended)
     return list(found.values())
 

@@ -33,7 +33,7 @@ from experiments.data import build
 from experiments.redact import redact, redact_all
 from experiments.saving import Saving, WholeCheckpoints, saved_step
 from experiments.store import Cell, Result, home, read
-from experiments.tracking import Log, Tracker
+from experiments.tracking import Log, Tracker, figures
 from lit_modules import AttentionCost, LitVideoDiT, RoutingWatch, SampleFilms, StepTimer
 from lit_modules.precision import default_precision
 from sparse_zoo.errors import ZooError
@@ -363,10 +363,7 @@ def _keep_last(trainer: pl.Trainer, keep: ModelCheckpoint, folder: Path) -> None
 
 def _record(log: Log, result: Result, folder: Path) -> None:
     """What the run did not log while it trained: its figures and files."""
-    figures = ("first_loss", "last_loss", "val_loss", "density", "flops", "seconds_per_step", "peak_memory", "seconds")
-    plain = result.to_json()
-    log.log_metrics({f"result/{key}": plain[key] for key in figures if plain[key] is not None}, 0)
-    log.log_metrics({f"result/{key}": value for key, value in plain["metrics"].items() if value is not None}, 0)
+    log.log_metrics(figures(result), 0)
     told: dict[str, str | None] = {f"zoo.{key}": str(value) for key, value in result.provenance.items()}
     told |= {"zoo.kernel": result.kernel, "zoo.status": result.state, "zoo.reason": result.reason}
     log.about({}, {key: value for key, value in told.items() if value})

@@ -10,6 +10,7 @@ from __future__ import annotations
 import fcntl
 import json
 import logging
+import math
 import os
 import re
 import subprocess
@@ -17,10 +18,11 @@ import sys
 import threading
 import time
 from argparse import Namespace
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from queue import SimpleQueue
+from statistics import fmean
 from typing import Any, TypeVar
 
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")  # read while mlflow is imported
@@ -50,11 +52,14 @@ from typing_extensions import override  # noqa: E402
 
 from experiments.address import sqlite_file, sqlite_uri, tracking_uri  # noqa: E402
 from experiments.redact import redact  # noqa: E402
-from experiments.store import config_id, home  # noqa: E402
+from experiments.store import Result, config_id, home  # noqa: E402
 
 mlflow.store.db.utils.MAX_RETRY_COUNT = 3  # for a database that cannot be opened; MLflow's 10 take 51 seconds
 
 T = TypeVar("T")
+
+FIGURES = ("first_loss", "last_loss", "val_loss", "density", "flops", "seconds_per_step", "peak_memory", "seconds")
+TABLE = ("mlflow.loggedArtifacts", '[{"path": "cells.json", "type": "table"}]')  # by which its page shows a table
 
 PATIENCE = 5.0  # seconds that a run waits, in all, for a server that does not answer
 PATIENCE_DISK = 60.0  # the same for a database file, which other processes may keep busy
@@ -62,6 +67,12 @@ AGAIN = 60  # seconds after which a store that failed is tried again
 TRAINING = {"mlflow.experimentKind": "custom_model_development"}  # else its page takes it for language models
 SERVER_ENDS = 10.0  # seconds that MLflow's server has to end its processes
 AT_ONCE = 100  # what a server takes of tags or parameters in one request; of metrics it takes more
+
+
+def figures(result: Result) -> dict[str, float]:
+    """What a run found, by the names of MLflow's metrics."""
+    found = {key: getattr(result, key) for key in FIGURES} | result.metrics
+    return {f"result/{key}": value for key, value in found.items() if value is not None and math.isfinite(value)}
 
 
 def uri() -> str:
@@ -186,6 +197,49 @@ class Tracker:
             return run_id
 
         return self.reach(ask)
+
+    def overview(self, run_id: str | None, params: Mapping[str, Mapping[str, Any]], results: Sequence[Result]) -> None:
+        """Let the parent's row, under which MLflow's page folds its cells, show what they have.
+
+        Of each parameter the values, of each metric the mean over finished cells, and `cells.json`, a table of them.
+        `params` are by cell. MLflow changes no parameter once it is logged: where a later command asks for other
+        values, they are listed beside it, with the number of its cells.
+        """
+        if run_id is None:
+            return
+        values: dict[str, dict[str, None]] = {}
+        for own in params.values():
+            for key, value in own.items():
+                values.setdefault(key, {})[str(value)] = None
+        found = {result.name: figures(result) for result in results if result.status == "finished"}
+        names = [*dict.fromkeys(key for own in found.values() for key in own)]
+        means = {key: fmean(own[key] for own in found.values() if key in own) for key in names}
+        table = {
+            "columns": ["cell", "status", *values, *names],
+            "data": [
+                [
+                    result.name,
+                    result.state,
+                    *(params[result.name].get(key) for key in values),
+                    *(found.get(result.name, {}).get(key) for key in names),
+                ]
+                for result in results
+            ],
+        }
+
+        def ask() -> None:
+            there, now = self.client.get_run(run_id).data, int(time.time() * 1000)
+            listed = {key: ", ".join(own)[:5000] for key, own in values.items()}
+            named = {
+                key if there.params.get(key, own) == own else f"{key}: {len(results)} cells": own
+                for key, own in listed.items()
+            }
+            new = [Param(key, own) for key, own in named.items() if key not in there.params]
+            moved = [Metric(key, mean, now, 0) for key, mean in means.items() if there.metrics.get(key) != mean]
+            self.client.log_batch(run_id, params=new[:AT_ONCE], metrics=moved, tags=[RunTag(*TABLE)])
+            self.client.log_dict(run_id, table, "cells.json")
+
+        self.post(ask)
 
     def run(self, name: str, cell: str, *, parent: str | None, before: str | None) -> Log:
         """The run of one cell, as a logger: `before`, that of an interrupted cell which goes on, or a new one.

@@ -370,7 +370,8 @@ def test_mlflow_shows_what_differs_what_was_seen_and_what_came_out(runs: Path) -
         "attention.name": "moc", "attention.top_k": 1, "optim.lr": 0.25,
     }  # fmt: skip
     bar = Silent()
-    result = execute(replace(sweep, cells=sweep.cells[-2:]), bar)[0]
+    results = execute(replace(sweep, cells=sweep.cells[-2:]), bar)
+    result = results[0]
     assert bar.notes == []
     client = mlflow.MlflowClient(uri())
     run = client.get_run(str(result.mlflow_run))
@@ -386,6 +387,24 @@ def test_mlflow_shows_what_differs_what_was_seen_and_what_came_out(runs: Path) -
     parent = client.get_run(run.data.tags["mlflow.parentRunId"])
     assert parent.info.run_name == "shown"
     assert parent.data.tags["mlflow.note.content"].startswith("Which one?")
+    assert parent.data.params == {"attention.name": "moc", "attention.top_k": "1", "optim.lr": "0.5, 0.25"}
+    assert parent.data.metrics.keys() == {key for key in run.data.metrics if key.startswith("result/")}
+    losses = [float(one.val_loss or 0) for one in results]
+    assert parent.data.metrics["result/val_loss"] == pytest.approx(sum(losses) / 2)
+    table = mlflow.artifacts.load_dict(f"{parent.info.artifact_uri}/cells.json")
+    rows = [dict(zip(table["columns"], row, strict=True)) for row in table["data"]]
+    assert [row["cell"] for row in rows] == ["moc_top_k=1-lr=0.5", "moc_top_k=1-lr=0.25"]
+    assert [(row["status"], row["optim.lr"], row["result/val_loss"]) for row in rows] == [
+        ("finished", 0.5, losses[0]), ("finished", 0.25, losses[1]),
+    ]  # fmt: skip
+    execute(sweep, bar)  # more cells, under the same run
+    parent = client.get_run(parent.info.run_id)
+    assert parent.data.params["attention.name"] == "moc"
+    assert parent.data.params["attention.name: 4 cells"] == "dense, moc"
+    assert "optim.lr: 4 cells" not in parent.data.params
+    every = [float(store.read(cell, "shown").val_loss or 0) for cell in sweep.cells]
+    assert parent.data.metrics["result/val_loss"] == pytest.approx(sum(every) / 4)
+    assert len(mlflow.artifacts.load_dict(f"{parent.info.artifact_uri}/cells.json")["data"]) == 4
 
 
 def test_too_many_jobs_are_refused(runs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
