@@ -3,12 +3,15 @@
 import math
 import re
 import warnings
+from contextlib import nullcontext
 from copy import deepcopy
+from itertools import pairwise
 
 import pytest
 import torch
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.plugins import MixedPrecision
 from matplotlib import image
 from omegaconf import OmegaConf
 from torch.utils.data import DataLoader
@@ -268,6 +271,66 @@ def test_a_loss_that_is_not_finite_stops_the_run_before_it_is_saved(tmp_path, lo
     assert all(
         value.isfinite().all() for part in ("state_dict", "current_model_state") for value in saved[part].values()
     )
+
+
+class Half(MixedPrecision):
+    """float16's gradient scaler on the CPU, whose attention takes float32: the scaler's part of 16-mixed alone."""
+
+    def __init__(self, scale):
+        super().__init__("16-mixed", "cpu", torch.amp.GradScaler("cpu", init_scale=scale))
+
+    @override
+    def forward_context(self):
+        return nullcontext()
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_gradients_are_unscaled_before_they_are_clipped(optimizer):
+    weights, norms = [], []
+    for plugins in ([], [Half(2.0**10)]):
+        record = Record()
+        run = trainer(4, record, plugins=plugins, gradient_clip_val=0.05)
+        run.fit(lit(optim={"optimizer": optimizer}), loader(batch(PACKED), times=4))
+        weights.append(record.weights)
+        norms.append(float(run.callback_metrics["train/grad_norm"]))
+    assert norms[0] == norms[1] > 0.05
+    assert [name for name, weight in weights[0].items() if not torch.equal(weight, weights[1][name])] == []
+
+
+class Weights(Callback):
+    """The flattened weights before and after each step, and the last norm of a gradient that was logged."""
+
+    def __init__(self):
+        self.steps, self.norms = [], []
+
+    @override
+    def on_train_start(self, trainer, pl_module):
+        self.steps.append(torch.nn.utils.parameters_to_vector(pl_module.model.parameters()).detach().clone())
+
+    @override
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        self.on_train_start(trainer, pl_module)
+        self.norms.append(float(trainer.callback_metrics.get("train/grad_norm", math.nan)))
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_steps_that_overflow_are_skipped_and_training_goes_on(optimizer):
+    seen, half, module = Weights(), Half(2.0**24), lit(optim={"optimizer": optimizer, "ema_decay": 0.9})
+    for weight in module.parameters():
+        weight.register_hook(lambda gradient: gradient.half().float())  # beyond 65504 infinite
+    run = trainer(20, seen, plugins=[half], gradient_clip_val=1.0)
+    run.fit(module, loader(batch(PACKED), times=20))
+    moved = [not torch.equal(a, b) for a, b in pairwise(seen.steps)]
+    assert not moved[0]
+    assert moved.count(True) > 10
+    assert half.scaler.get_scale() == 2.0 ** (24 - moved.count(False))
+    assert seen.steps[-1].isfinite().all()
+    assert [math.isfinite(norm) for norm in seen.norms] == [any(moved[: i + 1]) for i in range(20)]
+
+
+def test_gradients_that_no_scale_makes_finite_stop_the_run():
+    with pytest.raises(NonFiniteLoss, match=r"step 4: gradient of patches\.weight is"):
+        trainer(9, Poison(loss=False), plugins=[Half(4.0)]).fit(lit(), loader(batch(PACKED), times=9))
 
 
 def test_the_learning_rate_warms_up_and_falls():
