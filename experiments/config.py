@@ -562,6 +562,8 @@ def _assign_attention(config: Config, value: Any) -> str:
 
 def _assign_data(config: Config, value: dict[str, Any]) -> str:
     presets = _shipped("data.yaml")
+    if "${" in str(value["name"]):  # of the environment: it decides which preset lies below
+        value = value | resolve({"name": value["name"]})
     name = str(value["name"])
     if name not in presets and ":" not in name:
         return f"{unknown('data', name, presets)}; or a class of yours, as file.py:Class or package.module:Class"

@@ -124,8 +124,8 @@ def _attention(wording: Any, named: Any, inside: Mapping[str, Any], own: bool) -
         keys = dict(entry) if isinstance(entry, Mapping) else {"name": entry}
         keys |= {} if isinstance(named, list) else inside
         name = keys.get("name") or (named.get("name") if isinstance(named, Mapping) else None)
-        if not isinstance(name, str):
-            continue  # `experiments.config` says what an entry must be
+        if not isinstance(name, str) or "${" in name:
+            continue  # `experiments.config` says what an entry must be, and what an expression stands for
         if name not in known:
             reasons += [] if own else [wording.unknown("method", name, known)]
             continue

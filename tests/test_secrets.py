@@ -10,6 +10,7 @@ from test_cli import zoo
 from tiny import BASE, write_sweep
 
 from experiments.config import load, merge, resolve
+from experiments.names import misspelt
 from experiments.store import config_id
 from sparse_zoo.errors import ZooError
 
@@ -62,6 +63,10 @@ def test_texts_of_the_environment_stay_expressions(monkeypatch: pytest.MonkeyPat
     assert merge([{"optim.optimizer": "${oc.env:OPTIMIZER}"}])[0]["optim"]["optimizer"] == "muon"
     monkeypatch.setenv("KIND", "video_films")
     assert merge([{"data.name": "${oc.env:KIND}"}])[0]["data"]["name"] == "video_films"
+    assert merge(["data=${oc.env:KIND}"]) == merge(["data=video_films"])
+    monkeypatch.setenv("METHOD", "moc")
+    assert merge(["attention=${oc.env:METHOD}"]) == merge(["attention=moc"])
+    assert misspelt(["data=${oc.env:KIND}", "attention=${oc.env:METHOD}"], plugins=False) is None
     monkeypatch.delenv("PLACE")
     with pytest.raises(ZooError, match="PLACE"):
         resolve(config)
