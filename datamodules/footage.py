@@ -37,7 +37,9 @@ _CLOCK = 10**6  # ticks a second of the times that the detector is given
 _WITH_LENGTH = ("matroska", "mov", "avi", "flv", "asf")
 _PICTURES = Disposition.attached_pic | Disposition.timed_thumbnails | Disposition.still_image
 _HDR = {ColorTrc.SMPTE2084: "PQ", ColorTrc.ARIB_STD_B67: "HLG"}
-_HEADS = (b"\x1aE\xdf\xa3", b"ftyp", b"FLV\x01")  # how Matroska and WebM, MP4 and QuickTime, and Flash video begin
+# How files begin that players stop reading where the next one begins: Matroska and WebM, MP4 and QuickTime (after the
+# length of the box), Flash video, ASF and WMV.
+_HEADS = (b"\x1aE\xdf\xa3", b"ftyp", b"FLV\x01", bytes.fromhex("3026b2758e66cf11a6d900aa0062ce6c"))
 _MOST_ERRORS = 1000  # in a row, without a frame between them: the rest of the file is given up
 
 
@@ -315,11 +317,11 @@ class _Pass:
 
 
 def _next_recording(path: Path, start: int) -> int | None:
-    """Where the head of another recording lies, at byte `start` or later; players stop before it in these formats."""
+    """Where another recording begins at byte `start` or later, in a file of a format that is read up to there only."""
     with path.open("rb") as file, mmap(file.fileno(), 0, access=ACCESS_READ) as whole:
-        head = next((head for head in _HEADS if head in whole[:16]), None)
-        found = -1 if head is None else whole.find(head, max(start, 16))
-    return None if found < 0 else found
+        if not any(head in whole[:16] for head in _HEADS):
+            return None
+        return min((at for head in _HEADS if (at := whole.find(head, max(start, 16))) >= 0), default=None)
 
 
 def _clock(seconds: float) -> str:

@@ -15,6 +15,7 @@ from test_videos import SMALL, three_shots
 
 from datamodules import VideoFilms
 from datamodules.captions import read_captions
+from datamodules.discovery import printable
 from datamodules.text import tokenize, words
 from sparse_zoo.errors import ZooError
 
@@ -56,6 +57,22 @@ def test_ambiguous_keys_are_rejected_by_name(tmp_path: Path) -> None:
         matched(tmp_path, {"a": {"caption": "red"}}, "a.mp4", "a.mkv")
     with pytest.raises(ZooError, match=r"'a' is for the video 'a\.mp4', as is 'a\.mp4' of .*; keep one"):
         matched(tmp_path, {"a.mp4": {"caption": "red"}, "a": {"caption": "blue"}}, "a.mp4")
+
+    composed, split = (normalize(form, "café") for form in ("NFC", "NFD"))
+    with pytest.raises(ZooError, match="keep one"):
+        matched(tmp_path, {composed: {"caption": "red"}, split: {"caption": "blue"}}, "café.mp4")
+
+
+@pytest.mark.parametrize(
+    "key", ["../a.mp4", "..\\a", "/clips/a.mp4", "sub/../../a.mp4", "C:\\clips\\a.mp4", "\ud83d.mp4"]
+)
+def test_key_outside_the_folder_is_named(tmp_path: Path, key: str) -> None:
+    path = tmp_path / "captions.json"
+    path.write_text(json.dumps({key: {"caption": "red"}}))
+    captions = read_captions([path], ["a.mp4"])
+    assert captions.by_video == {}
+    assert captions.unmatched == [printable(key)]
+    assert f"1 captions match no video: {printable(key)}" in captions.notes
 
 
 def test_what_does_not_match_is_counted_and_named(tmp_path: Path) -> None:
@@ -169,3 +186,7 @@ def test_ascii_captions_keep_their_ids(caption: str) -> None:
 def test_any_text_gives_words_in_one_normal_form(caption: str) -> None:
     assert words(caption) == words(normalize("NFD", caption)) == words(normalize("NFC", caption))
     assert len(tokenize(caption, 1024, 8)) == min(8, len(words(caption)))
+
+
+def test_lone_surrogate_has_an_id_and_changes_no_other_word() -> None:
+    assert tokenize("cat \ud83d dog", 1024, 8).tolist() == tokenize("cat dog", 1024, 8).tolist()

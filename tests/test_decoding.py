@@ -122,6 +122,17 @@ def test_pixels_that_are_not_square_are_made_square(tmp_path: Path, aspect: Frac
     assert abs(int(shown.any(0).sum()) - 40) <= 2
 
 
+@pytest.mark.parametrize("degrees", [0, 90, 270])
+@pytest.mark.parametrize("mirrored", [False, True])
+def test_turned_clips_with_pixels_that_are_not_square_are_upright(tmp_path: Path, degrees: int, mirrored: bool) -> None:
+    # The aspect is that of the stored pixels, before the turn: every second stored column is left out.
+    upright = quarters(96, 64)
+    stored = np.rot90(np.fliplr(upright) if mirrored else upright, -degrees // 90)[:, ::2]
+    path = film(tmp_path / "a.mp4", [np.ascontiguousarray(stored)] * 3, turn=(degrees, mirrored), aspect=Fraction(2))
+    video = decode(path, Decoding(None, (48, 32)))
+    np.testing.assert_allclose(corners(video.frames[1]), corners(upright), atol=16)
+
+
 # Which stream
 
 
@@ -196,6 +207,14 @@ def test_best_stream_is_taken_and_named(
     assert any("it has 2 video streams; number 1 is taken" in note for note in video.notes)
 
 
+def test_first_of_two_equal_streams_is_taken_and_named(tmp_path: Path) -> None:
+    pictures = [np.full((64, 64, 3), colour, np.uint8) for colour in (RED, GREEN)]
+    flags = {0: Disposition(0), 1: Disposition(0)}
+    video = decode(two_streams(tmp_path / "a.mkv", *pictures, (8, 8), flags=flags), SETTINGS)
+    np.testing.assert_allclose(video.frames[3].mean((0, 1)), RED, atol=12)
+    assert any("it has 2 video streams; number 0 is taken" in note for note in video.notes)
+
+
 # Times
 
 
@@ -217,13 +236,35 @@ def test_joined_recordings_keep_all_their_frames(tmp_path: Path, suffix: str, ti
 
 @pytest.mark.parametrize(
     ("suffix", "codec", "times"),
-    [("mp4", "libx264", 2), ("mov", "libx264", 2), ("flv", "flv", 2), ("mkv", "libx264", 3)],
+    [
+        ("mp4", "libx264", 2),
+        ("mov", "libx264", 2),
+        ("flv", "flv", 2),
+        ("mkv", "libx264", 3),
+        ("wmv", "wmv2", 2),
+    ],
 )
 def test_joined_recordings_that_no_player_reads_are_named(tmp_path: Path, suffix: str, codec: str, times: int) -> None:
     part = write(tmp_path / f"a.{suffix}", plain(RED, 24), codec)
     assert decode(part, SETTINGS).notes == ()
     part.write_bytes(part.read_bytes() * times)
     assert any("another recording, joined to the first, and not read" in note for note in decode(part, SETTINGS).notes)
+
+
+def test_recording_of_another_format_at_the_end_is_named(tmp_path: Path) -> None:
+    first, second = (write(tmp_path / name, plain(RED, 24)) for name in ("a.mp4", "b.mkv"))
+    first.write_bytes(first.read_bytes() + second.read_bytes())
+    assert any("another recording, joined to the first" in note for note in decode(first, SETTINGS).notes)
+
+
+@pytest.mark.parametrize(("suffix", "codec"), [("mkv", "libx264"), ("flv", "flv"), ("mp4", "libx264")])
+@pytest.mark.parametrize("late", [1, 5])
+def test_recording_that_begins_late_keeps_all_frames_at_its_own_rate(
+    tmp_path: Path, suffix: str, codec: str, late: int
+) -> None:
+    # At 24 frames a second the first time is rounded to milliseconds too, in another direction than the others.
+    path = film(tmp_path / f"a.{suffix}", plain(RED, 30), codec=codec, times=range(late, late + 30))
+    assert decode(path, Decoding(24, (32, 32))).source == tuple(range(30))
 
 
 def test_h264_in_avi_keeps_all_frames_at_its_own_rate(tmp_path: Path) -> None:
@@ -334,6 +375,9 @@ def test_empty_and_tiny_files(tmp_path: Path) -> None:
     (tmp_path / "empty.mp4").touch()
     with pytest.raises(ZooError, match=r"empty\.mp4: it is empty"):
         decode(tmp_path / "empty.mp4", SETTINGS)
+    (tmp_path / "head.mp4").write_bytes(write(tmp_path / "a.mp4", [quarters()] * 4).read_bytes()[:40])
+    with pytest.raises(ZooError, match=r"head\.mp4: it cannot be decoded"):
+        decode(tmp_path / "head.mp4", SETTINGS)
     video = decode(write(tmp_path / "one.mp4", [quarters()]), SETTINGS)
     assert (video.source, video.cuts, len(video.frames)) == ((0,), (0,), 1)
 

@@ -8,6 +8,7 @@ import pytest
 from test_videos import SMALL, three_shots
 
 from datamodules import VideoFilms
+from datamodules.decoding import Decoding, decode
 from datamodules.discovery import find_videos, listed, printable, resolve
 from sparse_zoo.errors import ZooError
 
@@ -84,6 +85,20 @@ def test_linked_folders_are_searched_once(tmp_path: Path) -> None:
     ]
 
 
+def test_folder_with_a_videos_suffix_is_searched(tmp_path: Path) -> None:
+    touch(tmp_path / "x.mp4" / "a.mp4")
+    assert list(find_videos([str(tmp_path)]).files) == ["x.mp4/a.mp4"]
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
+def test_unreadable_folder_and_file_are_named(tmp_path: Path) -> None:
+    touch(tmp_path / "a.mp4").chmod(0)
+    touch(tmp_path / "shut" / "b.mp4").parent.chmod(0)
+    assert find_videos([str(tmp_path)]).notes == [f"{tmp_path}: 1 cannot be read: shut (Permission denied)"]
+    with pytest.raises(ZooError, match=r"a\.mp4: it cannot be .*Permission denied"):
+        decode(tmp_path / "a.mp4", Decoding(None, (32, 32)))
+
+
 def test_linked_files_are_taken(tmp_path: Path) -> None:
     touch(tmp_path / "outside.mp4")
     (tmp_path / "data").mkdir()
@@ -118,8 +133,10 @@ def test_home_is_expanded_in_folder_and_cache(tmp_path: Path, monkeypatch: pytes
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.chdir(tmp_path)
     three_shots(tmp_path / "clips" / "a.mp4")
-    data = VideoFilms("~/clips", cache="~/decoded", **SMALL)
+    (tmp_path / "texts.json").write_text('{"a": {"caption": "red"}}')
+    data = VideoFilms("~/clips", cache="~/decoded", captions="~/texts.json", **SMALL)
     data.setup()
+    assert data.train_films[0].caption.numel() == 1
     assert list(data.videos) == ["a.mp4"]
     assert [*(tmp_path / "decoded").glob("*.npy")]
     assert not (tmp_path / "~").exists()
