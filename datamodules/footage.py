@@ -223,9 +223,6 @@ class _Pass:
             if self.now <= before + _ROUNDING:
                 if before - self.now > _JITTER:
                     self.jumps.append(following)
-                    # Rounding would add up from recording to recording.
-                    whole = round(following / self.period) * self.period
-                    following = whole if abs(whole - following) < _ROUNDING else following
                     self.origin = frame.time - following
                 self.now = following
         own = float(frame.duration * frame.time_base) if frame.duration and frame.time_base else self.period
@@ -305,8 +302,8 @@ class _Pass:
             self.notes.append(
                 f"its header promises {_clock(length / av.time_base)}, its last frame ends at {_clock(self.ends)}"
             )
-        if self.read and (start := _next_recording(self.path, self.read)) is not None:
-            share = 1 - start / self.path.stat().st_size
+        if self.read and (joint := _next_recording(self.path, self.read)) is not None:
+            share = 1 - joint / self.path.stat().st_size
             self.notes.append(
                 f"the last {share:.0%} of the file is another recording, joined to the first, and not read: split them"
             )

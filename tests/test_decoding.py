@@ -126,11 +126,13 @@ def test_pixels_that_are_not_square_are_made_square(tmp_path: Path, aspect: Frac
 @pytest.mark.parametrize("mirrored", [False, True])
 def test_turned_clips_with_pixels_that_are_not_square_are_upright(tmp_path: Path, degrees: int, mirrored: bool) -> None:
     # The aspect is that of the stored pixels, before the turn: every second stored column is left out.
-    upright = quarters(96, 64)
-    stored = np.rot90(np.fliplr(upright) if mirrored else upright, -degrees // 90)[:, ::2]
+    y, x = np.mgrid[:64, :64]
+    disc = np.where(((y - 31.5) ** 2 + (x - 31.5) ** 2 <= 400)[..., None], np.uint8(240), np.uint8(10)).repeat(3, -1)
+    stored = np.rot90(np.fliplr(disc) if mirrored else disc, -degrees // 90)[:, ::2]
     path = film(tmp_path / "a.mp4", [np.ascontiguousarray(stored)] * 3, turn=(degrees, mirrored), aspect=Fraction(2))
-    video = decode(path, Decoding(None, (48, 32)))
-    np.testing.assert_allclose(corners(video.frames[1]), corners(upright), atol=16)
+    shown = decode(path, Decoding(None, (64, 64))).frames[1, ..., 0] > 125
+    assert abs(int(shown.any(0).sum()) - 40) <= 2
+    assert abs(int(shown.any(1).sum()) - 40) <= 2
 
 
 # Which stream
