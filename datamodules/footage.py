@@ -8,6 +8,7 @@ from bisect import bisect_left
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from fractions import Fraction
+from mmap import ACCESS_READ, mmap
 from pathlib import Path
 from typing import Any
 
@@ -29,13 +30,16 @@ _THRESHOLD = {"content": "threshold", "adaptive": "adaptive_threshold"}
 # PySceneDetect's thresholds are made for frames of about this width.
 _DETECTOR_WIDTH = 256
 _SHORTEST_SHOT = 0.6  # seconds; cuts that follow each other faster are one
-_ROUNDING = 5e-4  # seconds: containers round times to as little as whole milliseconds
+_ROUNDING = 1.1e-3  # seconds: how far a difference of two times is off that a container rounds to milliseconds
 _JITTER = 0.5  # seconds: where times go back by more, another recording begins
 _CLOCK = 10**6  # ticks a second of the times that the detector is given
 # Containers whose header says how long the video is; of the others the length is guessed.
 _WITH_LENGTH = ("matroska", "mov", "avi", "flv", "asf")
 _PICTURES = Disposition.attached_pic | Disposition.timed_thumbnails | Disposition.still_image
 _HDR = {ColorTrc.SMPTE2084: "PQ", ColorTrc.ARIB_STD_B67: "HLG"}
+# How files begin that players stop reading where the next one begins: Matroska and WebM, MP4 and QuickTime (after the
+# length of the box), Flash video, ASF and WMV.
+_HEADS = (b"\x1aE\xdf\xa3", b"ftyp", b"FLV\x01", bytes.fromhex("3026b2758e66cf11a6d900aa0062ce6c"))
 _MOST_ERRORS = 1000  # in a row, without a frame between them: the rest of the file is given up
 
 
@@ -127,9 +131,12 @@ class _Pass:
         self.rate = self.stream.average_rate or self.stream.guessed_rate or Fraction(25)
         self.period = float(1 / self.rate)
         self.aspect = float(self.stream.sample_aspect_ratio or 1)
+        self.rotation: int | None = None  # degrees, of the last frame, and what it takes to undo it
+        self.turn = (False, False, False)
         self.origin: float | None = None  # seconds in the file's own time at which the present recording would begin
         self.now = -self.period  # seconds since the first frame
         self.ends = 0.0  # when the present frame should give way to the next one
+        self.read = 0  # bytes of the file up to the end of the last packet
         self.notes: list[str] = []
         self.jumps: list[float] = []
         self.gaps: list[tuple[float, float]] = []
@@ -178,7 +185,7 @@ class _Pass:
                 if broken:
                     self.lost.append((max(0.0, before + self.period), self.now, broken))
                     broken = ""
-                elif before >= 0 and self.now - before > max(4 * self.period, _JITTER, ended - before + _JITTER):
+                elif before >= 0 and self.now > max(before + 4 * self.period, ended + 2 * self.period):
                     self.gaps.append((ended, self.now))
                 yield item
         if broken:
@@ -189,7 +196,10 @@ class _Pass:
         packets, failures = self.container.demux(self.stream), 0
         while failures < _MOST_ERRORS:
             try:
-                frames = next(packets).decode()
+                packet = next(packets)
+                if packet.pos is not None:
+                    self.read = max(self.read, packet.pos + packet.size)
+                frames = packet.decode()
             except (StopIteration, av.error.EOFError):
                 return
             except av.FFmpegError as error:
@@ -210,7 +220,7 @@ class _Pass:
             if self.origin is None:
                 self.origin = frame.time - following
             self.now, before = frame.time - self.origin, self.now
-            if self.now <= before:
+            if self.now <= before + _ROUNDING:
                 if before - self.now > _JITTER:
                     self.jumps.append(following)
                     self.origin = frame.time - following
@@ -220,7 +230,10 @@ class _Pass:
 
     def _shown(self, frame: Any) -> Frames:
         """The frame upright and with square pixels, covering `size`, cut to it around the centre."""
-        swapped, up, left = self._turn(frame)
+        # Looking at side data makes a cycle that keeps the frame until garbage is collected: only where it may differ.
+        if self.rotation != frame.rotation:
+            self.rotation, self.turn = frame.rotation, self._turn(frame)
+        swapped, up, left = self.turn
         height, width = self.decoding.size[::-1] if swapped else self.decoding.size
         across = frame.width * self.aspect
         scale = max(height / frame.height, width / across)
@@ -289,10 +302,23 @@ class _Pass:
             self.notes.append(
                 f"its header promises {_clock(length / av.time_base)}, its last frame ends at {_clock(self.ends)}"
             )
+        if self.read and (joint := _next_recording(self.path, self.read)) is not None:
+            share = 1 - joint / self.path.stat().st_size
+            self.notes.append(
+                f"the last {share:.0%} of the file is another recording, joined to the first, and not read: split them"
+            )
         if interlaced:
             self.notes.append(f"{interlaced} frames are interlaced, and taken as they are: moving edges look combed")
         if transfer:
             self.notes.append(f"it is HDR ({transfer}) and is not tone-mapped: its colours will look pale")
+
+
+def _next_recording(path: Path, start: int) -> int | None:
+    """Where another recording begins at byte `start` or later, in a file of a format that is read up to there only."""
+    with path.open("rb") as file, mmap(file.fileno(), 0, access=ACCESS_READ) as whole:
+        if not any(head in whole[:16] for head in _HEADS):
+            return None
+        return min((at for head in _HEADS if (at := whole.find(head, max(start, 16))) >= 0), default=None)
 
 
 def _clock(seconds: float) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -187,6 +188,8 @@ class VideoFilms(LightningDataModule):
                 self._note(f"{name}: skipped: {reason}")
             else:
                 self._note(*(f"{name}: {line}" for line in videos[name].notes))
+        # Decoders have threads: a loader's forked process, which lacks them, crashes where it frees one.
+        gc.collect()
         if not videos:
             refuse("VideoFilms: every video was skipped", [f"{bad['path']}: {bad['reason']}" for bad in self.skipped])
         self.train_films, self.val_films, self.dropped_shots = [], [], 0
