@@ -245,11 +245,13 @@ def _trainer(given: Mapping[str, Any]) -> list[str]:
     own = {key: value for key, value in given.items() if key not in away}
     reasons = [*bad.values()]
     while reason := _refused_trainer(own | where):
-        reasons.append(reason)
         # Without the setting that is at fault Lightning gives another reason, or none.
         culprit = next((key for key in own if _refused_trainer(_without(own, key) | where) != reason), None)
         if culprit is None:
+            reasons.append(reason)
             break
+        given_too = "" if str(own[culprit]) in reason else f"; got {culprit}={own[culprit]!r}"
+        reasons.append(reason.rstrip(".") + given_too)
         own = _without(own, culprit)
     return reasons + _several(given)
 

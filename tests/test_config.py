@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 import pytest
 
-from experiments.config import fits, load, parse, read_yaml
+from experiments.config import cannot_start, fits, load, parse, read_yaml
 from experiments.store import config_id
 from sparse_zoo.errors import ZooError
 
@@ -81,6 +81,25 @@ def test_interpolation_resolves() -> None:
         (["trainer.max_steps=many"], r"trainer.max_steps must be int, got 'many'"),
         (["trainer.max_steps=-5"], r"trainer: .*max_steps.* non-negative.* -5"),
         (["trainer.accelerator=cuda2"], r"unknown trainer.accelerator 'cuda2'; did you mean 'cuda'"),
+        (["trainer.strategy=banana"], r"unknown trainer.strategy 'banana'; known: auto, ddp"),
+        (["trainer.strategy=fsdp", "trainer.accelerator=cpu"], r"trainer: .*fsdp.* requires a GPU"),
+        (["trainer.precision=99"], r"trainer.precision must be one of 64, 32, 16, .*bf16-mixed.* got 99"),
+        (["trainer.limit_train_batches=0"], r"trainer.limit_train_batches must be above 0, got 0"),
+        (["trainer.limit_train_batches=0.0"], r"trainer.limit_train_batches must be above 0, got 0.0"),
+        (["trainer.limit_train_batches=-1"], r"invalid value -1 for limit_train_batches"),
+        (["trainer.limit_val_batches=2.5"], r"invalid value 2.5 for limit_val_batches"),
+        (["trainer.max_steps=0"], r"trainer.max_steps must be above 0, got 0"),
+        (["trainer.max_epochs=0"], r"trainer.max_epochs must be above 0, got 0"),
+        (["trainer.accumulate_grad_batches=0"], r"trainer.accumulate_grad_batches must be at least 1, got 0"),
+        (["trainer.gradient_clip_val=-1"], r"trainer.gradient_clip_val must be at least 0, got -1"),
+        (["trainer.val_check_interval=0"], r"trainer.val_check_interval must be above 0, got 0"),
+        (["trainer.check_val_every_n_epoch=0"], r"trainer.check_val_every_n_epoch must be at least 1, got 0"),
+        (["trainer.profiler=stopwatch"], r"trainer: .*stopwatch"),
+        (["trainer.max_time=soon"], r"trainer: .*soon"),
+        (["trainer.devices=[0]", "trainer.accelerator=cpu"], r"trainer.devices must be 1 where"),
+        (["trainer.plugins=x"], r"unknown key of trainer 'plugins'"),
+        (["data.films_per_batch=0"], r"films_per_batch must be at least 1, got 0"),
+        (["optim.lr=.nan"], r"optim.lr must be float, got nan"),
         (["trainer.logger=true"], r"unknown key of trainer 'logger'"),
         (["model.channels=3"], r"unknown key of model 'channels'"),
         (["model.dim=130"], r"model.heads 4 must divide model.dim 130"),
@@ -130,6 +149,25 @@ def test_all_reasons_come_at_once() -> None:
         load(wrong)
     for name in ("max_step", "optim.lr", "siz", "mocc", "nothing", "seed"):
         assert name in str(caught.value)
+
+
+def test_all_reasons_of_a_trainer_come_at_once() -> None:
+    wrong = {
+        "strategy": "banana", "precision": "99", "accelerator": "gpuu", "limit_train_batches": -1, "max_steps": 0,
+        "gradient_clip_val": -1, "profiler": "stopwatch", "devices": 3, "max_epochs": -7,
+    }  # fmt: skip
+    with pytest.raises(ZooError) as caught:
+        load([{"trainer": wrong}, "optim.lr=-1", "flow.std=-1", "model.depth=0"])
+    for name in [*wrong, "lr must be above 0", "std must be at least 0"]:
+        assert name in str(caught.value), name
+
+
+def test_a_device_that_is_not_on_this_machine_cannot_start_here(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert cannot_start({"accelerator": "cpu", "strategy": "auto"}) == []
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
+    (reason,) = cannot_start({"accelerator": "cuda", "devices": 1})
+    assert reason.startswith("trainer: ")
 
 
 def test_a_kernel_that_cannot_run_is_refused_with_every_reason() -> None:

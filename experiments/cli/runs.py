@@ -40,6 +40,7 @@ def train(
     """Train one model and say what came out; one that was interrupted goes on from its last checkpoint."""
     check_names(overrides or [], plugin)
     load_plugins(plugin)
+    from experiments.address import tracking_uri
     from experiments.config import cannot_start, load, read_yaml
     from experiments.match import solved
     from experiments.progress import Bar
@@ -49,6 +50,7 @@ def train(
     from experiments.wording import settings
     from sparse_zoo.errors import refuse
 
+    tracking_uri()  # refused before anything is solved or trained
     asked = load([*([read_yaml(config)] if config else []), *(overrides or [])])
     refuse("zoo train", cannot_start(asked["trainer"]))
     resolved = solved(asked)
@@ -110,6 +112,7 @@ def sweep(
     """
     load_plugins(plugin)
     from experiments import trial
+    from experiments.address import tracking_uri
     from experiments.launch import execute
     from experiments.progress import Bar
     from experiments.ray_jobs import needed
@@ -127,6 +130,7 @@ def sweep(
             "--json goes with --dry-run" if as_json and not dry_run else "",
         ],
     )
+    tracking_uri()  # refused before anything is solved or trained
     settings = parameters(slurm) if executor == "slurm" else None
     if executor == "ray":
         needed()
