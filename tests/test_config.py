@@ -6,8 +6,11 @@ from typing import Any, Literal
 
 import pytest
 
-from experiments.config import cannot_start, fits, load, parse, read_yaml
+from experiments.config import cannot_start, load
+from experiments.declared import fits
+from experiments.names import parse
 from experiments.store import config_id
+from experiments.yaml12 import read_yaml
 from sparse_zoo.errors import ZooError
 
 

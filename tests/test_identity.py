@@ -6,14 +6,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tiny import BASE
+from tiny import BASE, write_sweep
 
-from experiments.config import as_declared, load
-from experiments.store import Cell
+from experiments.config import cell, load
+from experiments.declared import as_declared
+from experiments.store import Asked, read_sweep
+from experiments.store import write_sweep as write_sweep_file
+from experiments.sweep import read
 
 
 def id_of(*overrides: Any) -> str:
-    return Cell("any", load([*overrides])).id
+    return cell("any", load([*overrides])).id
 
 
 @pytest.mark.parametrize(
@@ -43,6 +46,22 @@ def id_of(*overrides: Any) -> str:
         (["trainer.devices=[0]"], ["trainer.devices=[1]"]),
         ([], ["trainer.log_every_n_steps=3"]),
         ([], ["trainer.profiler=simple"]),
+        # A default written out.
+        (["attention=moc"], ["attention=moc", "attention.top_k=5"]),
+        (["attention=moc"], ["attention=moc", "attention.anchors=[text, shot]", "attention.causal=routing"]),
+        ([], ["attention.kernel=auto", "attention.schedule=null", "attention.text_reads=method"]),
+        (["attention=moga"], ["attention=moga", "attention.alpha=0.1"]),
+        (["model.depth=2", "attention=moc"], ["model.depth=2", "attention=[moc, {name: moc, top_k: 5}]"]),
+        ([], ["model.text=joint", "model.mlp_ratio=4"]),
+        ([], ["flow.shift=1e0"]),
+        ([], ["optim.weight_decay=0.01", "optim.optimizer=adamw", "optim.floor=1e-1"]),
+        ([], ["data.vocabulary=1024", "data.flip=false", "data.detector=content", "data.films_per_epoch=null"]),
+        (["data=shot_world"], ["data=shot_world", "data.tags=6", "data.grid=[3, 3]"]),
+        ([], ["trainer.accelerator=auto", "trainer.strategy=auto", "trainer.accumulate_grad_batches=1"]),
+        ([], ["trainer.limit_train_batches=1.0"]),
+        ([], ["trainer.detect_anomaly=false", "trainer.deterministic=null"]),
+        ([], ["sampling.context=null", "sampling.guidance=1"]),
+        (["match.density=0.5"], ["match.density=5e-1", "match.within=0.02", "match.also={}"]),
     ],
 )  # fmt: skip
 def test_one_computation_has_one_id(pair: tuple[list[Any], list[Any]]) -> None:
@@ -62,6 +81,8 @@ def test_one_computation_has_one_id(pair: tuple[list[Any], list[Any]]) -> None:
         ([], ["trainer.accelerator=cpu"]),
         ([], ["trainer.max_steps=3"]),
         ([], ["data.folder=/elsewhere"]),
+        (["attention=moc"], ["attention=moc", "attention.top_k=4"]),
+        (["model.depth=2", "attention=moc"], ["model.depth=2", "attention=[moc, dense]"]),
     ],
 )
 def test_another_computation_has_another_id(pair: tuple[list[Any], list[Any]]) -> None:
@@ -113,6 +134,18 @@ def test_paths_of_ones_own_datamodule_are_absolute(tmp_path: Path, monkeypatch: 
     assert (
         load([BASE, f"data={tmp_path}/mine.py:Films", f"data.root={tmp_path}/clips", "data.scale=2.0"])["data"] == data
     )
+
+
+def test_a_sweep_keeps_the_ids_of_its_cells(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A report asks no class for its defaults: the method may be a plug-in's, or have other ones by now."""
+    monkeypatch.setenv("ZOO_HOME", str(tmp_path))
+    cells = {
+        written: read(write_sweep(tmp_path / "s.yaml", axes={"attention": ["moc"]}, base=BASE | own)).cells
+        for written, own in {"not": {}, "out": {"optim": {"weight_decay": 0.01}}}.items()
+    }
+    assert cells["not"][0].id == cells["out"][0].id
+    write_sweep_file("s", Asked("", cells["out"]))
+    assert [own.id for own in read_sweep("s").cells] == [cells["out"][0].id]
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import logging
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -15,6 +15,8 @@ from typer.core import TyperGroup
 
 from experiments import signals
 from experiments.escape import for_terminal as escape
+from experiments.store import home
+from sparse_zoo.errors import ZooError
 
 # Read when torch is first imported. OpenMP's threads spin while they wait; where other programs want the same cores, a
 # step took 10 times as long for it. Spinning for a short time only costs nothing where they do not.
@@ -70,15 +72,9 @@ class Group(TyperGroup):
         except UnicodeEncodeError as error:  # of a file's name
             cannot = f"{error.object!r} cannot be written in the encoding of this locale, {error.encoding}"
             raise refused(f"{cannot}; give the command with PYTHONUTF8=1, or set LC_ALL=C.UTF-8") from error
-        except ValueError as error:
-            from sparse_zoo.errors import ZooError
-
-            if not isinstance(error, ZooError):
-                raise
+        except ZooError as error:
             raise refused(str(error)) from error
         except OSError as error:
-            from experiments.store import home
-
             if error.errno not in NO_PLACE:
                 raise
             raise refused(f"{error}; runs lie in {home()}, or where $ZOO_HOME says") from error
@@ -88,14 +84,6 @@ def refused(message: str) -> typer.Exit:
     """Print a refusal; the exit to be raised."""
     errors.print(f"[bold red]Error:[/bold red] {escape(message)}", soft_wrap=True)
     return typer.Exit(2)
-
-
-def check_names(overrides: Sequence[str | Mapping[str, Any]], plugins: Sequence[Path]) -> None:
-    """Refuse misspelt names at once, before what takes seconds to import is imported."""
-    from experiments.names import misspelt
-
-    if message := misspelt(overrides, plugins=bool(plugins)):
-        raise refused(message)
 
 
 app = typer.Typer(
