@@ -205,8 +205,8 @@ def check(config: Config) -> list[str]:
         reasons += wrong or refusals(parts.get(section, lambda: None))
         if section == "trainer":
             reasons += _trainer({key: value for key, value in config[section].items() if _declares(build, key, value)})
-    if not fits(config["seed"], int) or config["seed"] < 0:
-        reasons.append(f"seed must be a whole number of at least 0, got {config['seed']!r}")
+    if not fits(config["seed"], int) or not 0 <= config["seed"] < 2**32:
+        reasons.append(f"seed must be a whole number from 0 to 2³² - 1, got {config['seed']!r}")
     if "match" in config:
         reasons += refusals(lambda: Budget.of(config["match"]))
     wrong = _misfits("model", model, VideoDiT, GIVEN["model"])
@@ -233,9 +233,18 @@ def known(config: Config) -> set[str]:
     return {"seed", *inside, *(f"{section}.{key}" for section, keys in inside.items() for key in keys)}
 
 
-# What Lightning takes and then divides by, leaves out, or trains nothing with; it refuses negative ones itself.
-AT_LEAST = {"accumulate_grad_batches": 1, "check_val_every_n_epoch": 1, "gradient_clip_val": 0, "log_every_n_steps": 0}
-ABOVE_ZERO = ("max_steps", "max_epochs", "limit_train_batches", "val_check_interval")
+# What Lightning takes and then divides by, leaves out, or trains, judges or logs nothing with; what else is below these
+# it refuses itself.
+AT_LEAST = {
+    "accumulate_grad_batches": 1,
+    "check_val_every_n_epoch": 1,
+    "gradient_clip_val": 0,
+    "log_every_n_steps": 1,
+    "num_sanity_val_steps": -1,
+}
+LIMITS = ("limit_train_batches", "limit_val_batches", "limit_test_batches")
+ABOVE_ZERO = ("max_steps", "max_epochs", "val_check_interval", *LIMITS)
+NO_TIME = "00:00:00:00"
 
 
 def _trainer(given: Mapping[str, Any]) -> list[str]:
@@ -288,6 +297,8 @@ def _out_of_range(given: Mapping[str, Any]) -> dict[str, str]:
         for key, least in AT_LEAST.items()
         if isinstance(given.get(key), int | float) and given[key] < least
     }
+    if given.get("max_time") == NO_TIME:
+        low["max_time"] = f"trainer.max_time must be above {NO_TIME}, got {NO_TIME!r}"
     return low | {
         key: f"trainer.{key} must be above 0, got {given[key]!r}"
         for key in ABOVE_ZERO

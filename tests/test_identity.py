@@ -7,7 +7,9 @@ from typing import Any
 
 import pytest
 from tiny import BASE, write_sweep
+from typer.testing import CliRunner
 
+from experiments.cli import app
 from experiments.config import cell, load
 from experiments.declared import as_declared
 from experiments.store import Asked, read_sweep
@@ -167,3 +169,47 @@ def test_a_sweep_keeps_the_ids_of_its_cells(tmp_path: Path, monkeypatch: pytest.
 )
 def test_a_value_is_as_its_setting_declares(value: Any, hint: Any, wanted: Any) -> None:
     assert repr(as_declared(value, hint)) == repr(wanted)
+
+
+FILMS = """
+from pathlib import Path
+from datamodules import ShotWorld
+
+class Films(ShotWorld):
+    def __init__(self, root: Path, **world: int) -> None:
+        super().__init__(subjects=1, tags=1, grid=[2, 2], patch=[1, 3, 3], frames_per_shot=1, batch_size=1, val_films=1)
+        self.words = (Path(root) / "words.txt").read_text(encoding="utf-8")
+"""
+
+
+def test_a_home_that_moved_has_its_runs_still_and_they_find_their_data(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From another folder, and where the home's path has what a URL takes for its query, fragment or an escape."""
+    work, elsewhere = tmp_path / "work", tmp_path / "elsewhere"
+    for folder in (work / "clips", elsewhere):
+        folder.mkdir(parents=True)
+    (work / "films.py").write_text(FILMS)
+    (work / "clips" / "words.txt").touch()
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    first, second = work / "a home?b=c#d%41'", elsewhere / "runs"
+    base = {**BASE, "data": {"name": "films.py:Films", "root": "clips"}}
+    path = write_sweep(work / "s.yaml", base=base)
+    monkeypatch.chdir(work)
+    monkeypatch.setenv("ZOO_HOME", str(first))
+    assert CliRunner().invoke(app, ["sweep", str(path)]).exit_code == 0
+    (result,) = first.glob("s/*/result.json")
+    before = result.stat().st_mtime_ns
+
+    first.rename(second)
+    (moved,) = second.glob("s/*/result.json")
+    monkeypatch.setenv("ZOO_HOME", str(second))
+    done = CliRunner().invoke(app, ["sweep", str(path)])
+    assert done.exit_code == 0, done.output
+    assert [file.stat().st_mtime_ns for file in second.glob("s/*/result.json")] == [before]
+    monkeypatch.chdir(elsewhere)
+    monkeypatch.setenv("ZOO_HOME", "")  # as if it were not set: `runs` in this folder
+    assert "1 of 1 cells finished" in CliRunner().invoke(app, ["report", "s"]).output
+    given = [str(moved.parent), "--plugin", str(work / "films.py"), "--films", "1", "--steps", "1"]
+    done = CliRunner().invoke(app, ["sample", *given])
+    assert done.exit_code == 0, done.output

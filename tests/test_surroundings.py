@@ -12,7 +12,9 @@ from pathlib import Path
 import pytest
 from rich.table import Table
 from tiny import write_sweep
+from typer.testing import CliRunner
 
+from experiments.cli import app
 from experiments.cli.shell import Screen
 
 ROOT = Path(__file__).parent.parent
@@ -129,6 +131,20 @@ def test_a_pipe_cuts_no_table(capsys: pytest.CaptureFixture[str], monkeypatch: p
     wide = capsys.readouterr().out
     assert wide.count("0.0123456789") == 40
     assert "…" not in wide
-    monkeypatch.setenv("COLUMNS", "80")
+    monkeypatch.setenv("COLUMNS", "79")
     Screen().print(table)
-    assert max(map(len, capsys.readouterr().out.splitlines())) <= 80
+    assert max(map(len, capsys.readouterr().out.splitlines())) == 80
+
+
+@pytest.mark.parametrize("columns", ["40", "80"])
+def test_a_narrow_terminal_loses_no_column_and_no_advice(monkeypatch: pytest.MonkeyPatch, columns: str) -> None:
+    monkeypatch.setenv("COLUMNS", columns)
+    table = CliRunner().invoke(app, ["cost", "moc", "--frames", "2", "--rows", "4", "--cols", "4"]).output
+    assert "…" not in table
+    for shown in ("  pairs", "  density", "100.00 %", "linear layers", "dense ÷ it"):
+        assert shown in table
+    told = CliRunner().invoke(app, ["train", "trainer.max_step=3"]).stderr
+    assert len(told.splitlines()) == 1  # the terminal breaks it
+    assert "did you mean 'max_steps'?" in told
+    wrong = CliRunner().invoke(app, ["cost", "moc", "--frames", "many"]).stderr
+    assert "a valid integer" in " ".join(re.sub("[│╭╰─╮╯]", " ", wrong).split())

@@ -29,15 +29,21 @@ os.environ.setdefault("KINETO_LOG_LEVEL", "99")
 NO_PLACE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EEXIST)
 
 PIPED = 1000  # columns where there is no terminal: no table, number or advice is cut for want of room
+NARROWEST = 80  # columns of tables: rich would leave columns out of narrower ones, a terminal breaks the lines
 
 
 class Screen(Console):
-    """A console as wide as its terminal or as $COLUMNS says; a file or a pipe has no edge."""
+    """A console as wide as its terminal or as $COLUMNS says; a file or a pipe has no edge.
+
+    On stderr, where progress moves, it is as narrow as the terminal.
+    """
 
     @property  # type: ignore[misc]  # rich's has a setter, which nothing here uses
     def size(self) -> ConsoleDimensions:
         found = super().size
-        return found if self.is_terminal or os.environ.get("COLUMNS") else ConsoleDimensions(PIPED, found.height)
+        if not self.is_terminal and not os.environ.get("COLUMNS"):
+            return ConsoleDimensions(PIPED, found.height)
+        return found if self.stderr else ConsoleDimensions(max(found.width, NARROWEST), found.height)
 
 
 console = Screen(emoji=False)  # a name such as a:bomb:b stays text
