@@ -5,31 +5,28 @@ from __future__ import annotations
 import inspect
 import json
 import logging
-import math
 import os
-import re
-import sys
-import types
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from copy import deepcopy
 from functools import cache, lru_cache, partial
 from importlib import import_module
-from pathlib import Path
-from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Any, get_type_hints
 
-import yaml  # type: ignore[import-untyped]
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from omegaconf.resolvers import oc
 
 import sparse_zoo as zoo
-from experiments import yaml12
+from experiments.declared import as_declared, fits, misfit
+from experiments.identity import identity
 from experiments.layers import per_layer
-from experiments.names import CONFIGS, GIVEN, MATCH, SECTIONS, Override
+from experiments.measures import TOLERANCE
+from experiments.names import CONFIGS, GIVEN, MATCH, SECTIONS, Override, parse
 from experiments.redact import hide
-from experiments.store import home
+from experiments.store import Cell, config_id, home
+from experiments.yaml12 import read_yaml
 from sparse_zoo.errors import ZooError, refuse, unknown
 from sparse_zoo.schedule import phases as phases_of
 
@@ -118,6 +115,58 @@ def _is_method(name: Any) -> bool:
     return isinstance(name, str) and not refusals(lambda: zoo.get(name))
 
 
+def cell(name: str, config: Config, group: str | None = None) -> Cell:
+    """The cell of a resolved config; its id is of all settings, so that a default written out changes nothing."""
+    return Cell(name, config, group, config_id(identity(_complete(config))))
+
+
+# What Lightning makes of None.
+NONE_MEANS = {
+    "limit_train_batches": 1.0,
+    "limit_val_batches": 1.0,
+    "limit_test_batches": 1.0,
+    "limit_predict_batches": 1.0,
+    "val_check_interval": 1.0,
+    "num_sanity_val_steps": 2,
+    "gradient_clip_algorithm": "norm",
+    "deterministic": False,
+}
+
+
+def _complete(config: Config) -> Config:
+    """The config with every default of its classes written out, and a method for each layer."""
+    from experiments import data
+
+    made = dict(config)
+    for section, build in _sections().items():
+        made[section] = _defaults(_parameters(build, GIVEN.get(section, ())), _hints(build)) | config[section]
+    made["trainer"] |= {key: value for key, value in NONE_MEANS.items() if made["trainer"].get(key) is None}
+    films = data.find(str(config["data"]["name"]))
+    made["data"] = data.absolute(_defaults(_parameters(films), _hints(films)) | config["data"], films)
+    layers = config["attention"] if isinstance(config["attention"], list) else [config["attention"]]
+    layers = [_default_settings(layer["name"]) | layer for layer in layers]
+    made["attention"] = layers * config["model"]["depth"] if isinstance(config["attention"], dict) else layers
+    if "match" in config:
+        made["match"] = {"within": TOLERANCE, "also": {}} | config["match"]
+    return made
+
+
+def _defaults(parameters: Mapping[str, inspect.Parameter], hints: Mapping[str, Any]) -> dict[str, Any]:
+    """The defaults that JSON knows, by name."""
+    found = {}
+    for name, parameter in parameters.items():
+        with suppress(TypeError, ValueError):
+            json.dumps(parameter.default, allow_nan=False)
+            found[name] = as_declared(parameter.default, hints.get(name, Any))
+    return found
+
+
+def _default_settings(name: str) -> dict[str, Any]:
+    hints = _hints_of_method(name)
+    settings = zoo.settings(name).items()
+    return {key: as_declared(own.default, hints.get(key, Any)) for key, own in settings if not own.required}
+
+
 def _declared_method(settings: Any) -> Any:
     """A method's settings, and those of its schedule's steps, as the method declares them."""
     if not isinstance(settings, Mapping) or not _is_method(settings.get("name")):
@@ -137,27 +186,6 @@ def _declared_method(settings: Any) -> Any:
 
 def _declared(settings: Mapping[str, Any], hints: Mapping[str, Any]) -> dict[str, Any]:
     return {key: as_declared(value, hints.get(key, Any)) for key, value in settings.items()}
-
-
-def as_declared(value: Any, hint: Any) -> Any:
-    """A value that `fits` a type, as that type has it: a float for an int where a float is meant, lists for tuples.
-
-    Of several types the first that takes the value unchanged: for `int | float`, 1 and 1.0 are two values.
-    """
-    origin, args = get_origin(hint), get_args(hint)
-    if not fits(value, hint):
-        return value
-    if hint is float:
-        return float(value)
-    if origin in (Union, types.UnionType):
-        made = [as_declared(value, arg) for arg in args if fits(value, arg)]
-        return next((one for one in made if repr(one) == repr(value)), made[0])
-    if isinstance(value, list | tuple):
-        each = args if origin is tuple and args[-1:] != (Ellipsis,) else args[:1] * len(value)
-        return [as_declared(inner, arg) for inner, arg in zip(value, each or [Any] * len(value), strict=True)]
-    if isinstance(value, Mapping) and len(args) == 2:
-        return {key: as_declared(inner, args[1]) for key, inner in value.items()}
-    return value
 
 
 def resolve(config: Config) -> Config:
@@ -223,19 +251,6 @@ def _at(part: Any, key: Any) -> Any:
     return part[key] if isinstance(part, Mapping | list) else None
 
 
-def read_yaml(path: Path) -> dict[str, Any]:
-    """A YAML file that holds a mapping, see `experiments.yaml12`; raises `ZooError` with the path otherwise."""
-    refuse(str(path), ["no such file"] if not path.is_file() else [])
-    try:
-        loaded = yaml12.load(path.read_bytes())
-    except yaml.YAMLError as error:
-        raise ZooError(f"{path} is no YAML: {error}") from error
-    loaded = {} if loaded is None else loaded
-    refuse(str(path), ["must hold a mapping"] if not isinstance(loaded, dict) else [])
-    assert isinstance(loaded, dict)
-    return loaded
-
-
 def _sections() -> dict[str, Callable[..., Any]]:
     """The class that each section of a config is made into."""
     places = {section: place.split(":") for section, place in SECTIONS.items()}
@@ -272,8 +287,8 @@ def check(config: Config) -> list[str]:
         reasons += wrong or refusals(parts.get(section, lambda: None))
         if section == "trainer":
             reasons += _trainer({key: value for key, value in config[section].items() if _declares(build, key, value)})
-    if not fits(config["seed"], int) or config["seed"] < 0:
-        reasons.append(f"seed must be a whole number of at least 0, got {config['seed']!r}")
+    if not fits(config["seed"], int) or not 0 <= config["seed"] < 2**32:
+        reasons.append(f"seed must be a whole number from 0 to 2³² - 1, got {config['seed']!r}")
     if "match" in config:
         reasons += refusals(lambda: Budget.of(config["match"]))
     wrong = _misfits("model", model, VideoDiT, GIVEN["model"])
@@ -300,9 +315,18 @@ def known(config: Config) -> set[str]:
     return {"seed", *inside, *(f"{section}.{key}" for section, keys in inside.items() for key in keys)}
 
 
-# What Lightning takes and then divides by, leaves out, or trains nothing with; it refuses negative ones itself.
-AT_LEAST = {"accumulate_grad_batches": 1, "check_val_every_n_epoch": 1, "gradient_clip_val": 0, "log_every_n_steps": 0}
-ABOVE_ZERO = ("max_steps", "max_epochs", "limit_train_batches", "val_check_interval")
+# What Lightning takes and then divides by, leaves out, or trains, judges or logs nothing with; what else is below these
+# it refuses itself.
+AT_LEAST = {
+    "accumulate_grad_batches": 1,
+    "check_val_every_n_epoch": 1,
+    "gradient_clip_val": 0,
+    "log_every_n_steps": 1,
+    "num_sanity_val_steps": -1,
+}
+LIMITS = ("limit_train_batches", "limit_val_batches", "limit_test_batches")
+ABOVE_ZERO = ("max_steps", "max_epochs", "val_check_interval", *LIMITS)
+NO_TIME = "00:00:00:00"
 
 
 def _trainer(given: Mapping[str, Any]) -> list[str]:
@@ -327,11 +351,13 @@ def _trainer(given: Mapping[str, Any]) -> list[str]:
     own = {key: value for key, value in given.items() if key not in away}
     reasons = [*bad.values()]
     while reason := _refused_trainer(own | where):
-        reasons.append(reason)
         # Without the setting that is at fault Lightning gives another reason, or none.
         culprit = next((key for key in own if _refused_trainer(_without(own, key) | where) != reason), None)
         if culprit is None:
+            reasons.append(reason)
             break
+        given_too = "" if str(own[culprit]) in reason else f"; got {culprit}={own[culprit]!r}"
+        reasons.append(reason.rstrip(".") + given_too)
         own = _without(own, culprit)
     return reasons + _several(given)
 
@@ -353,6 +379,8 @@ def _out_of_range(given: Mapping[str, Any]) -> dict[str, str]:
         for key, least in AT_LEAST.items()
         if isinstance(given.get(key), int | float) and given[key] < least
     }
+    if given.get("max_time") == NO_TIME:
+        low["max_time"] = f"trainer.max_time must be above {NO_TIME}, got {NO_TIME!r}"
     return low | {
         key: f"trainer.{key} must be above 0, got {given[key]!r}"
         for key in ABOVE_ZERO
@@ -472,7 +500,7 @@ def _misfits_of_method(settings: Mapping[str, Any]) -> list[str]:
         return [unknown("method", name, zoo.names())]
     assert isinstance(name, str)
     hints = _hints_of_method(name)
-    found = [_misfit(f"attention.{key}", value, hints[key]) for key, value in settings.items() if key in hints]
+    found = [misfit(f"attention.{key}", value, hints[key]) for key, value in settings.items() if key in hints]
     return [reason for reason in found if reason]
 
 
@@ -494,25 +522,6 @@ def _hints(build: Callable[..., Any]) -> dict[str, Any]:
 
 def _since(step: int, reason: str) -> str:
     return f"from step {step}: {reason}" if step else reason
-
-
-def parse(override: str) -> tuple[str, Any]:
-    """A text key=value, whose value `yaml12.load_value` reads, as (key, value); raises `ZooError`."""
-    key, equals, text = override.partition("=")
-    refuse("config", [f"an override is key=value, got {override!r}"] if not equals or not key.strip() else [])
-    try:
-        return key.strip(), yaml12.load_value(text)
-    except yaml.YAMLError as error:
-        raise ZooError(f"config: the value in {override!r} is no YAML: {error}") from error
-
-
-def parse_method(text: str) -> tuple[str, dict[str, Any]]:
-    """METHOD[:key=value,...], values being YAML, as (name, settings): "moc:top_k=2,anchors=[text,shot]".
-
-    Raises `ZooError` for settings that are not key=value.
-    """
-    name, _, rest = text.partition(":")
-    return name.strip(), dict(parse(part) for part in re.split(r",(?=\s*\w+=)", rest) if rest)
 
 
 def _assign(config: Config, path: list[str], value: Any) -> str:
@@ -581,7 +590,7 @@ def _misfits(section: str, given: Mapping[str, Any], build: Callable[..., Any], 
         for reason in [
             *(unknown(f"key of {section}", key, parameters) for key in given if key not in parameters),
             *(f"{section}.{name} is needed" for name in needed if name not in given),
-            *(_misfit(f"{section}.{key}", given[key], hints.get(key, Any)) for key in given if key in parameters),
+            *(misfit(f"{section}.{key}", given[key], hints.get(key, Any)) for key in given if key in parameters),
         ]
         if reason
     ]
@@ -598,54 +607,3 @@ def _parameters(build: Callable[..., Any], taken: Iterable[str] = ()) -> dict[st
         for name, parameter in inspect.signature(build).parameters.items()
         if name not in taken and parameter.kind not in (parameter.VAR_KEYWORD, parameter.VAR_POSITIONAL)
     }
-
-
-def _misfit(key: str, value: Any, hint: Any) -> str:
-    if fits(value, hint):
-        return ""
-    if choices := _choices(hint):
-        return f"{key} must be one of {', '.join(dict.fromkeys(map(str, choices)))}, got {value!r}"
-    wanted = hint.__name__ if inspect.isclass(hint) else re.sub(r"typing\.|collections\.abc\.", "", str(hint))
-    wanted = re.sub(r"\bbool\b", "true or false", wanted)
-    return f"{key} must be {wanted}, got {value!r}"
-
-
-def _choices(hint: Any) -> list[Any]:
-    """The values of a type that is made of `Literal`s, and of None, alone; none of any other type."""
-    if get_origin(hint) is Literal:
-        return [*get_args(hint)]
-    if hint is types.NoneType:
-        return ["null"]
-    each = [_choices(arg) for arg in get_args(hint)] if get_origin(hint) in (Union, types.UnionType) else [[]]
-    return [choice for own in each for choice in own] if all(each) else []
-
-
-def fits(value: Any, hint: Any) -> bool:
-    """Whether a plain YAML value can stand for a parameter of this type: an int for a float, a list for a tuple."""
-    origin, args = get_origin(hint), get_args(hint)
-    if hint is Any:
-        return True
-    if hint is None or hint is types.NoneType:
-        return value is None
-    if origin in (Union, types.UnionType):
-        return any(fits(value, arg) for arg in args)
-    if origin is Literal:
-        return any(value == arg and type(value) is type(arg) for arg in args)
-    if hint in (int, float):
-        if isinstance(value, bool) or (isinstance(value, float) and not math.isfinite(value)):
-            return False  # JSON, in which configs are kept, knows no other numbers than finite ones
-        if hint is float and isinstance(value, int) and abs(value) > sys.float_info.max:
-            return False
-        return isinstance(value, int if hint is int else (int, float))
-    if hint is Path:
-        return isinstance(value, str)
-    if origin is tuple and args and args[-1] is not Ellipsis:
-        return isinstance(value, list | tuple) and len(value) == len(args) and all(map(fits, value, args))
-    kind = origin or hint
-    if not inspect.isclass(kind):
-        return True  # a type variable or a forward name: nothing to hold a value against
-    if issubclass(kind, Mapping):
-        return isinstance(value, Mapping)
-    if kind in (list, tuple) or (issubclass(kind, Iterable) and not issubclass(kind, str)):
-        return isinstance(value, list | tuple) and all(fits(inner, args[0]) for inner in value if args)
-    return isinstance(value, kind)

@@ -7,6 +7,7 @@
 | Markdown | `for_markdown` | `finalize` of the template's environment |
 | LaTeX | `for_latex` | `finalize` of the template's environment |
 | JSON | `for_json` | where readable JSON is written; plain `json.dumps` is safe, because it writes ASCII |
+| keys of MLflow | `for_mlflow` | where metrics, parameters and tags are logged |
 | plots, plain text | `visible` | where a label is set |
 """
 
@@ -71,6 +72,11 @@ def for_latex(text: str) -> str:
     """Text in a paragraph, a table cell or a comment, on one line; what pdfTeX has no letter for is a question mark."""
     apart = re.sub("-(?=-)", "-\x00", _one_line(text))  # else two hyphens become a dash
     return "".join(TEX.get(letter, letter) for letter in apart).encode("latin-1", "replace").decode("latin-1")
+
+
+def for_mlflow(key: str) -> str:
+    """The key of a metric, parameter or tag: what MLflow takes in none becomes `_`."""
+    return re.sub(r"[^A-Za-z0-9_\-. /]", "_", key)
 
 
 def for_json(plain: Any, indent: int | None = None) -> str:

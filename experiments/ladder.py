@@ -16,9 +16,9 @@ from torch import Tensor
 
 import sparse_zoo as zoo
 from experiments.captures import Captured
-from experiments.config import parse_method
 from experiments.escape import for_terminal as escape
 from experiments.escape import visible
+from experiments.names import parse_method
 from experiments.trained import Trained
 from experiments.wording import percent, settings
 from lit_modules.dit import Block

@@ -12,7 +12,8 @@ from itertools import product
 from typing import Any
 
 import sparse_zoo as zoo
-from experiments.config import Config, fits, refusals
+from experiments.config import Config, refusals
+from experiments.declared import fits
 from experiments.identity import identity
 from experiments.measures import TOLERANCE
 from experiments.names import MATCH

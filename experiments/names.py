@@ -7,18 +7,18 @@ judges everything else: values, and names that only classes of one's own know.
 from __future__ import annotations
 
 import ast
-import runpy
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cache
 from importlib.metadata import entry_points
 from importlib.util import find_spec
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import yaml  # type: ignore[import-untyped]
 
 from experiments import yaml12
+from sparse_zoo.errors import ZooError, refuse, unknown
 
 CONFIGS = Path(__file__).parent / "configs"
 # The class that each section of a config is made into.
@@ -46,25 +46,52 @@ GIVEN: dict[str, set[str]] = {
 }
 DATA = {"shot_world": "datamodules.shot_world:ShotWorld", "video_films": "datamodules.videos:VideoFilms"}
 MATCH = ("density", "flops", "seconds", "within", "also", "set")
+# Options that take one of a few names.
+CHOICES = {
+    "executor": ("local", "slurm", "ray"),
+    "suite": ("quick", "cpu", "shots", "gpu"),
+    "dtype": ("float32", "bfloat16", "float16"),
+    "paper": ("moc", "moga"),
+    "order": ("film", "shots"),
+    "text_mode": ("joint", "cross"),
+}
 SHAPE = {"heads", "head_dim", "dim"}  # of attention: the model's
 
 Override = str | Mapping[str, Any]
 
 
-def misspelt(overrides: Sequence[Override], *, plugins: bool) -> str | None:
-    """The refusal of names that cannot be right, of overrides as `experiments.config.load` takes them; None if all may.
+def parse(override: str) -> tuple[str, Any]:
+    """A text key=value, whose value `yaml12.load_value` reads, as (key, value); raises `ZooError`."""
+    key, equals, text = override.partition("=")
+    refuse("config", [f"an override is key=value, got {override!r}"] if not equals or not key.strip() else [])
+    try:
+        return key.strip(), yaml12.load_value(text)
+    except yaml.YAMLError as error:
+        raise ZooError(f"config: the value in {override!r} is no YAML: {error}") from error
+
+
+def parse_method(text: str) -> tuple[str, dict[str, Any]]:
+    """METHOD[:key=value,...], values being YAML, as (name, settings): "moc:top_k=2,anchors=[text,shot]".
+
+    Raises `ZooError` for settings that are not key=value.
+    """
+    name, _, rest = text.partition(":")
+    return name.strip(), dict(parse(part) for part in re.split(r",(?=\s*\w+=)", rest) if rest)
+
+
+def misspelt(overrides: Sequence[Override], *, plugins: bool) -> list[str]:
+    """Every name that cannot be right, of overrides as `experiments.config.load` takes them, as a reason.
 
     With `plugins`, methods that are not known here may be theirs.
     """
-    wording = _wording()
-    base = yaml12.load((CONFIGS / "base.yaml").read_bytes())
+    base = _yaml("base.yaml")
     reasons: list[str] = []
     named = {"attention": base["attention"], "data": base["data"]}
     inside: dict[str, dict[str, Any]] = {section: {} for section in base}
     for key, value in _pairs(overrides, reasons):
         section, *below = key.split(".")
         if section not in base:
-            reasons.append(wording.unknown("config key", key, base))
+            reasons.append(unknown("config key", key, base))
         elif below:
             inside[section][below[0]] = None
         elif section in named:
@@ -75,16 +102,40 @@ def misspelt(overrides: Sequence[Override], *, plugins: bool) -> str | None:
             inside[section] |= value
     for section, place in SECTIONS.items():
         allowed = (settings(place) or set()) - GIVEN.get(section, set())
-        reasons += [wording.unknown(f"key of {section}", x, allowed) for x in inside[section] if x not in allowed]
-    reasons += [wording.unknown("key of match", x, MATCH) for x in inside["match"] if x not in MATCH]
-    reasons += _data(wording, named["data"], inside["data"])
-    own = plugins or any(entry_points(group="sparse_zoo.methods"))
-    reasons += _attention(wording, named["attention"], inside["attention"], own)
-    try:
-        wording.refuse("config", dict.fromkeys(reasons))
-    except ValueError as error:
-        return str(error)
-    return None
+        reasons += [unknown(f"key of {section}", x, allowed) for x in inside[section] if x not in allowed]
+    reasons += [unknown("key of match", x, MATCH) for x in inside["match"] if x not in MATCH]
+    reasons += _data(named["data"], inside["data"]) + _attention(named["attention"], inside["attention"], plugins)
+    return list(dict.fromkeys(reasons))
+
+
+def misspelt_in_cells(cells: Mapping[str, Sequence[Override]], *, plugins: bool, all_run: bool) -> list[str]:
+    """The same for the cells of a sweep; unless `all_run`, only what is wrong in each of them."""
+    found = {name: misspelt(overrides, plugins=plugins) for name, overrides in cells.items()}
+    common = [reason for reason in next(iter(found.values()), []) if all(reason in own for own in found.values())]
+    own = [f"cell {name}: {reason}" for name, reasons in found.items() for reason in reasons if reason not in common]
+    return [f"every cell: {reason}" for reason in common] + (own if all_run else [])
+
+
+def misspelt_methods(asked: Iterable[tuple[str, Iterable[str]]], *, plugins: bool) -> list[str]:
+    """The same for methods, each a name and the names of its settings."""
+    reasons = (_misspelt_method(name, keys, plugins) for name, keys in asked)
+    return list(dict.fromkeys(reason for own in reasons for reason in own))
+
+
+def misspelt_choices(plugins: bool, **given: str | None) -> list[str]:
+    """The same for options that take one of a few names, see `CHOICES`, and for `kernel`."""
+    allowed = CHOICES | ({} if _more(plugins) else {"kernel": ("auto", *kernels())})
+    return [
+        unknown(key.replace("_", "-"), value, allowed[key])
+        for key, value in given.items()
+        if value is not None and key in allowed and value not in allowed[key]
+    ]
+
+
+def misspelt_match(asked: str | None) -> list[str]:
+    """The same for a budget, KIND=VALUE."""
+    key = MATCH[0] if asked is None else parse(asked)[0]
+    return [] if key in MATCH else [unknown("key of match", key, MATCH)]
 
 
 def _pairs(overrides: Sequence[Override], reasons: list[str]) -> list[tuple[str, Any]]:
@@ -92,49 +143,59 @@ def _pairs(overrides: Sequence[Override], reasons: list[str]) -> list[tuple[str,
     groups = [list(override.items()) for override in overrides if isinstance(override, Mapping)]
     texts = []
     for override in (override for override in overrides if isinstance(override, str)):
-        key, equals, text = override.partition("=")
-        if not equals or not key.strip():
-            reasons.append(f"an override is key=value, got {override!r}")
-            continue
         try:
-            texts.append((key.strip(), yaml12.load_value(text)))
-        except yaml.YAMLError as error:
-            reasons.append(f"the value in {override!r} is no YAML: {error}")
+            texts.append(parse(override))
+        except ZooError as error:
+            reasons.append(str(error).removeprefix("config: "))
     ordered = (sorted(group, key=lambda pair: str(pair[0]).count(".")) for group in [*groups, texts])
     return [(str(key), value) for group in ordered for key, value in group]
 
 
-def _data(wording: Any, named: Any, inside: Mapping[str, Any]) -> list[str]:
+def _data(named: Any, inside: Mapping[str, Any]) -> list[str]:
     name = str(named.get("name")) if isinstance(named, Mapping) else ""
-    presets = yaml12.load((CONFIGS / "data.yaml").read_bytes())
     if name in DATA:
         allowed = {"name"} | (settings(DATA[name]) or set())
-        return [wording.unknown("key of data", key, allowed - {"name"}) for key in inside if key not in allowed]
+        return [unknown("key of data", key, allowed - {"name"}) for key in inside if key not in allowed]
     if ":" in name:
         return []
-    return [f"{wording.unknown('data', name, presets)}; or a class of yours, as file.py:Class or package.module:Class"]
+    known = unknown("data", name, _yaml("data.yaml"))
+    return [f"{known}; or a class of yours, as file.py:Class or package.module:Class"]
 
 
-def _attention(wording: Any, named: Any, inside: Mapping[str, Any], own: bool) -> list[str]:
-    known = methods()
+def _attention(named: Any, inside: Mapping[str, Any], plugins: bool) -> list[str]:
     entries = named if isinstance(named, list) else [named]
     entries = [inner for x in entries for inner in (x["cycle"] if isinstance(x, Mapping) and "cycle" in x else [x])]
     reasons = []
     for entry in entries:
         keys = dict(entry) if isinstance(entry, Mapping) else {"name": entry}
         keys |= {} if isinstance(named, list) else inside
-        name = keys.get("name") or (named.get("name") if isinstance(named, Mapping) else None)
-        if not isinstance(name, str) or "${" in name:
-            continue  # `experiments.config` says what an entry must be, and what an expression stands for
-        if name not in known:
-            reasons += [] if own else [wording.unknown("method", name, known)]
-            continue
-        allowed = settings(known[name])
-        if allowed is not None and "schedule" not in keys:  # a schedule may bring other methods
-            allowed = (allowed - SHAPE) | {"schedule"}
-            strange = [key for key in keys if key not in allowed | {"name", "layers"}]
-            reasons += [f"{name}: {wording.unknown('setting', key, allowed)}" for key in strange]
+        name = keys.pop("name", None) or (named.get("name") if isinstance(named, Mapping) else None)
+        if isinstance(name, str) and "${" not in name:  # `experiments.config` says what an entry must be
+            # A schedule may bring other methods, whose settings these are.
+            own = [] if "schedule" in keys else [key for key in keys if key != "layers"]
+            reasons += _misspelt_method(name, own, plugins)
     return reasons
+
+
+def _misspelt_method(name: str, keys: Iterable[str], plugins: bool) -> list[str]:
+    known = methods()
+    if name not in known:
+        return [] if _more(plugins) else [unknown("method", name, known)]
+    allowed = settings(known[name])
+    if allowed is None:
+        return []
+    allowed = (allowed - SHAPE) | {"schedule"}
+    return [f"{name}: {unknown('setting', key, allowed)}" for key in keys if key not in allowed]
+
+
+def _more(plugins: bool) -> bool:
+    """Whether there may be methods and kernels beside those of `sparse_zoo`."""
+    return plugins or any(entry_points(group="sparse_zoo.methods"))
+
+
+@cache
+def _yaml(file: str) -> Any:
+    return yaml12.load((CONFIGS / file).read_bytes())
 
 
 @cache
@@ -147,6 +208,19 @@ def methods() -> dict[str, str]:
         for decorator in node.decorator_list
         if isinstance(decorator, ast.Call) and isinstance(decorator.func, ast.Name) and decorator.func.id == "register"
     }
+
+
+@cache
+def kernels() -> list[str]:
+    """The kernels of `sparse_zoo`: what their classes have as `name`."""
+    return [
+        ast.literal_eval(line.value)
+        for file in sorted(_file("sparse_zoo.kernels").parent.rglob("*.py"))
+        for node in ast.parse(file.read_bytes()).body
+        if isinstance(node, ast.ClassDef)
+        for line in node.body
+        if isinstance(line, ast.Assign) and ast.unparse(line.targets[0]) == "name"
+    ]
 
 
 @cache
@@ -168,11 +242,6 @@ def settings(place: str) -> set[str] | None:
         return {x.target.id for x in node.body if isinstance(x, ast.AnnAssign) and isinstance(x.target, ast.Name)}
     bases = [settings(f"{module}:{base.id}") if isinstance(base, ast.Name) else None for base in node.bases]
     return None if None in bases else found.union(*(base for base in bases if base))
-
-
-def _wording() -> Any:
-    """`sparse_zoo.errors` by its file: importing its package would import torch."""
-    return SimpleNamespace(**runpy.run_path(str(_file("sparse_zoo.errors"))))
 
 
 @cache

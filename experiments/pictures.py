@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 import sparse_zoo as zoo
+from experiments.escape import visible
 from sparse_zoo.diagnostics import Diagnosis, diagnose, loops
 from sparse_zoo.picture import INK, PAPER, picture
 
@@ -92,8 +93,8 @@ class Map:
         for i, labels in enumerate(groups):
             _draw_groups(figure.add_subplot(grid[rows + i, :]), labels)
         plain = (f"{key}={json.dumps(x, separators=(',', ':'))}" for key, x in self.settings.items())
-        title = textwrap.wrap(" ".join([self.method, *plain]).replace('"', ""), 40 * columns)
-        figure.suptitle("\n".join(title), x=0.012, ha="left", fontsize=12, fontweight="bold")
+        title = textwrap.wrap(visible(" ".join([self.method, *plain]).replace('"', "")), 40 * columns)
+        figure.suptitle("\n".join(title), x=0.012, ha="left", fontsize=12, fontweight="bold", parse_math=False)
         note = "\n".join(textwrap.wrap(SIMULATED, 68 * columns))
         figure.supxlabel(note, x=0.012, ha="left", fontsize=8, color=QUIET)
         return _write(figure, path)

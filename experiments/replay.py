@@ -14,10 +14,10 @@ from rich.table import Table
 
 import sparse_zoo as zoo
 from experiments.captures import Captured
-from experiments.config import parse_method
 from experiments.escape import for_terminal as escape
 from experiments.escape import visible
 from experiments.match import Budget, taken, turned
+from experiments.names import parse_method
 from experiments.wording import percent, settings
 from sparse_zoo.errors import ZooError, refuse
 from sparse_zoo.ladder import ladder

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cache
 from pathlib import Path
@@ -121,6 +122,7 @@ class CellFile(TypedDict):
     name: str
     config: CellConfig
     group: NotRequired[str | None]
+    id: NotRequired[str]
 
 
 class SweepFile(TypedDict):
@@ -181,6 +183,8 @@ def read_sweep(path: Path) -> SweepFile:
     names = [cell["name"] for cell in plain["cells"]]
     _refuse([f"the cell's name {_shown(name)} is no name of a folder" for name in names if not _is_component(name)])
     _refuse([f"two cells are named {_shown(name)}" for name in dict.fromkeys(names) if names.count(name) > 1])
+    ids = [cell["id"] for cell in plain["cells"] if "id" in cell]
+    _refuse([f"the cell's id {_shown(own)} is no hash" for own in ids if not re.fullmatch("[0-9a-f]{12}", own)])
     return cast("SweepFile", plain)
 
 

@@ -66,7 +66,7 @@ def parameters(texts: Sequence[str]) -> dict[str, str | int]:
     """key=value each; not as YAML, to which a time of 1:30:00 is a number."""
     refuse("--slurm", [f"a parameter is key=value, got {text!r}" for text in texts if not text.partition("=")[1]])
     pairs = [text.partition("=") for text in texts]
-    found: dict[str, str | int] = {key.strip(): int(text) if text.isdigit() else text for key, _, text in pairs}
+    found: dict[str, str | int] = {key.strip(): int(text) if text.isdecimal() else text for key, _, text in pairs}
     return {**found, "time": minutes(str(found.get("time", TIME)))}
 
 
@@ -80,7 +80,7 @@ def minutes(text: str) -> int:
     refuse(
         "--slurm",
         [f"time must be like 90, 1:30:00 or 2-12, got {text!r}"]
-        if len(parts) > 3 or not all(part.isdigit() for part in (*parts, *([days] if dash else [])))
+        if len(parts) > 3 or not all(part.isdecimal() for part in (*parts, *([days] if dash else [])))
         else [],
     )
     numbers = [int(part) for part in parts]

@@ -6,6 +6,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from experiments.escape import visible
+
 Row = Mapping[str, Any]
 PASS = "forward+backward"
 
@@ -55,7 +57,9 @@ def plot(found: Mapping[str, Any], path: Path) -> Path:
     axes.set_xlabel("tokens")
     axes.set_ylabel("seconds, forward + backward, routing included")
     axes.set_title(
-        f"{found['device']}, {rows[0]['heads']} heads of {rows[0]['head_dim']}, {rows[0]['dtype']}", fontsize=9
+        visible(f"{found['device']}, {rows[0]['heads']} heads of {rows[0]['head_dim']}, {rows[0]['dtype']}"),
+        fontsize=9,
+        parse_math=False,
     )
     axes.grid(alpha=0.3)
     axes.legend(frameon=False)

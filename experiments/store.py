@@ -45,15 +45,19 @@ def config_id(config: Mapping[str, Any]) -> str:
 @dataclass(frozen=True)
 class Cell:
     """One run of a sweep: a readable name, unique in the sweep, its resolved config, and, if others differ from it by
-    their seed alone, the name that they share."""
+    their seed alone, the name that they share.
+
+    `id` is by default that of the config as it is written; `experiments.config.cell` has defaults in it too.
+    """
 
     name: str
     config: dict[str, Any]
     group: str | None = None
+    id: str = ""
 
-    @property
-    def id(self) -> str:
-        return config_id(identity(self.config))
+    def __post_init__(self) -> None:
+        if not self.id:
+            object.__setattr__(self, "id", config_id(identity(self.config)))
 
     def folder(self, sweep: str) -> Path:
         return home() / sweep / f"{self.name}-{self.id}"
@@ -204,7 +208,9 @@ def read_sweep(name: str) -> Asked:
         plain = results_schema.read_sweep(path)
     except (ValueError, OSError) as error:
         raise ZooError(f"{path} cannot be read ({error}); remove it, and `zoo sweep` writes it anew") from error
-    cells = tuple(Cell(cell["name"], dict(cell["config"]), cell.get("group")) for cell in plain["cells"])
+    cells = tuple(
+        Cell(cell["name"], dict(cell["config"]), cell.get("group"), cell.get("id", "")) for cell in plain["cells"]
+    )
     return Asked(plain["about"], cells, plain.get("mlflow_run"), plain.get("command", ""))
 
 

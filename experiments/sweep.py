@@ -5,18 +5,18 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from itertools import chain
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import sparse_zoo as zoo
 from experiments.config import Config, check, known, merge
-from experiments.grid import Choice, grid, matches
+from experiments.config import cell as make_cell
+from experiments.grid import Choice, matches
 from experiments.match import Unreached, shared_reach, solved, with_settings
 from experiments.names import Override
 from experiments.store import Cell, asked_before
-from experiments.sweepfile import OWN, SWEEPS, chain_of, find, mappings
+from experiments.sweepfile import SWEEPS, Written, find
 from experiments.trial import first_of_groups, said
 from sparse_zoo.errors import ZooError, refuse, unknown
 
@@ -64,21 +64,12 @@ def read(
 
     `overrides` go on top of all. `told` hears the name of each cell whose budget is solved.
     """
-    files = chain_of(path)
-    file = {key: value for each in files for key, value in each.items() if each is files[-1] or key not in OWN}
-    sizes = {key for each in files for key in each.get("sizes", {})}
-    refuse(str(path), [unknown("size", size, sizes)] if size is not None and size not in sizes else [])
-    for plugin in file.get("plugins", []):
+    written = Written.of(path, size)
+    name, rules = written.name, written.rules
+    for plugin in written.plugins:
         zoo.load_plugin(plugin)
-    below: list[Override] = [each.get("base", {}) for each in files]
-    below += [{"match": each["match"]} for each in files if "match" in each]
-    below += [each.get("sizes", {}).get(size, {}) for each in files]
-    own_name = file.get("name", path.stem)
-    name = own_name if size is None else f"{own_name}-{size}"
-    axes, zips, rules = file.get("axes", {}), mappings(file, "zip"), mappings(file, "exclude")
-    singles = [(str(label), own) for label, own in file.get("cells", {}).items()]
-    drafts = _drafts(grid(axes, zips) + singles or [(own_name, {})], file.get("seeds"))
-    reasons = _resolve(drafts, below, overrides, {"axis": {*axes, *chain(*zips)}, "key of exclude": {*chain(*rules)}})
+    drafts = _drafts(written.choices, written.seeds)
+    reasons = _resolve(drafts, written.below, overrides, written.keys)
     idle = [rule for rule in rules if not any(matches(draft.config, rule) for draft in drafts)]
     reasons += [f"exclude {rule} leaves out no cell" for rule in idle]
     drafts = [draft for draft in drafts if not any(matches(draft.config, rule) for rule in rules)]
@@ -90,13 +81,13 @@ def read(
     reasons += [f"two cells are named {label!r}" for label, count in Counter(labels).items() if count > 1]
     refuse(f"sweep {name}", reasons)
 
-    cells = _matched([Cell(draft.name, draft.config, draft.group) for draft in drafts], name, told)
+    cells = _matched([make_cell(draft.name, draft.config, draft.group) for draft in drafts], name, told)
     by_id: dict[str, str] = {}
     for cell in cells:
         if by_id.setdefault(cell.id, cell.name) != cell.name:
             reasons.append(f"cells {by_id[cell.id]!r} and {cell.name!r} are the same config")
     refuse(f"sweep {name}", reasons)
-    return Sweep(name, file.get("about", ""), tuple(cells))
+    return Sweep(name, written.about, tuple(cells))
 
 
 @dataclass
@@ -145,8 +136,9 @@ def _resolve(
 
 def _unfit(kind: str, name: str) -> list[str]:
     """Why a name cannot be a folder's, nor stand in quotes where MLflow is asked for a run; nothing if it can."""
-    fit = re.fullmatch(r"[^/\\'\"\x00-\x1f]+", name) and name not in (".", "..") and len(name.encode()) <= LONGEST
-    limits = f"1 to {LONGEST} bytes, without slashes, quotes and line breaks"
+    apart = re.fullmatch(r"[^/\\'\"\x00-\x1f\ud800-\udfff]+", name) and name not in (".", "..")
+    fit = apart and len(name.encode()) <= LONGEST
+    limits = f"1 to {LONGEST} bytes, without slashes, quotes, line breaks and what is no text"
     return [] if fit else [f"a {kind}'s name is that of its folder: {limits}; got {name!r}"]
 
 
@@ -201,6 +193,6 @@ def _matched(cells: Sequence[Cell], sweep: str, told: Callable[[str], object]) -
     refuse(f"sweep {sweep}", reasons)
     groups = [cell.group or cell.name for cell in cells]
     return [
-        replace(cell, config=with_settings(cell.config, found[group])) if group in found else cell
+        make_cell(cell.name, with_settings(cell.config, found[group]), cell.group) if group in found else cell
         for cell, group in zip(cells, groups, strict=True)
     ]

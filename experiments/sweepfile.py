@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from experiments.config import fits, keyed_by_text, read_yaml
+from experiments.declared import fits
+from experiments.grid import Choice, grid
+from experiments.names import Override, misspelt_in_cells
+from experiments.yaml12 import read_yaml
 from sparse_zoo.errors import ZooError, refuse, unknown
 
 SWEEPS = Path(__file__).parent / "sweeps"
@@ -53,6 +57,57 @@ def find_sized(name: str, size: str | None = None) -> tuple[Path, str | None]:
     return find(name), size
 
 
+@dataclass(frozen=True)
+class Written:
+    """A sweep as its file and those that it extends say it, before any cell is resolved.
+
+    below: overrides of every cell, the lowest first. choices: each cell's name and own overrides, seeds apart. keys: by
+    kind, the dotted keys that are varied or excluded. rules: which cells are left out.
+    """
+
+    name: str
+    about: str
+    below: tuple[Override, ...]
+    choices: tuple[Choice, ...]
+    keys: Mapping[str, set[str]]
+    rules: tuple[Mapping[str, Any], ...]
+    seeds: int | None
+    plugins: tuple[Path, ...]
+
+    @staticmethod
+    def of(path: Path, size: str | None = None) -> Written:
+        """The sweep in a file, with the overrides of a size; raises `ZooError`."""
+        files = chain_of(path)
+        file = {key: value for each in files for key, value in each.items() if each is files[-1] or key not in OWN}
+        sizes = {key for each in files for key in each.get("sizes", {})}
+        refuse(str(path), [unknown("size", size, sizes)] if size is not None and size not in sizes else [])
+        below: list[Override] = [each.get("base", {}) for each in files]
+        below += [{"match": each["match"]} for each in files if "match" in each]
+        below += [each.get("sizes", {}).get(size, {}) for each in files]
+        name = file.get("name", path.stem)
+        axes, zips, rules = file.get("axes", {}), mappings(file, "zip"), mappings(file, "exclude")
+        choices = grid(axes, zips) + list(file.get("cells", {}).items()) or [(name, {})]
+        return Written(
+            name if size is None else f"{name}-{size}",
+            file.get("about", ""),
+            tuple(below),
+            tuple(choices),
+            {"axis": {*axes, *chain(*zips)}, "key of exclude": {*chain(*rules)}},
+            tuple(rules),
+            file.get("seeds"),
+            tuple(file.get("plugins", ())),
+        )
+
+    def check_names(self, overrides: Sequence[Override] = (), *, plugins: bool = False) -> None:
+        """Refuse misspelt names, which takes no torch; raises `ZooError`.
+
+        Where `exclude` may leave out a cell, what is wrong in that cell alone is left to the resolved configs.
+        """
+        cells = {name: [*self.below, own, *overrides] for name, own in self.choices}
+        plugins = plugins or bool(self.plugins)
+        refuse(f"sweep {self.name}", misspelt_in_cells(cells, plugins=plugins, all_run=not self.rules))
+
+
 def chain_of(path: Path, above: tuple[Path, ...] = ()) -> list[dict[str, Any]]:
     """A sweep file after those that it extends, the lowest first, their plug-ins as paths; raises `ZooError`."""
     refuse(str(path), ["extends itself"] if path.resolve() in above else [])
@@ -73,7 +128,7 @@ def mappings(file: Mapping[str, Any], key: str) -> list[dict[str, Any]]:
 
 def _file(path: Path) -> dict[str, Any]:
     """One sweep file, its keys known and of their kinds."""
-    plain: dict[str, Any] = keyed_by_text(read_yaml(path))
+    plain = read_yaml(path)
     refuse(
         str(path),
         [unknown("key", key, KINDS) for key in plain if key not in KINDS]

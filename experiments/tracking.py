@@ -51,6 +51,7 @@ from sqlalchemy.exc import SQLAlchemyError  # noqa: E402
 from typing_extensions import override  # noqa: E402
 
 from experiments.address import sqlite_file, sqlite_uri, tracking_uri  # noqa: E402
+from experiments.escape import for_mlflow, visible  # noqa: E402
 from experiments.redact import redact  # noqa: E402
 from experiments.store import Result, config_id, home  # noqa: E402
 
@@ -321,7 +322,7 @@ class Log(Logger):
         new = {key: value for key, value in metrics.items() if at > self.last.get(key, -1)}
         self.last |= dict.fromkeys(new, at)
         if self.run_id is not None:
-            self._waiting += [Metric(key, float(value), now, at) for key, value in new.items()]
+            self._waiting += [Metric(for_mlflow(key), float(value), now, at) for key, value in new.items()]
 
     @override
     def save(self) -> None:
@@ -346,8 +347,8 @@ class Log(Logger):
         self._ask(
             lambda client, run_id: client.log_batch(
                 run_id,
-                params=[Param(key, str(value)[:5000]) for key, value in list(params.items())[:AT_ONCE]],
-                tags=[RunTag(key.replace(" ", "_"), value[:5000]) for key, value in tags.items()],
+                params=[Param(for_mlflow(key), visible(str(x))[:5000]) for key, x in list(params.items())[:AT_ONCE]],
+                tags=[RunTag(for_mlflow(key).replace(" ", "_"), visible(x)[:5000]) for key, x in tags.items()],
             )
         )
 

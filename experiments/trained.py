@@ -14,9 +14,9 @@ import torch
 from lightning.fabric.plugins.environments.lightning import LightningEnvironment
 from torch.utils._pytree import tree_map_only
 
-from experiments.config import Config, load, resolve
-from experiments.data import OURS, build
-from experiments.results_schema import read_result
+from experiments.checkpoint import find
+from experiments.config import load, resolve
+from experiments.data import build
 from experiments.saving import load_plain
 from lit_modules import LitVideoDiT
 from lit_modules.precision import default_precision
@@ -45,10 +45,7 @@ class Trained:
     def __init__(
         self, command: str, run: Path, overrides: Sequence[str], films: int, plugins: Sequence[Path] = ()
     ) -> None:
-        self.checkpoint, before = _find(command, run)
-        foreign = [x for x in overrides if x.partition("=")[0].strip().split(".")[0] != "data"]
-        refuse(command, [f"only data can be changed, the rest is the checkpoint's; got {x!r}" for x in foreign])
-        refuse(command, [_foreign_class(before, overrides, plugins)])
+        self.checkpoint, before = find(command, run, overrides, plugins)
         self.config = load([before, *overrides])
         self.module, self.step = _load(self.checkpoint)
         data = build(resolve(self.config)["data"])
@@ -99,34 +96,6 @@ class Trained:
         module = self.module.to(device)
         self.trainer.precision_plugin.convert_module(module)  # in place
         return module, device
-
-
-def _find(command: str, run: Path) -> tuple[Path, Config]:
-    """The latest checkpoint of a run's folder, or the one named, and the run's config."""
-    refuse(command, [] if run.exists() else [f"no such run or checkpoint: {run}"])
-    checkpoints = sorted(run.glob("checkpoints/*.ckpt"), key=lambda path: path.stat().st_mtime)
-    if run.is_file():
-        checkpoints = [run]
-    refuse(command, [] if checkpoints else [f"{run} holds no checkpoints/*.ckpt; is it a run's folder?"])
-    path = checkpoints[-1].absolute()
-    result = path.parent.parent / "result.json"
-    refuse(command, [] if result.is_file() else [f"{path} lies in no run: there is no {result} with its config"])
-    try:
-        config: Config = read_result(path.parent.parent)["config"]
-    except (ValueError, KeyError, OSError) as error:
-        raise ZooError(f"{command}: {result} cannot be read ({type(error).__name__}: {error})") from error
-    return path, config
-
-
-def _foreign_class(config: Config, overrides: Sequence[str], plugins: Sequence[Path]) -> str:
-    """Why the class of the run's data may not be imported; nothing where the user named it."""
-    name = str(config.get("data", {}).get("name"))
-    named = any(x.partition("=")[0].strip() in ("data", "data.name") for x in overrides)
-    given = name.rpartition(":")[0]
-    if ":" not in name or name in OURS or named or any(Path(given).resolve() == one.resolve() for one in plugins):
-        return ""
-    how = f"--plugin {given}" if given.endswith(".py") else f"data.name={name}"
-    return f"the run's data is the class {name!r}, and importing it runs code. Give {how} if you trust it"
 
 
 def _load(checkpoint: Path) -> tuple[LitVideoDiT, int]:

@@ -12,9 +12,12 @@ import math
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import yaml  # type: ignore[import-untyped]
+
+from sparse_zoo.errors import ZooError, refuse
 
 TAG = "tag:yaml.org,2002:"
 # https://yaml.org/spec/1.2.2/#1032-tag-resolution; the first letters are PyYAML's index.
@@ -87,6 +90,19 @@ def load(text: str | bytes) -> Any:
         found = yaml.load(text, Loader)
         json.dumps(found)  # an alias may stand inside what it names: "Circular reference"
         return found
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """A YAML file that holds a mapping, raises `ZooError` with the path otherwise."""
+    refuse(str(path), ["no such file"] if not path.is_file() else [])
+    try:
+        loaded = load(path.read_bytes())
+    except yaml.YAMLError as error:
+        raise ZooError(f"{path} is no YAML: {error}") from error
+    loaded = {} if loaded is None else loaded
+    refuse(str(path), ["must hold a mapping"] if not isinstance(loaded, dict) else [])
+    assert isinstance(loaded, dict)
+    return loaded
 
 
 def load_value(text: str) -> Any:

@@ -121,7 +121,8 @@ class VideoDiT(nn.Module):
         refuse(
             "VideoDiT",
             _misfits(dim, depth, heads, channels, patch, vocabulary, per_layer)
-            + [unknown(name, given, allowed) for name, (given, allowed) in choices.items() if given not in allowed],
+            + [unknown(name, given, allowed) for name, (given, allowed) in choices.items() if given not in allowed]
+            + ([f"mlp_ratio must be at least 1 / dim, got {mlp_ratio}"] if int(mlp_ratio * dim) < 1 else []),
         )
         self.dim, self.heads, self.head_dim = dim, heads, dim // heads
         self.channels, self.patch, self.vocabulary = channels, (patch[0], patch[1], patch[2]), vocabulary

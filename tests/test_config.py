@@ -6,8 +6,11 @@ from typing import Any, Literal
 
 import pytest
 
-from experiments.config import fits, load, parse, read_yaml
+from experiments.config import cannot_start, load
+from experiments.declared import fits
+from experiments.names import parse
 from experiments.store import config_id
+from experiments.yaml12 import read_yaml
 from sparse_zoo.errors import ZooError
 
 
@@ -81,6 +84,25 @@ def test_interpolation_resolves() -> None:
         (["trainer.max_steps=many"], r"trainer.max_steps must be int, got 'many'"),
         (["trainer.max_steps=-5"], r"trainer: .*max_steps.* non-negative.* -5"),
         (["trainer.accelerator=cuda2"], r"unknown trainer.accelerator 'cuda2'; did you mean 'cuda'"),
+        (["trainer.strategy=banana"], r"unknown trainer.strategy 'banana'; known: auto, ddp"),
+        (["trainer.strategy=fsdp", "trainer.accelerator=cpu"], r"trainer: .*fsdp.* requires a GPU"),
+        (["trainer.precision=99"], r"trainer.precision must be one of 64, 32, 16, .*bf16-mixed.* got 99"),
+        (["trainer.limit_train_batches=0"], r"trainer.limit_train_batches must be above 0, got 0"),
+        (["trainer.limit_train_batches=0.0"], r"trainer.limit_train_batches must be above 0, got 0.0"),
+        (["trainer.limit_train_batches=-1"], r"invalid value -1 for limit_train_batches"),
+        (["trainer.limit_val_batches=2.5"], r"invalid value 2.5 for limit_val_batches"),
+        (["trainer.max_steps=0"], r"trainer.max_steps must be above 0, got 0"),
+        (["trainer.max_epochs=0"], r"trainer.max_epochs must be above 0, got 0"),
+        (["trainer.accumulate_grad_batches=0"], r"trainer.accumulate_grad_batches must be at least 1, got 0"),
+        (["trainer.gradient_clip_val=-1"], r"trainer.gradient_clip_val must be at least 0, got -1"),
+        (["trainer.val_check_interval=0"], r"trainer.val_check_interval must be above 0, got 0"),
+        (["trainer.check_val_every_n_epoch=0"], r"trainer.check_val_every_n_epoch must be at least 1, got 0"),
+        (["trainer.profiler=stopwatch"], r"trainer: .*stopwatch"),
+        (["trainer.max_time=soon"], r"trainer: .*soon"),
+        (["trainer.devices=[0]", "trainer.accelerator=cpu"], r"trainer.devices must be 1 where"),
+        (["trainer.plugins=x"], r"unknown key of trainer 'plugins'"),
+        (["data.films_per_batch=0"], r"films_per_batch must be at least 1, got 0"),
+        (["optim.lr=.nan"], r"optim.lr must be float, got nan"),
         (["trainer.logger=true"], r"unknown key of trainer 'logger'"),
         (["model.channels=3"], r"unknown key of model 'channels'"),
         (["model.dim=130"], r"model.heads 4 must divide model.dim 130"),
@@ -91,7 +113,17 @@ def test_interpolation_resolves() -> None:
         (["sampling.steps=0"], r"steps must be at least 1, got 0"),
         (["modell.dim=3"], r"unknown config key 'modell.dim'; did you mean 'model'\?"),
         (["model=3"], r"model must be a mapping, got 3"),
-        (["seed=-1"], r"seed must be a whole number of at least 0, got -1"),
+        (["seed=-1"], r"seed must be a whole number from 0 to 2³² - 1, got -1"),
+        (["seed=4294967296"], r"seed must be a whole number from 0 to 2³² - 1, got 4294967296"),
+        (["trainer.limit_val_batches=0"], r"trainer.limit_val_batches must be above 0, got 0"),
+        (["trainer.limit_test_batches=0.0"], r"trainer.limit_test_batches must be above 0, got 0.0"),
+        (["trainer.log_every_n_steps=0"], r"trainer.log_every_n_steps must be at least 1, got 0"),
+        (["trainer.num_sanity_val_steps=-2"], r"trainer.num_sanity_val_steps must be at least -1, got -2"),
+        (["trainer.max_time=00:00:00:00"], r"trainer.max_time must be above 00:00:00:00"),
+        (["model.mlp_ratio=0"], r"mlp_ratio must be at least 1 / dim, got 0"),
+        (["model.mlp_ratio=-1"], r"mlp_ratio must be at least 1 / dim, got -1"),
+        (["data=shot_world", "data.batch_size=0"], r"batch_size must be at least 1, got 0"),
+        (["data.num_workers=-1"], r"num_workers must be at least 0, got -1"),
         (["attention"], r"an override is key=value, got 'attention'"),
         (["attention=[dense"], r"is no YAML"),
     ],
@@ -130,6 +162,25 @@ def test_all_reasons_come_at_once() -> None:
         load(wrong)
     for name in ("max_step", "optim.lr", "siz", "mocc", "nothing", "seed"):
         assert name in str(caught.value)
+
+
+def test_all_reasons_of_a_trainer_come_at_once() -> None:
+    wrong = {
+        "strategy": "banana", "precision": "99", "accelerator": "gpuu", "limit_train_batches": -1, "max_steps": 0,
+        "gradient_clip_val": -1, "profiler": "stopwatch", "devices": 3, "max_epochs": -7,
+    }  # fmt: skip
+    with pytest.raises(ZooError) as caught:
+        load([{"trainer": wrong}, "optim.lr=-1", "flow.std=-1", "model.depth=0"])
+    for name in [*wrong, "lr must be above 0", "std must be at least 0"]:
+        assert name in str(caught.value), name
+
+
+def test_a_device_that_is_not_on_this_machine_cannot_start_here(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert cannot_start({"accelerator": "cpu", "strategy": "auto"}) == []
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
+    (reason,) = cannot_start({"accelerator": "cuda", "devices": 1})
+    assert reason.startswith("trainer: ")
 
 
 def test_a_kernel_that_cannot_run_is_refused_with_every_reason() -> None:

@@ -20,8 +20,8 @@ from torch import Tensor
 
 from experiments.captures import FORMAT, Captured, load, save
 from experiments.config import load as load_config
-from experiments.config import parse_method
 from experiments.match import Budget
+from experiments.names import parse_method
 from experiments.replay import Replayed, asked, replay
 from experiments.run import run
 from experiments.store import Cell

@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 import sparse_zoo as zoo
 from experiments import match, store, trial
 from experiments.cli import app
-from experiments.config import Config, load
+from experiments.config import Config, cell, load
 from experiments.data import build
 from experiments.match import Budget, Solution, solve, solved
 from experiments.sweep import read
@@ -314,7 +314,7 @@ def test_seeds_share_one_solution(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         assert config["attention"] == MOC | {"top_k": top_k}
         assert config["match"] == {"density": 0.5, "set": {"top_k": top_k}}
         assert config["seed"] == seed
-        assert cells[f"moc-s{seed}"].id == store.Cell("of any name", config).id
+        assert cells[f"moc-s{seed}"].id == cell("of any name", config).id
         assert "match" not in cells[f"dense-s{seed}"].config
     assert len({cell.id for cell in sweep.cells}) == 9
 

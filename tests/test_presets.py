@@ -10,12 +10,13 @@ import torch
 from rich.console import Console
 
 import sparse_zoo as zoo
-from experiments.config import load, read_yaml
+from experiments.config import load
 from experiments.launch import execute
 from experiments.progress import Bar
 from experiments.report import Report
 from experiments.store import Cell
 from experiments.sweep import SWEEPS, Sweep, find, read
+from experiments.yaml12 import read_yaml
 from sparse_zoo import testing
 
 ON_FILM = ("quickstart", "zoo_film")

@@ -1,9 +1,13 @@
+import pickle
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 
 import sparse_zoo as zoo
+from experiments.launch import loaded_plugins
 from sparse_zoo import registry
 
 EXAMPLE = '''
@@ -51,6 +55,28 @@ def test_one_class_in_a_file_is_a_method(tmp_path: Path) -> None:
     q = torch.randn(1, 1, len(film), 4)
     gap = film.shot[:, None] - film.shot
     assert torch.equal(attention.plan(q, q, film).dense_mask()[0, 0], (gap >= 0) & (gap <= 2))
+
+
+def test_files_of_one_name_are_two_plugins_in_every_process(tmp_path: Path) -> None:
+    paths = [tmp_path / folder / "m.py" for folder in ("a", "b")]
+    for path in paths:
+        path.parent.mkdir()
+        path.write_text(EXAMPLE.format(name=f"of_{path.parent.name}"))
+    (tmp_path / "link.py").symlink_to(paths[0])
+    assert [zoo.load_plugin(path) for path in paths] == [["of_a"], ["of_b"]]
+    assert zoo.load_plugin(tmp_path / "link.py") == ["of_a"]  # one file is loaded once
+    assert zoo.load_plugin(tmp_path / "b" / ".." / "a" / "m.py") == ["of_a"]
+    classes = [zoo.get(name) for name in ("of_a", "of_b")]
+    assert [pickle.loads(pickle.dumps(cls)) for cls in classes] == classes
+    assert {*loaded_plugins()} >= {*paths}  # what workers, jobs and tasks are given
+    # Another process finds each class under the same name, whatever it loads first.
+    code = "import pickle, sys, sparse_zoo as zoo; [zoo.load_plugin(path) for path in sys.argv[1:]];"
+    code += "print([cls.__module__ for cls in pickle.load(sys.stdin.buffer)])"
+    done = subprocess.run(
+        [sys.executable, "-c", code, *map(str, reversed(paths))],
+        input=pickle.dumps(classes), capture_output=True, check=True,
+    )  # fmt: skip
+    assert done.stdout.decode().strip() == str([cls.__module__ for cls in classes])
 
 
 @pytest.mark.parametrize(

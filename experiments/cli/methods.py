@@ -15,6 +15,8 @@ from rich.table import Table
 
 from experiments.cli.shell import AsJson, Plugin, app, console, errors, load_plugins, plain
 from experiments.escape import for_terminal as escape
+from experiments.names import misspelt_choices, misspelt_match, misspelt_methods, parse
+from sparse_zoo.errors import refuse
 
 if TYPE_CHECKING:
     from sparse_zoo import Setting
@@ -30,6 +32,7 @@ def list_(
 
     --json has the settings of all.
     """
+    refuse("zoo list", misspelt_methods(((name, ()) for name in methods or []), plugins=bool(plugin)))
     load_plugins(plugin)
     import sparse_zoo as zoo
 
@@ -104,6 +107,7 @@ def check(
     A check judges what a method says and what it computes: plans against their meaning, output and gradients against an
     oracle in float64, packed films against each one alone, and what the class declares of itself.
     """
+    refuse("zoo check", misspelt_methods(((name, ()) for name in methods or []), plugins=bool(plugin)))
     load_plugins(plugin)
     import sparse_zoo as zoo
     from experiments.progress import counting
@@ -154,12 +158,13 @@ def map_(
     `zoo map moc causal=null` with `zoo map moc`. Where a method sorts tokens into groups, as moga does, these are
     painted over the frames.
     """
+    own = dict(parse(text) for text in settings or [])
+    refuse("zoo map", misspelt_methods([(method, own)], plugins=bool(plugin)))
     load_plugins(plugin)
-    from experiments.config import parse
     from experiments.pictures import loop_text, sample_map
     from experiments.wording import percent
 
-    drawn = sample_map(method, dict(parse(text) for text in settings or []))
+    drawn = sample_map(method, own)
     path = drawn.save(out or Path(f"map-{method}.png"))
     if as_json:
         print(json.dumps({**drawn.to_json(), "picture": str(path.absolute())}))
@@ -174,7 +179,7 @@ def map_(
         table.add_row(str(row["branch"]), *shares, told)
     table.add_row("all", percent(drawn.density), "", "", str(len(found["loops"])))
     console.print(table)
-    console.print(f"Map: {path.absolute()}", soft_wrap=True)
+    console.print(f"Map: {escape(str(path.absolute()))}", soft_wrap=True)
 
 
 @app.command(
@@ -219,12 +224,10 @@ def cost(
     table are needed. FLOPs are of the whole VideoDiT. With --paper, the published figures are recomputed the same way
     and each is marked: it agrees, agrees under a reading that is named, or does not follow.
     """
-    from sparse_zoo.errors import refuse
-
     if paper is not None:
+        refuse("zoo cost --paper", misspelt_choices(bool(plugin), paper=paper))
         from experiments.papers import PAPERS, Ledger
         from experiments.progress import counting
-        from sparse_zoo.errors import unknown
 
         given = [
             parameter.opts[0]
@@ -235,10 +238,7 @@ def cost(
         ]
         refuse(
             "zoo cost --paper",
-            [
-                unknown("paper", paper, PAPERS) if paper not in PAPERS else "",
-                f"has the paper's methods and sizes; leave out {', '.join(given)}" if given else "",
-            ],
+            [f"has the paper's methods and sizes; leave out {', '.join(given)}" if given else ""],
         )
         with counting(errors, "figures", len(PAPERS[paper].figures)) as told:
             ledger = Ledger.of(paper, told)
@@ -249,12 +249,17 @@ def cost(
         return
     refuse("zoo cost", ["name a method, see zoo list, or a paper with --paper"] if method is None else [])
     assert method is not None
+    own = dict(parse(text) for text in settings or [])
+    refuse(
+        "zoo cost",
+        misspelt_methods([(method, own)], plugins=bool(plugin))
+        + misspelt_choices(bool(plugin), kernel=kernel, text_mode=text_mode)
+        + misspelt_match(match),
+    )
     load_plugins(plugin)
-    from experiments.config import parse
     from experiments.costs import NOTES, Films, compare
     from lit_modules.flops import ModelShape
 
-    own = dict(parse(text) for text in settings or [])
     films, shape = Films(shots, frames, rows, cols, text, caption), ModelShape(dim, depth, heads, mlp_ratio, text_mode)
     if match is not None:
         from experiments.match import solved_alone
@@ -267,7 +272,7 @@ def cost(
         return
     console.print(found.table())
     if match is not None:
-        console.print(f"At {', '.join(f'{key} {plain(value)}' for key, value in own.items())}")
+        console.print(escape(f"At {', '.join(f'{key} {plain(value)}' for key, value in own.items())}"))
     for note in NOTES:
         console.print(f"[dim]{escape(note)}[/dim]")
 
@@ -297,6 +302,11 @@ def bench(
     2k to 64k tokens, 15 minutes; shots: 1 to 32 shots; gpu: 180k tokens in half precision. Measure on a quiet machine:
     rows whose interval of attained ÷ bound (the median over turns, 95 %) is wider than 0.1 are marked.
     """
+    refuse(
+        "zoo bench",
+        misspelt_methods(((name, ()) for name in method), plugins=bool(plugin))
+        + misspelt_choices(bool(plugin), suite=suite, kernel=kernel, dtype=dtype),
+    )
     load_plugins(plugin)
     import torch
 
@@ -321,7 +331,7 @@ def bench(
     else:
         console.print(_speeds(found))
         for written in filter(None, (out, plot if timed else None)):
-            console.print(f"Written: {written.absolute()}", soft_wrap=True)
+            console.print(f"Written: {escape(str(written.absolute()))}", soft_wrap=True)
     if any("failed" in row for row in found["rows"]):
         raise typer.Exit(1)
 
@@ -343,13 +353,13 @@ def _speeds(found: Mapping[str, Any]) -> Table:
 
     passes = "fwd: forward, all: forward + backward, host: its host on a GPU"
     about = f"{found['device']}, torch {found['versions']['torch']}; {passes}"
-    table = Table(title=about, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False, padding=0)
+    table = Table(title=escape(about), title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False, padding=0)
     table.caption = (
         "÷ bound: of the medians; interval: of the median over turns of dense ÷ own ÷ bound, ! where it is too wide;\n"
         "best: of the fastest turns"
     )
     if noise := headline(found["rows"]):
-        console.print(f"[bold yellow]{noise}[/bold yellow]", soft_wrap=True)
+        console.print(f"[bold yellow]{escape(noise)}[/bold yellow]", soft_wrap=True)
     for title in SPEEDS:
         table.add_column(title, justify="left" if title in ("method", "kernel", "pass") else "right", no_wrap=True)
     for row in found["rows"]:

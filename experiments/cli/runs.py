@@ -11,15 +11,18 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.table import Table
 
-from experiments.cli.shell import AsJson, Plugin, app, check_names, console, errors, load_plugins
+from experiments.cli.shell import AsJson, Plugin, app, console, errors, load_plugins
 from experiments.escape import for_terminal as escape
+from experiments.names import Override, misspelt, misspelt_choices
+from experiments.store import read_sweep
+from experiments.sweepfile import Written, find_sized
+from experiments.yaml12 import read_yaml
+from sparse_zoo.errors import refuse
 
 if TYPE_CHECKING:
     from experiments.forecast import Forecast
     from experiments.report import Report
     from experiments.store import Cell, Result
-
-EXECUTORS = ("local", "slurm", "ray")
 
 
 @app.command(epilog="Example: [bold]zoo train attention=moc attention.top_k=2 trainer.max_steps=50[/bold]")
@@ -38,22 +41,25 @@ def train(
     as_json: AsJson = False,
 ) -> None:
     """Train one model and say what came out; one that was interrupted goes on from its last checkpoint."""
-    check_names(overrides or [], plugin)
+    given: list[Override] = [*([read_yaml(config)] if config else []), *(overrides or [])]
+    refuse("config", misspelt(given, plugins=bool(plugin)))
     load_plugins(plugin)
-    from experiments.config import cannot_start, load, read_yaml
+    from experiments.address import tracking_uri
+    from experiments.config import cannot_start, load
+    from experiments.config import cell as make_cell
     from experiments.match import solved
     from experiments.progress import Bar
     from experiments.run import run
-    from experiments.store import Cell, lock
+    from experiments.store import lock
     from experiments.tracking import Tracker
     from experiments.wording import settings
-    from sparse_zoo.errors import refuse
 
-    asked = load([*([read_yaml(config)] if config else []), *(overrides or [])])
+    tracking_uri()  # refused before anything is solved or trained
+    asked = load(given)
     refuse("zoo train", cannot_start(asked["trainer"]))
     resolved = solved(asked)
     methods = resolved["attention"] if isinstance(resolved["attention"], list) else [resolved["attention"]]
-    cell = Cell("-".join(dict.fromkeys(str(method["name"]) for method in methods)), resolved)
+    cell = make_cell("-".join(dict.fromkeys(str(method["name"]) for method in methods)), resolved)
     try:
         with Bar(errors, 1) as bar, lock(cell.folder("train")) as mine:
             refuse(cell.name, [] if mine else [f"the same run is going on elsewhere, in {cell.folder('train')}"])
@@ -108,8 +114,19 @@ def sweep(
     Before the first one runs every cell is checked, budgets are solved, models are built and planned on the films
     themselves. A cell that fails is recorded with its reason and the others go on; the exit code is then 1.
     """
+    refuse(
+        "zoo sweep",
+        [
+            *misspelt_choices(bool(plugin), executor=executor),
+            "--slurm and --no-wait are for --executor slurm" if executor != "slurm" and (slurm or not wait) else "",
+            "--json goes with --dry-run" if as_json and not dry_run else "",
+        ],
+    )
+    path, sized = find_sized(file, size)
+    Written.of(path, sized).check_names(plugins=bool(plugin))
     load_plugins(plugin)
     from experiments import trial
+    from experiments.address import tracking_uri
     from experiments.launch import execute
     from experiments.progress import Bar
     from experiments.ray_jobs import needed
@@ -117,23 +134,13 @@ def sweep(
     from experiments.slurm import parameters
     from experiments.store import Asked, asked_before, home
     from experiments.sweep import read
-    from experiments.sweepfile import find_sized
-    from sparse_zoo.errors import refuse, unknown
 
-    refuse(
-        "zoo sweep",
-        [
-            unknown("executor", executor, EXECUTORS) if executor not in EXECUTORS else "",
-            "--slurm and --no-wait are for --executor slurm" if executor != "slurm" and (slurm or not wait) else "",
-            "--json goes with --dry-run" if as_json and not dry_run else "",
-        ],
-    )
+    tracking_uri()  # refused before anything is solved or trained
     settings = parameters(slurm) if executor == "slurm" else None
     if executor == "ray":
         needed()
     with errors.status("cells are read") as status:
         shorter = [] if max_steps is None else [{"trainer.max_steps": max_steps}]
-        path, sized = find_sized(file, size)
         loaded = read(path, shorter, sized, lambda name: status.update(f"the budget of {escape(name)} is solved"))
         status.update("cells are tried")
         trial.check(loaded.cells)
@@ -189,15 +196,15 @@ def report(
     as_json: AsJson = False,
 ) -> None:
     """Write the report of a sweep (report.html, report.json) and show its leaderboard and which differences hold."""
-    from experiments.report import Report
-    from sparse_zoo.errors import refuse
-
     refuse(
         "report",
         ["give one of --markdown, --latex, --json and --results"]
         * (markdown + latex + as_json + (results is not None) > 1)
         + ["--out needs --markdown or --latex"] * (out is not None and not markdown and not latex),
     )
+    read_sweep(name)  # a sweep that is not there is refused before what takes seconds to import
+    from experiments.report import Report
+
     found = Report.of(name, by)
     if results is not None:
         from experiments.record import write_record

@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import logging
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -16,6 +16,8 @@ from typer.core import TyperGroup
 from experiments import signals
 from experiments.escape import for_terminal as escape
 from experiments.redact import redact
+from experiments.store import home
+from sparse_zoo.errors import ZooError
 
 # Read when torch is first imported. OpenMP's threads spin while they wait; where other programs want the same cores, a
 # step took 10 times as long for it. Spinning for a short time only costs nothing where they do not.
@@ -28,15 +30,21 @@ os.environ.setdefault("KINETO_LOG_LEVEL", "99")
 NO_PLACE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EEXIST)
 
 PIPED = 1000  # columns where there is no terminal: no table, number or advice is cut for want of room
+NARROWEST = 80  # columns of tables: rich would leave columns out of narrower ones, a terminal breaks the lines
 
 
 class Screen(Console):
-    """A console as wide as its terminal or as $COLUMNS says; a file or a pipe has no edge."""
+    """A console as wide as its terminal or as $COLUMNS says; a file or a pipe has no edge.
+
+    On stderr, where progress moves, it is as narrow as the terminal.
+    """
 
     @property  # type: ignore[misc]  # rich's has a setter, which nothing here uses
     def size(self) -> ConsoleDimensions:
         found = super().size
-        return found if self.is_terminal or os.environ.get("COLUMNS") else ConsoleDimensions(PIPED, found.height)
+        if not self.is_terminal and not os.environ.get("COLUMNS"):
+            return ConsoleDimensions(PIPED, found.height)
+        return found if self.stderr else ConsoleDimensions(max(found.width, NARROWEST), found.height)
 
 
 console = Screen(emoji=False)  # a name such as a:bomb:b stays text
@@ -71,15 +79,9 @@ class Group(TyperGroup):
         except UnicodeEncodeError as error:  # of a file's name
             cannot = f"{error.object!r} cannot be written in the encoding of this locale, {error.encoding}"
             raise refused(f"{cannot}; give the command with PYTHONUTF8=1, or set LC_ALL=C.UTF-8") from error
-        except ValueError as error:
-            from sparse_zoo.errors import ZooError
-
-            if not isinstance(error, ZooError):
-                raise
+        except ZooError as error:
             raise refused(str(error)) from error
         except OSError as error:
-            from experiments.store import home
-
             if error.errno not in NO_PLACE:
                 raise
             raise refused(f"{error}; runs lie in {home()}, or where $ZOO_HOME says") from error
@@ -89,14 +91,6 @@ def refused(message: str) -> typer.Exit:
     """Print a refusal; the exit to be raised."""
     errors.print(f"[bold red]Error:[/bold red] {escape(redact(message))}", soft_wrap=True)
     return typer.Exit(2)
-
-
-def check_names(overrides: Sequence[str | Mapping[str, Any]], plugins: Sequence[Path]) -> None:
-    """Refuse misspelt names at once, before what takes seconds to import is imported."""
-    from experiments.names import misspelt
-
-    if message := misspelt(overrides, plugins=bool(plugins)):
-        raise refused(message)
 
 
 app = typer.Typer(

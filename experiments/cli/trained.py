@@ -10,8 +10,11 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.table import Table
 
+from experiments.checkpoint import find
 from experiments.cli.shell import AsJson, Plugin, app, console, errors, load_plugins
 from experiments.escape import for_terminal as escape
+from experiments.names import misspelt_choices, misspelt_match, misspelt_methods, parse, parse_method
+from sparse_zoo.errors import refuse
 
 if TYPE_CHECKING:
     from experiments.sampling import Sampled
@@ -41,6 +44,8 @@ def sample(
     What is not asked for is as in the run's config. Measures that begin with whole_ ask whether a film of which no shot
     was given agrees with itself, the others compare drawn shots with the true film.
     """
+    refuse("zoo sample", misspelt_choices(bool(plugin), order=order))
+    find("zoo sample", run, overrides or [], plugin)
     load_plugins(plugin, data=True)
     from experiments.progress import counting
     from experiments.sampling import Drawing
@@ -94,6 +99,8 @@ def ladder(
     softmax that the method kept, and the error of its output, stand beside those of the best possible choice of as many
     pieces, of the choice by pooled keys, and of a random one.
     """
+    refuse("zoo ladder", misspelt_methods(map(parse_method, method), plugins=bool(plugin)))
+    find("zoo ladder", run, overrides or [], plugin)
     load_plugins(plugin, data=True)
     from experiments.ladder import RULE, TIMES, climb, plot
     from experiments.progress import counting
@@ -132,6 +139,7 @@ def capture(
 
     Each call of each chosen layer and noise time is kept bit for bit; experiments.captures.load gives them back.
     """
+    find("zoo capture", run, overrides or [], plugin)
     load_plugins(plugin, data=True)
     from experiments.captures import save
     from experiments.ladder import TIMES, layer_numbers
@@ -172,10 +180,12 @@ def replay(
     the row says so. Settings that are not given are the defaults; dense attention is always there, as the reference.
     With --match all cost the same; a method that cannot says why. The exit code is 1 if one that was named has failed.
     """
+    reasons = misspelt_methods(map(parse_method, methods or []), plugins=bool(plugin))
+    reasons += misspelt_match(match)
+    refuse("zoo replay", reasons + ([] if file.is_file() else [f"no such file: {file}"]))
     load_plugins(plugin)
     from experiments import replay as offline
     from experiments.captures import load
-    from experiments.config import parse
     from experiments.match import Budget
     from experiments.progress import counting
 

@@ -109,7 +109,7 @@ def compile_kernels(out: Path, python: str, triton: str, capability: int) -> str
     _call([python, "-m", "venv", str(environment)])
     own = str(environment / "bin" / "python")
     _call([own, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", triton])
-    (out / LAUNCHES).write_text(json.dumps(record()))
+    (out / LAUNCHES).write_text(json.dumps(record()), encoding="utf-8")
     script = Path(__file__).with_name("pack_compile.py")
     said = _call([own, str(script), str(out), str(Path(device.__file__)), str(capability)])
     shutil.rmtree(environment)
@@ -125,7 +125,7 @@ def install(out: Path, packages: list[str], python_version: str) -> None:
 
 
 def _call(command: list[str]) -> str:
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    done = subprocess.run(command, capture_output=True, encoding="utf-8", check=False)
     last = (done.stderr.strip() or done.stdout.strip() or "no output").splitlines()[-1]
     refuse(" ".join(command[:4]), [last] if done.returncode else [])
     return done.stdout

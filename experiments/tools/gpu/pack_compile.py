@@ -83,11 +83,11 @@ def argument(described: Any) -> Any:
 def relocate(cache: Path) -> None:
     """Let a cache name its files where they lie now: Triton notes absolute paths, and skips what is not there."""
     for file in cache.glob("*/__grp__*.json"):
-        group = json.loads(file.read_text())
+        group = json.loads(file.read_text(encoding="utf-8"))
         group["child_paths"] = {
             name: str((file.parent / Path(path).name).absolute()) for name, path in group["child_paths"].items()
         }
-        file.write_text(json.dumps(group))
+        file.write_text(json.dumps(group), encoding="utf-8")
 
 
 def shorten(cache: Path) -> None:
@@ -109,7 +109,7 @@ def main(pack: Path, device_file: Path, capability: int) -> None:
     sys.modules[MODULE] = device
     spec.loader.exec_module(device)
     start, failed = time.monotonic(), 0
-    launches = json.loads((pack / LAUNCHES).read_text())
+    launches = json.loads((pack / LAUNCHES).read_text(encoding="utf-8"))
     for launch in launches:
         args = [argument(x) for x in launch["args"]]
         constants = {k: bool(x) if k in launch["flags"] else x for k, x in launch["constants"].items()}

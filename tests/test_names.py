@@ -1,0 +1,207 @@
+"""A misspelt name is refused before torch is imported, by the names that the classes themselves have."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import os
+import resource
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import sparse_zoo as zoo
+from experiments.config import _sections, load
+from experiments.data import OURS
+from experiments.match import KINDS
+from experiments.names import CHOICES, DATA, MATCH, SECTIONS, SHAPE, kernels, methods, misspelt, settings
+from experiments.papers import PAPERS
+from experiments.store import Result
+from experiments.sweepfile import Written
+from lit_modules.dit import TEXT
+from lit_modules.sampling import ORDERS
+from sparse_zoo.bench import DTYPES, SUITES
+from sparse_zoo.errors import ZooError
+from sparse_zoo.kernels import get
+from sparse_zoo.registry import SCHEDULE
+
+WRONG: list[list[Any]] = [
+    ["attenton=moc"],
+    ["trainer.max_step=3"],
+    ["optim.lrr=1"],
+    ["model.dimm=1", "flow.shft=1", "sampling.step=1"],
+    ["model.channels=3"],
+    ["attention=mocc"],
+    ["attention=moc", "attention.topk=2"],
+    ["attention={name: moc_fixed, chunk: shot}"],
+    ["model.depth=2", "attention=[dense, {name: moc, topk: 2}]"],
+    ["data=shotworld"],
+    ["data.fsp=3"],
+    ["data=shot_world", "data.fps=3"],
+    ["match.densty=0.5"],
+    [{"trainer": {"max_step": 3}}],
+]
+RIGHT: list[list[Any]] = [
+    [],
+    ["attention=moc", "attention.top_k=2", "data=shot_world", "data.subjects=2", "seed=3"],
+    ["attention.schedule.name.9=moc", "attention.top_k=2"],
+    ["model.depth=4", "attention=[{cycle: [dense, moc], layers: rest}]"],
+    [{"attention": {"name": "window", "edge": "cut"}}, "attention=moc"],
+    ["match.density=0.5", "match.within=0.1"],
+]
+
+
+def test_the_names_are_those_of_the_classes() -> None:
+    for section, build in _sections().items():
+        parameters = inspect.signature(build).parameters.values()
+        assert settings(SECTIONS[section]) == {x.name for x in parameters if x.kind is not x.VAR_KEYWORD}, section
+    assert {name: settings(place) for name, place in DATA.items()} == {
+        name: {*inspect.signature(films).parameters} for name, films in OURS.items()
+    }
+    own = {name for name in zoo.names() if zoo.get(name).__module__.startswith("sparse_zoo.methods.")}
+    assert {*methods()} == own
+    for name, place in methods().items():
+        assert (settings(place) or set()) - SHAPE == {*zoo.settings(name)} - {SCHEDULE.name}, name
+    assert {*KINDS} < {*MATCH}
+
+
+@pytest.mark.parametrize("overrides", WRONG)
+def test_misspelt_names_are_refused_as_the_config_refuses_them(overrides: list[Any]) -> None:
+    quick = misspelt(overrides, plugins=False)
+    assert quick
+    with pytest.raises(ZooError) as caught:
+        load(overrides)
+    for reason in quick:
+        assert reason in str(caught.value)
+
+
+@pytest.mark.parametrize("overrides", RIGHT)
+def test_right_names_pass(overrides: list[Any]) -> None:
+    assert misspelt(overrides, plugins=False) == []
+
+
+def test_methods_of_ones_own_are_left_to_their_plugin() -> None:
+    assert misspelt(["attention=mine", "attention.reach=2", "data=a.py:Films", "data.any=1"], plugins=True) == []
+    assert misspelt(["attention=mine"], plugins=False)
+
+
+def test_the_choices_of_options_are_those_of_the_modules() -> None:
+    assert {*CHOICES["suite"]} == {*SUITES}
+    assert {*CHOICES["dtype"]} == {*DTYPES}
+    assert {*CHOICES["paper"]} == {*PAPERS}
+    assert (CHOICES["order"], CHOICES["text_mode"]) == (ORDERS, TEXT)
+    assert {*kernels()} == {x for x in zoo.kernels() if type(get(x)).__module__.startswith("sparse_zoo.kernels.")}
+
+
+SWEEP = """
+base: {trainer: {max_steps: 2}}
+axes: {attention: [dense, moc]}
+"""
+SWEEPS = {
+    "key.yaml": ("axis: {}", "did you mean 'axes'?"),
+    "base.yaml": ("base: {trainer: {max_step: 3}}", "did you mean 'max_steps'?"),
+    "method.yaml": ("axes: {attention: [dense, mocc]}", "cell mocc: unknown method 'mocc'; did you mean 'moc'?"),
+    "axis.yaml": ("axes: {optim.lrr: [1, 2]}", "did you mean 'lr'?"),
+    "zip.yaml": ("zip: {atention.top_k: [1], seed: [2]}", "did you mean 'attention'?"),
+    "cell.yaml": ("cells: {a: {attention: moc, attention.topk: 3}}", "did you mean 'top_k'?"),
+    "size.yaml": ("sizes: {small: {model.dimm: 3}}", "did you mean 'dim'?"),
+    "matched.yaml": ("match: {densty: 0.5}", "did you mean 'density'?"),
+    "above.yaml": ("extends: base.yaml", "did you mean 'max_steps'?"),
+}
+WRONG_NAMES = [
+    *(
+        ["sweep", name, *(["--size", "small"] if name == "size.yaml" else []), text]
+        for name, (_, text) in SWEEPS.items()
+    ),
+    ["sweep", "quikstart", "did you mean 'quickstart'?"],
+    ["sweep", "good.yaml", "--size", "smal", "unknown size 'smal'"],
+    ["sweep", "good.yaml", "--executor", "slrum", "did you mean 'slurm'?"],
+    ["train", "attenton=moc", "did you mean 'attention'?"],
+    ["train", "--config", "file.yml", "did you mean 'max_steps'?"],
+    ["report", "nothing", "no sweep 'nothing'"],
+    *(
+        [command, *more, text]
+        for command in ("sample", "ladder", "capture")
+        for more, text in (
+            (["run", "data.subject=3"], "did you mean 'subjects'?"),
+            (["run", "model.dim=3"], "only data can be changed"),
+            (["run", "data=shot_word"], "did you mean 'shot_world'?"),
+            (["none"], "no such run"),
+        )
+    ),
+    ["sample", "run", "--order", "shot", "did you mean 'shots'?"],
+    ["ladder", "run", "--method", "moc:topk=3", "did you mean 'top_k'?"],
+    ["replay", "calls.safetensors", "mocc", "did you mean 'moc'?"],
+    ["replay", "calls.safetensors", "--match", "densty=1", "did you mean 'density'?"],
+    ["map", "moc", "topk=3", "did you mean 'top_k'?"],
+    ["cost", "mocc", "did you mean 'moc'?"],
+    ["cost", "moc", "--kernel", "trition", "did you mean 'triton'?"],
+    ["cost", "moc", "--match", "flop=1", "did you mean 'flops'?"],
+    ["cost", "--paper", "mocc", "did you mean 'moc'?"],
+    ["bench", "--suite", "cpuu", "did you mean 'cpu'?"],
+    ["bench", "--method", "mocc", "did you mean 'moc'?"],
+    ["bench", "--dtype", "bfloat", "did you mean 'bfloat16'?"],
+    ["check", "mocc", "did you mean 'moc'?"],
+    ["list", "mocc", "did you mean 'moc'?"],
+]
+WITHOUT_TORCH = """
+import json, sys
+from typer.testing import CliRunner
+from experiments.cli import app
+for *arguments, text in json.load(sys.stdin):
+    done = CliRunner().invoke(app, arguments)
+    late = sorted({"torch", "lightning", "mlflow", "numpy"} & {*sys.modules})
+    if (done.exit_code, late) != (2, []) or text not in done.stderr:
+        sys.exit(f"{arguments}: exit code {done.exit_code}, imported {late}, told {done.stderr!r}")
+"""
+
+
+def test_every_command_refuses_a_wrong_name_before_torch_is_imported(tmp_path: Path) -> None:
+    for name, (text, _) in SWEEPS.items():
+        (tmp_path / name).write_text(text)
+    (tmp_path / "good.yaml").write_text(SWEEP)
+    (tmp_path / "file.yml").write_text("trainer: {max_step: 3}")
+    (tmp_path / "calls.safetensors").touch()
+    (tmp_path / "run" / "checkpoints").mkdir(parents=True)
+    (tmp_path / "run" / "checkpoints" / "last.ckpt").touch()
+    config = {"attention": {"name": "dense"}, "data": {"name": "shot_world"}, "seed": 0}
+    result = Result("dense", {"name": "dense"}, "finished", 0, config=config)
+    result.write(tmp_path / "run")
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    done = subprocess.run(
+        [sys.executable, "-c", WITHOUT_TORCH], input=json.dumps(WRONG_NAMES), capture_output=True, encoding="utf-8",
+        check=False, cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(Path(zoo.__file__).parent.parent)},
+    )  # fmt: skip
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    assert done.returncode == 0, done.stderr
+    # Seconds of computing, whatever else the machine does: those of the import, and of each refusal.
+    assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 2 + 0.1 * len(WRONG_NAMES)
+
+
+def test_a_cell_that_exclude_leaves_out_may_have_wrong_names(tmp_path: Path) -> None:
+    path = tmp_path / "s.yaml"
+    axes = "axes: {attention: [dense, moc], attention.top_k: [1, 2]}\n"
+    path.write_text(axes + "exclude: {attention: dense}\n")
+    Written.of(path).check_names()
+    path.write_text(axes)
+    with pytest.raises(ZooError, match="dense: unknown setting 'top_k'"):
+        Written.of(path).check_names()
+
+
+def test_errors_are_one_class_whatever_is_imported_first() -> None:
+    code = """
+import experiments, sparse_zoo.errors as first, sparse_zoo as zoo
+try:
+    zoo.build("mocc", heads=1, head_dim=2, dim=2)
+except first.ZooError as error:
+    print(error)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True, encoding="utf-8", check=False,
+        env=os.environ | {"PYTHONPATH": str(Path(zoo.__file__).parent.parent)},
+    )  # fmt: skip
+    assert "unknown method 'mocc'" in done.stdout

@@ -1,0 +1,150 @@
+"""The command in surroundings that are not a developer's: another locale, no home, a pipe for a terminal."""
+
+from __future__ import annotations
+
+import ast
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from rich.table import Table
+from tiny import write_sweep
+from typer.testing import CliRunner
+
+from experiments.cli import app
+from experiments.cli.shell import Screen
+
+ROOT = Path(__file__).parent.parent
+ROOMS = ("experiments", "lit_modules", "datamodules", "sparse_zoo", "examples")
+
+# A user id that nobody knows, without a home: what torch, MLflow and matplotlib ask is refused by the system.
+ZOO = """
+import os, pwd, sys
+def unknown(_):
+    raise KeyError("uid not found")
+pwd.getpwuid = unknown
+from experiments.cli import main
+sys.argv = ["zoo", *sys.argv[1:]]
+main()
+"""
+UNKNOWN = ("HOME", "USER", "LOGNAME", "LNAME", "USERNAME", "COLUMNS", "XDG_CACHE_HOME", "XDG_CONFIG_HOME")
+
+
+def zoo(*arguments: str, folder: Path, **variables: str) -> subprocess.CompletedProcess[str]:
+    kept = {key: value for key, value in os.environ.items() if key not in UNKNOWN and not key.startswith("LC_")}
+    return subprocess.run(
+        [sys.executable, "-c", ZOO, *arguments],
+        cwd=folder,
+        env=kept
+        | {"PYTHONPATH": str(ROOT), "TMPDIR": str(folder), "ZOO_HOME": "", "MLFLOW_TRACKING_URI": "", **variables},
+        capture_output=True,
+        encoding="utf-8",
+        check=False,
+    )
+
+
+def leaves_the_encoding_open(call: ast.Call) -> bool:
+    """Whether a call opens text, or reads that of a process, in whatever encoding the locale has."""
+    if any(keyword.arg == "encoding" for keyword in call.keywords):
+        return False
+    name, owner = "", ""
+    if isinstance(call.func, ast.Attribute):
+        name, owner = call.func.attr, ast.unparse(call.func.value)
+    elif isinstance(call.func, ast.Name):
+        name = call.func.id
+    if name in ("read_text", "write_text"):
+        return True
+    if name in ("open", "fdopen") and owner not in ("av", "Image") and (owner, name) != ("os", "open"):
+        given = [*call.args, *(keyword.value for keyword in call.keywords if keyword.arg == "mode")]
+        modes = [x.value for x in given if isinstance(x, ast.Constant) and re.fullmatch("[rwabxt+]+", str(x.value))]
+        return not any("b" in str(mode) for mode in modes)
+    return any(x.arg == "text" and isinstance(x.value, ast.Constant) and x.value.value is True for x in call.keywords)
+
+
+def test_every_file_is_opened_in_a_stated_encoding() -> None:
+    found = [
+        f"{file.relative_to(ROOT)}:{node.lineno}"
+        for room in ROOMS
+        for file in (ROOT / room).rglob("*.py")
+        for node in ast.walk(ast.parse(file.read_bytes()))
+        if isinstance(node, ast.Call) and leaves_the_encoding_open(node)
+    ]
+    assert not found
+
+
+@pytest.mark.parametrize(
+    ("code", "wanted"),
+    [
+        ("path.read_text()", True),
+        ("path.open('a')", True),
+        ("open(path)", True),
+        ("subprocess.run(x, text=True)", True),
+        ("path.open('rb')", False),
+        ("path.write_text(x, encoding='utf-8')", False),
+        ("os.open(path, os.O_RDONLY)", False),
+        ("Shot(1, 2, 3, text=4)", False),
+    ],
+)
+def test_open_encodings_are_seen(code: str, wanted: bool) -> None:
+    (call,) = (node for node in ast.walk(ast.parse(code)) if isinstance(node, ast.Call))
+    assert leaves_the_encoding_open(call) is wanted
+
+
+def test_a_sweep_runs_in_an_ascii_locale_for_an_unknown_user(tmp_path: Path) -> None:
+    """A report with signs that ASCII has not, tables that no edge cuts, and no traceback."""
+    path = write_sweep(tmp_path / "s.yaml", about="60 × 60 — größer", cells={"a": {}})
+    done = zoo(
+        "sweep", path.name, folder=tmp_path,
+        LC_ALL="C", PYTHONUTF8="0", PYTHONCOERCECLOCALE="0", PYTHONIOENCODING="ascii",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "Traceback" not in done.stdout + done.stderr
+    page = (tmp_path / "runs" / "s" / "report.html").read_text(encoding="utf-8")
+    assert "60 × 60 — größer" in page
+    assert page.rstrip().endswith("</html>")
+    assert "1 of 1 cells finished" in done.stdout
+    assert "…" not in done.stdout
+    assert done.stdout.isascii()
+
+
+def test_a_malformed_address_is_one_line_before_anything_runs(tmp_path: Path) -> None:
+    write_sweep(tmp_path / "s.yaml", cells={"a": {}})
+    done = zoo("sweep", "s.yaml", folder=tmp_path, MLFLOW_TRACKING_URI="htp://me:secret@host")
+    assert done.returncode == 2
+    assert done.stderr.startswith("Error: MLFLOW_TRACKING_URI: ")
+    assert len(done.stderr.splitlines()) == 1
+    assert "http://HOST:PORT" in done.stderr
+    assert "secret" not in done.stderr
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_pipe_cuts_no_table(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    table = Table()
+    for number in range(40):
+        table.add_column(f"column {number}", no_wrap=True)
+    table.add_row(*["0.0123456789"] * 40)
+    monkeypatch.delenv("COLUMNS", raising=False)
+    Screen().print(table)
+    wide = capsys.readouterr().out
+    assert wide.count("0.0123456789") == 40
+    assert "…" not in wide
+    monkeypatch.setenv("COLUMNS", "79")
+    Screen().print(table)
+    assert max(map(len, capsys.readouterr().out.splitlines())) == 80
+
+
+@pytest.mark.parametrize("columns", ["40", "80"])
+def test_a_narrow_terminal_loses_no_column_and_no_advice(monkeypatch: pytest.MonkeyPatch, columns: str) -> None:
+    monkeypatch.setenv("COLUMNS", columns)
+    table = CliRunner().invoke(app, ["cost", "moc", "--frames", "2", "--rows", "4", "--cols", "4"]).output
+    assert "…" not in table
+    for shown in ("  pairs", "  density", "100.00 %", "linear layers", "dense ÷ it"):
+        assert shown in table
+    told = CliRunner().invoke(app, ["train", "trainer.max_step=3"]).stderr
+    assert len(told.splitlines()) == 1  # the terminal breaks it
+    assert "did you mean 'max_steps'?" in told
+    wrong = CliRunner().invoke(app, ["cost", "moc", "--frames", "many"]).stderr
+    assert "a valid integer" in " ".join(re.sub("[│╭╰─╮╯]", " ", wrong).split())
