@@ -267,7 +267,7 @@ def test_rows_measured_before_there_were_intervals_are_no_noise() -> None:
 
 
 def test_the_host_has_a_row_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
-    """It is measured without a GPU: twice as much work for the host takes longer, whatever else the machine does."""
+    """It is measured without a GPU, planning and launching, forward and with the backward."""
     pytest.importorskip("triton", reason="needs the package triton")
     monkeypatch.setattr(turns, "measure", lambda *_, **__: [])
     round_ = bench.Round(bench.film_of(2048), (bench.MOC, bench.Entry("window", {"tile": [2, 8, 8]})))
@@ -276,7 +276,7 @@ def test_the_host_has_a_row_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
         ("moc", "host", "triton"),
         ("window", "host", "triton"),
     ]
-    assert all(0 < row["forward_seconds"] < row["seconds"] for row in rows)
+    assert all(row[seconds] > 0 for row in rows for seconds in ("forward_seconds", "seconds", "first_seconds"))
     lines = list(bench.table(rows))
     assert [line.split()[:1] + line.split()[4:5] for line in lines[1:]] == [["moc", "host"], ["window", "host"]]
 
