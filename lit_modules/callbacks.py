@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any, Literal, cast
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback, WeightAveraging
-from torch import Tensor
+from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel
 from typing_extensions import override
 
 import sparse_zoo as zoo
@@ -25,6 +26,28 @@ if TYPE_CHECKING:
     from lit_modules.module import LitVideoDiT
 
 
+class _Average(AveragedModel):
+    """A copy of a model that follows its weights. It counts its updates on the CPU, where asking for the number does
+    not make the host wait for the GPU, as torch's own counter does in every step."""
+
+    def __init__(self, model: nn.Module, decay: float, device: torch.device) -> None:
+        super().__init__(model)
+        self.module.to(device)
+        self.decay = decay
+
+    @override
+    def update_parameters(self, model: nn.Module) -> None:
+        n = int(self.n_averaged)
+        with torch.no_grad():
+            means = list(self.module.parameters())
+            # With weights in half precision the average stays in float32, or it would not move.
+            wide = [weight.to(mean.dtype) for weight, mean in zip(model.parameters(), means, strict=True)]
+            torch._foreach_lerp_(means, wide, 1 - min(self.decay, (1 + n) / (10 + n)) if n else 1.0)
+            for own, buffer in zip(self.module.buffers(), model.buffers(), strict=True):
+                own.copy_(buffer)
+        self.n_averaged += 1
+
+
 class EMA(WeightAveraging):
     """Exponential moving average of the weights: validation, test and the `state_dict` of checkpoints use it.
 
@@ -32,13 +55,14 @@ class EMA(WeightAveraging):
     """
 
     def __init__(self, decay: float) -> None:
-        def average(averages: list[Tensor], weights: list[Tensor], updates: Tensor | int) -> None:
-            n = int(updates)
-            # With weights in half precision the average stays in float32, or it would not move.
-            wide = [weight.to(mean.dtype) for weight, mean in zip(weights, averages, strict=True)]
-            torch._foreach_lerp_(averages, wide, 1 - min(decay, (1 + n) / (10 + n)))
+        super().__init__(use_buffers=False)
+        self.decay = decay
 
-        super().__init__(use_buffers=False, multi_avg_fn=average)
+    @override
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        if stage == "fit":
+            # The model is moved to its device after this: where it is now, each update would copy it back to the CPU.
+            self._average_model = _Average(pl_module, self.decay, trainer.strategy.root_device)
 
     # Training that was over before it was resumed does not end again, and so leaves the last weights in their place.
     @override

@@ -7,6 +7,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from importlib.util import find_spec
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,6 +17,7 @@ from torch import Tensor
 
 import sparse_zoo as zoo
 from lit_modules import VideoDiT
+from lit_modules.callbacks import EMA
 from lit_modules.flow import RectifiedFlow, generator
 from sparse_zoo.bench import QUICK
 from sparse_zoo.host_time import host_seconds
@@ -263,3 +265,18 @@ def test_auto_chooses_chunks_on_the_device_too(method: str) -> None:
     with fake_cuda() as launches:
         assert attention(q, q, q, film, hidden=torch.empty(1, len(film), DIM, device=CUDA)).kernel == "triton"
     assert {"pool", "choose"} <= {launch.name for launch in launches}
+
+
+def test_averaging_the_weights_never_waits() -> None:
+    model: Any = torch.nn.Linear(3, 4)
+    trainer: Any = SimpleNamespace(strategy=SimpleNamespace(root_device=CUDA))
+    ema = EMA(0.9)
+    ema.setup(trainer, model, "fit")  # which Lightning calls before it moves the model
+    model.to(CUDA)
+    average = ema._average_model
+    assert average is not None
+    assert {x.device for x in average.module.parameters()} == {CUDA}
+    with no_synchronisation():
+        for _ in range(3):
+            average.update_parameters(model)
+    assert int(average.n_averaged) == 3
