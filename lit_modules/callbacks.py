@@ -39,7 +39,7 @@ class _Average(AveragedModel):
     def update_parameters(self, model: nn.Module) -> None:
         n = int(self.n_averaged)
         with torch.no_grad():
-            means = list(self.module.parameters())
+            means: list[Tensor] = list(self.module.parameters())
             # With weights in half precision the average stays in float32, or it would not move.
             wide = [weight.to(mean.dtype) for weight, mean in zip(model.parameters(), means, strict=True)]
             torch._foreach_lerp_(means, wide, 1 - min(self.decay, (1 + n) / (10 + n)) if n else 1.0)
@@ -146,6 +146,8 @@ def _sum(costs: Sequence[zoo.Cost]) -> zoo.Cost:
 class StepTimer(Callback):
     """Seconds of each training batch, from its start to its end, loading of data and validation not included.
 
+    On a GPU these are its own: the host does not wait for the end of a batch.
+
     The first `skip` batches, which compile and allocate, are left out, after each resumption anew.
     """
 
@@ -154,25 +156,36 @@ class StepTimer(Callback):
         self.seconds: list[float] = []
         self._before: list[float] = []  # timed before a resumption
         self._peak_before = 0
-        self._start = 0.0
+        self._running: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []  # batches that a GPU may not have ended
+        self._start: Any = 0.0
         self._memory = _PeakMemory(torch.device("cpu"))
 
     @override
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self.seconds = []
+        self.seconds, self._running = [], []
         self._memory = _PeakMemory(pl_module.device)
 
     @override
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        synchronize(pl_module.device)
-        self._start = time.perf_counter()
+        self._start = _now(pl_module.device)
 
     @override
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        synchronize(pl_module.device)
-        self.seconds.append(time.perf_counter() - self._start)
+        end = _now(pl_module.device)
+        if isinstance(end, float):
+            self.seconds.append(end - self._start)
+            return
+        self._running.append((self._start, end))
+        self._read(wait=False)
+
+    def _read(self, *, wait: bool) -> None:
+        """Take down the batches that the GPU has ended, or `wait` for all of them."""
+        while self._running and (wait or self._running[0][1].query()):
+            start, end = self._running.pop(0)
+            end.synchronize()
+            self.seconds.append(start.elapsed_time(end) / 1000)
 
     @override
     def state_dict(self) -> dict[str, Any]:
@@ -183,6 +196,7 @@ class StepTimer(Callback):
         self._before, self._peak_before = state_dict["timed"], state_dict["peak"]
 
     def _timed(self) -> list[float]:
+        self._read(wait=True)
         return self._before + self.seconds[self.skip :]
 
     def _peak(self) -> int:
@@ -197,6 +211,15 @@ class StepTimer(Callback):
             "peak_memory_bytes": self._peak(),
             "peak_memory_of": self._memory.meaning,
         }
+
+
+def _now(device: torch.device) -> float | torch.cuda.Event:
+    """The time; on a GPU an event, which passes when the work before it has ended and makes nobody wait."""
+    if device.type != "cuda":
+        return time.perf_counter()
+    event = torch.cuda.Event(enable_timing=True)
+    event.record(torch.cuda.current_stream(device))
+    return event
 
 
 def synchronize(device: torch.device) -> None:
