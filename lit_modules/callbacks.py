@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any, Literal, cast
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback, WeightAveraging
-from torch import Tensor
+from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel
 from typing_extensions import override
 
 import sparse_zoo as zoo
@@ -25,6 +26,28 @@ if TYPE_CHECKING:
     from lit_modules.module import LitVideoDiT
 
 
+class _Average(AveragedModel):
+    """A copy of a model that follows its weights. It counts its updates on the CPU, where asking for the number does
+    not make the host wait for the GPU, as torch's own counter does in every step."""
+
+    def __init__(self, model: nn.Module, decay: float, device: torch.device) -> None:
+        super().__init__(model)
+        self.module.to(device)
+        self.decay = decay
+
+    @override
+    def update_parameters(self, model: nn.Module) -> None:
+        n = int(self.n_averaged)
+        with torch.no_grad():
+            means: list[Tensor] = list(self.module.parameters())
+            # With weights in half precision the average stays in float32, or it would not move.
+            wide = [weight.to(mean.dtype) for weight, mean in zip(model.parameters(), means, strict=True)]
+            torch._foreach_lerp_(means, wide, 1 - min(self.decay, (1 + n) / (10 + n)) if n else 1.0)
+            for own, buffer in zip(self.module.buffers(), model.buffers(), strict=True):
+                own.copy_(buffer)
+        self.n_averaged += 1
+
+
 class EMA(WeightAveraging):
     """Exponential moving average of the weights: validation, test and the `state_dict` of checkpoints use it.
 
@@ -32,13 +55,14 @@ class EMA(WeightAveraging):
     """
 
     def __init__(self, decay: float) -> None:
-        def average(averages: list[Tensor], weights: list[Tensor], updates: Tensor | int) -> None:
-            n = int(updates)
-            # With weights in half precision the average stays in float32, or it would not move.
-            wide = [weight.to(mean.dtype) for weight, mean in zip(weights, averages, strict=True)]
-            torch._foreach_lerp_(averages, wide, 1 - min(decay, (1 + n) / (10 + n)))
+        super().__init__(use_buffers=False)
+        self.decay = decay
 
-        super().__init__(use_buffers=False, multi_avg_fn=average)
+    @override
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        if stage == "fit":
+            # The model is moved to its device after this: where it is now, each update would copy it back to the CPU.
+            self._average_model = _Average(pl_module, self.decay, trainer.strategy.root_device)
 
     # Training that was over before it was resumed does not end again, and so leaves the last weights in their place.
     @override
@@ -122,6 +146,8 @@ def _sum(costs: Sequence[zoo.Cost]) -> zoo.Cost:
 class StepTimer(Callback):
     """Seconds of each training batch, from its start to its end, loading of data and validation not included.
 
+    On a GPU these are its own: the host does not wait for the end of a batch.
+
     The first `skip` batches, which compile and allocate, are left out, after each resumption anew.
     """
 
@@ -130,25 +156,36 @@ class StepTimer(Callback):
         self.seconds: list[float] = []
         self._before: list[float] = []  # timed before a resumption
         self._peak_before = 0
-        self._start = 0.0
+        self._running: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []  # batches that a GPU may not have ended
+        self._start: Any = 0.0
         self._memory = _PeakMemory(torch.device("cpu"))
 
     @override
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self.seconds = []
+        self.seconds, self._running = [], []
         self._memory = _PeakMemory(pl_module.device)
 
     @override
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        synchronize(pl_module.device)
-        self._start = time.perf_counter()
+        self._start = _now(pl_module.device)
 
     @override
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        synchronize(pl_module.device)
-        self.seconds.append(time.perf_counter() - self._start)
+        end = _now(pl_module.device)
+        if isinstance(end, float):
+            self.seconds.append(end - self._start)
+            return
+        self._running.append((self._start, end))
+        self._read(wait=False)
+
+    def _read(self, *, wait: bool) -> None:
+        """Take down the batches that the GPU has ended, or `wait` for all of them."""
+        while self._running and (wait or self._running[0][1].query()):
+            start, end = self._running.pop(0)
+            end.synchronize()
+            self.seconds.append(start.elapsed_time(end) / 1000)
 
     @override
     def state_dict(self) -> dict[str, Any]:
@@ -159,6 +196,7 @@ class StepTimer(Callback):
         self._before, self._peak_before = state_dict["timed"], state_dict["peak"]
 
     def _timed(self) -> list[float]:
+        self._read(wait=True)
         return self._before + self.seconds[self.skip :]
 
     def _peak(self) -> int:
@@ -173,6 +211,15 @@ class StepTimer(Callback):
             "peak_memory_bytes": self._peak(),
             "peak_memory_of": self._memory.meaning,
         }
+
+
+def _now(device: torch.device) -> float | torch.cuda.Event:
+    """The time; on a GPU an event, which passes when the work before it has ended and makes nobody wait."""
+    if device.type != "cuda":
+        return time.perf_counter()
+    event = torch.cuda.Event(enable_timing=True)
+    event.record(torch.cuda.current_stream(device))
+    return event
 
 
 def synchronize(device: torch.device) -> None:

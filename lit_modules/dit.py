@@ -16,6 +16,7 @@ import sparse_zoo as zoo
 from lit_modules.stream import Stream, stream, video_only
 from sparse_zoo.errors import refuse, unknown
 from sparse_zoo.gather import add_at, take
+from sparse_zoo.remember import remembered
 
 TEXT = ("joint", "cross")
 POOLED_TEXT = ("none", "adaln", "tokens")
@@ -241,7 +242,7 @@ class VideoDiT(nn.Module):
         rows = None if past is None else torch.arange(start, len(inner), device=inner.device)
         captions = None
         if self.text == "cross" and len(table.text):
-            plan = own_captions(layout, inner, table)
+            plan = own_captions(layout, inner)
             rotation = _rotation(table.positions[table.text], self.head_dim)
             captions = Captions(words, rotation, plan if rows is None else plan.narrow(rows))
         context = Context(
@@ -469,9 +470,11 @@ def _pool(words: Tensor, table: Stream) -> Tensor:
     return torch.cat([total[:, :shots] + take(film, 1, table.film_of_shot), film], dim=1)
 
 
-def own_captions(layout: zoo.Layout, video: zoo.Layout, table: Stream) -> zoo.Plan:
+@remembered(32)
+def own_captions(layout: zoo.Layout, video: zoo.Layout) -> zoo.Plan:
     """Video tokens × text tokens: each shot reads its own caption and its film's global caption."""
     shots = video.partition("shot")
     captions = layout.partition("shot", where=layout.is_text)
     own = (shots.shot[:, None] == captions.shot) | (captions.shot == -1)
-    return zoo.Plan.blocks(shots, captions.narrow(table.text), own & (shots.sample[:, None] == captions.sample))
+    same_film = shots.sample[:, None] == captions.sample
+    return zoo.Plan.blocks(shots, captions.narrow(stream(layout).text), own & same_film)

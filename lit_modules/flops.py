@@ -92,5 +92,5 @@ def caption_flops(shape: ModelShape, layout: zoo.Layout, batch: int) -> Flops:
     """Cross-attention to captions, its linear layers apart: 4 and 10 · pairs · dim; nothing in a joint stream."""
     if shape.text == "joint" or not bool(layout.is_text.any()):
         return Flops(0, 0)
-    pairs = int(own_captions(layout, inner(shape, layout), stream(layout)).pairs.sum())
+    pairs = int(own_captions(layout, inner(shape, layout)).pairs.sum())
     return Flops(4 * shape.depth * batch * pairs * shape.dim, 10 * shape.depth * batch * pairs * shape.dim)

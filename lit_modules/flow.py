@@ -18,6 +18,7 @@ import sparse_zoo as zoo
 from lit_modules.dit import DiTOutput, VideoDiT
 from lit_modules.stream import stream
 from sparse_zoo.errors import refuse, unknown
+from sparse_zoo.remember import copy_to
 
 TIMES = ("logistic", "uniform")
 
@@ -84,11 +85,11 @@ class RectifiedFlow:
             time = torch.rand(batch, count, generator=draws)
         else:
             time = torch.sigmoid(self.mean + self.std * torch.randn(batch, count, generator=draws))
-        time = self.warp(time).to(layout.device)
+        time = copy_to(self.warp(time), layout.device)
         time = time if self.per_shot else time[:, table.film_of_shot]
         if not self.history:
             return time
-        chosen, how_many = torch.rand(2, batch, films, generator=draws).to(layout.device)
+        chosen, how_many = copy_to(torch.rand(2, batch, films, generator=draws), layout.device)
         # From 1 to S - 1 shots of S; of a film of one shot, none.
         given = (1 + how_many * (table.shots_of_film - 1)).long().clamp(max=table.shots_of_film - 1)
         given = torch.where(chosen < self.history, given, 0)
@@ -102,7 +103,7 @@ class RectifiedFlow:
         layout = batch["layout"].to(text.device)
         time = self.draw_times(text.shape[0], layout, draws)
         films = len(layout.films)
-        dropped = torch.rand(text.shape[0], films, generator=draws).to(text.device) < self.drop_text
+        dropped = copy_to(torch.rand(text.shape[0], films, generator=draws), text.device) < self.drop_text
         text = text.masked_fill(dropped[:, stream(layout).film_of_text], model.null_id)
         return self.loss(model, batch["clips"], text, time, layout, draws, step=step, seed=seed)
 
@@ -124,7 +125,7 @@ class RectifiedFlow:
         left out of the mean.
         """
         clean = model.patchify(clips)
-        noise = torch.randn(clean.shape, generator=draws).to(clean)
+        noise = copy_to(torch.randn(clean.shape, generator=draws), clean.device).to(clean.dtype)
         t = time[:, stream(layout).shot_of_video, None].to(clean)  # (B, Nv, 1)
         output = model((1 - t) * clean + t * noise, text, time, layout, step=step, seed=seed)
         per_token = (output.velocity.float() - (noise - clean).float()).square().mean(-1)

@@ -13,7 +13,7 @@ from torch._compile import _disable_dynamo
 from sparse_zoo.cost import Cost
 from sparse_zoo.errors import ZooError, refuse, unknown
 from sparse_zoo.gather import take
-from sparse_zoo.kernels import attend, attend_sum
+from sparse_zoo.kernels import attend, attend_sum, routes_on_device
 from sparse_zoo.kernels import names as kernel_names
 from sparse_zoo.layout import Layout
 from sparse_zoo.plan import Part, Plan
@@ -260,6 +260,10 @@ class Attention(nn.Module):
         if call.hidden is None:
             raise ZooError(f"{type(self).__name__} needs what q, k, v were projected from: give hidden=(B, L, dim)")
         return self.features(call.hidden)
+
+    def on_device(self, call: Call) -> bool:
+        """Whether `routing.top_chunks` may choose by Triton's kernels: where they attend, by name or by "auto"."""
+        return routes_on_device(self.kernel, call.q, call.v)
 
     def losses(self, call: Call) -> dict[str, Tensor]:  # noqa: ARG002
         """Auxiliary losses by name, weighted: scalars to add to the loss."""

@@ -44,7 +44,7 @@ def record_launches() -> Iterator[list[Launch]]:
     refuse("recording launches", ["needs the package triton"] if find_spec("triton") is None else [])
     from triton.runtime.jit import JITFunction
 
-    from sparse_zoo.kernels import triton
+    from sparse_zoo.kernels import automatic, triton
     from sparse_zoo.kernels.triton import configs, dense, device, routing
 
     launches: list[Launch] = []
@@ -57,6 +57,7 @@ def record_launches() -> Iterator[list[Launch]]:
         for name, kernel in list(vars(device).items()):
             if isinstance(kernel, JITFunction):
                 replace(device, name, _Recorder(name, kernel, launches))
+        replace(automatic, "place", lambda x: ("cuda", CAPABILITY))  # noqa: ARG005
         replace(triton.Triton, "why_not", lambda self, q=None, v=None: [])  # noqa: ARG005
         replace(triton, "_config", lambda q: configs.choose(CAPABILITY, q.shape[-1]))
         replace(routing, "_tile", lambda q: configs.choose_tile(CAPABILITY))  # noqa: ARG005

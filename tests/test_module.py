@@ -6,6 +6,7 @@ import warnings
 from contextlib import nullcontext
 from copy import deepcopy
 from itertools import pairwise
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -425,6 +426,38 @@ def test_steps_are_timed_and_memory_measured():
     assert sorted(timer.seconds[2:])[1] <= summary["seconds_per_step"] <= sorted(timer.seconds[2:])[2]
     assert 2**26 < summary["peak_memory_bytes"] < 2**36
     assert StepTimer().summary()["seconds_per_step"] is None
+
+
+def test_steps_on_a_gpu_are_timed_without_waiting(monkeypatch):
+    class Event:
+        passed, waited, clock = 0, [], iter((0.0, 7.0, 20.0, 25.0, 100.0, 101.0))
+
+        def __init__(self, enable_timing):
+            assert enable_timing
+
+        def record(self, _):
+            self.at = next(Event.clock)
+
+        def query(self):
+            return self.at <= Event.passed
+
+        def synchronize(self):
+            Event.waited += [] if self.query() else [self.at]
+
+        def elapsed_time(self, end):
+            return 1000 * (end.at - self.at)
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda _: None)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda *_: pytest.fail("the host waits in a step"))
+    timer, model = StepTimer(skip=0), SimpleNamespace(device=torch.device("cuda"))
+    for passed in (0, 10, 10):
+        Event.passed = passed
+        timer.on_train_batch_start(None, model, None, 0)
+        timer.on_train_batch_end(None, model, None, None, 0)
+    assert (timer.seconds, Event.waited) == ([7.0], [])
+    assert timer.summary()["seconds_per_step"] == 5.0
+    assert (timer.seconds, Event.waited) == ([7.0, 5.0, 1.0], [25.0, 101.0])
 
 
 def test_peak_memory_is_of_its_own_run():

@@ -7,6 +7,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from importlib.util import find_spec
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,6 +16,9 @@ from fake_cuda import CUDA, Synchronises, fake_cuda, no_synchronisation
 from torch import Tensor
 
 import sparse_zoo as zoo
+from lit_modules import VideoDiT
+from lit_modules.callbacks import EMA
+from lit_modules.flow import RectifiedFlow, generator
 from sparse_zoo.bench import QUICK
 from sparse_zoo.host_time import host_seconds
 from sparse_zoo.remember import copy_to, on_device, origin
@@ -211,3 +215,68 @@ def test_copies_say_what_the_originals_say() -> None:
     for mine, theirs in zip(copy.parts, plan.parts, strict=True):
         assert torch.equal(mine.queries.piece_of, theirs.queries.piece_of)
         assert torch.equal(mine.keys.sizes, theirs.keys.sizes)
+
+
+# -- training ---------------------------------------------------------------------------------------------------------
+
+
+@needs_triton
+@pytest.mark.parametrize("text", ["joint", "cross"])
+@pytest.mark.parametrize("method", ["dense", "moc", "moga", "vsa"])
+def test_a_training_step_of_the_model_never_waits(method: str, text: Any) -> None:
+    film = zoo.Layout.pack(
+        [zoo.Layout.film([zoo.Shot(2, 4, 6, text=3)] * 2, caption=2), zoo.Layout.film([zoo.Shot(2, 4, 6)])]
+    )
+    attention = {"name": method, "kernel": "triton", **QUICK.get(method, {})}
+    model = VideoDiT(
+        dim=128,
+        depth=2,
+        heads=2,
+        channels=3,
+        patch=(1, 2, 2),
+        vocabulary=7,
+        attention=attention,
+        text=text,
+        checkpoint=True,
+    ).to(CUDA, torch.bfloat16)
+    shots = [shot for each in film.films for shot in each.shots]
+    batch = {
+        "layout": film,
+        "clips": [
+            torch.empty(1, s.frames, 3, 2 * s.rows, 2 * s.cols, device=CUDA, dtype=torch.bfloat16) for s in shots
+        ],
+        "text": torch.empty(1, sum(s.text for s in shots) + 2, dtype=torch.int64, device=CUDA),
+    }
+    flow = RectifiedFlow(history=0.5, per_shot=True)
+    with fake_cuda() as launches:
+        for step in range(2):
+            found = flow.training_loss(model, batch, generator("train", step), step=step, seed=step)
+            sum(found.output.losses.values(), found.loss).backward()
+        assert launches
+    assert all(p.grad is not None for p in model.parameters())
+
+
+@needs_triton
+@pytest.mark.parametrize("method", ["moba", "moc", "nsa"])
+def test_auto_chooses_chunks_on_the_device_too(method: str) -> None:
+    film = new_film(12)
+    attention = zoo.build(method, heads=HEADS, head_dim=HEAD_DIM, dim=DIM, **QUICK.get(method, {})).to(CUDA)
+    q = torch.empty(1, HEADS, len(film), HEAD_DIM, dtype=torch.bfloat16, device=CUDA)
+    with fake_cuda() as launches:
+        assert attention(q, q, q, film, hidden=torch.empty(1, len(film), DIM, device=CUDA)).kernel == "triton"
+    assert {"pool", "choose"} <= {launch.name for launch in launches}
+
+
+def test_averaging_the_weights_never_waits() -> None:
+    model: Any = torch.nn.Linear(3, 4)
+    trainer: Any = SimpleNamespace(strategy=SimpleNamespace(root_device=CUDA))
+    ema = EMA(0.9)
+    ema.setup(trainer, model, "fit")  # which Lightning calls before it moves the model
+    model.to(CUDA)
+    average = ema._average_model
+    assert average is not None
+    assert {x.device for x in average.module.parameters()} == {CUDA}
+    with no_synchronisation():
+        for _ in range(3):
+            average.update_parameters(model)
+    assert int(average.n_averaged) == 3

@@ -66,7 +66,7 @@ def test_texts_of_the_environment_stay_expressions(monkeypatch: pytest.MonkeyPat
     assert merge(["data=${oc.env:KIND}"]) == merge(["data=video_films"])
     monkeypatch.setenv("METHOD", "moc")
     assert merge(["attention=${oc.env:METHOD}"]) == merge(["attention=moc"])
-    assert misspelt(["data=${oc.env:KIND}", "attention=${oc.env:METHOD}"], plugins=False) is None
+    assert not misspelt(["data=${oc.env:KIND}", "attention=${oc.env:METHOD}"], plugins=False)
     monkeypatch.delenv("PLACE")
     with pytest.raises(ZooError, match="PLACE"):
         resolve(config)

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch._compile import _disable_dynamo
 
 from sparse_zoo.errors import refuse, unknown
+from sparse_zoo.kernels import automatic
 from sparse_zoo.kernels.automatic import RULES
 from sparse_zoo.kernels.base import Kernel
 from sparse_zoo.kernels.exact import Exact
@@ -27,8 +28,6 @@ _kernels: dict[str, Kernel] = {
     kernel.name: kernel
     for kernel in (TorchVarlen(), Triton(), Cudnn(), FlashAttn(), XFormers(), Flex(), Cpu(), Exact(), Reference())
 }
-AUTO = tuple(rule.kernel for rule in RULES)
-"""What "auto" tries, in this order: see `automatic`."""
 
 
 class Attended(NamedTuple):
@@ -88,8 +87,8 @@ def attend(
 ) -> Attended:
     """Softmax attention over a plan: q (B, H, Lq, D), k, v (B, Hk, Lk, D), one dtype and device, H % Hk == 0.
 
-    `scale` is D^-0.5 by default. "auto" takes the first of `AUTO` that can run these tensors; a kernel asked by name
-    runs or raises `ZooError` with every reason. `check` also checks that the plan holds no pair twice.
+    `scale` is D^-0.5 by default. "auto" takes the first of `automatic.RULES` that fits these tensors; a kernel asked
+    by name runs or raises `ZooError` with every reason. `check` also checks that the plan holds no pair twice.
     """
     refuse("attend", _mismatches(q, k, v, plan))
     if check:
@@ -126,11 +125,33 @@ def _choose(kernel: str, q: Tensor, v: Tensor) -> str:
     if kernel != "auto":
         refuse(f"kernel {kernel!r}", get(kernel).why_not(q, v))
         return kernel
-    reasons = {name: _kernels[name].why_not(q, v) for name in AUTO}
-    chosen = next((name for name in AUTO if not reasons[name]), "")
+    chosen = _automatic(q, v)
     if not chosen:
+        reasons = {
+            rule.kernel: _kernels[rule.kernel].why_not(q, v)
+            or [f'"auto" takes it on {rule.device} alone, for head dims: {rule.described()}']
+            for rule in RULES
+        }
         refuse("no kernel can run this", [f"{name}: {'; '.join(why)}" for name, why in reasons.items()])
     return chosen
+
+
+def _automatic(q: Tensor, v: Tensor) -> str:
+    """What "auto" takes for these tensors: the first rule that fits them and whose kernel can run; "" for none."""
+    device, capability = automatic.place(q)
+    return next(
+        (
+            rule.kernel
+            for rule in RULES
+            if rule.takes(device, capability, q.dtype, q.shape[-1]) and not _kernels[rule.kernel].why_not(q, v)
+        ),
+        "",
+    )
+
+
+def routes_on_device(kernel: str, q: Tensor, v: Tensor) -> bool:
+    """Whether Triton's kernels attend to these tensors: then they choose chunks too. No other kernel needs Triton."""
+    return isinstance(_kernels.get(_automatic(q, v) if kernel == "auto" else kernel), Triton)
 
 
 def merge(outs: Sequence[Tensor], lses: Sequence[Tensor]) -> tuple[Tensor, Tensor]:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
 from sparse_zoo.kernels.triton.configs import HEAD_DIMS
 
@@ -48,6 +49,11 @@ RULES = (
     Rule("cpu", "cpu", (*HALF, *WIDE)),
 )
 """In the order in which they are tried. The oracle is never among them: it has to be asked for."""
+
+
+def place(x: Tensor) -> tuple[str, tuple[int, int]]:
+    """The device type and compute capability by which a tensor's kernel is chosen; (0, 0) off CUDA."""
+    return x.device.type, torch.cuda.get_device_capability(x.device) if x.device.type == "cuda" else (0, 0)
 
 
 def automatic(device: str, capability: tuple[int, int], dtype: torch.dtype, head_dim: int) -> str:

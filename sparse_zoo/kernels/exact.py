@@ -81,10 +81,12 @@ def _wide(x: Tensor, rows: Tensor) -> Tensor:
 @contextmanager
 def _in_full(device: torch.device) -> Iterator[None]:
     """Products in the precision of their factors: neither TF32 nor what autocast would narrow them to."""
-    before = torch.backends.cuda.matmul.allow_tf32
-    torch.backends.cuda.matmul.allow_tf32 = False
+    # Never by `allow_tf32` too: torch raises where the old setting and the new one are both used.
+    products = torch.backends.cuda.matmul
+    before = products.fp32_precision
+    products.fp32_precision = "ieee"
     try:
         with torch.autocast(device.type, enabled=False):
             yield
     finally:
-        torch.backends.cuda.matmul.allow_tf32 = before
+        products.fp32_precision = before

@@ -77,7 +77,7 @@ class MoBA(Attention):
             static.others,
             kind,
             self.top_k - 1,
-            on_device=self.kernel == "triton",
+            on_device=self.on_device(call),
         )
         chosen = torch.cat([own.int().expand(*others.shape[:2], -1)[..., None], others], dim=-1)
         return [Branch(joint(call.layout, *Plan.routed(static.blocks, chosen).parts, q_rows=call.q_rows))]

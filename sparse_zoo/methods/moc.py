@@ -114,8 +114,7 @@ class MoC(Attention):
             kind,
             self.top_k,
             drops,
-            # Who asks for the Triton kernel gets its routing too; no other kernel depends on Triton.
-            on_device=self.kernel == "triton",
+            on_device=self.on_device(call),
         )
         routed = Plan.routed(static.chunks, chosen)
         if anchors is None:

@@ -92,8 +92,7 @@ class NSA(Attention):
         if not blocks.count:
             return [Branch(fixed, select), window]
         kind = static.kind if call.q_rows is None else static.kind[call.q_rows]
-        on_device = self.kernel == "triton"  # who asks for the Triton kernel gets its routing too
-        best = top_chunks(call.q, call.k, blocks, static.legal, kind, self.top_k, on_device=on_device)
+        best = top_chunks(call.q, call.k, blocks, static.legal, kind, self.top_k, on_device=self.on_device(call))
         # No fixed block is legal, so that none is held twice.
         selected = Branch(Plan(*fixed.parts, *Plan.routed(blocks, best).parts), select)
         k, v = (pooled(blocks, x).to(x.dtype) for x in (call.k, call.v))

@@ -118,7 +118,7 @@ class _PlanWork:
                 by_cudnn = config.cudnn and not work.pieces
                 longest = part.keys.longest if by_cudnn else 0
                 parts.append(_Listed(work, slice(first, first + number), by_cudnn, longest))
-                slots.append(torch.where(work.slots < 0, -1, work.slots + first))
+                slots.append(torch.where(work.slots < 0, -1, work.slots + first) if first else work.slots)
                 first += number
         lead = plan.batch_heads
         joined = slots[-1] if len(slots) <= 2 else torch.cat([x.expand(*lead, -1, -1) for x in slots], dim=-1)
