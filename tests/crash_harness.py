@@ -31,13 +31,13 @@ from lightning.pytorch import LightningDataModule
 from rich.console import Console
 
 from datamodules import ShotWorld, VideoFilms
-from experiments import store
-from experiments.address import sqlite_file
-from experiments.launch import execute
-from experiments.progress import Bar
-from experiments.report import Report
-from experiments.sweep import Sweep, read
-from experiments.tracking import uri
+from experiments.execution.progress import Bar
+from experiments.execution.scheduler import execute
+from experiments.reporting.report import Report
+from experiments.sweep.expand import Sweep, read
+from experiments.tracking import store
+from experiments.tracking.address import sqlite_file
+from experiments.tracking.mlflow_logger import uri
 
 CELLS = 6
 DRIVERS = 2

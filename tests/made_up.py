@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 import sparse_zoo as zoo
-from experiments import pictures
-from experiments.store import Asked, Cell, Result, write_sweep
+from experiments.reporting import pictures
+from experiments.tracking.store import Asked, Cell, Result, write_sweep
 from lit_modules.callbacks import film_pictures, write_picture
 
 # Of the page of the full sweep, in order.

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from experiments.address import sqlite_file, sqlite_uri, tracking_uri
-from experiments.store import home
-from experiments.tracking import Tracker
+from experiments.tracking.address import sqlite_file, sqlite_uri, tracking_uri
+from experiments.tracking.mlflow_logger import Tracker
+from experiments.tracking.store import home
 from sparse_zoo.errors import ZooError
 
 

@@ -8,8 +8,8 @@ import pytest
 from test_launch import Silent
 from tiny import write_sweep
 
-from experiments.launch import execute
-from experiments.sweep import read
+from experiments.execution.scheduler import execute
+from experiments.sweep.expand import read
 
 ALLOCATION = {
     "SLURM_JOB_ID": "1",

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from made_up import SECTIONS, write_full_sweep
 
-from experiments.report import Report
+from experiments.reporting.report import Report
 
 sync_api = pytest.importorskip("playwright.sync_api", reason="needs the extra: pip install -e '.[browser]'")
 

@@ -6,11 +6,11 @@ from typing import Any, Literal
 
 import pytest
 
-from experiments.config import cannot_start, load
-from experiments.declared import fits
-from experiments.names import parse
-from experiments.store import config_id
-from experiments.yaml12 import read_yaml
+from experiments.config.declared import fits
+from experiments.config.names import parse
+from experiments.config.resolve import cannot_start, load
+from experiments.config.yaml12 import read_yaml
+from experiments.tracking.store import config_id
 from sparse_zoo.errors import ZooError
 
 

@@ -14,17 +14,17 @@ from tiny import BASE, write_sweep
 from torch.utils.flop_counter import FlopCounterMode
 from typer.testing import CliRunner
 
-from experiments import config as config_module
-from experiments import forecast, trial
-from experiments import run as run_module
-from experiments import sweep as sweep_module
 from experiments.cli import app
-from experiments.config import Config, load
-from experiments.data import build
-from experiments.forecast import Forecast
-from experiments.run import provenance
-from experiments.store import Result
-from experiments.sweep import read
+from experiments.config import resolve as config_module
+from experiments.config.datamodule import build
+from experiments.config.resolve import Config, load
+from experiments.execution import train as run_module
+from experiments.execution.train import provenance
+from experiments.sweep import dry_run, preflight
+from experiments.sweep import expand as sweep_module
+from experiments.sweep.dry_run import Forecast
+from experiments.sweep.expand import read
+from experiments.tracking.store import Result
 from lit_modules import AttentionCost, LitVideoDiT, VideoDiT
 from sparse_zoo.errors import ZooError
 
@@ -60,8 +60,8 @@ class Short(zoo.Attention):
 def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("ZOO_HOME", str(tmp_path / "runs"))
     monkeypatch.setenv("COLUMNS", "100")
-    trial._trial.cache_clear()
-    trial._step_seconds.cache_clear()
+    preflight._trial.cache_clear()
+    preflight._step_seconds.cache_clear()
     return tmp_path / "runs"
 
 
@@ -100,27 +100,27 @@ def first_step(config: Config) -> AttentionCost:
 @pytest.mark.filterwarnings("ignore")
 def test_a_trial_sees_what_the_first_step_sees(monkeypatch: pytest.MonkeyPatch) -> None:
     """A router's groups follow from the weights, the film, its noise and its time: all must be those of the run."""
-    monkeypatch.setattr(trial, "BATCHES", 1)
-    trial._data.cache_clear()
+    monkeypatch.setattr(preflight, "BATCHES", 1)
+    preflight._data.cache_clear()
     attention = {"name": "moga", "groups": 3}
     config = config_of({"attention": attention, "model.depth": 2, "seed": 3, "data.subjects": 2, "data.tags": 2})
-    found, real = trial.trial(config), first_step(config).summary()
+    found, real = preflight.trial(config), first_step(config).summary()
     assert [layer.density for layer in found.layers] == real["layers"]
     assert found.layers[0].density != found.layers[1].density
     assert found.varies
     assert found.attention_flops == real["flops"] + real["flops_backward"] + real["routing_flops"]
-    trial._data.cache_clear()
+    preflight._data.cache_clear()
 
 
 def test_flops_are_those_of_a_whole_batch() -> None:
     """Against torch's own counter over forward and backward of dense attention, four films at once."""
     config = config_of({"data.batch_size": 4, "model": {"dim": 24, "depth": 2}, "flow.drop_text": 0.0})
-    found = trial.trial(config)
-    made, batches = trial._data(json.dumps(config["data"]))
+    found = preflight.trial(config)
+    made, batches = preflight._data(json.dumps(config["data"]))
     shape: dict[str, Any] = {"channels": made.channels, "patch": made.patch, "vocabulary": made.vocabulary}
     model = VideoDiT(**config["model"], **shape, attention={"name": "dense", "kernel": "reference"})
     with FlopCounterMode(display=False) as counter:
-        trial._loss(config, model, batches[0], 0, "cpu").loss.backward()
+        preflight._loss(config, model, batches[0], 0, "cpu").loss.backward()
     counted = counter.get_total_flops()
     # The reference kernel's backward has four products of a dense mask, a flash kernel's five: one is 2 · pairs · dim.
     film = len(batches[0]["layout"])
@@ -140,13 +140,13 @@ def test_cells_are_tried_on_their_own_films(tmp_path: Path) -> None:
     base = {**BASE, "data": BASE["data"] | {"subjects": 3, "tags": 3}}
     sweep = read(write_sweep(tmp_path / "s.yaml", base=base, axes=axes, plugins=["long.py"], seeds=2))
     with pytest.raises(ZooError) as caught:
-        trial.check(sweep.cells)
+        preflight.check(sweep.cells)
     said = str(caught.value)
     assert "cell t: plan: part 0 names a key piece twice for one query piece" in said
     assert "cell s: IndexError: five shots are too many" in said
     assert "cell d" not in said
     assert said.count("cell s") == 1
-    trial.check(cell for cell in sweep.cells if cell.group == "d")
+    preflight.check(cell for cell in sweep.cells if cell.group == "d")
 
 
 def test_no_cell_starts_where_one_cannot(tmp_path: Path, home: Path) -> None:
@@ -166,7 +166,7 @@ AXES = {"attention": {"moc": {"name": "moc", "top_k": 1, "anchors": []}, "moga":
 
 @pytest.fixture
 def a_second_a_step(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(forecast, "step_seconds", lambda _: 1.0)
+    monkeypatch.setattr(dry_run, "step_seconds", lambda _: 1.0)
 
 
 def test_a_dry_run_says_what_a_sweep_would_take(tmp_path: Path, home: Path) -> None:
@@ -175,7 +175,7 @@ def test_a_dry_run_says_what_a_sweep_would_take(tmp_path: Path, home: Path) -> N
     assert (plain["name"], plain["about"]) == ("dry", "Two.")
     assert [row["name"] for row in plain["rows"]] == ["moc", "moga"]
     for row, cell in zip(plain["rows"], read(path).cells[::2], strict=True):
-        found = trial.trial(cell.config)
+        found = preflight.trial(cell.config)
         assert row["density"] == found.density
         assert row["density_varies"] is (row["name"] == "moga")
         assert row["tokens"] == found.tokens
@@ -220,7 +220,7 @@ def test_what_has_been_done_counts(tmp_path: Path) -> None:
     assert [(run["status"], run["steps"]) for run in moga.cells] == [("half done", 4), ("finished", 10), ("failed", 0)]
     assert (moga.seconds, moga.seconds_from) == (10.0, "steps timed now")  # another machine's clock says nothing
     assert Forecast.of(sweep).seconds == 60 + (0.6 + 1) * 10
-    assert "1 half done at step 4, 1 finished, 1 failed" in str(forecast._status(moga))
+    assert "1 half done at step 4, 1 finished, 1 failed" in str(dry_run._status(moga))
 
 
 @pytest.mark.usefixtures("a_second_a_step")
@@ -261,7 +261,7 @@ def test_dry_run_of_many_cells_builds_and_reads_each_thing_once(
         monkeypatch.setattr(module, name, counted)
 
     for module, name in (
-        (trial, "_model"),
+        (preflight, "_model"),
         (config_module, "read_yaml"),
         (sweep_module, "known"),
         (run_module, "_git"),
@@ -273,7 +273,7 @@ def test_dry_run_of_many_cells_builds_and_reads_each_thing_once(
     axes = {"attention.top_k": [1, 2], "optim.lr": [1e-4, 2e-4, 3e-4, 4e-4, 5e-4]}
     loaded = read(write_sweep(tmp_path / "many.yaml", base=base, axes=axes, seeds=3))
     assert len(loaded.cells) == 30
-    trial.check(loaded.cells)
+    preflight.check(loaded.cells)
     assert len(Forecast.of(loaded).rows) == 10
     models, tries = 2, 2  # planned once and timed once
     assert counts.pop("_git") <= 2  # outside of a checkout, one

@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
-from experiments.effects import Cells, Effect, effects
-from experiments.measures import Measure
+from experiments.analysis.ablations import Cells, Effect, effects
+from experiments.analysis.metrics import Measure
 
 RECALL = Measure.of("identity_recall")
 

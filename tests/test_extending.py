@@ -21,7 +21,7 @@ from typer.testing import CliRunner
 
 import sparse_zoo as zoo
 from experiments.cli import app
-from experiments.config import load
+from experiments.config.resolve import load
 from lit_modules import RectifiedFlow
 from sparse_zoo import registry, testing
 from sparse_zoo.kernels.reference import Reference

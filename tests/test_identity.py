@@ -10,11 +10,11 @@ from tiny import BASE, write_sweep
 from typer.testing import CliRunner
 
 from experiments.cli import app
-from experiments.config import cell, load
-from experiments.declared import as_declared
-from experiments.store import Asked, read_sweep
-from experiments.store import write_sweep as write_sweep_file
-from experiments.sweep import read
+from experiments.config.declared import as_declared
+from experiments.config.resolve import cell, load
+from experiments.sweep.expand import read
+from experiments.tracking.store import Asked, read_sweep
+from experiments.tracking.store import write_sweep as write_sweep_file
 
 
 def id_of(*overrides: Any) -> str:

@@ -18,15 +18,15 @@ from test_sample_command import Nobody
 from tiny import BASE
 from torch import Tensor
 
-from experiments.captures import FORMAT, Captured, load, save
-from experiments.config import load as load_config
-from experiments.match import Budget
-from experiments.names import parse_method
-from experiments.replay import Replayed, asked, replay
-from experiments.run import run
-from experiments.store import Cell
-from experiments.tracking import Tracker
-from experiments.trained import Trained
+from experiments.config.names import parse_method
+from experiments.config.resolve import load as load_config
+from experiments.execution.train import run
+from experiments.inspection.capture import FORMAT, Captured, load, save
+from experiments.inspection.replay import Replayed, asked, replay
+from experiments.inspection.trained import Trained
+from experiments.sweep.budget import Budget
+from experiments.tracking.mlflow_logger import Tracker
+from experiments.tracking.store import Cell
 from lit_modules.routing_watch import each_attention
 from sparse_zoo import Attention, Call, Layout, Shot, ZooError
 from sparse_zoo import build as build_method
@@ -151,7 +151,7 @@ def test_a_disk_that_is_full_leaves_what_was_there(tmp_path: Path, monkeypatch: 
         Path(path).write_bytes(b"half")
         raise SafetensorError("No space left on device")
 
-    monkeypatch.setattr("experiments.captures.save_file", full)
+    monkeypatch.setattr("experiments.inspection.capture.save_file", full)
     with pytest.raises(ZooError, match="calls could not be written: No space left on device"):
         save(tmp_path / "calls", awkward())
     assert [path.read_bytes() for path in tmp_path.iterdir()] == [there]
@@ -391,7 +391,7 @@ def test_the_front_is_what_nothing_beats(calls: Path, monkeypatch: pytest.Monkey
         density, error = figures[given["top_k"]]
         return Replayed(method, given, {"density": density, "error": error})
 
-    monkeypatch.setattr("experiments.replay._served", served)
+    monkeypatch.setattr("experiments.inspection.replay._served", served)
     rows = replay(load(calls), [("moc", {"top_k": n}) for n in figures])
     assert {row.settings["top_k"] for row in rows if row.pareto} == {1, 2, 5}
     assert [row.settings["top_k"] for row in rows] == [2, 4, 3, 1, 5]

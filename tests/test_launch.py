@@ -20,14 +20,14 @@ from test_cli import zoo as zoo_command
 from tiny import BASE, DIVERGES, write_sweep
 
 import sparse_zoo as zoo
-from experiments import store
-from experiments.launch import Work, _serve, differing, execute, loaded_plugins
-from experiments.page import html
-from experiments.progress import Bar
-from experiments.report import Report
-from experiments.slurm import Job
-from experiments.sweep import Sweep, read
-from experiments.tracking import Tracker, uri
+from experiments.execution.progress import Bar
+from experiments.execution.scheduler import Work, _serve, differing, execute, loaded_plugins
+from experiments.execution.slurm import Job
+from experiments.reporting.html import html
+from experiments.reporting.report import Report
+from experiments.sweep.expand import Sweep, read
+from experiments.tracking import store
+from experiments.tracking.mlflow_logger import Tracker, uri
 from sparse_zoo.errors import ZooError
 
 METHODS = {"attention": ["dense", "moc"]}
@@ -246,7 +246,7 @@ def test_a_cell_that_runs_elsewhere_is_waited_for(
                 replace(there, status=end).write(dense.folder(sweep.name))
             elsewhere.close()
 
-        monkeypatch.setattr("experiments.launch.time.sleep", other_driver)
+        monkeypatch.setattr("experiments.execution.scheduler.time.sleep", other_driver)
         bar = Silent()
         results = execute(sweep, bar)
     assert bar.notes[0] == "dense is running elsewhere"
@@ -270,7 +270,7 @@ def test_two_drivers_of_one_sweep_each_show_their_own_cells(runs: Path, monkeypa
     alone = zoo_command("sweep", file)
     assert alone.exit_code == 0
     assert "Report: " in alone.output
-    monkeypatch.setattr("experiments.launch.execute", both)
+    monkeypatch.setattr("experiments.execution.scheduler.execute", both)
     found = zoo_command("sweep", file)
     assert found.exit_code == 0  # the other one's cell has not run, which is no fault of this command
     assert "1 of 1 cells finished" in found.output
@@ -335,7 +335,7 @@ def test_a_database_is_made_whole_or_not_at_all(runs: Path, monkeypatch: pytest.
     monkeypatch.delenv("MLFLOW_TRACKING_URI")
     told: list[str] = []
     with monkeypatch.context() as patched:
-        patched.setattr("experiments.tracking.os.replace", lambda *_: os.stat(runs / "nowhere"))
+        patched.setattr("experiments.tracking.mlflow_logger.os.replace", lambda *_: os.stat(runs / "nowhere"))
         assert Tracker("first", told.append).parent("first", "") is None
     assert len(told) == 1
     assert not (store.home() / "mlflow.db").exists()

@@ -2,9 +2,9 @@
 
 import pytest
 
-from experiments.config import load
-from experiments.layers import per_layer
-from experiments.wording import settings
+from experiments.analysis.formatting import settings
+from experiments.config.layers import per_layer
+from experiments.config.resolve import load
 from sparse_zoo.errors import ZooError
 
 DENSE, MOC, WINDOW = {"name": "dense"}, {"name": "moc", "top_k": 1}, {"name": "window"}

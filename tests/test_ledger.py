@@ -18,7 +18,7 @@ from typer.testing import CliRunner, Result
 
 import sparse_zoo as zoo
 from experiments.cli import app
-from experiments.papers import PAPERS, Case, Figure, Fit, Ledger, judge, page
+from experiments.tools.paper_ledger import PAPERS, Case, Figure, Fit, Ledger, judge, page
 from lit_modules import VideoDiT
 from lit_modules.flops import Flops, ModelShape, caption_flops, linear_flops
 from lit_modules.stream import stream

@@ -12,8 +12,8 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
 import sparse_zoo as zoo
-from experiments import pictures
-from experiments.pictures import FILM, HEADS, LOOP, sample_map
+from experiments.reporting import pictures
+from experiments.reporting.pictures import FILM, HEADS, LOOP, sample_map
 from sparse_zoo.diagnostics import diagnose
 
 

@@ -14,12 +14,13 @@ from tiny import BASE, write_sweep
 from typer.testing import CliRunner
 
 import sparse_zoo as zoo
-from experiments import match, store, trial
 from experiments.cli import app
-from experiments.config import Config, cell, load
-from experiments.data import build
-from experiments.match import Budget, Solution, solve, solved
-from experiments.sweep import read
+from experiments.config.datamodule import build
+from experiments.config.resolve import Config, cell, load
+from experiments.sweep import budget, preflight
+from experiments.sweep.budget import Budget, Solution, solve, solved
+from experiments.sweep.expand import read
+from experiments.tracking import store
 from lit_modules import RectifiedFlow, VideoDiT
 from lit_modules.flow import generator
 from sparse_zoo.errors import ZooError
@@ -42,7 +43,7 @@ RAGGED: dict[str, Any] = {  # films of 2 to 6 shots of 1 to 3 frames, packed
 
 @pytest.fixture(autouse=True)
 def nothing_remembered(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    trial._trial.cache_clear()
+    preflight._trial.cache_clear()
     monkeypatch.setenv("ZOO_HOME", str(tmp_path / "runs"))
 
 
@@ -68,7 +69,7 @@ def test_a_whole_number_is_the_nearest_of_all(ends: tuple[int, int], goal: float
     found, asked = found_on_a_line(zoo.Knob("k", low, high), cost, goal)
     best = min(range(1, 65), key=lambda x: abs(cost(x) - goal))
     assert found.settings == {"k": best}
-    assert asked <= 8 + 2 * match.AROUND  # bisection, and where it does not hit, a look around
+    assert asked <= 8 + 2 * budget.AROUND  # bisection, and where it does not hit, a look around
     assert found.reached == (abs(cost(best) - goal) <= 0.02 * goal)
 
 
@@ -218,7 +219,7 @@ def test_the_target_is_hit_on_ragged_films(attention: dict[str, Any], target: fl
     assert config["attention"] == attention | config["match"]["set"]
     assert config["match"]["set"].keys() == {knob.setting}
     assert of_masks(config) == pytest.approx(target, rel=0.02)
-    trial._trial.cache_clear()
+    preflight._trial.cache_clear()
     assert solved(load([RAGGED, {"attention": attention, "match": {"density": target}}])) == config
 
 
@@ -230,17 +231,17 @@ def test_what_a_knob_can_buy_is_found(name: str) -> None:
     own = {key: value for key, value in zoo.get(name).small.items() if key != knob.setting}
     own = json.loads(json.dumps({"name": name, **own}))
     value = json.loads(json.dumps(between(knob)[1]))
-    there = trial.trial(load([RAGGED, {"attention": own | {knob.setting: value}}])).density
+    there = preflight.trial(load([RAGGED, {"attention": own | {knob.setting: value}}])).density
     config = solved(load([RAGGED, {"attention": own, "match": {"density": there}}]))
-    assert trial.trial(config).density == pytest.approx(there, rel=0.02)
+    assert preflight.trial(config).density == pytest.approx(there, rel=0.02)
 
 
 def test_flops_and_seconds_are_budgets_too(monkeypatch: pytest.MonkeyPatch) -> None:
     moc = {"name": "moc", "anchors": ["shot"], "causal": None}
-    asked = trial.trial(load([RAGGED, {"attention": moc | {"top_k": 3}}])).attention_flops
+    asked = preflight.trial(load([RAGGED, {"attention": moc | {"top_k": 3}}])).attention_flops
     config = solved(load([RAGGED, {"attention": moc, "match": {"flops": asked}}]))
-    assert trial.trial(config).attention_flops == pytest.approx(asked, rel=0.02)
-    monkeypatch.setattr(match, "step_seconds", lambda config: 0.1 + 0.01 * config["attention"]["top_k"])
+    assert preflight.trial(config).attention_flops == pytest.approx(asked, rel=0.02)
+    monkeypatch.setattr(budget, "step_seconds", lambda config: 0.1 + 0.01 * config["attention"]["top_k"])
     config = solved(load([RAGGED, {"attention": moc, "match": {"seconds": 0.4}}]))
     assert config["match"] == {"seconds": 0.4, "set": {"top_k": config["attention"]["top_k"]}}
     assert 0.392 <= 0.1 + 0.01 * config["attention"]["top_k"] <= 0.408
@@ -250,7 +251,7 @@ def test_layers_share_what_those_without_a_knob_leave() -> None:
     moc = {"name": "moc", "anchors": ["shot"], "causal": None}
     layers = [{"name": "dense"}, moc, {"name": "window", "tile": [1, 1, 1]}, moc]
     config = solved(load([RAGGED, {"model.depth": 4, "attention": layers, "match": {"density": 0.7675}}]))
-    found = trial.trial(config)
+    found = preflight.trial(config)
     assert found.density == pytest.approx(0.7675, rel=0.02)
     assert found.layers[0].density == 1
     for layer in found.layers[1:]:
@@ -301,8 +302,8 @@ BUDGET: dict[str, Any] = {
 
 def test_seeds_share_one_solution(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[int] = []
-    solving = match._solve
-    monkeypatch.setattr(match, "_solve", lambda config, *rest: asked.append(config["seed"]) or solving(config, *rest))
+    solving = budget._solve
+    monkeypatch.setattr(budget, "_solve", lambda config, *rest: asked.append(config["seed"]) or solving(config, *rest))
     told: list[str] = []
     sweep = read(write_sweep(tmp_path / "s.yaml", **BUDGET), told=told.append)
     assert asked == [0, 0]
@@ -324,13 +325,13 @@ def test_a_solution_is_kept_as_long_as_it_holds(tmp_path: Path, monkeypatch: pyt
     sweep = read(path)
     store.write_sweep("kept", store.Asked("", sweep.cells))
     with monkeypatch.context() as patched:
-        patched.setattr(match, "_solve", lambda *_: pytest.fail("it was solved before"))
+        patched.setattr(budget, "_solve", lambda *_: pytest.fail("it was solved before"))
         assert read(path) == sweep
         assert read(path, [{"trainer.max_steps": 1}]).cells[0].config["match"] == sweep.cells[0].config["match"]
         with pytest.raises(pytest.fail.Exception):
             read(path, [{"match": {"density": 0.6}}])  # another question
     # What a changed method made of it is no answer any more.
-    far = [match.with_settings(cell.config, {"top_k": 1}) for cell in sweep.cells[:3]]
+    far = [budget.with_settings(cell.config, {"top_k": 1}) for cell in sweep.cells[:3]]
     stale = tuple(store.Cell(cell.name, config, cell.group) for cell, config in zip(sweep.cells, far, strict=False))
     store.write_sweep("kept", store.Asked("", stale))
     assert read(path) == sweep
@@ -353,7 +354,7 @@ def test_every_cell_that_misses_is_named_at_once(tmp_path: Path) -> None:
     # The range that all cells with a knob can reach, against plain measuring at the knobs' ends.
     ends = []
     for attention, low, high in ((MOC, {"top_k": 1}, {"top_k": 64}), (MOGA, {"groups": 64}, {"groups": 1})):
-        ends.append([trial.trial(load([RAGGED, {"attention": attention | own}])).density for own in (low, high)])
+        ends.append([preflight.trial(load([RAGGED, {"attention": attention | own}])).density for own in (low, high)])
     low, high = max(end[0] for end in ends), min(end[1] for end in ends)
     assert f"all cells can reach density {low:.4g} to {high:.4g}" in str(caught.value)
 
@@ -361,7 +362,7 @@ def test_every_cell_that_misses_is_named_at_once(tmp_path: Path) -> None:
 def test_a_tolerance_holds_in_a_sweep(tmp_path: Path) -> None:
     """What 2 % refuses a wider tolerance takes, and the solution is kept."""
     alone: dict[str, Any] = {"base": RAGGED, "cells": {"moc": {"attention": MOC}}}
-    few, more = (trial.trial(load([RAGGED, {"attention": MOC | {"top_k": k}}])).density for k in (1, 2))
+    few, more = (preflight.trial(load([RAGGED, {"attention": MOC | {"top_k": k}}])).density for k in (1, 2))
     asked = {"density": (few + more) / 2}
     with pytest.raises(ZooError, match=r"cannot reach density .* not within 0.02 of it .* Widen match.within"):
         read(write_sweep(tmp_path / "s.yaml", **alone, match=asked))

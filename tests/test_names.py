@@ -14,13 +14,13 @@ from typing import Any
 import pytest
 
 import sparse_zoo as zoo
-from experiments.config import _sections, load
-from experiments.data import OURS
-from experiments.match import KINDS
-from experiments.names import CHOICES, DATA, MATCH, SECTIONS, SHAPE, kernels, methods, misspelt, settings
-from experiments.papers import PAPERS
-from experiments.store import Result
-from experiments.sweepfile import Written
+from experiments.config.datamodule import OURS
+from experiments.config.names import CHOICES, DATA, MATCH, SECTIONS, SHAPE, kernels, methods, misspelt, settings
+from experiments.config.resolve import _sections, load
+from experiments.sweep.budget import KINDS
+from experiments.sweep.schema import Written
+from experiments.tools.paper_ledger import PAPERS
+from experiments.tracking.store import Result
 from lit_modules.dit import TEXT
 from lit_modules.sampling import ORDERS
 from sparse_zoo.bench import DTYPES, SUITES

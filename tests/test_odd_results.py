@@ -14,12 +14,14 @@ from made_up import finished, write_sweep_of
 from rich.console import Console
 from typer.testing import CliRunner
 
-from experiments import appendix, escape, results_schema
+from experiments import escape
 from experiments.cli import app
-from experiments.page import html
-from experiments.record import write_record
-from experiments.report import MOST_PAIRS, Report
-from experiments.store import Asked, Cell, write_sweep
+from experiments.reporting import tables
+from experiments.reporting.html import html
+from experiments.reporting.record import write_record
+from experiments.reporting.report import MOST_PAIRS, Report
+from experiments.tracking import schema
+from experiments.tracking.store import Asked, Cell, write_sweep
 
 RESULTS = Path(__file__).parent.parent / "experiments" / "results"
 HOSTILE = "[red]x[/red]<script>alert(1)</script>|_\\input{a}\x1b[31m\r\u202e\ud800'\"&amp;$ :bomb:"
@@ -93,7 +95,7 @@ def test_an_odd_cell_is_one_line_and_a_marked_row(good: Path, what: str) -> None
     assert "result.json cannot be read: " in line
     assert re.search(r"odd +unreadable", result.output)
     assert "1 of 2 cells finished" in result.output.replace("\n", " ")
-    for text in (html(Report.of("s")), appendix.markdown(Report.of("s")), appendix.latex(Report.of("s"))):
+    for text in (html(Report.of("s")), tables.markdown(Report.of("s")), tables.latex(Report.of("s"))):
         assert "unreadable" in text
     by_name = {cell["name"]: cell for cell in Report.of("s").to_json()["cells"]}
     assert [by_name[name]["status"] for name in ("fine", "odd")] == ["finished", "unreadable"]
@@ -115,11 +117,11 @@ def test_an_odd_sweep_does_not_end_the_report_of_another(tmp_path: Path, monkeyp
 
 def test_results_of_earlier_versions_are_read(good: Path) -> None:
     plain = json.loads(good.read_text())
-    assert plain.pop("version") == results_schema.VERSION
+    assert plain.pop("version") == schema.VERSION
     del plain["resumed"], plain["films"]
     good.write_text(json.dumps(plain | {"metrics": {"a_recall": None}}))  # as it was written before there were versions
     assert [cell.status for cell in Report.of("s").results] == ["finished"] * 2
-    read = {path.stem: results_schema.read_record(path) for path in RESULTS.glob("*.json") if "cpu" not in path.stem}
+    read = {path.stem: schema.read_record(path) for path in RESULTS.glob("*.json") if "cpu" not in path.stem}
     assert all(record["groups"] and record["runs"] for record in read.values())
 
 
@@ -140,8 +142,8 @@ def test_names_are_text_in_every_output(tmp_path: Path, monkeypatch: pytest.Monk
     write_record(report, tmp_path / "record.json")
     outputs = {
         "html": html(report),
-        "markdown": appendix.markdown(report),
-        "latex": appendix.latex(report),
+        "markdown": tables.markdown(report),
+        "latex": tables.latex(report),
         "json": json.dumps(report.to_json()),
         "terminal": console.file.getvalue(),  # type: ignore[attr-defined]
         "command": CliRunner().invoke(app, ["report", "s"]).output,
@@ -192,6 +194,6 @@ def test_a_winner_is_named_where_it_is_significant_alone(tmp_path: Path, monkeyp
         report = Report.of(name)
         assert report.to_json()["winner"] == winner
         shown = CliRunner().invoke(app, ["report", name]).output.replace("\n", " ")
-        for text in (html(report), shown, appendix.markdown(report)):
+        for text in (html(report), shown, tables.markdown(report)):
             assert told in text.replace("\\", "")
         assert ("<dt>by</dt>" in html(report)) == (winner is not None)

@@ -10,13 +10,13 @@ import torch
 from rich.console import Console
 
 import sparse_zoo as zoo
-from experiments.config import load
-from experiments.launch import execute
-from experiments.progress import Bar
-from experiments.report import Report
-from experiments.store import Cell
-from experiments.sweep import SWEEPS, Sweep, find, read
-from experiments.yaml12 import read_yaml
+from experiments.config.resolve import load
+from experiments.config.yaml12 import read_yaml
+from experiments.execution.progress import Bar
+from experiments.execution.scheduler import execute
+from experiments.reporting.report import Report
+from experiments.sweep.expand import SWEEPS, Sweep, find, read
+from experiments.tracking.store import Cell
 from sparse_zoo import testing
 
 ON_FILM = ("quickstart", "zoo_film")
@@ -106,7 +106,7 @@ def test_aligned_and_fixed_chunks_are_compared_at_one_density() -> None:
 
 
 def test_the_own_shot_is_all_that_the_null_sees() -> None:
-    zoo.load_plugin(SWEEPS / "baselines.py")
+    zoo.load_plugin(SWEEPS.parent / "tools" / "baselines.py")
     layout = zoo.Layout.pack(
         [
             zoo.Layout.film([zoo.Shot(2, 2, 1, 3), zoo.Shot(1, 2, 2)], caption=2),
@@ -122,7 +122,7 @@ def test_the_own_shot_is_all_that_the_null_sees() -> None:
 @pytest.mark.parametrize("each", ["shot", "token"])
 @pytest.mark.parametrize("shots", [0, 1, 9])
 def test_random_shots_are_whole_of_the_film_and_fixed_for_it(shots: int, each: str) -> None:
-    zoo.load_plugin(SWEEPS / "baselines.py")
+    zoo.load_plugin(SWEEPS.parent / "tools" / "baselines.py")
     film = zoo.Layout.film([zoo.Shot(1, 2, 2, 1)] * 5)
     layout = zoo.Layout.pack([film, zoo.Layout.film([zoo.Shot(1, 2, 1)] * 2)])
     attention = zoo.build("random_shots", heads=2, head_dim=8, shots=shots, each=each)
@@ -156,7 +156,7 @@ def test_random_shots_are_whole_of_the_film_and_fixed_for_it(shots: int, each: s
 
 @pytest.mark.parametrize("each", ["shot", "token"])
 def test_random_shots_of_a_film_are_alike_packed_and_alone(each: str) -> None:
-    zoo.load_plugin(SWEEPS / "baselines.py")
+    zoo.load_plugin(SWEEPS.parent / "tools" / "baselines.py")
     films = [zoo.Layout.film([zoo.Shot(1, 2, 2, 1)] * 6, caption=1), zoo.Layout.film([zoo.Shot(1, 2, 1)] * 7)]
     attention = zoo.build("random_shots", heads=2, head_dim=8, each=each)
 
@@ -171,7 +171,7 @@ def test_random_shots_of_a_film_are_alike_packed_and_alone(each: str) -> None:
 
 
 def test_the_baselines_conform() -> None:
-    zoo.load_plugin(SWEEPS / "baselines.py")
+    zoo.load_plugin(SWEEPS.parent / "tools" / "baselines.py")
     testing.check_method("own_shot")
     for each in ("shot", "token"):
         testing.check_method(
@@ -186,7 +186,7 @@ def _films() -> list[dict[str, object]]:
 
 def _density(cell: Cell) -> float:
     """Measured from the plans of one training step."""
-    from experiments.data import build
+    from experiments.config.datamodule import build
     from lit_modules import RectifiedFlow, VideoDiT
     from lit_modules.flow import generator
 

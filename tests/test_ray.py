@@ -17,10 +17,11 @@ from test_cli import zoo
 from test_launch import KILLED, Silent
 from tiny import BASE, write_sweep
 
-from experiments import ray_jobs, store
-from experiments.launch import execute
-from experiments.store import Result
-from experiments.sweep import read
+from experiments.execution import ray_jobs
+from experiments.execution.scheduler import execute
+from experiments.sweep.expand import read
+from experiments.tracking import store
+from experiments.tracking.store import Result
 from sparse_zoo.errors import ZooError
 
 
@@ -200,7 +201,7 @@ def test_what_ends_the_sweep_ends_its_tasks(made_up: Callable[..., MadeUp], runs
 
 def test_without_ray_it_is_one_line_before_anything_starts(runs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ray_jobs, "find_spec", lambda _: None)
-    monkeypatch.setattr("experiments.sweep.read", lambda *_: pytest.fail("cells are read"))
+    monkeypatch.setattr("experiments.sweep.expand.read", lambda *_: pytest.fail("cells are read"))
     result = zoo("sweep", write_sweep(runs / "none.yaml"), "--executor", "ray")
     assert (result.exit_code, result.stdout) == (2, "")
     assert result.stderr == "Error: --executor ray: needs Ray: pip install 'sparse-zoo[ray]'\n"

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import sparse_zoo as zoo
-from experiments.launch import loaded_plugins
+from experiments.execution.scheduler import loaded_plugins
 from sparse_zoo import registry
 
 EXAMPLE = '''

@@ -17,15 +17,15 @@ from rich.console import Console
 from typer.testing import CliRunner, Result
 
 import sparse_zoo as zoo
-from experiments import appendix
+from experiments.analysis.formatting import settings, signed
+from experiments.analysis.metrics import CONTROLS, Measure
 from experiments.cli import app
-from experiments.measures import CONTROLS, Measure
-from experiments.page import _points, html
-from experiments.plots import smooth, together
-from experiments.record import record, write_record
-from experiments.report import Report
-from experiments.store import Asked, Cell, write_sweep
-from experiments.wording import settings, signed
+from experiments.reporting import tables
+from experiments.reporting.html import _points, html
+from experiments.reporting.plots import smooth, together
+from experiments.reporting.record import record, write_record
+from experiments.reporting.report import Report
+from experiments.tracking.store import Asked, Cell, write_sweep
 from lit_modules.callbacks import film_pictures, picture_rows
 from sparse_zoo.errors import ZooError
 
@@ -127,7 +127,7 @@ def test_budgets_that_training_left_are_told(tmp_path: Path, monkeypatch: pytest
     told = f"Budgets were met before training; in training moved {moved}."
     assert report.drift == report.to_json()["drift"] == told
     assert told in html(report)
-    assert told.replace("\u00a0%", r"~\%") in appendix.latex(report)
+    assert told.replace("\u00a0%", r"~\%") in tables.latex(report)
     write_sweep("budget", Asked("", (cells[0], cells[3])))
     assert Report.of("budget").drift == ""
 
@@ -312,7 +312,7 @@ def test_a_test_of_memory_always_has_its_four_lines(memory: str, full: str) -> N
     }
     assert [name for name, _ in report.levels] == ["chance", "dense ceiling"]
     assert len(report.singly().ranked) == 6  # a run is a control where its group is
-    for text in (html(report), told(report), appendix.markdown(report), appendix.latex(report)):
+    for text in (html(report), told(report), tables.markdown(report), tables.latex(report)):
         plain = re.sub(r"</?\w[^>]*>", " ", text.replace("\\_", "_"))
         assert re.search(r"own shot only\W+did not finish", plain)
         assert re.search(r"random null\W+not in this sweep", plain)
@@ -347,7 +347,7 @@ def test_controls_are_taken_from_a_sweep_of_the_same_films(sweep: str) -> None: 
     assert null.values("identity_recall") == {0: 0.02}
     assert [group.name for group in report.ranked] == ["moc"]
     assert "random_shot" not in {name for pair in report.differences for name in (pair.a, pair.b)}  # not tested
-    for text in (html(report), told(report), appendix.markdown(report)):
+    for text in (html(report), told(report), tables.markdown(report)):
         assert re.search(r"random null, of lender\W", re.sub(r"</?\w[^>]*>", " ", text))
     kept = record(report)
     assert [group.get("sweep") for group in kept["groups"]] == [None, None, "lender"]
@@ -359,7 +359,7 @@ def test_a_leaderboard_without_recall_is_as_it_was(sweep: str) -> None:
     assert [group.name for group in report.ranked] == ["better", "worse"]
     assert not report.lines
     assert not report.beside
-    assert "not in this sweep" not in html(report) + told(report) + appendix.markdown(report)
+    assert "not in this sweep" not in html(report) + told(report) + tables.markdown(report)
 
 
 def test_memory_stands_beside_recall(memory: str) -> None:
@@ -373,7 +373,7 @@ def test_memory_stands_beside_recall(memory: str) -> None:
     assert re.search(r"cell +shape +colour +texture +wrong subject +whole film *$", text, re.MULTILINE)
     row = r"moc +\.925±\.318 +\.925±\.318 +\.925±\.318 +\.017±\.071 +\.425±\.318"
     assert re.search(row, text)
-    board = appendix.markdown(report).partition("## Settings")[0]
+    board = tables.markdown(report).partition("## Settings")[0]
     assert re.search(r"\| shape \| colour \| texture \| wrong subject \| whole film \|$", board, re.MULTILINE)
     assert re.search(row.removeprefix("moc +").replace(" +", r" \| "), board)
     (head,) = re.findall(r'id="leaderboard".*?<thead>(.*?)</thead>', html(report), re.DOTALL)
@@ -393,9 +393,9 @@ def test_distances_are_plotted_and_not_listed(memory: str) -> None:
     for plot in plots:
         assert ">chance<" in plot
         assert plot.count("stroke-width: 1.5") == 4  # a line for each group that finished
-    for text in (page, told(report), appendix.markdown(report)):
+    for text in (page, told(report), tables.markdown(report)):
         assert not re.search(r"recall.back.\d", text)
-    by_distance = appendix.markdown(report).partition("## Identity recall by distance")[2]
+    by_distance = tables.markdown(report).partition("## Identity recall by distance")[2]
     assert re.search(r"\| method \| 1 \| 2 \| 3 \| 4 \| 10 \|$", by_distance, re.MULTILINE)
     assert re.search(r"^\| full \| \.950±\.000 \|.*\| \.500±\.000 \|$", by_distance, re.MULTILINE)
     assert "identity_recall_back_10" in report.to_json()["groups"][0]["figures"]
@@ -472,7 +472,7 @@ def test_rows_of_a_strip_come_back() -> None:
 
 
 def test_markdown_has_whole_tables(full: str) -> None:
-    text = appendix.markdown(Report.of(full))
+    text = tables.markdown(Report.of(full))
     blocks = re.findall(r"(?:^\|.*\n)+", text, re.MULTILINE)
     assert len(blocks) == 10
     for block in blocks:
@@ -484,7 +484,7 @@ def test_markdown_has_whole_tables(full: str) -> None:
 
 
 def test_latex_compiles(full: str, tmp_path: Path) -> None:
-    text = appendix.latex(Report.of(full))
+    text = tables.latex(Report.of(full))
     plain = re.sub(r"\\[\\&%$#_{}]|%.*", "", text)
     assert plain.count("{") == plain.count("}")
     assert not re.search(r"[&%$#_^~]", re.sub(r"\$\\\w+\$|& |~", "", plain))

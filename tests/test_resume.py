@@ -18,12 +18,13 @@ import torch
 from tiny import BASE
 from torch.utils._pytree import tree_leaves
 
-from experiments import saving, store
-from experiments.config import load
-from experiments.run import RESUME, _begin, run
-from experiments.saving import Saving, saved_step
-from experiments.store import Cell, Result
-from experiments.tracking import Tracker, uri
+from experiments.config.resolve import load
+from experiments.execution import checkpointing
+from experiments.execution.checkpointing import Saving, saved_step
+from experiments.execution.train import RESUME, _begin, run
+from experiments.tracking import store
+from experiments.tracking.mlflow_logger import Tracker, uri
+from experiments.tracking.store import Cell, Result
 from lit_modules import SampleFilms
 from lit_modules.metrics import LossByTime
 from sparse_zoo.errors import ZooError
@@ -234,7 +235,7 @@ def test_a_full_disk_loses_nothing(runs: Path, monkeypatch: pytest.MonkeyPatch) 
 
     watch = Killing()
     with monkeypatch.context() as patched:
-        patched.setattr(saving, "whole", full)
+        patched.setattr(checkpointing, "whole", full)
         with pytest.raises(ZooError, match=r"moc was stopped: .*No space left on device.* give the command again"):
             go(cell, "sweep", watch)
     assert not list(runs.glob("**/*.part"))

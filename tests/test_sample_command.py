@@ -13,11 +13,11 @@ from matplotlib import image
 from test_cli import zoo
 from tiny import BASE
 
-from experiments.config import load
-from experiments.run import run
-from experiments.sampling import Drawing
-from experiments.store import Cell
-from experiments.tracking import Tracker
+from experiments.config.resolve import load
+from experiments.execution.train import run
+from experiments.inspection.sample import Drawing
+from experiments.tracking.mlflow_logger import Tracker
+from experiments.tracking.store import Cell
 from lit_modules import LitVideoDiT
 
 

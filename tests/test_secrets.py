@@ -9,9 +9,9 @@ import pytest
 from test_cli import zoo
 from tiny import BASE, write_sweep
 
-from experiments.config import load, merge, resolve
-from experiments.names import misspelt
-from experiments.store import config_id
+from experiments.config.names import misspelt
+from experiments.config.resolve import load, merge, resolve
+from experiments.tracking.store import config_id
 from sparse_zoo.errors import ZooError
 
 SECRET, ADDRESS = "s3cret-of-the-data", "s3cret-of-the-server"

@@ -18,13 +18,13 @@ from test_cli import zoo
 from tiny import BASE, write_sweep
 from torch.utils._pytree import tree_leaves
 
-from experiments import signals
-from experiments.config import load
-from experiments.run import RESUME, run
-from experiments.saving import saved_step
-from experiments.signals import Ended
-from experiments.store import Cell, Result
-from experiments.tracking import Tracker
+from experiments.config.resolve import load
+from experiments.execution import signals
+from experiments.execution.checkpointing import saved_step
+from experiments.execution.signals import Ended
+from experiments.execution.train import RESUME, run
+from experiments.tracking.mlflow_logger import Tracker
+from experiments.tracking.store import Cell, Result
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -187,10 +187,10 @@ def test_driver_of_jobs_ends_its_processes_and_waits_for_them(runs: Path, number
 @pytest.mark.parametrize(
     ("command", "inside"),
     [
-        ("sweep none --dry-run", "experiments.sweepfile.find_sized"),
-        ("report none", "experiments.report.Report.of"),
-        ("sample run", "experiments.sampling.Drawing.__init__"),
-        ("capture run", "experiments.trained.Trained.__init__"),
+        ("sweep none --dry-run", "experiments.sweep.schema.find_sized"),
+        ("report none", "experiments.reporting.report.Report.of"),
+        ("sample run", "experiments.inspection.sample.Drawing.__init__"),
+        ("capture run", "experiments.inspection.trained.Trained.__init__"),
         ("check dense", "sparse_zoo.testing.run_checks"),
     ],
 )

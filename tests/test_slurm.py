@@ -15,11 +15,11 @@ import pytest
 from rich.console import Console
 from tiny import BASE, write_sweep
 
-from experiments import slurm
-from experiments.launch import execute
-from experiments.progress import Bar
-from experiments.run import RESUME
-from experiments.sweep import read
+from experiments.execution import slurm
+from experiments.execution.progress import Bar
+from experiments.execution.scheduler import execute
+from experiments.execution.train import RESUME
+from experiments.sweep.expand import read
 from sparse_zoo.errors import ZooError
 
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "squeue", "scontrol", "scancel")

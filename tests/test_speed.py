@@ -9,7 +9,7 @@ from matplotlib.image import imread
 from typer.testing import CliRunner
 
 from experiments.cli import app
-from experiments.speed import markdown, plot
+from experiments.reporting.bench import markdown, plot
 
 ROOT = Path(__file__).parent.parent
 RESULTS = json.loads((ROOT / "experiments/results/cpu_attention.json").read_text())

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from experiments.statistics import Figure, detectable, differences, front, holm, letters, over_films
+from experiments.analysis.significance import Figure, detectable, differences, front, holm, letters, over_films
 
 
 def test_the_interval_is_students() -> None:

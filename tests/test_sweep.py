@@ -9,9 +9,9 @@ import pytest
 import yaml  # type: ignore[import-untyped]
 from tiny import OWN_AND_PREVIOUS, write_sweep
 
-from experiments import store
-from experiments.sweep import SWEEPS, find, read
-from experiments.sweepfile import find_sized
+from experiments.sweep.expand import SWEEPS, find, read
+from experiments.sweep.schema import find_sized
+from experiments.tracking import store
 from sparse_zoo.errors import ZooError
 
 METHODS = {"attention": ["dense", "moc"]}

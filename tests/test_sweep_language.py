@@ -11,9 +11,9 @@ import pytest
 import yaml  # type: ignore[import-untyped]
 from tiny import BASE, OWN_AND_PREVIOUS, write_sweep
 
-from experiments.config import load
-from experiments.grid import differing, grid, matches
-from experiments.sweep import read
+from experiments.config.resolve import load
+from experiments.sweep.expand import read
+from experiments.sweep.grid import differing, grid, matches
 from sparse_zoo.errors import ZooError
 
 MOC = {"name": "moc"}

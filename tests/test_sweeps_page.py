@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from experiments import trial
 from experiments.cli import app
-from experiments.sweep import read
+from experiments.sweep import preflight
+from experiments.sweep.expand import read
 
 PAGE = (Path(__file__).parent.parent / "docs" / "sweeps.md").read_text()
 PARTS = dict(re.findall(r"^## (.+?)\n(.*?)(?=^## |\Z)", PAGE, flags=re.S | re.M))
@@ -26,7 +26,7 @@ def blocks(part: str, language: str) -> list[str]:
 def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("ZOO_HOME", str(tmp_path / "runs"))
-    monkeypatch.setattr(trial, "TIMED", 1)
+    monkeypatch.setattr(preflight, "TIMED", 1)
     for file, part in (("chunks.yaml", "The file"), ("equal.yaml", "Equal budgets")):
         (text,) = blocks(part, "yaml")
         (tmp_path / file).write_text(text)

@@ -16,11 +16,11 @@ import pytest
 from test_launch import Silent
 from tiny import BASE, write_sweep
 
-from experiments import tracking
-from experiments.launch import execute
+from experiments.execution.scheduler import execute
 from experiments.redact import redact
-from experiments.sweep import read
-from experiments.tracking import Tracker
+from experiments.sweep.expand import read
+from experiments.tracking import mlflow_logger
+from experiments.tracking.mlflow_logger import Tracker
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -49,7 +49,7 @@ def test_server_that_never_answers_costs_seconds_and_shows_no_password(
 ) -> None:
     monkeypatch.setenv("ZOO_HOME", str(tmp_path))
     monkeypatch.setenv("ZOO_SAVE_SECONDS", "0")
-    monkeypatch.setattr(tracking, "PATIENCE", 1.0)
+    monkeypatch.setattr(mlflow_logger, "PATIENCE", 1.0)
     alone = read(write_sweep(tmp_path / "alone.yaml"))
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "sqlite:////dev/null/mlflow.db")
     start = time.monotonic()
@@ -75,7 +75,7 @@ def test_server_that_never_answers_costs_seconds_and_shows_no_password(
 def test_store_that_stalls_while_training_is_not_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ZOO_HOME", str(tmp_path))
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
-    monkeypatch.setattr(tracking, "PATIENCE_DISK", 5.0)
+    monkeypatch.setattr(mlflow_logger, "PATIENCE_DISK", 5.0)
     tracker = Tracker("stalls", print)
     log = tracker.run("cell", "0123", parent=None, before=None)
     free = threading.Event()
@@ -121,7 +121,7 @@ def test_mlflow_page_gets_its_address_by_the_environment(tmp_path: Path, monkeyp
         def terminate(self) -> None: ...
 
     monkeypatch.setattr(subprocess, "Popen", Server)
-    assert tracking.serve(5000) == 0
+    assert mlflow_logger.serve(5000) == 0
     assert child["command"][0] == sys.executable
     assert not any("hunter2" in part for part in child["command"])
     assert child["env"]["MLFLOW_BACKEND_STORE_URI"] == os.environ["MLFLOW_TRACKING_URI"]

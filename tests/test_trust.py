@@ -17,12 +17,12 @@ from PIL import Image
 from tiny import BASE
 from typer.testing import CliRunner, Result
 
-from experiments.captures import load
 from experiments.cli import app
-from experiments.page import html
-from experiments.report import Report
-from experiments.saving import saved_step
-from experiments.store import Asked, Cell, write_sweep
+from experiments.execution.checkpointing import saved_step
+from experiments.inspection.capture import load
+from experiments.reporting.html import html
+from experiments.reporting.report import Report
+from experiments.tracking.store import Asked, Cell, write_sweep
 from lit_modules import RoutingWatch
 from sparse_zoo.errors import ZooError
 

@@ -9,11 +9,11 @@ import pytest
 import yaml  # type: ignore[import-untyped]
 from tiny import BASE
 
-from experiments.config import load
-from experiments.names import parse
-from experiments.sweep import read
-from experiments.yaml12 import load as load_document
-from experiments.yaml12 import load_value, read_yaml
+from experiments.config.names import parse
+from experiments.config.resolve import load
+from experiments.config.yaml12 import load as load_document
+from experiments.config.yaml12 import load_value, read_yaml
+from experiments.sweep.expand import read
 from sparse_zoo.errors import ZooError
 
 # What YAML 1.1, and a shell's eye, would take for something else.

@@ -14,8 +14,8 @@ from rich import box
 from rich.table import Table
 
 from experiments.cli.shell import AsJson, Plugin, app, console, errors, load_plugins, plain
+from experiments.config.names import misspelt_choices, misspelt_match, misspelt_methods, parse
 from experiments.escape import for_terminal as escape
-from experiments.names import misspelt_choices, misspelt_match, misspelt_methods, parse
 from sparse_zoo.errors import refuse
 
 if TYPE_CHECKING:
@@ -110,7 +110,7 @@ def check(
     refuse("zoo check", misspelt_methods(((name, ()) for name in methods or []), plugins=bool(plugin)))
     load_plugins(plugin)
     import sparse_zoo as zoo
-    from experiments.progress import counting
+    from experiments.execution.progress import counting
     from sparse_zoo.testing import Outcome, checks, run_checks
 
     names = list(dict.fromkeys(methods or zoo.names()))
@@ -161,8 +161,8 @@ def map_(
     own = dict(parse(text) for text in settings or [])
     refuse("zoo map", misspelt_methods([(method, own)], plugins=bool(plugin)))
     load_plugins(plugin)
-    from experiments.pictures import loop_text, sample_map
-    from experiments.wording import percent
+    from experiments.analysis.formatting import percent
+    from experiments.reporting.pictures import loop_text, sample_map
 
     drawn = sample_map(method, own)
     path = drawn.save(out or Path(f"map-{method}.png"))
@@ -226,8 +226,8 @@ def cost(
     """
     if paper is not None:
         refuse("zoo cost --paper", misspelt_choices(bool(plugin), paper=paper))
-        from experiments.papers import PAPERS, Ledger
-        from experiments.progress import counting
+        from experiments.execution.progress import counting
+        from experiments.tools.paper_ledger import PAPERS, Ledger
 
         given = [
             parameter.opts[0]
@@ -257,12 +257,12 @@ def cost(
         + misspelt_match(match),
     )
     load_plugins(plugin)
-    from experiments.costs import NOTES, Films, compare
+    from experiments.inspection.cost import NOTES, Films, compare
     from lit_modules.flops import ModelShape
 
     films, shape = Films(shots, frames, rows, cols, text, caption), ModelShape(dim, depth, heads, mlp_ratio, text_mode)
     if match is not None:
-        from experiments.match import solved_alone
+        from experiments.sweep.budget import solved_alone
 
         asked = dict([parse(match)])
         own |= solved_alone(method, own, asked, films.layout(), shape, batch=batch, every_head=every_head)
@@ -310,7 +310,7 @@ def bench(
     load_plugins(plugin)
     import torch
 
-    from experiments.progress import counting
+    from experiments.execution.progress import counting
     from sparse_zoo import bench as speed
 
     device = torch.device("cuda" if torch.cuda.is_available() and suite == "gpu" else "cpu")
@@ -323,7 +323,7 @@ def bench(
         out.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
     timed = any("failed" not in row for row in found["rows"])
     if plot is not None and timed:
-        from experiments.speed import plot as draw
+        from experiments.reporting.bench import plot as draw
 
         draw(found, plot)
     if as_json:

@@ -12,17 +12,17 @@ import typer
 from rich.table import Table
 
 from experiments.cli.shell import AsJson, Plugin, app, console, errors, load_plugins
+from experiments.config.names import Override, misspelt, misspelt_choices
+from experiments.config.yaml12 import read_yaml
 from experiments.escape import for_terminal as escape
-from experiments.names import Override, misspelt, misspelt_choices
-from experiments.store import read_sweep
-from experiments.sweepfile import Written, find_sized
-from experiments.yaml12 import read_yaml
+from experiments.sweep.schema import Written, find_sized
+from experiments.tracking.store import read_sweep
 from sparse_zoo.errors import refuse
 
 if TYPE_CHECKING:
-    from experiments.forecast import Forecast
-    from experiments.report import Report
-    from experiments.store import Cell, Result
+    from experiments.reporting.report import Report
+    from experiments.sweep.dry_run import Forecast
+    from experiments.tracking.store import Cell, Result
 
 
 @app.command(epilog="Example: [bold]zoo train attention=moc attention.top_k=2 trainer.max_steps=50[/bold]")
@@ -44,15 +44,15 @@ def train(
     given: list[Override] = [*([read_yaml(config)] if config else []), *(overrides or [])]
     refuse("config", misspelt(given, plugins=bool(plugin)))
     load_plugins(plugin)
-    from experiments.address import tracking_uri
-    from experiments.config import cannot_start, load
-    from experiments.config import cell as make_cell
-    from experiments.match import solved
-    from experiments.progress import Bar
-    from experiments.run import run
-    from experiments.store import lock
-    from experiments.tracking import Tracker
-    from experiments.wording import settings
+    from experiments.analysis.formatting import settings
+    from experiments.config.resolve import cannot_start, load
+    from experiments.config.resolve import cell as make_cell
+    from experiments.execution.progress import Bar
+    from experiments.execution.train import run
+    from experiments.sweep.budget import solved
+    from experiments.tracking.address import tracking_uri
+    from experiments.tracking.mlflow_logger import Tracker
+    from experiments.tracking.store import lock
 
     tracking_uri()  # refused before anything is solved or trained
     asked = load(given)
@@ -125,15 +125,15 @@ def sweep(
     path, sized = find_sized(file, size)
     Written.of(path, sized).check_names(plugins=bool(plugin))
     load_plugins(plugin)
-    from experiments import trial
-    from experiments.address import tracking_uri
-    from experiments.launch import execute
-    from experiments.progress import Bar
-    from experiments.ray_jobs import needed
-    from experiments.report import Report
-    from experiments.slurm import parameters
-    from experiments.store import Asked, asked_before, home
-    from experiments.sweep import read
+    from experiments.execution.progress import Bar
+    from experiments.execution.ray_jobs import needed
+    from experiments.execution.scheduler import execute
+    from experiments.execution.slurm import parameters
+    from experiments.reporting.report import Report
+    from experiments.sweep import preflight
+    from experiments.sweep.expand import read
+    from experiments.tracking.address import tracking_uri
+    from experiments.tracking.store import Asked, asked_before, home
 
     tracking_uri()  # refused before anything is solved or trained
     settings = parameters(slurm) if executor == "slurm" else None
@@ -143,11 +143,11 @@ def sweep(
         shorter = [] if max_steps is None else [{"trainer.max_steps": max_steps}]
         loaded = read(path, shorter, sized, lambda name: status.update(f"the budget of {escape(name)} is solved"))
         status.update("cells are tried")
-        trial.check(loaded.cells)
+        preflight.check(loaded.cells)
         if executor == "local" and not dry_run:
             refuse("zoo sweep", _cannot_start(loaded.cells))
         if dry_run:
-            from experiments.forecast import Forecast
+            from experiments.sweep.dry_run import Forecast
 
             forecast = Forecast.of(loaded, lambda name: status.update(f"{escape(name)} is timed"))
     if dry_run:
@@ -203,18 +203,18 @@ def report(
         + ["--out needs --markdown or --latex"] * (out is not None and not markdown and not latex),
     )
     read_sweep(name)  # a sweep that is not there is refused before what takes seconds to import
-    from experiments.report import Report
+    from experiments.reporting.report import Report
 
     found = Report.of(name, by)
     if results is not None:
-        from experiments.record import write_record
+        from experiments.reporting.record import write_record
 
         write_record(found, results)
         return
     if markdown or latex:
-        from experiments import appendix
+        from experiments.reporting import tables
 
-        text = appendix.markdown(found) if markdown else appendix.latex(found)
+        text = tables.markdown(found) if markdown else tables.latex(found)
         if out is None:
             print(text)
         else:
@@ -229,8 +229,8 @@ def report(
 
 def _show(report: Report, page: Path | None = None, *, runs: bool = False) -> None:
     """The leaderboard, what holds, what did not finish, where the page is, if it was written."""
-    from experiments.report import MOST_NAMED
-    from experiments.wording import p_value, signed
+    from experiments.analysis.formatting import p_value, signed
+    from experiments.reporting.report import MOST_NAMED
 
     console.print(*report.tables(runs=runs), sep="\n")
     held = [pair for pair in report.tested if pair.holds]
@@ -249,7 +249,7 @@ def _show(report: Report, page: Path | None = None, *, runs: bool = False) -> No
 
 
 def _one_run(result: Result, title: str) -> Table:
-    from experiments.wording import giga, number, percent
+    from experiments.analysis.formatting import giga, number, percent
 
     table = Table(title=escape(title), title_justify="left", show_header=False)
     for key, value in (
@@ -270,7 +270,7 @@ def _one_run(result: Result, title: str) -> Table:
 
 
 def _foretold(forecast: Forecast, as_json: bool) -> None:
-    from experiments.forecast import NOTES
+    from experiments.sweep.dry_run import NOTES
 
     if as_json:
         print(json.dumps(forecast.to_json()))
@@ -282,7 +282,7 @@ def _foretold(forecast: Forecast, as_json: bool) -> None:
 
 def _cannot_start(cells: Sequence[Cell]) -> list[str]:
     """Why some cells cannot start on this very machine, each reason once."""
-    from experiments.config import cannot_start
+    from experiments.config.resolve import cannot_start
 
     return list(dict.fromkeys(reason for cell in cells for reason in cannot_start(cell.config["trainer"])))
 

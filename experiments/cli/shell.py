@@ -13,10 +13,10 @@ import typer
 from rich.console import Console, ConsoleDimensions
 from typer.core import TyperGroup
 
-from experiments import signals
 from experiments.escape import for_terminal as escape
+from experiments.execution import signals
 from experiments.redact import redact
-from experiments.store import home
+from experiments.tracking.store import home
 from sparse_zoo.errors import ZooError
 
 # Read when torch is first imported. OpenMP's threads spin while they wait; where other programs want the same cores, a

@@ -10,14 +10,14 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.table import Table
 
-from experiments.checkpoint import find
 from experiments.cli.shell import AsJson, Plugin, app, console, errors, load_plugins
+from experiments.config.names import misspelt_choices, misspelt_match, misspelt_methods, parse, parse_method
 from experiments.escape import for_terminal as escape
-from experiments.names import misspelt_choices, misspelt_match, misspelt_methods, parse, parse_method
+from experiments.inspection.checkpoint import find
 from sparse_zoo.errors import refuse
 
 if TYPE_CHECKING:
-    from experiments.sampling import Sampled
+    from experiments.inspection.sample import Sampled
 
 
 @app.command(
@@ -47,9 +47,9 @@ def sample(
     refuse("zoo sample", misspelt_choices(bool(plugin), order=order))
     find("zoo sample", run, overrides or [], plugin)
     load_plugins(plugin, data=True)
-    from experiments.progress import counting
-    from experiments.sampling import Drawing
-    from experiments.wording import number
+    from experiments.analysis.formatting import number
+    from experiments.execution.progress import counting
+    from experiments.inspection.sample import Drawing
 
     asked = {
         key: value for key, value in {"order": order, "context": context, "steps": steps}.items() if value is not None
@@ -102,9 +102,9 @@ def ladder(
     refuse("zoo ladder", misspelt_methods(map(parse_method, method), plugins=bool(plugin)))
     find("zoo ladder", run, overrides or [], plugin)
     load_plugins(plugin, data=True)
-    from experiments.ladder import RULE, TIMES, climb, plot
-    from experiments.progress import counting
-    from experiments.trained import Trained
+    from experiments.execution.progress import counting
+    from experiments.inspection.ladder import RULE, TIMES, climb, plot
+    from experiments.inspection.trained import Trained
 
     trained = Trained("zoo ladder", run, overrides or [], films, plugin)
     at = tuple(times) or TIMES
@@ -137,15 +137,15 @@ def capture(
 ) -> None:
     """Save what attention is given in a trained model (q, k, v, hidden, layout), for zoo replay and for your own code.
 
-    Each call of each chosen layer and noise time is kept bit for bit; experiments.captures.load gives them back.
+    Each call of each chosen layer and noise time is kept bit for bit; `load` in `inspection.capture` reads them.
     """
     find("zoo capture", run, overrides or [], plugin)
     load_plugins(plugin, data=True)
-    from experiments.captures import save
-    from experiments.ladder import TIMES, layer_numbers
-    from experiments.ladder import capture as captured_of
-    from experiments.progress import counting
-    from experiments.trained import Trained
+    from experiments.execution.progress import counting
+    from experiments.inspection.capture import save
+    from experiments.inspection.ladder import TIMES, layer_numbers
+    from experiments.inspection.ladder import capture as captured_of
+    from experiments.inspection.trained import Trained
 
     chosen = None if layers is None else layer_numbers(layers)
     trained = Trained("zoo capture", run, overrides or [], films, plugin)
@@ -184,10 +184,10 @@ def replay(
     reasons += misspelt_match(match)
     refuse("zoo replay", reasons + ([] if file.is_file() else [f"no such file: {file}"]))
     load_plugins(plugin)
-    from experiments import replay as offline
-    from experiments.captures import load
-    from experiments.match import Budget
-    from experiments.progress import counting
+    from experiments.execution.progress import counting
+    from experiments.inspection import replay as offline
+    from experiments.inspection.capture import load
+    from experiments.sweep.budget import Budget
 
     budget = None if match is None else Budget.of(dict([parse(match)]))
     captured = load(file)
@@ -219,7 +219,7 @@ def replay(
 @app.command(epilog="Example: [bold]zoo ui --port 5001[/bold]")
 def ui(port: Annotated[int, typer.Option(help="Port on this machine.")] = 5000) -> None:
     """Open MLflow's own page on the runs; Ctrl-C ends it."""
-    from experiments.tracking import serve
+    from experiments.tracking.mlflow_logger import serve
 
     # It opens on its pages for language models otherwise.
     page = f"http://127.0.0.1:{port}/#/experiments?workflowType=machine_learning"

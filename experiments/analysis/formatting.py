@@ -1,0 +1,78 @@
+"""Figures and settings as people read them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Sequence
+from itertools import groupby
+from typing import Any
+
+from experiments.analysis.significance import Figure
+
+
+def mean(figure: Figure | None) -> float | None:
+    return None if figure is None else figure.mean
+
+
+def interval(figure: Figure | None) -> str:
+    """`[0.863, 1.000]`, nothing of one run."""
+    return "" if figure is None or figure.low is None else f"[{number(figure.low)}, {number(figure.high)}]"
+
+
+def half(figure: Figure | None) -> str:
+    """`0.941`, or with several runs `.941±.012`, half of the interval before it is cut."""
+    if figure is None or figure.sd is None:
+        return number(mean(figure))
+    return "±".join(number(value).removeprefix("0") for value in (figure.mean, figure.half))
+
+
+def number(value: float | None, digits: int = 3) -> str:
+    return "–" if value is None else f"{value:.{digits}f}"
+
+
+def signed(value: float | None) -> str:
+    """`+0.035`; a difference that three digits would hide has one that counts."""
+    if value is None:
+        return "–"
+    return f"{value:+.1g}" if 0 < abs(value) < 0.001 else f"{value:+.3f}"
+
+
+def percent(value: float | None) -> str:
+    return "–" if value is None else f"{100 * value:.1f} %"
+
+
+def giga(value: float | None) -> str:
+    return "–" if value is None else f"{value / 1e9:.3g}"
+
+
+def mib(value: float | None) -> str:
+    return "–" if value is None else f"{value / 2**20:.0f} MiB"
+
+
+def p_value(value: float | None) -> str:
+    return "–" if value is None else "< .001" if value < 0.001 else f"{value:.3f}".removeprefix("0")
+
+
+def settings(attention: dict[str, Any] | list[dict[str, Any]], without: Iterable[str] = ()) -> str:
+    """`moc · top_k 2 · anchors text` for people, `without` some keys; layers that differ are joined:
+    `dense ×2 / moc · top_k 2 ×10`."""
+    if isinstance(attention, list):
+        named = groupby(settings(layer, without) for layer in attention)
+        alike = [(name, len(list(layers))) for name, layers in named]
+        return " / ".join(name if count == 1 else f"{name} ×{count}" for name, count in alike)
+    kept = {key: value for key, value in attention.items() if key not in without}
+    return " · ".join(str(value) if key == "name" else f"{key} {plain(value)}" for key, value in kept.items())
+
+
+def plain(value: Any) -> str:
+    """The value of a setting for people."""
+    if isinstance(value, dict):
+        return "(" + ", ".join(f"{key}: {plain(inner)}" for key, inner in value.items()) + ")"
+    if isinstance(value, list | tuple):
+        return ("×" if value and isinstance(value[0], int) else "+").join(map(plain, value)) or "none"
+    return "off" if value is None else value if isinstance(value, str) else json.dumps(value)
+
+
+def plain_values(values: Sequence[Any]) -> str:
+    """The value of a setting, or of several that change together, for people."""
+    return ", ".join(plain(value) for value in values)

@@ -1,0 +1,134 @@
+"""Checkpoints from which an interrupted run goes on, bit for bit as if nothing had happened."""
+
+from __future__ import annotations
+
+import time
+import zipfile
+from pathlib import Path
+from typing import IO, Any, cast
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.callbacks import Checkpoint
+from lightning.pytorch.plugins import TorchCheckpointIO
+from typing_extensions import override
+
+from experiments.execution import signals
+from experiments.tracking.mlflow_logger import Log
+from experiments.tracking.store import whole
+
+
+class WholeCheckpoints(TorchCheckpointIO):
+    """Writes a checkpoint whole or not at all, in its own folder; Lightning's way goes through the folder for
+    temporary files, which may be small, and copies from there, which takes time in which it can be killed."""
+
+    @override
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
+        # What a datamodule of one's own was made from, where it keeps that: a secret of the environment may be in it.
+        checkpoint.pop(pl.LightningDataModule.CHECKPOINT_HYPER_PARAMS_KEY, None)
+        with whole(Path(path)) as file:
+            writing = _Writing(file)
+            try:
+                torch.save(checkpoint, cast("IO[bytes]", writing))
+            except RuntimeError as error:
+                raise (writing.failed or error) from None
+
+
+class _Writing:
+    """Keeps the reason why a write failed, say a full disk, of which torch.save makes a RuntimeError without one."""
+
+    def __init__(self, file: IO[bytes]) -> None:
+        self.file, self.flush = file, file.flush
+        self.failed: OSError | None = None
+
+    def write(self, data: bytes) -> int:
+        try:
+            return self.file.write(data)
+        except OSError as error:
+            self.failed = error
+            raise
+
+
+class Saving(Checkpoint):
+    """Saves the whole state to `path` at the first step that ends `seconds` after the last time.
+
+    By time, not by steps: what a kill may cost is then the same whatever a step takes, and so is the share of time that
+    saving takes. Where a validation follows a step, after it: Lightning takes one that is due when it resumes for
+    done. Never in the middle of accumulated batches, nor after the last step, so that a run that goes on always has a
+    step and a validation of its own. A signal that asks the process to end is answered here, once the state is saved.
+    """
+
+    def __init__(self, path: Path, seconds: float) -> None:
+        self.path, self.seconds = path, seconds
+        self._last = time.monotonic()
+
+    @override
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._last = time.monotonic()
+
+    @override
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        loop = trainer.fit_loop
+        if loop._data_fetcher is None or not loop.epoch_loop._should_check_val_fx(loop._data_fetcher):
+            self._save(trainer)
+
+    @override
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if trainer.state.fn == "fit" and not trainer.sanity_checking:
+            self._save(trainer)
+
+    def _save(self, trainer: pl.Trainer) -> None:
+        amid = trainer.fit_loop.epoch_loop._should_accumulate() or (
+            trainer.global_step >= trainer.estimated_stepping_batches
+        )
+        if amid or not (signals.pending() or time.monotonic() - self._last >= self.seconds):
+            return
+        for logger in trainer.loggers:
+            logger.flush() if isinstance(logger, Log) else logger.save()  # what came before is not repeated
+        trainer.save_checkpoint(self.path)
+        self._last = time.monotonic()
+        signals.raise_pending()
+
+
+def saved_step(path: Path) -> int:
+    """The number of optimizer steps in a checkpoint; ValueError, with the reason, if it cannot be gone on from."""
+    try:
+        with zipfile.ZipFile(path) as file:
+            broken = file.testzip()
+        if broken is not None:
+            raise ValueError(f"{broken} in it is damaged")
+        return int(load_plain(path, mmap=True)["global_step"])
+    except FileNotFoundError as error:
+        raise ValueError("there is none") from error
+    except Exception as error:  # whatever a damaged archive makes of itself
+        raise ValueError(str(error) or type(error).__name__) from error
+
+
+def load_plain(path: Path, *, mmap: bool = False) -> dict[str, Any]:
+    """A checkpoint of tensors and plain values; ValueError, with the reason, for any other.
+
+    A pickle can name functions to be called, and a checkpoint may be somebody else's: such names are refused.
+    """
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
+    except FileNotFoundError:
+        raise
+    except Exception as error:  # whatever a damaged pickle makes of itself
+        foreign = _foreign(path)
+        if foreign:
+            raise ValueError(f"would run code when loaded ({', '.join(foreign)}), so it is refused") from error
+        why = str(error).partition("\n")[0].partition(". ")[0] or type(error).__name__  # torch goes on with advice
+        raise ValueError(f"is damaged: {why}") from error
+    if not isinstance(state, dict):
+        raise ValueError("is no checkpoint of a run")
+    return state
+
+
+def _foreign(path: Path) -> list[str]:
+    """The functions and classes that a pickle names and that plain values do not need."""
+    try:
+        return sorted(torch.serialization.get_unsafe_globals_in_checkpoint(path))
+    except Exception:  # it is damaged, which is said elsewhere
+        return []

@@ -1,0 +1,101 @@
+"""What a user sees while something long runs: of a sweep its cells and the present one's steps, or a count."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import TracebackType
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+
+from experiments.escape import for_terminal as escape
+from experiments.escape import visible
+from experiments.tracking.store import Result
+
+
+class Bar:
+    """Told of every cell and step; shows them while entered."""
+
+    def __init__(self, console: Console, cells: int) -> None:
+        self.progress = Progress(
+            TextColumn("{task.description}", markup=False),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[note]}", markup=False),
+            console=console,
+        )
+        self.console = console
+        self.cells = self.progress.add_task("cells", total=cells, note="", visible=cells > 1)
+        self.running: dict[str, TaskID] = {}
+
+    def __enter__(self) -> Bar:
+        self.progress.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for name in list(self.running):
+            self._end(name)
+        self.progress.stop()
+
+    def started(self, name: str) -> None:
+        self.running[name] = self.progress.add_task(visible(name), total=None, note="")
+
+    def step(self, name: str, step: int, total: int | None, note: str) -> None:
+        self.progress.update(self.running[name], completed=step, total=total, note=visible(note))
+
+    def kept(self, count: int) -> None:
+        """Cells that had finished before."""
+        self.progress.update(self.cells, completed=count, note=f"{count} kept from before" if count else "")
+
+    def ended(self, result: Result) -> None:
+        """With a result, here or elsewhere."""
+        self._end(result.name)
+        self.progress.advance(self.cells)
+        if result.status == "failed":
+            self.console.print(
+                f"[red]{escape(result.name)} failed:[/red] {escape(result.reason or '')}", soft_wrap=True
+            )
+
+    def dropped(self, name: str, why: str) -> None:
+        """Without one."""
+        self._end(name)
+        self.console.print(f"[red]{escape(name)}:[/red] {escape(why)}", soft_wrap=True)
+
+    def note(self, line: str) -> None:
+        self.console.print(f"[dim]{escape(line)}[/dim]", soft_wrap=True)
+
+    def _end(self, name: str) -> None:
+        if name in self.running:
+            self.progress.remove_task(self.running.pop(name))
+
+
+@contextmanager
+def counting(console: Console, what: str, total: int) -> Iterator[Callable[..., None]]:
+    """One line that moves on with each of `total` steps; call what this gives with a note, and 0 if no step is done."""
+    columns = (
+        TextColumn(what),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TextColumn("{task.fields[note]}", markup=False),
+    )
+    with Progress(*columns, console=console, transient=True) as progress:
+        task = progress.add_task("", total=total, note="")
+
+        def told(note: str, steps: int = 1) -> None:
+            progress.update(task, advance=steps, note=visible(note))
+
+        yield told

@@ -1,0 +1,340 @@
+"""Runs the cells of a sweep that have not finished: here, in several processes, beside other drivers of the same sweep.
+
+Who runs a cell holds the lock in its folder meanwhile, so that processes that know nothing of each other share a sweep:
+each takes what is neither finished nor locked. A driver, or a machine, can be killed at any time; the same command then
+runs what is missing, a half-done cell from its last checkpoint.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import sys
+import time
+from collections import deque
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from multiprocessing import get_context
+from multiprocessing.connection import Connection
+from multiprocessing.connection import wait as wait_for
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import torch
+
+from experiments.execution import signals
+from experiments.execution.progress import Bar
+from experiments.execution.train import Watch, flat, run
+from experiments.sweep.expand import Sweep
+from experiments.tracking.mlflow_logger import Tracker
+from experiments.tracking.store import Asked, Cell, Result, asked_before, lock, read, write_sweep
+from sparse_zoo.errors import ZooError, refuse
+from sparse_zoo.registry import import_file
+
+OVERVIEW = 60.0  # seconds between looks of MLflow's parent run at its cells
+ABOVE = "Parameters list the values of all cells, metrics are means over finished ones, cells.json has each. Report:"
+POLL = 1.0  # seconds between looks at cells that run elsewhere
+ENDING = 10.0  # seconds that a process has, beyond a step, to write its cell down when the sweep is interrupted
+
+
+@dataclass(frozen=True)
+class Work:
+    """One cell to be run, and what that takes: ready to be sent to another process or machine.
+
+    `before` is what was known of it when the sweep was started.
+    """
+
+    cell: Cell
+    sweep: str
+    before: Result
+    parent: str | None
+    params: dict[str, Any]
+    plugins: tuple[Path, ...]
+    fresh: bool
+
+    def since(self) -> Result | None:
+        """The cell's result, if any process has begun or ended it since the sweep was started."""
+        now, before = read(self.cell, self.sweep), self.before
+        begun = (now.provenance, now.resumed) != (before.provenance, before.resumed)
+        ended = now.status in ("finished", "failed") and now.status != before.status
+        return now if begun or ended else None
+
+    def attempt(self, tracker: Tracker, watch: Watch) -> Result | None:
+        """What became of the cell; None if it runs elsewhere."""
+        with lock(self.cell.folder(self.sweep)) as mine:
+            if not mine:
+                return None
+            since = self.since()
+            if since is not None and since.status in ("finished", "failed"):
+                watch.ended(since)  # elsewhere
+                return since
+            fresh = self.fresh and since is None  # what this very sweep left half-done is gone on with
+            return run(self.cell, self.sweep, tracker, watch, parent=self.parent, params=self.params, fresh=fresh)
+
+
+def execute(
+    sweep: Sweep,
+    bar: Bar,
+    *,
+    fresh: bool = False,
+    jobs: int | None = None,
+    slurm: Mapping[str, Any] | None = None,
+    ray: bool = False,
+    wait: bool = True,
+) -> list[Result]:
+    """Run the cells that have no finished result on disk, or with `fresh` all of them, `jobs` at a time.
+
+    One at a time, in this process, unless `jobs` says otherwise; with `slurm`, parameters of sbatch, as array job of a
+    cluster, as many at a time as it has room for. Unless `wait`, it is left to itself, and what is there is returned.
+    With `ray`, as tasks of Ray, likewise as many as there is room for.
+
+    A cell that fails is recorded and the next one runs; a failed cell is tried again the next time. A cell that another
+    process runs is waited for, and its result is taken in; should that process die, the cell is run here. Ctrl-C passes
+    on as KeyboardInterrupt, with every finished cell kept.
+    """
+    found = {cell.name: read(cell, sweep.name) for cell in sweep.cells}
+    params = differing(sweep.cells)
+    todo = [cell for cell in sweep.cells if fresh or found[cell.name].status != "finished"]
+    bar.kept(len(sweep.cells) - len(todo))
+    if not todo:
+        parent = _remember(sweep)
+        tracker = Tracker(sweep.name, bar.note)
+        tracker.settle({parent: "FINISHED"} | _ended(found.values()))
+        tracker.overview(parent, params, list(found.values()))
+        tracker.reach(lambda: None)
+        return list(found.values())
+    refuse("--jobs", _too_many(1 if jobs is None else jobs, [] if slurm is not None or ray else todo))
+    tracker = Tracker(sweep.name, bar.note)
+    tracker.settle(_ended(found.values()))
+    parent = tracker.parent(sweep.name, f"{sweep.about}\n\n{len(sweep.cells)} cells. {ABOVE} `zoo report {sweep.name}`")
+    write_sweep(sweep.name, Asked(sweep.about, sweep.cells, parent))
+    plugins = loaded_plugins()
+    works = [Work(cell, sweep.name, found[cell.name], parent, params[cell.name], plugins, fresh) for cell in todo]
+    ended, shown = "KILLED", time.monotonic()
+    tracker.overview(parent, params, list(found.values()))
+    try:
+        for result in _results(works, tracker, bar, jobs, slurm, ray, wait):
+            found[result.name] = result
+            if time.monotonic() - shown > OVERVIEW:
+                tracker.overview(parent, params, list(found.values()))
+                shown = time.monotonic()
+        ended = "FINISHED" if all(result.status == "finished" for result in found.values()) else "FAILED"
+    finally:
+        if wait:
+            tracker.overview(parent, params, list(found.values()))
+            tracker.end(parent, ended)
+    return list(found.values())
+
+
+def _remember(sweep: Sweep) -> str | None:
+    """That these cells were asked for, where others were before: the report is about the last ones. MLflow's parent."""
+    asked = asked_before(sweep.name)
+    parent = asked.mlflow_run if asked else None
+    if asked is None or (asked.about, asked.cells) != (sweep.about, sweep.cells):
+        write_sweep(sweep.name, Asked(sweep.about, sweep.cells, parent))
+    return parent
+
+
+def _ended(results: Iterable[Result]) -> dict[str | None, str]:
+    """MLflow's status of the runs of finished cells."""
+    return {result.mlflow_run: "FINISHED" for result in results if result.status == "finished"}
+
+
+def _results(
+    works: list[Work],
+    tracker: Tracker,
+    bar: Bar,
+    jobs: int | None,
+    slurm: Mapping[str, Any] | None,
+    ray: bool,
+    wait: bool,
+) -> Iterator[Result]:
+    if slurm is not None:
+        from experiments.execution.slurm import results, submit
+
+        queued = submit(works, slurm, jobs)
+        bar.note(f"{len(queued)} cells are SLURM's jobs {', '.join(queued)}; scancel ends them")
+        return results(queued, bar) if wait else iter(())
+    if ray:
+        from experiments.execution import ray_jobs
+
+        return ray_jobs.results(works, jobs, bar)
+    if jobs is None or jobs == 1:
+        return _here(works, tracker, bar)
+    return _in_processes(works, min(jobs, len(works)), bar)
+
+
+def differing(cells: tuple[Cell, ...]) -> dict[str, dict[str, Any]]:
+    """By cell: its attention and whatever is not the same in all of them, by dotted keys."""
+    configs = {cell.name: flat(cell.config) for cell in cells}
+    keys = dict.fromkeys(key for config in configs.values() for key in config)
+    alike = {key for key in keys if len({repr(config.get(key)) for config in configs.values()}) == 1}
+    return {
+        name: {key: value for key, value in config.items() if key not in alike or key.startswith("attention")}
+        for name, config in configs.items()
+    }
+
+
+def loaded_plugins() -> tuple[Path, ...]:
+    """The files of methods, kernels and data that were imported here, for processes that need them too."""
+    return tuple(
+        Path(str(module.__file__)) for name, module in sys.modules.items() if name.startswith("sparse_zoo_plugin_")
+    )
+
+
+def _here(works: list[Work], tracker: Tracker, bar: Bar) -> Iterator[Result]:
+    elsewhere: list[Work] = []
+    for work in works:
+        result = work.attempt(tracker, bar)
+        if result is None:
+            bar.note(f"{work.cell.name} is running elsewhere")
+            elsewhere.append(work)
+        else:
+            yield result
+    while elsewhere:
+        time.sleep(POLL)
+        for work in list(elsewhere):
+            result = work.attempt(tracker, bar)
+            if result is not None:
+                elsewhere.remove(work)
+                yield result
+
+
+def on_gpu(cell: Cell) -> bool:
+    """Whether a cell takes a GPU where there is one."""
+    return bool(cell.config["trainer"].get("accelerator") != "cpu")
+
+
+def _too_many(jobs: int, cells: list[Cell]) -> list[str]:
+    with_gpus = torch.cuda.is_available() and any(map(on_gpu, cells))
+    gpus = torch.cuda.device_count()
+    return [
+        f"must be at least 1, got {jobs}" if jobs < 1 else "",
+        f"a job has a GPU to itself, and there are {gpus}; got {jobs}" if with_gpus and jobs > gpus else "",
+    ]
+
+
+def _in_processes(works: list[Work], jobs: int, bar: Bar) -> Iterator[Result]:
+    """Each of `jobs` processes is given one cell after the other.
+
+    No pool of a library: those take the death of one process, say for want of memory, for the end of all.
+    """
+    waiting, told = deque(works), set[str]()
+    workers = [_Worker(number, jobs) for number in range(jobs)]
+    try:
+        while waiting or any(worker.work for worker in workers):
+            for worker in workers:
+                if waiting and worker.work is None:
+                    worker.give(waiting.popleft())
+            for pipe in wait_for([worker.pipe for worker in workers if worker.work]):
+                worker = next(worker for worker in workers if worker.pipe is pipe)
+                work = worker.work
+                assert work is not None
+                try:
+                    kind, *told_of = worker.pipe.recv()
+                except EOFError:
+                    workers[worker.number] = _Worker(worker.number, jobs)
+                    bar.dropped(work.cell.name, f"its process {worker.fate()}; the same command goes on with it")
+                    yield read(work.cell, work.sweep)
+                    continue
+                if kind == "refused":
+                    raise ZooError(*told_of)
+                if kind != "done":
+                    getattr(bar, kind)(*told_of)
+                    continue
+                worker.work = None
+                if told_of[0] is not None:
+                    yield told_of[0]
+                    continue
+                if work.cell.name not in told:
+                    bar.note(f"{work.cell.name} is running elsewhere")
+                    told.add(work.cell.name)
+                waiting.append(work)
+    finally:
+        for worker in workers:
+            worker.process.terminate()
+        try:
+            deadline = time.monotonic() + signals.GRACE + ENDING
+            for worker in workers:
+                worker.process.join(max(0.0, deadline - time.monotonic()))
+        finally:  # at a second signal too
+            for worker in workers:
+                worker.process.kill()
+
+
+class _Worker:
+    """A process that runs cells: with its share of the threads and, where there are GPUs, the one of its number."""
+
+    def __init__(self, number: int, jobs: int) -> None:
+        self.number = number
+        self.work: Work | None = None
+        self.pipe, theirs = get_context("spawn").Pipe()
+        threads, given = max(1, torch.get_num_threads() // jobs), dict[str, str]()
+        if torch.cuda.is_available():
+            visible = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(torch.cuda.device_count())))
+            given["CUDA_VISIBLE_DEVICES"] = visible.split(",")[number % torch.cuda.device_count()]
+        self.process = get_context("spawn").Process(target=_serve, args=(theirs, threads), name=f"job {number}")
+        with patch.dict(os.environ, given):
+            self.process.start()
+        theirs.close()
+
+    def give(self, work: Work) -> None:
+        self.work = work
+        with suppress(BrokenPipeError):  # it died meanwhile: reading from it says so
+            self.pipe.send(work)
+
+    def fate(self) -> str:
+        self.process.join()
+        code = self.process.exitcode or 0
+        return f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
+
+
+def _serve(pipe: Connection, threads: int) -> None:
+    """What such a process does."""
+    torch.set_num_threads(threads)
+    logging.getLogger("datamodules").setLevel(logging.ERROR)  # what the data leaves out was said before the first cell
+    watch, trackers = _Telling(pipe), dict[str, Tracker]()
+    # Ctrl-C reaches all processes of a terminal: the driver alone answers it, and ends the others by SIGTERM.
+    with signals.caught(patient=True), suppress(EOFError, KeyboardInterrupt):
+        while True:
+            work: Work = pipe.recv()
+            for plugin in work.plugins:
+                import_file(plugin)
+            if work.sweep not in trackers:
+                trackers[work.sweep] = Tracker(work.sweep, watch.note)
+            try:
+                result = work.attempt(trackers[work.sweep], watch)
+            except ZooError as error:
+                watch.tell("refused", str(error))
+                continue
+            if result is None:
+                time.sleep(POLL)
+            watch.tell("done", result)
+
+
+class _Telling:
+    """A `Watch` that tells another process, and ends where that is gone."""
+
+    def __init__(self, to: Connection) -> None:
+        self.to = to
+
+    def tell(self, *what: Any) -> None:
+        try:
+            self.to.send(what)
+        except BrokenPipeError:
+            os._exit(1)  # as if killed: the cell goes on from its checkpoint when the sweep is started again
+
+    def started(self, name: str) -> None:
+        self.tell("started", name)
+
+    def step(self, name: str, step: int, total: int | None, note: str) -> None:
+        self.tell("step", name, step, total, note)
+
+    def ended(self, result: Result) -> None:
+        self.tell("ended", result)
+
+    def note(self, line: str) -> None:
+        self.tell("note", line)

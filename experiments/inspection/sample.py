@@ -1,0 +1,146 @@
+"""Films drawn from a run that was trained before, over data that may be longer than what it has seen."""
+
+from __future__ import annotations
+
+import math
+import time
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.fabric.utilities import move_data_to_device
+from torchmetrics import Metric, MetricCollection
+
+from experiments.inspection.trained import Batch, Trained
+from experiments.tracking.store import write_json
+from lit_modules import Euler, SampleFilms
+from lit_modules.callbacks import film_pictures, write_picture
+from sparse_zoo.errors import refuse
+
+
+@dataclass(frozen=True)
+class Sampled:
+    """What was drawn, ready for JSON.
+
+    `films`: {"name", "shots", "given", "strip" (a path), "taken"} each; "taken" maps each shot that was drawn to the
+    earlier ones it was drawn beside, and is None where all were drawn at once. `metrics` are those of the datamodule,
+    with those of whole films where no shot was given; `notes` what was warned of.
+    """
+
+    checkpoint: str
+    step: int
+    folder: str
+    sampling: dict[str, Any]
+    data: dict[str, Any]
+    films: list[dict[str, Any]]
+    metrics: dict[str, float | None]
+    notes: list[str]
+    seconds: float
+
+
+class Drawing:
+    """A trained model and the validation films that it is to draw.
+
+    Args:
+        run: A run's folder, or one of its checkpoints.
+        overrides: "data.key=value" over the run's config.
+        films: How many films; where several are packed in a stream, all of a stream are drawn.
+        given: How many first shots of each film are given instead of drawn.
+        sampling: Fields of `Euler` that differ from the run's.
+        plugins: Files of the user, see `Trained`.
+
+    Raises:
+        ZooError: if there is no checkpoint or no config beside it, or the data does not fit the model.
+    """
+
+    def __init__(
+        self,
+        run: Path,
+        overrides: Sequence[str],
+        *,
+        films: int,
+        given: int,
+        sampling: Mapping[str, Any],
+        plugins: Sequence[Path] = (),
+    ) -> None:
+        trained = Trained("zoo sample", run, overrides, films, plugins)
+        self.trained, self.module, self.batches = trained, trained.module, trained.batches
+        self.given, self.settings = given, trained.config["data"]
+        of_run = {key: value for key, value in trained.config["sampling"].items() if key != "every"}
+        order = {"order": "shots"} if sampling.get("context") is not None else {}
+        self.euler = Euler(**{**of_run, **order, **sampling})
+        # Where nothing is given a film is right if it agrees with itself.
+        whole = dict[str, Metric]() if given else getattr(trained.data, "whole_metrics", dict)()
+        self.metrics = MetricCollection({**trained.data.sample_metrics(), **whole}, compute_groups=False)
+        every = all(bool(self._known(batch).all()) for batch in self.batches)
+        refuse("zoo sample", [f"with {given} shots given there is nothing left to draw"] if every else [])
+
+    @property
+    def steps(self) -> int:
+        """Euler steps in all."""
+        return sum(self.euler.count(batch, self._known(batch)) for batch in self.batches)
+
+    def draw(self, out: Path | None, told: Callable[[], object]) -> Sampled:
+        """Draw every film, write strips and `sample.json` into `out`; `told` is called once a step.
+
+        By default `out` is a new folder in the run's `samples`. A strip shows the real film, the model's guess of it
+        from half noise, and what was drawn.
+        """
+        start = time.perf_counter()
+        folder = out or self.trained.folder / "samples" / f"{datetime.now():%Y%m%d-%H%M%S}"
+        module, device = self.trained.ready()
+        metrics, precision, step = self.metrics.to(device), self.trained.trainer.precision_plugin, self.trained.step
+        films: list[dict[str, Any]] = []
+        caught: list[warnings.WarningMessage] = []
+        for number, cpu in enumerate(self.batches):
+            batch, known = move_data_to_device(cpu, device), self._known(cpu)
+            with precision.forward_context(), warnings.catch_warnings(record=True) as new:
+                warnings.simplefilter("always")
+                guess = module.flow.denoise(module.model, batch, SampleFilms.GUESS_FROM, step=step, seed=number)
+                drawn = self.euler.draw(
+                    module.model, module.flow, batch, seed=number, known=known, step=step, told=told
+                )
+            caught += new
+            metrics.update(drawn.clips, batch)
+            rows = (batch["clips"], guess, drawn.clips)
+            for item in range(len(batch["text"])):
+                for i, picture in enumerate(film_pictures(batch["layout"], rows, item)):
+                    shots = len(batch["layout"].films[i].shots)
+                    films.append(
+                        {
+                            "name": _name(batch, item, i) or f"film {len(films)}",
+                            "shots": shots,
+                            "given": min(self.given, shots),
+                            "strip": str(write_picture(folder / f"film_{len(films):03d}.png", picture)),
+                            "taken": drawn.taken[i][item] if drawn.taken else None,
+                        }
+                    )
+        found = {name: float(value) for name, value in metrics.compute().items()} if len(metrics) else {}
+        sampled = Sampled(
+            str(self.trained.checkpoint),
+            step,
+            str(folder),
+            asdict(self.euler),
+            self.settings,
+            films,
+            {name: value if math.isfinite(value) else None for name, value in found.items()},
+            list(dict.fromkeys(str(warning.message) for warning in caught)),
+            time.perf_counter() - start,
+        )
+        write_json(folder / "sample.json", asdict(sampled))
+        return sampled
+
+    def _known(self, batch: Batch) -> torch.Tensor:
+        number = torch.cat([torch.arange(len(film.shots)) for film in batch["layout"].films])
+        return number < self.given
+
+
+def _name(batch: Batch, item: int, film: int) -> str:
+    """What our datamodules call a film: either batch items or the films of a stream are many."""
+    names: list[str] = batch.get("names", [])
+    number = item * len(batch["layout"].films) + film
+    return names[number] if number < len(names) else ""

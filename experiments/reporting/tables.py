@@ -1,0 +1,177 @@
+"""A report's tables for a paper's appendix, as Markdown and LaTeX."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
+
+from experiments.analysis.formatting import (
+    giga,
+    half,
+    interval,
+    mean,
+    number,
+    p_value,
+    percent,
+    plain_values,
+    settings,
+    signed,
+)
+from experiments.analysis.metrics import RECALL, WHOLE, Measure
+from experiments.analysis.seed_groups import Group, Line
+from experiments.escape import for_latex, for_markdown, for_markdown_code
+from experiments.reporting.report import Report, machines
+
+COLUMNS = 7  # of a LaTeX table, beside the first, that fit a page
+
+
+def markdown(report: Report) -> str:
+    """The tables as Markdown, a section each."""
+    return _rendered(report, "report.md.j2", for_markdown)
+
+
+def latex(report: Report) -> str:
+    """The tables as LaTeX, to be `\\input`; needs the package booktabs. Wide ones are cut, so that they fit a page."""
+    return _rendered(report, "report.tex.j2", for_latex, COLUMNS)
+
+
+def _rendered(report: Report, template: str, cell: Callable[[str], str], columns: int = 1000) -> str:
+    environment = Environment(
+        loader=PackageLoader("experiments.reporting"),
+        undefined=StrictUndefined,
+        finalize=lambda value: value if isinstance(value, Markup) else cell(str(value)),
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters["row"] = lambda cells, between: Markup(between.join(map(cell, cells)))
+    environment.filters["code"] = lambda text: Markup(for_markdown_code(text))
+    return environment.get_template(template).render(
+        report=report,
+        made=datetime.now().astimezone().strftime("%Y-%m-%d"),
+        sheets=[part for sheet in _sheets(report) if sheet.rows for part in sheet.cut(columns)],
+        machines=machines(report),
+    )
+
+
+@dataclass(frozen=True)
+class Sheet:
+    """A table in plain text, its first column on the left, the others on the right."""
+
+    title: str
+    note: str
+    head: Sequence[str]
+    rows: Sequence[Sequence[str]]
+
+    def cut(self, columns: int) -> Iterator[Sheet]:
+        """This in parts of so many columns beside the first, which each of them has."""
+        for first in range(1, len(self.head), columns):
+            head, *rows = [[row[0], *row[first : first + columns]] for row in (self.head, *self.rows)]
+            title, note = (self.title, self.note) if first == 1 else (f"{self.title}, continued", "")
+            yield Sheet(title, note, head, rows)
+
+
+def _sheets(report: Report) -> Iterator[Sheet]:
+    head = report.headline
+    done = report.rows
+
+    def row(group: Group, title: str) -> list[str]:
+        return [
+            title,
+            number(mean(group.figure(head.name))),
+            interval(group.figure(head.name)),
+            report.letters.get(group.name, ""),
+            str(len(group.finished)),
+            percent(mean(group.figure("density"))),
+            giga(mean(group.figure("flops"))),
+            number(mean(group.figure("seconds_per_step"))),
+            *(half(group.figure(name)) for name in report.beside),
+        ]
+
+    def across(line: Line) -> list[str]:
+        if line.group:
+            return row(line.group, line.title)
+        if line.missing:
+            return [line.label, line.missing] + [""] * (6 + len(report.beside))
+        chance = [number(report.chance.get(name)) for name in (head.name, *report.beside)]
+        return [line.label, chance[0]] + [""] * 6 + chance[1:]
+
+    def sheet(title: str, columns: Mapping[str, str], note: str = "") -> Sheet:
+        rows = [[group.name, *(half(group.figure(name)) for name in columns)] for group in done]
+        chance = [["chance", *(number(report.chance.get(name)) for name in columns)]]
+        told = any(name in report.chance for name in columns)
+        head = ["method", *columns.values()]
+        return Sheet(
+            title, f"{note}Mean ± half of the 95 % interval over seeds.", head, (rows + chance * told) * bool(columns)
+        )
+
+    yield Sheet(
+        "Leaderboard",
+        f"By {head.label} ({head.better}): mean and 95 % interval over n seeds (Student's t). Methods that share a"
+        " letter were not told apart. Density and FLOPs are those of the plans that ran."
+        + (f" {report.task} Beside it mean ± half of the interval." if report.task else "")
+        + "".join(f" {told}" for told in (report.conclusion, report.drift, report.shortened) if told),
+        ["method", head.label, "95 % interval", "", "n", "density", "GFLOPs", "s / step", *report.beside.values()],
+        [*(row(group, group.titled) for group in report.ranked), *map(across, report.lines)],
+    )
+    yield Sheet("Settings", "", ["method", "settings"], [[group.name, settings(group.one.attention)] for group in done])
+    yield Sheet(
+        "Differences",
+        f"In {head.label}, the first less the second, paired by seed, each with its own 95 % interval; p of the paired"
+        f" t test, corrected by Holm, and of flipping signs. {report.verdict} {report.caution}",
+        ["pair", "difference", "95 % interval", "n", "p", "p (Holm)", "p (signs)", "holds"],
+        [
+            [
+                f"{pair.a} – {pair.b}",
+                signed(pair.mean),
+                "" if pair.low is None else f"[{signed(pair.low)}, {signed(pair.high)}]",
+                str(pair.n),
+                *map(p_value, (pair.p, pair.p_holm, pair.p_exact)),
+                "yes" if pair.holds else "no",
+            ]
+            for pair in report.listed
+        ],
+    )
+    yield Sheet(
+        "Films",
+        "The same by film, which speaks of these trained models and not of the methods: on how many films the first did"
+        " better and worse than the second; exact sign test, corrected by Holm.",
+        ["pair", "films", "better", "worse", "p", "p (Holm)"],
+        [
+            [f"{one.a} – {one.b}", *map(str, (one.films, one.better, one.worse)), p_value(one.p), p_value(one.p_holm)]
+            for one in report.films
+        ],
+    )
+    for measure in (RECALL, WHOLE + RECALL):
+        places = {name: str(back) for back, name in report.at_distances(measure).items()}
+        label = Measure.of(measure).label.capitalize()
+        yield sheet(
+            f"{label} by distance", places, "Across: shots back to the nearest earlier one that shows the subject. "
+        )
+    yield sheet("Whole films", report.whole_films, "Drawn from noise. ")
+    yield sheet("Other measures", report.others)
+    yield Sheet(
+        "Settings, one at a time",
+        f"Mean {head.label} at each value, over the combinations of all else that were run with every value.",
+        ["setting", "value", "mean", "95 % interval", "cells"],
+        [
+            [
+                effect.name if first else "",
+                plain_values(level.value),
+                number(level.figure.mean),
+                interval(level.figure),
+                str(len(level.cells)),
+            ]
+            for effect in report.effects
+            for first, level in ((i == 0, level) for i, level in enumerate(effect.levels))
+        ],
+    )
+    yield Sheet(
+        "Not finished",
+        "",
+        ["cell", "status", "reason"],
+        [[names, result.state, result.reason or ""] for names, result in report.unfinished_alike.items()],
+    )

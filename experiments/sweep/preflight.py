@@ -1,0 +1,268 @@
+"""A cell tried before it runs: its model freshly built, its plans on the data's own layouts; nothing is learnt."""
+
+from __future__ import annotations
+
+import json
+import statistics
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from itertools import islice
+from typing import Any, cast
+
+import torch
+from lightning.fabric.utilities import move_data_to_device
+from torch import Tensor, nn
+
+import sparse_zoo as zoo
+from experiments.config import datamodule
+from experiments.config.resolve import Config, resolve
+from experiments.tracking.store import Cell
+from lit_modules import FlowLoss, RectifiedFlow, VideoDiT
+from lit_modules.callbacks import synchronize
+from lit_modules.dit import Block
+from lit_modules.flops import ModelShape, caption_flops, linear_flops
+from lit_modules.flow import generator
+from lit_modules.precision import default_precision
+from sparse_zoo.errors import ZooError, refuse
+
+BATCHES, ITEMS = 4, 2  # training batches tried, and items of each; packed films are one item
+TIMED = 3  # steps timed, after one to warm up
+KEPT = 8192  # models whose figures are kept: a sweep asks for those of each model several times
+
+Batch = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class LayerCost:
+    """Attention of one layer: density over the tried batches, and FLOPs of one training step.
+
+    Forward, backward and routing, of a whole batch.
+    """
+
+    density: float
+    flops: float
+
+
+@dataclass(frozen=True)
+class Trial:
+    """What a freshly built cell does on its first training batches.
+
+    tokens: of the stream that attention sees, mean over batches; items: streams in a batch.
+    layers: attention, layer by layer.
+    varies: whether layers, heads or films of one layout differ in how much they attend to: where this comes from q and
+        k it may move as training goes.
+    flops: of one training step of the whole model, forward and backward.
+    parameters: numbers that are trained.
+    """
+
+    tokens: float
+    items: int
+    layers: tuple[LayerCost, ...]
+    varies: bool
+    flops: float
+    parameters: int
+
+    @property
+    def density(self) -> float:
+        """Mean over layers."""
+        return statistics.fmean(layer.density for layer in self.layers)
+
+    @property
+    def attention_flops(self) -> float:
+        """Sum over layers."""
+        return sum(layer.flops for layer in self.layers)
+
+
+class Planning(nn.Module):
+    """An attention that plans and does not attend.
+
+    A fresh block multiplies what attention gives by 0, so that every layer gets the q and k that it will get at the
+    first step of training. The first plans are checked.
+    """
+
+    def __init__(self, attention: zoo.Attention) -> None:
+        super().__init__()
+        self.attention = attention
+        self.checked = False
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, layout: zoo.Layout, **context: Any) -> zoo.Result:
+        call = zoo.Call(q, k, v, layout.to(q.device), **context)
+        method = self.attention.at(call.step) if isinstance(self.attention, zoo.Scheduled) else self.attention
+        if call.hidden is not None:
+            call = replace(call, features=method.features(call.hidden))
+        branches = method.branches(call)
+        plans = [method.attended(branch, call) for branch in branches if isinstance(branch, zoo.Branch)]
+        for plan in () if self.checked else plans:
+            plan.validate()
+        self.checked = True
+        return zoo.Result(
+            out=torch.zeros_like(q),
+            plans=plans,
+            losses={},
+            kernel="none",
+            layout=layout,
+            routing_flops=method.routing_flops(call),
+            term_flops=sum(branch.flops for branch in branches if isinstance(branch, zoo.Term)),
+        )
+
+
+def trial(config: Config) -> Trial:
+    """Build a config's data and model and let it plan; made once for configs alike in what matters here.
+
+    Weights, films and noise times are drawn as in the first steps of the run; of each of `BATCHES` batches, `ITEMS`
+    items. Raises `ZooError` with whatever the parts refuse; what else they raise comes through.
+    """
+    return _trial(*_model_key(config))
+
+
+def _model_key(config: Config) -> tuple[str, str, tuple[type, ...]]:
+    """What decides how a freshly built model computes: settings as JSON, device, and the classes of the methods."""
+    config = resolve(config)
+    parts = {key: config[key] for key in ("seed", "data", "model", "flow", "attention")}
+    classes = tuple(zoo.get(layer["name"]) for layer in layers_of(config))
+    return json.dumps(parts, sort_keys=True), _device(config["trainer"]), classes
+
+
+def layers_of(config: Config) -> list[dict[str, Any]]:
+    """The attention of each layer, as settings with a name."""
+    given = config["attention"]
+    return given if isinstance(given, list) else [given] * config["model"]["depth"]
+
+
+@lru_cache(maxsize=KEPT)
+def _trial(settings: str, device: str, _classes: tuple[type, ...]) -> Trial:
+    config = json.loads(settings)
+    made, batches = _data(json.dumps(config["data"]))
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        model = _model(config, made).to(device)
+        parameters = sum(p.numel() for p in model.parameters() if p.requires_grad)
+        blocks = cast("list[Block]", list(model.blocks))
+        for block in blocks:
+            block.attention = Planning(block.attention)  # type: ignore[assignment]
+        costs = [zoo.Cost(0, 0, 0, 0)] * len(blocks)
+        flops, rest, tokens = [0.0] * len(blocks), 0.0, 0
+        told: dict[tuple[str, int, zoo.Layout], set[int]] = {}
+        entries = [json.dumps(layer) for layer in layers_of(config)]
+        for number, batch in enumerate(batches):
+            items, share = len(batch["text"]), 1 / len(batches)
+            results = _loss(config, model, _narrowed(batch), number, device).output.results
+            for i, result in enumerate(results):
+                cost = result.cost()
+                costs[i] += cost
+                taken = cost.flops + cost.flops_backward + cost.routing_flops
+                flops[i] += share * taken * items / min(items, ITEMS)
+                for branch, plan in enumerate(result.plans):
+                    told.setdefault((entries[i], branch, result.layout), set()).update(plan.pairs.flatten().tolist())
+            tokens += len(results[0].layout)
+            shape = _shape(model, config["model"].get("mlp_ratio", 4.0))
+            rest += share * linear_flops(shape, batch["layout"], items).both
+            rest += share * caption_flops(shape, batch["layout"], items).both
+    return Trial(
+        tokens / len(batches),
+        max(len(batch["text"]) for batch in batches),
+        tuple(LayerCost(cost.density, each) for cost, each in zip(costs, flops, strict=True)),
+        any(len(pairs) > 1 for pairs in told.values()),
+        rest + sum(flops),
+        parameters,
+    )
+
+
+def step_seconds(config: Config) -> float | None:
+    """Median seconds of `TIMED` training steps (forward and backward) after one; None where its device is not here.
+
+    Timed once for configs alike in their model, data and precision.
+    """
+    settings, device, classes = _model_key(config)
+    accelerator = config["trainer"].get("accelerator", "auto")
+    if device == "cpu" and accelerator in ("gpu", "cuda"):
+        return None
+    precision = str(config["trainer"].get("precision") or default_precision(accelerator))
+    return _step_seconds(settings, device, precision, classes)
+
+
+@lru_cache(maxsize=KEPT)
+def _step_seconds(settings: str, device: str, precision: str, _classes: tuple[type, ...]) -> float:
+    config = json.loads(settings)
+    made, batches = _data(json.dumps(config["data"]))
+    dtype = torch.bfloat16 if "bf16" in precision else torch.float16
+    half = torch.autocast(device, dtype, enabled="16" in precision and (device != "cpu" or "bf16" in precision))
+    seconds = []
+    with torch.random.fork_rng(devices=[]):
+        model = _model(config, made).to(device)
+        for number in range(TIMED + 1):
+            synchronize(torch.device(device))
+            start = time.perf_counter()
+            with half:
+                found = _loss(config, model, batches[number % len(batches)], number, device)
+            torch.stack([found.loss, *found.output.losses.values()]).sum().backward()
+            synchronize(torch.device(device))
+            seconds.append(time.perf_counter() - start)
+            model.zero_grad()
+    return statistics.median(seconds[1:])
+
+
+def check(cells: Iterable[Cell]) -> None:
+    """Try every cell, of those that differ by their seed alone the first.
+
+    Raises `ZooError` with the name and reason of each that cannot be built, or whose plan holds a pair twice or an
+    index out of range.
+    """
+    reasons = []
+    for name, cell in first_of_groups(cells).items():
+        try:
+            trial(cell.config)
+        except Exception as error:  # what a method of one's own raises here it would raise in its first step
+            reasons.append(f"cell {name}: {said(error)}")
+    refuse("sweep", reasons)
+
+
+def said(error: Exception) -> str:
+    """An error as a reason; where it is no refusal, with its type."""
+    return str(error) if isinstance(error, ZooError) else f"{type(error).__name__}: {error}"
+
+
+def first_of_groups(cells: Iterable[Cell]) -> dict[str, Cell]:
+    """Of cells that differ by their seed alone the first, by the name that they share."""
+    first: dict[str, Cell] = {}
+    for cell in cells:
+        first.setdefault(cell.group or cell.name, cell)
+    return first
+
+
+def _device(trainer: Mapping[str, Any]) -> str:
+    wanted = trainer.get("accelerator", "auto") in ("auto", "gpu", "cuda")
+    return "cuda" if wanted and torch.cuda.is_available() else "cpu"
+
+
+@lru_cache(maxsize=2)
+def _data(settings: str) -> tuple[datamodule.FilmData, Sequence[Batch]]:
+    """A datamodule, set up as a run does it, and its first training batches."""
+    made: Any = datamodule.build(json.loads(settings))
+    made.prepare_data()
+    made.setup("fit")
+    return made, list(islice(made.train_dataloader(), BATCHES))
+
+
+def _model(config: Config, made: datamodule.FilmData) -> VideoDiT:
+    torch.manual_seed(config["seed"])
+    shape: dict[str, Any] = {"channels": made.channels, "patch": made.patch, "vocabulary": made.vocabulary}
+    return VideoDiT(**config["model"], **shape, attention=config["attention"])
+
+
+def _loss(config: Config, model: VideoDiT, batch: Batch, number: int, device: str) -> FlowLoss:
+    """Of training batch `number`, with the draws of the run."""
+    purpose = (config["seed"], 0, number)
+    draws, attention = generator("train", *purpose), generator("attention", *purpose).initial_seed()
+    moved = move_data_to_device({key: batch[key] for key in ("clips", "text")}, torch.device(device))
+    moved["layout"] = batch["layout"]
+    return RectifiedFlow(**config["flow"]).training_loss(model, moved, draws, step=0, seed=attention)
+
+
+def _narrowed(batch: Batch) -> Batch:
+    return batch | {"clips": [clip[:ITEMS] for clip in batch["clips"]], "text": batch["text"][:ITEMS]}
+
+
+def _shape(model: VideoDiT, mlp_ratio: float) -> ModelShape:
+    return ModelShape(model.dim, len(model.blocks), model.heads, mlp_ratio, model.text, model.patch_size)

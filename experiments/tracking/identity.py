@@ -1,0 +1,23 @@
+"""What a run computes, apart from where and how it is computed: what its id is made of."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+# Settings that change no number of a result. Paths of data are part of it: they are made absolute when a config is
+# read (`experiments.config.datamodule.absolute`), so that one folder has one spelling.
+ELSEWHERE = {
+    "data": {"cache", "num_workers", "pin_memory", "persistent_workers", "prefetch_factor"},
+    "trainer": {"devices", "num_nodes", "log_every_n_steps", "profiler", "enable_autolog_hparams", "model_registry"},
+}
+
+
+def identity(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A config without the settings that say where it runs: two runs of one identity compute the same."""
+    return {
+        section: {key: value for key, value in own.items() if key not in ELSEWHERE[section]}
+        if section in ELSEWHERE and isinstance(own, Mapping)
+        else own
+        for section, own in config.items()
+    }
