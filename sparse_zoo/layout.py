@@ -9,16 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Final, Literal
+from typing import Final, Literal
 
 import torch
 from torch import Tensor
 
 from sparse_zoo.errors import refuse, unknown
+from sparse_zoo.partition import Partition
 from sparse_zoo.remember import remembered
-
-if TYPE_CHECKING:
-    from sparse_zoo.partition import Partition
 
 FIELDS = ("sample", "shot", "frame", "row", "col", "is_text", "shot_frame", "frames", "rows", "cols")
 
@@ -167,7 +165,6 @@ class Layout:
         return self._partition(keys, where)
 
     def _partition(self, keys: Sequence[str | Tensor], where: Tensor | None) -> Partition:
-        from sparse_zoo.partition import Partition
 
         columns = [self.sample] + [getattr(self, key) if isinstance(key, str) else key.to(self.device) for key in keys]
         kept = torch.arange(len(self), device=self.device) if where is None else where.to(self.device).nonzero()[:, 0]

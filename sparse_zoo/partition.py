@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from sparse_zoo.errors import ZooError
 from sparse_zoo.gather import add_at
-from sparse_zoo.layout import Layout
 from sparse_zoo.remember import Cached, lazy, origin, remembered
+
+if TYPE_CHECKING:
+    from sparse_zoo.layout import Layout
 
 
 @dataclass(frozen=True, eq=False)

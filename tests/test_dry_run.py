@@ -19,11 +19,11 @@ from experiments.config import resolve as config_module
 from experiments.config.datamodule import build
 from experiments.config.resolve import Config, load
 from experiments.execution import train as run_module
-from experiments.execution.train import provenance
 from experiments.sweep import dry_run, preflight
 from experiments.sweep import expand as sweep_module
 from experiments.sweep.dry_run import Forecast
 from experiments.sweep.expand import read
+from experiments.tracking.provenance import provenance
 from experiments.tracking.store import Result
 from lit_modules import AttentionCost, LitVideoDiT, VideoDiT
 from sparse_zoo.errors import ZooError

@@ -22,9 +22,19 @@ MAY_IMPORT = {
 }
 
 
-def imported(file: Path) -> set[str]:
+def imported(file: Path, *, types: bool = True) -> set[str]:
+    """What a file imports, at its top and inside functions; without `types`, not what type checkers alone read."""
     names: set[str] = set()
-    for node in ast.walk(ast.parse(file.read_text())):
+    tree = ast.parse(file.read_text())
+    unread = {
+        id(inner)
+        for node in ast.walk(tree)
+        if not types and isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"
+        for inner in node.body
+    }
+    for node in ast.walk(tree):
+        if id(node) in unread:
+            continue
         if isinstance(node, ast.Import):
             names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
@@ -46,6 +56,41 @@ def test_rooms_import_downwards_only(room: str) -> None:
             assert tops <= {"torch", "sparse_zoo", *sys.stdlib_module_names, *extra}, (file, tops)
         if "mlflow" in tops:
             assert file.relative_to(ROOT).as_posix() == "experiments/tracking/mlflow_logger.py"
+
+
+# Each sub-package of `experiments` imports itself and those before it.
+ORDER = ("tracking", "analysis", "config", "reporting", "sweep", "execution", "inspection", "tools", "cli")
+
+
+def modules() -> dict[str, Path]:
+    files = (file.relative_to(ROOT) for room in ROOMS for file in (ROOT / room).rglob("*.py"))
+    return {".".join(file.with_suffix("").parts).removesuffix(".__init__"): ROOT / file for file in files}
+
+
+def test_experiments_has_sub_packages_that_import_downwards() -> None:
+    assert {file.stem for file in (ROOT / "experiments").glob("*.py")} == {"__init__", "escape", "redact"}
+    assert {file.parent.name for file in (ROOT / "experiments").glob("*/__init__.py")} == set(ORDER)
+    for name, file in modules().items():
+        inside, *below = name.split(".")
+        if inside != "experiments":
+            continue
+        allowed = set(ORDER[: ORDER.index(below[0]) + 1]) if below and below[0] in ORDER else set()
+        known = {x.split(".")[1] for x in imported(file) if x.startswith("experiments.")} & set(ORDER)
+        assert known <= allowed, f"{file} imports {known - allowed}"
+
+
+def test_no_module_imports_itself_by_way_of_others() -> None:
+    """Imports inside functions count too: none hides a circle. A package's own name stands for what it collects."""
+    known = {name: file for name, file in modules().items() if file.name != "__init__.py"}
+    graph = {name: imported(file, types=False) & set(known) - {name} for name, file in known.items()}
+    while leaves := {name for name, needs in graph.items() if not needs & set(graph)}:
+        graph = {name: needs for name, needs in graph.items() if name not in leaves}
+    assert not graph, {name: sorted(needs & set(graph)) for name, needs in graph.items()}
+
+
+def test_folders_of_data_hold_no_code() -> None:
+    for folder in ("configs", "sweeps", "results"):
+        assert not [*(ROOT / "experiments" / folder).rglob("*.py")]
 
 
 def test_methods_and_kernels_do_not_know_each_other() -> None:

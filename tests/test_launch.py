@@ -23,7 +23,7 @@ import sparse_zoo as zoo
 from experiments.execution.progress import Bar
 from experiments.execution.scheduler import Work, _serve, differing, execute, loaded_plugins
 from experiments.execution.slurm import Job
-from experiments.reporting.html import html
+from experiments.reporting.html import html, write
 from experiments.reporting.report import Report
 from experiments.sweep.expand import Sweep, read
 from experiments.tracking import store
@@ -264,7 +264,7 @@ def test_two_drivers_of_one_sweep_each_show_their_own_cells(runs: Path, monkeypa
     def both(sweep: Sweep, bar: Bar, **given: Any) -> list[store.Result]:
         found = execute(sweep, bar, **given)
         store.write_sweep("twice", store.Asked("other", other.cells, command="zoo sweep twice --max-steps 3"))
-        Report.of("twice").write()
+        write(Report.of("twice"))
         return found
 
     alone = zoo_command("sweep", file)

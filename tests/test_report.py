@@ -21,7 +21,7 @@ from experiments.analysis.formatting import settings, signed
 from experiments.analysis.metrics import CONTROLS, Measure
 from experiments.cli import app
 from experiments.reporting import tables
-from experiments.reporting.html import _points, html
+from experiments.reporting.html import _points, html, write
 from experiments.reporting.plots import smooth, together
 from experiments.reporting.record import record, write_record
 from experiments.reporting.report import Report
@@ -72,7 +72,7 @@ def test_json_has_what_was_promised(sweep: str) -> None:
 
 
 def test_page_is_one_file_that_opens_anywhere(sweep: str) -> None:
-    path = Report.of(sweep).write()
+    path = write(Report.of(sweep))
     page = path.read_text()
     assert json.loads((path.parent / "report.json").read_text())["name"] == "s"
     named = re.findall(r"""(?:src|href|url|@import)\s*[=(]\s*["']?([^"')\s>]+)""", page)

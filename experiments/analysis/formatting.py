@@ -76,3 +76,11 @@ def plain(value: Any) -> str:
 def plain_values(values: Sequence[Any]) -> str:
     """The value of a setting, or of several that change together, for people."""
     return ", ".join(plain(value) for value in values)
+
+
+def si(value: float, unit: str = "") -> str:
+    """Three digits and a prefix: 1.66e13 is "16.6 T"."""
+    for prefix, size in (("P", 1e15), ("T", 1e12), ("G", 1e9), ("M", 1e6), ("k", 1e3)):
+        if value >= size * 0.9995:
+            return f"{value / size:#.3g} {prefix}{unit}".replace(". ", " ")
+    return f"{value:.0f} {unit}".strip()

@@ -129,6 +129,7 @@ def sweep(
     from experiments.execution.ray_jobs import needed
     from experiments.execution.scheduler import execute
     from experiments.execution.slurm import parameters
+    from experiments.reporting.html import write
     from experiments.reporting.report import Report
     from experiments.sweep import preflight
     from experiments.sweep.expand import read
@@ -162,7 +163,7 @@ def sweep(
     report = Report.of(loaded.name, asked=Asked(loaded.about, loaded.cells))
     last = asked_before(loaded.name)
     if last is None or last.cells == loaded.cells:
-        _show(report, report.write())
+        _show(report, write(report))
     else:  # by another driver, meanwhile: its page stays
         _show(report)
         console.print(
@@ -220,7 +221,9 @@ def report(
         else:
             out.write_text(text, encoding="utf-8")
         return
-    page = found.write()
+    from experiments.reporting.html import write  # here: matplotlib takes a second to import
+
+    page = write(found)
     if as_json:
         print(json.dumps(found.to_json()))
         return

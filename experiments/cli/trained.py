@@ -184,10 +184,10 @@ def replay(
     reasons += misspelt_match(match)
     refuse("zoo replay", reasons + ([] if file.is_file() else [f"no such file: {file}"]))
     load_plugins(plugin)
+    from experiments.config.budget import Budget
     from experiments.execution.progress import counting
     from experiments.inspection import replay as offline
     from experiments.inspection.capture import load
-    from experiments.sweep.budget import Budget
 
     budget = None if match is None else Budget.of(dict([parse(match)]))
     captured = load(file)

@@ -20,6 +20,8 @@ from omegaconf.resolvers import oc
 
 import sparse_zoo as zoo
 from experiments.analysis.metrics import TOLERANCE
+from experiments.config import datamodule
+from experiments.config.budget import Budget
 from experiments.config.declared import as_declared, fits, misfit
 from experiments.config.layers import per_layer
 from experiments.config.names import CONFIGS, GIVEN, MATCH, SECTIONS, Override, parse
@@ -86,8 +88,6 @@ def _canonical(config: Config) -> Config:
     """
     from lightning.fabric.plugins.precision.precision import _PRECISION_INPUT_STR_ALIAS_CONVERSION as PRECISIONS
 
-    from experiments.config import datamodule
-
     made = dict(config)
     for section, build in _sections().items():
         if isinstance(config[section], Mapping):
@@ -135,7 +135,6 @@ NONE_MEANS = {
 
 def _complete(config: Config) -> Config:
     """The config with every default of its classes written out, and a method for each layer."""
-    from experiments.config import datamodule
 
     made = dict(config)
     for section, build in _sections().items():
@@ -266,8 +265,6 @@ def _shipped(name: str) -> dict[str, Any]:
 def check(config: Config) -> list[str]:
     """Every reason why this config cannot run; none when it can."""
     config = resolve(config)
-    from experiments.config import datamodule
-    from experiments.sweep.budget import Budget
     from lit_modules import Optim, RectifiedFlow, SampleFilms, VideoDiT
 
     model, films = config["model"], {key: value for key, value in config["data"].items() if key != "name"}
@@ -304,7 +301,6 @@ def check(config: Config) -> list[str]:
 
 def known(config: Config) -> set[str]:
     """The dotted keys, at most two deep, that the parts of a config know; they need not be set."""
-    from experiments.config import datamodule
 
     inside = {section: [*_parameters(build, GIVEN.get(section, ()))] for section, build in _sections().items()}
     inside |= {"match": [key for key in MATCH if key != "set"], "attention": ["name", "schedule"], "data": ["name"]}

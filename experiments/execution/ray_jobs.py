@@ -13,8 +13,8 @@ import torch
 
 from experiments.execution import signals
 from experiments.execution.progress import Bar
-from experiments.execution.scheduler import POLL, Work, on_gpu
 from experiments.execution.slurm import Job
+from experiments.execution.work import POLL, Work, on_gpu
 from experiments.tracking.store import Result, home, read
 from sparse_zoo.errors import ZooError, refuse
 

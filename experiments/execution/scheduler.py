@@ -15,7 +15,6 @@ import time
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
-from dataclasses import dataclass
 from multiprocessing import get_context
 from multiprocessing.connection import Connection
 from multiprocessing.connection import wait as wait_for
@@ -27,52 +26,17 @@ import torch
 
 from experiments.execution import signals
 from experiments.execution.progress import Bar
-from experiments.execution.train import Watch, flat, run
+from experiments.execution.train import flat
+from experiments.execution.work import POLL, Work, on_gpu
 from experiments.sweep.expand import Sweep
 from experiments.tracking.mlflow_logger import Tracker
-from experiments.tracking.store import Asked, Cell, Result, asked_before, lock, read, write_sweep
+from experiments.tracking.store import Asked, Cell, Result, asked_before, read, write_sweep
 from sparse_zoo.errors import ZooError, refuse
 from sparse_zoo.registry import import_file
 
 OVERVIEW = 60.0  # seconds between looks of MLflow's parent run at its cells
 ABOVE = "Parameters list the values of all cells, metrics are means over finished ones, cells.json has each. Report:"
-POLL = 1.0  # seconds between looks at cells that run elsewhere
 ENDING = 10.0  # seconds that a process has, beyond a step, to write its cell down when the sweep is interrupted
-
-
-@dataclass(frozen=True)
-class Work:
-    """One cell to be run, and what that takes: ready to be sent to another process or machine.
-
-    `before` is what was known of it when the sweep was started.
-    """
-
-    cell: Cell
-    sweep: str
-    before: Result
-    parent: str | None
-    params: dict[str, Any]
-    plugins: tuple[Path, ...]
-    fresh: bool
-
-    def since(self) -> Result | None:
-        """The cell's result, if any process has begun or ended it since the sweep was started."""
-        now, before = read(self.cell, self.sweep), self.before
-        begun = (now.provenance, now.resumed) != (before.provenance, before.resumed)
-        ended = now.status in ("finished", "failed") and now.status != before.status
-        return now if begun or ended else None
-
-    def attempt(self, tracker: Tracker, watch: Watch) -> Result | None:
-        """What became of the cell; None if it runs elsewhere."""
-        with lock(self.cell.folder(self.sweep)) as mine:
-            if not mine:
-                return None
-            since = self.since()
-            if since is not None and since.status in ("finished", "failed"):
-                watch.ended(since)  # elsewhere
-                return since
-            fresh = self.fresh and since is None  # what this very sweep left half-done is gone on with
-            return run(self.cell, self.sweep, tracker, watch, parent=self.parent, params=self.params, fresh=fresh)
 
 
 def execute(
@@ -201,11 +165,6 @@ def _here(works: list[Work], tracker: Tracker, bar: Bar) -> Iterator[Result]:
             if result is not None:
                 elsewhere.remove(work)
                 yield result
-
-
-def on_gpu(cell: Cell) -> bool:
-    """Whether a cell takes a GPU where there is one."""
-    return bool(cell.config["trainer"].get("accelerator") != "cpu")
 
 
 def _too_many(jobs: int, cells: list[Cell]) -> list[str]:

@@ -18,7 +18,7 @@ from typing import Any
 
 from experiments.execution import signals
 from experiments.execution.progress import Bar
-from experiments.execution.scheduler import POLL, Work
+from experiments.execution.work import POLL, Work
 from experiments.tracking.mlflow_logger import Tracker
 from experiments.tracking.store import Result, home, write_json
 from sparse_zoo.errors import ZooError, refuse

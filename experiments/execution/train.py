@@ -5,18 +5,13 @@ from __future__ import annotations
 import errno
 import logging
 import os
-import platform
 import shutil
 import signal
 import statistics
-import subprocess
 import time
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from datetime import UTC, datetime
-from functools import cache
-from importlib.metadata import version
 from itertools import count
 from pathlib import Path
 from typing import Any, Protocol
@@ -34,6 +29,7 @@ from experiments.execution.checkpointing import Saving, WholeCheckpoints, saved_
 from experiments.redact import redact, redact_all
 from experiments.reporting import pictures
 from experiments.tracking.mlflow_logger import Log, Tracker, figures
+from experiments.tracking.provenance import provenance
 from experiments.tracking.store import Cell, Result, home, read
 from lit_modules import AttentionCost, LitVideoDiT, RoutingWatch, SampleFilms, StepTimer
 from lit_modules.precision import default_precision
@@ -187,23 +183,6 @@ def flat(config: Mapping[str, Any], above: str = "") -> dict[str, Any]:
     for key, value in config.items():
         found |= flat(value, f"{above}{key}.") if isinstance(value, Mapping) and value else {f"{above}{key}": value}
     return found
-
-
-def provenance() -> dict[str, Any]:
-    """Where and on what this process computes."""
-    commit, changed = _code()
-    return {
-        "commit": commit or "not in a git checkout",
-        "changed since": changed,
-        **{package: version(package) for package in ("sparse-zoo", "torch", "lightning", "torchmetrics", "mlflow")},
-        "python": platform.python_version(),
-        "platform": platform.platform(),
-        "processor": torch.cuda.get_device_name() if torch.cuda.is_available() else _processor(),
-        "threads": torch.get_num_threads(),
-        "host": platform.node(),
-        "pid": os.getpid(),
-        "started": datetime.now(UTC).isoformat(timespec="seconds"),
-    }
 
 
 class History(Callback):
@@ -416,28 +395,3 @@ def _interruptible() -> Iterator[None]:
         raise
     finally:
         signal.signal(signal.SIGINT, before)
-
-
-@cache
-def _code() -> tuple[str, bool | None]:
-    """The commit of the code, and whether files changed since: once, as this process has imported them."""
-    folder = Path(__file__).parent
-    commit = _git(folder, "rev-parse", "HEAD")
-    return commit, bool(_git(folder, "status", "--porcelain", "--untracked-files=no")) if commit else None
-
-
-def _git(folder: Path, *arguments: str) -> str:
-    try:
-        found = subprocess.run(
-            ["git", "-C", folder, *arguments], capture_output=True, encoding="utf-8", errors="replace", check=False
-        )
-    except FileNotFoundError:
-        return ""
-    return found.stdout.strip() if found.returncode == 0 else ""
-
-
-def _processor() -> str:
-    cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text(encoding="utf-8").splitlines() if cpuinfo.exists() else []
-    named = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return f"{named[0] if named else platform.processor()} × {os.cpu_count()}"

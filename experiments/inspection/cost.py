@@ -10,6 +10,7 @@ from rich import box
 from rich.table import Table
 
 import sparse_zoo as zoo
+from experiments.analysis.formatting import si
 from lit_modules.flops import Flops, ModelShape, caption_flops, inner, linear_flops
 from sparse_zoo.errors import refuse
 from sparse_zoo.simulate import Simulated, simulate
@@ -200,11 +201,3 @@ def compare(
         bill("dense", {}),
         bill(method, settings),
     )
-
-
-def si(value: float, unit: str = "") -> str:
-    """Three digits and a prefix: 1.66e13 is "16.6 T"."""
-    for prefix, size in (("P", 1e15), ("T", 1e12), ("G", 1e9), ("M", 1e6), ("k", 1e3)):
-        if value >= size * 0.9995:
-            return f"{value / size:#.3g} {prefix}{unit}".replace(". ", " ")
-    return f"{value:.0f} {unit}".strip()

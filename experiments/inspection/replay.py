@@ -14,11 +14,12 @@ from rich.table import Table
 
 import sparse_zoo as zoo
 from experiments.analysis.formatting import percent, settings
+from experiments.config.budget import Budget
 from experiments.config.names import parse_method
 from experiments.escape import for_terminal as escape
 from experiments.escape import visible
 from experiments.inspection.capture import Captured
-from experiments.sweep.budget import Budget, taken, turned
+from experiments.sweep.budget import taken, turned
 from sparse_zoo.errors import ZooError, refuse
 from sparse_zoo.ladder import ladder
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
+import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from datetime import datetime
@@ -24,7 +25,7 @@ from experiments.reporting import plots
 from experiments.reporting.plots import GREY, PALETTE, Mark
 from experiments.reporting.report import Report, machines
 from experiments.tracking.schema import find_file
-from experiments.tracking.store import Result
+from experiments.tracking.store import Result, home, whole
 from lit_modules.callbacks import picture_rows
 from sparse_zoo.errors import ZooError
 
@@ -34,6 +35,17 @@ POINTS = 200  # of a curve that are drawn at most
 PICTURED = 24  # groups whose plans and films a long report shows
 MOST_BYTES, MOST_PIXELS = 1 << 23, 1 << 25  # of a picture
 MOST_LEVELS, MOST_EFFECTS = 40, 40  # values of a setting, and settings, that are plotted
+
+
+def write(report: Report) -> Path:
+    """Write `report.json` and `report.html` into the sweep's folder; the path of the page."""
+    folder = home() / report.name
+    with whole(folder / "report.json") as file:
+        file.write(json.dumps(report.to_json(), allow_nan=False).encode())
+    page = folder / "report.html"
+    with whole(page) as file:
+        file.write(html(report).encode())
+    return page
 
 
 def html(report: Report) -> str:

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 from rich import box
@@ -19,7 +17,7 @@ from experiments.analysis.seed_groups import Group, Line, commit, controls_elsew
 from experiments.analysis.significance import Difference, Films, detectable, differences, letters, over_films
 from experiments.escape import for_terminal as escape
 from experiments.tracking.schema import VERSION
-from experiments.tracking.store import Asked, Result, home, read, read_sweep, whole
+from experiments.tracking.store import Asked, Result, read, read_sweep
 from sparse_zoo.errors import refuse, unknown
 
 MEASURES_ABREAST = 5  # columns of measures in a terminal 80 wide
@@ -415,20 +413,6 @@ class Report:
             "shortened": self.shortened,
             "version": VERSION,
         }
-
-    def write(self) -> Path:
-        """Write `report.json` and `report.html` into the sweep's folder; the path of the page."""
-        from experiments.reporting.html import (
-            html,  # here: matplotlib takes a second to import, for which no terminal need wait
-        )
-
-        folder = home() / self.name
-        with whole(folder / "report.json") as file:
-            file.write(json.dumps(self.to_json(), allow_nan=False).encode())
-        page = folder / "report.html"
-        with whole(page) as file:
-            file.write(html(self).encode())
-        return page
 
     def tables(self, *, runs: bool = False) -> list[Table]:
         """For a terminal: the leaderboard, and the other measures; of single `runs`, or means over seeds."""

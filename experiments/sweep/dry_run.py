@@ -10,13 +10,12 @@ from typing import Any
 from rich import box
 from rich.table import Table
 
-from experiments.analysis.formatting import percent
+from experiments.analysis.formatting import percent, si
 from experiments.escape import for_terminal as escape
-from experiments.execution.train import provenance
-from experiments.inspection.cost import si
 from experiments.sweep.expand import Sweep
 from experiments.sweep.grid import differing
 from experiments.sweep.preflight import TIMED, first_of_groups, step_seconds, trial
+from experiments.tracking.provenance import provenance
 from experiments.tracking.store import Cell, Result, read
 
 NOTES = (

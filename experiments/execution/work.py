@@ -1,0 +1,53 @@
+"""One cell to be run, as it is sent to another process, a SLURM job or a Ray task."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from experiments.execution.train import Watch, run
+from experiments.tracking.mlflow_logger import Tracker
+from experiments.tracking.store import Cell, Result, lock, read
+
+POLL = 1.0  # seconds between looks at cells that run elsewhere
+
+
+@dataclass(frozen=True)
+class Work:
+    """One cell to be run, and what that takes: ready to be sent to another process or machine.
+
+    `before` is what was known of it when the sweep was started.
+    """
+
+    cell: Cell
+    sweep: str
+    before: Result
+    parent: str | None
+    params: dict[str, Any]
+    plugins: tuple[Path, ...]
+    fresh: bool
+
+    def since(self) -> Result | None:
+        """The cell's result, if any process has begun or ended it since the sweep was started."""
+        now, before = read(self.cell, self.sweep), self.before
+        begun = (now.provenance, now.resumed) != (before.provenance, before.resumed)
+        ended = now.status in ("finished", "failed") and now.status != before.status
+        return now if begun or ended else None
+
+    def attempt(self, tracker: Tracker, watch: Watch) -> Result | None:
+        """What became of the cell; None if it runs elsewhere."""
+        with lock(self.cell.folder(self.sweep)) as mine:
+            if not mine:
+                return None
+            since = self.since()
+            if since is not None and since.status in ("finished", "failed"):
+                watch.ended(since)  # elsewhere
+                return since
+            fresh = self.fresh and since is None  # what this very sweep left half-done is gone on with
+            return run(self.cell, self.sweep, tracker, watch, parent=self.parent, params=self.params, fresh=fresh)
+
+
+def on_gpu(cell: Cell) -> bool:
+    """Whether a cell takes a GPU where there is one."""
+    return bool(cell.config["trainer"].get("accelerator") != "cpu")
