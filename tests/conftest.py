@@ -1,5 +1,6 @@
 """Shared by all tests: one thread each, since pytest-xdist runs several, and films of awkward sizes."""
 
+import logging
 import sys
 from collections.abc import Iterator
 from unittest.mock import patch
@@ -43,3 +44,13 @@ def _forget_plugins(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     for name in set(sys.modules) - before:
         if name.startswith("sparse_zoo_plugin_"):
             del sys.modules[name]
+
+
+@pytest.fixture(autouse=True)
+def _reset_process() -> Iterator[None]:
+    """Workers of sweeps set levels and threads for their whole process, and some tests run a worker in this one."""
+    notes = logging.getLogger("datamodules")
+    level = notes.level
+    yield
+    notes.setLevel(level)
+    torch.set_num_threads(1)

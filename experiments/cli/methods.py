@@ -225,10 +225,6 @@ def cost(
     and each is marked: it agrees, agrees under a reading that is named, or does not follow.
     """
     if paper is not None:
-        refuse("zoo cost --paper", misspelt_choices(bool(plugin), paper=paper))
-        from experiments.execution.progress import counting
-        from experiments.tools.paper_ledger import PAPERS, Ledger
-
         given = [
             parameter.opts[0]
             for parameter in ctx.command.params
@@ -238,8 +234,12 @@ def cost(
         ]
         refuse(
             "zoo cost --paper",
-            [f"has the paper's methods and sizes; leave out {', '.join(given)}" if given else ""],
+            misspelt_choices(bool(plugin), paper=paper)
+            + ([f"has the paper's methods and sizes; leave out {', '.join(given)}"] if given else []),
         )
+        from experiments.execution.progress import counting
+        from experiments.tools.paper_ledger import PAPERS, Ledger
+
         with counting(errors, "figures", len(PAPERS[paper].figures)) as told:
             ledger = Ledger.of(paper, told)
         if as_json:
