@@ -13,7 +13,7 @@ install: .venv/.installed  ## make .venv with pinned versions
 
 .venv/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
-	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev,clips]'
+	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --target .venv/triton-$(OLDEST_TRITON) triton==$(OLDEST_TRITON)
 	@touch $@
 

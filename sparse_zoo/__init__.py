@@ -12,6 +12,8 @@ from sparse_zoo.plan import Part, Plan
 from sparse_zoo.registry import Setting, build, get, load_plugin, names, register, settings, summary
 from sparse_zoo.schedule import Scheduled
 
+__version__ = "0.1.0"  # of the distribution too
+
 __all__ = [
     "Attended",
     "Attention",

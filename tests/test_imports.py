@@ -3,6 +3,7 @@
 import ast
 import os
 import re
+import shutil
 import subprocess
 import sys
 from importlib.metadata import distribution
@@ -11,6 +12,7 @@ from pathlib import Path
 import pytest
 
 import sparse_zoo as zoo
+from experiments import __main__ as command
 
 ROOT = Path(__file__).parent.parent
 ROOMS = ("experiments", "lit_modules", "datamodules", "sparse_zoo")
@@ -68,11 +70,11 @@ def modules() -> dict[str, Path]:
 
 
 def test_experiments_has_sub_packages_that_import_downwards() -> None:
-    assert {file.stem for file in (ROOT / "experiments").glob("*.py")} == {"__init__", "escape", "redact"}
+    assert {file.stem for file in (ROOT / "experiments").glob("*.py")} == {"__init__", "__main__", "escape", "redact"}
     assert {file.parent.name for file in (ROOT / "experiments").glob("*/__init__.py")} == set(ORDER)
     for name, file in modules().items():
         inside, *below = name.split(".")
-        if inside != "experiments":
+        if inside != "experiments" or below == ["__main__"]:
             continue
         allowed = set(ORDER[: ORDER.index(below[0]) + 1]) if below and below[0] in ORDER else set()
         known = {x.split(".")[1] for x in imported(file) if x.startswith("experiments.")} & set(ORDER)
@@ -153,3 +155,54 @@ except ImportError:
     assert done.returncode == 0, done.stderr
     own = [name for name in zoo.names() if zoo.get(name).__module__.startswith("sparse_zoo.methods.")]
     assert done.stdout.split() == ["ran", str(len(own))]
+
+
+def test_without_the_extra_train_the_command_says_so(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(command, "NEEDED", (*command.NEEDED, "not_there_a", "not_there_b"))
+    with pytest.raises(SystemExit, match="2"):
+        command.main()
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1
+    assert said.startswith("Error: zoo: not_there_a, not_there_b not installed")
+    assert "pip install 'sparse-attention-zoo[train]'" in said
+
+
+def test_the_base_install_demands_torch_alone(tmp_path: Path) -> None:
+    """A wheel of the tree beside torch and nothing else: the package imports, and the command names its extra."""
+    pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "--quiet"]
+    source = tmp_path / "tree"
+    source.mkdir()
+    for name in (*ROOMS, "pyproject.toml", "README.md", "LICENSE"):
+        (shutil.copytree if (ROOT / name).is_dir() else shutil.copy)(ROOT / name, source / name)
+    subprocess.run([*pip, "wheel", "--no-deps", "--no-build-isolation", "-w", tmp_path, source], check=True)
+    (wheel,) = tmp_path.glob("*.whl")
+    alone = tmp_path / "alone"
+    subprocess.run([*pip, "install", "--no-deps", "--target", alone, wheel], check=True)
+    (metadata,) = alone.glob("*.dist-info/METADATA")
+    lines = metadata.read_text().splitlines()
+    assert f"Version: {zoo.__version__}" in lines
+    assert "Name: sparse-attention-zoo" in lines
+    demands = [line for line in lines if line.startswith("Requires-Dist:") and "extra ==" not in line]
+    assert [re.split(r"[ <>=]+", line)[1] for line in demands] == ["torch"]
+    torch_alone(alone)
+    code = "import sparse_zoo; print(sparse_zoo.__file__); import experiments.__main__ as c; c.main()"
+    done = subprocess.run(
+        [sys.executable, "-S", "-c", code],
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(alone)},
+    )
+    assert done.stdout.startswith(str(alone))
+    assert done.returncode == 2, done.stderr
+    assert "needs the extra train" in done.stderr
+    for data in (
+        "configs/base.yaml",
+        "sweeps/quickstart.yaml",
+        "reporting/templates/report.html.j2",
+        "tools/baselines.py",
+    ):
+        assert (alone / "experiments" / data).is_file()

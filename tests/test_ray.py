@@ -204,12 +204,12 @@ def test_without_ray_it_is_one_line_before_anything_starts(runs: Path, monkeypat
     monkeypatch.setattr("experiments.sweep.expand.read", lambda *_: pytest.fail("cells are read"))
     result = zoo("sweep", write_sweep(runs / "none.yaml"), "--executor", "ray")
     assert (result.exit_code, result.stdout) == (2, "")
-    assert result.stderr == "Error: --executor ray: needs Ray: pip install 'sparse-zoo[ray]'\n"
+    assert result.stderr == "Error: --executor ray: needs Ray: pip install 'sparse-attention-zoo[ray]'\n"
     assert not store.home().exists()
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(find_spec("ray") is None, reason="needs Ray: pip install 'sparse-zoo[ray]'")
+@pytest.mark.skipif(find_spec("ray") is None, reason="needs Ray: pip install 'sparse-attention-zoo[ray]'")
 def test_a_sweep_on_ray_outlives_the_death_of_a_process(runs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("MLFLOW_TRACKING_URI")
     monkeypatch.setenv("RAY_ADDRESS", "local")

@@ -25,7 +25,7 @@ PASSED_ON = ("ZOO_", "MLFLOW_")  # variables of this process that hold in the ce
 
 def needed() -> None:
     """Raises `ZooError` where there is no Ray."""
-    refuse("--executor ray", ["needs Ray: pip install 'sparse-zoo[ray]'"] if find_spec("ray") is None else [])
+    refuse("--executor ray", ["needs Ray: pip install 'sparse-attention-zoo[ray]'"] if find_spec("ray") is None else [])
 
 
 def results(works: Sequence[Work], jobs: int | None, bar: Bar) -> Iterator[Result]:

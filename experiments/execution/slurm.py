@@ -97,7 +97,7 @@ def submit(works: list[Work], settings: Mapping[str, Any], at_once: int | None) 
     refuse(
         "--executor slurm",
         [
-            "needs submitit: pip install 'sparse-zoo[slurm]'" if find_spec("submitit") is None else "",
+            "needs submitit: pip install 'sparse-attention-zoo[slurm]'" if find_spec("submitit") is None else "",
             "there is no sbatch on this machine" if shutil.which("sbatch") is None else "",
         ],
     )

@@ -13,6 +13,8 @@ from typing import Any
 
 import torch
 
+from sparse_zoo import __version__
+
 
 def provenance() -> dict[str, Any]:
     """Where and on what this process computes."""
@@ -20,7 +22,8 @@ def provenance() -> dict[str, Any]:
     return {
         "commit": commit or "not in a git checkout",
         "changed since": changed,
-        **{package: version(package) for package in ("sparse-zoo", "torch", "lightning", "torchmetrics", "mlflow")},
+        "sparse-zoo": __version__,
+        **{package: version(package) for package in ("torch", "lightning", "torchmetrics", "mlflow")},
         "python": platform.python_version(),
         "platform": platform.platform(),
         "processor": torch.cuda.get_device_name() if torch.cuda.is_available() else _processor(),

@@ -1,4 +1,4 @@
-"""The suite that ships with sparse-zoo, and the rule in words: token by token, slow, obviously right."""
+"""The suite that ships with sparse-attention-zoo, and the rule in words: token by token, slow, obviously right."""
 
 from collections.abc import Callable
 
