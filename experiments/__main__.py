@@ -6,17 +6,6 @@ import sys
 from importlib.util import find_spec
 
 NEEDED = ("typer", "rich", "jinja2", "omegaconf", "lightning", "torchmetrics", "mlflow", "av", "matplotlib")
-    "typer",
-    "rich",
-    "jinja2",
-    "omegaconf",
-    "lightning",
-    "torchmetrics",
-    "mlflow",
-    "av",
-    "scenedetect",
-    "matplotlib",
-)
 
 
 def main() -> None:

@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +32,7 @@ SIGNALS = {signal.SIGTERM: 143, signal.SIGHUP: 129, signal.SIGINT: 130}
 START = """
 import signal
 signal.signal(signal.SIGINT, signal.default_int_handler)  # what starts in the background of a shell ignores it
+signal.signal(signal.SIGHUP, signal.SIG_DFL)  # and under nohup this
 from experiments.cli import main
 main()
 """
@@ -43,6 +44,16 @@ def runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "sqlite:////dev/null/mlflow.db")  # it is told of once, and not missed
     monkeypatch.delenv("ZOO_SAVE_SECONDS", raising=False)
     return tmp_path
+
+
+@pytest.fixture(autouse=True)
+def _nothing_is_ignored() -> Iterator[None]:
+    """What starts in the background of a shell, or under nohup, ignores SIGINT or SIGHUP, which commands respect."""
+    usual = dict.fromkeys(SIGNALS, signal.SIG_DFL) | {signal.SIGINT: signal.default_int_handler}
+    before = {number: signal.signal(number, handler) for number, handler in usual.items()}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
 class Watch:
@@ -187,10 +198,10 @@ def test_driver_of_jobs_ends_its_processes_and_waits_for_them(runs: Path, number
 @pytest.mark.parametrize(
     ("command", "inside"),
     [
-        ("sweep none --dry-run", "experiments.sweep.schema.find_sized"),
-        ("report none", "experiments.reporting.report.Report.of"),
-        ("sample run", "experiments.inspection.sample.Drawing.__init__"),
-        ("capture run", "experiments.inspection.trained.Trained.__init__"),
+        ("sweep none --dry-run", "experiments.cli.runs.find_sized"),
+        ("report none", "experiments.cli.runs.read_sweep"),
+        ("sample run", "experiments.cli.trained.find"),
+        ("capture run", "experiments.cli.trained.find"),
         ("check dense", "sparse_zoo.testing.run_checks"),
     ],
 )
