@@ -98,22 +98,28 @@ def differences(values: Mapping[str, Mapping[int, float]]) -> list[Difference]:
     first, second = np.triu_indices(len(names), 1)
     gaps = table[first] - table[second]  # (pairs, seeds)
     which, patterns = np.unique(~np.isnan(gaps), axis=0, return_inverse=True)
-    found: list[Difference | None] = [None] * len(gaps)
+    counts, tests = [0] * len(gaps), [NOT_TESTED] * len(gaps)
     for number, shared in enumerate(which):
         rows = np.flatnonzero(patterns.reshape(-1) == number)
-        for row, tested in zip(rows, _paired(gaps[rows][:, shared]), strict=True):
-            found[row] = Difference(names[first[row]], names[second[row]], int(shared.sum()), *tested)
-    return _corrected([one for one in found if one is not None])
+        for row, tested in zip(rows.tolist(), _paired(gaps[rows][:, shared]), strict=True):
+            counts[row], tests[row] = int(shared.sum()), tested
+    corrected = iter(holm([p for *_, p, _ in tests if p is not None]))
+    pairs = zip(first.tolist(), second.tolist(), counts, tests, strict=True)
+    return [
+        Difference(names[a], names[b], n, *tested, None if tested[3] is None else next(corrected))
+        for a, b, n, tested in pairs
+    ]
 
 
 Tested = tuple[float | None, float | None, float | None, float | None, float | None]
+NOT_TESTED: Tested = (None, None, None, None, None)
 
 
 def _paired(gaps: np.ndarray) -> list[Tested]:
     """Mean, its interval, p and p_exact of each row of differences (pairs, n), as `Difference` has them."""
     count, n = gaps.shape
     if n < 2:
-        return [(None, None, None, None, None)] * count
+        return [NOT_TESTED] * count
     means, exact = gaps.mean(1), flipped(gaps)
     alike = np.isclose(gaps, gaps[:, :1], rtol=1e-9, atol=1e-15).all(1)
     errors = np.where(alike, 1.0, gaps.std(1, ddof=1) / math.sqrt(n))  # of pairs that are alike t is not defined
@@ -191,12 +197,6 @@ def over_films(values: Mapping[str, Mapping[int, Sequence[float]]]) -> list[Film
 def _sign_test(better: int, unequal: int) -> float:
     """The exact two-sided sign test."""
     return float(stats.binomtest(better, unequal).pvalue) if unequal else 1.0
-
-
-def _corrected(found: Sequence[Difference]) -> list[Difference]:
-    """With Holm's correction over the pairs that could be tested."""
-    corrected = iter(holm([one.p for one in found if one.p is not None]))
-    return [one if one.p is None else replace(one, p_holm=next(corrected)) for one in found]
 
 
 def holm(ps: Sequence[float]) -> list[float]:

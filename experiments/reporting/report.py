@@ -391,7 +391,8 @@ class Report:
                 "control": group.control,
                 "letters": self.letters.get(group.name),
                 "figures": {
-                    key: asdict(figure) if (figure := group.figure(key)) else None for key in (*FIGURES, *self.measures)
+                    key: {**vars(figure)} if (figure := group.figure(key)) else None
+                    for key in (*FIGURES, *self.measures)
                 },
             }
             for group in self.groups
@@ -405,8 +406,8 @@ class Report:
             "verdict": self.verdict,
             "caution": self.caution,
             "drift": self.drift,
-            "differences": [asdict(pair) | {"holds": pair.holds} for pair in listed],
-            "films": [asdict(pair) | {"holds": pair.holds} for pair in self.films],
+            "differences": [{**vars(pair), "holds": pair.holds} for pair in listed],
+            "films": [{**vars(pair), "holds": pair.holds} for pair in self.films],
             "effects": [asdict(effect) for effect in self.effects],
             "winner": self.winner.name if self.winner else None,
             "conclusion": self.conclusion,

@@ -165,8 +165,7 @@ def read_result(folder: Path) -> dict[str, Any]:
     Raises `FileNotFoundError` where there is none, and `ValueError` where it cannot be used.
     """
     plain = _read(find_file(folder, "result.json"), ResultFile)
-    known = get_type_hints(ResultFile)
-    found = {key: value for key, value in plain.items() if key in known}
+    found = {key: value for key, value in plain.items() if key in ResultFile.__annotations__}
     for key in ("metrics", "chance"):
         found[key] = {name: value for name, value in found.get(key, {}).items() if value is not None}
     found["films"] = {name: each for name, each in found.get("films", {}).items() if None not in each}

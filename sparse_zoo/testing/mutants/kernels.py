@@ -389,6 +389,14 @@ class ScaleOfAHundredthAtLeast(Plain):
         return super().scores(q, k, max(scale, 0.01))
 
 
+@mutant("kernel_scale")
+class ScaleOfOneAtMost(Plain):
+    """Scales above one are taken for that."""
+
+    def scores(self, q: Tensor, k: Tensor, scale: float) -> Tensor:
+        return super().scores(q, k, min(scale, 1.0))
+
+
 @mutant("kernel_extreme_scores")
 class ScoresClamped(Plain):
     """Scores are clamped at 256."""
