@@ -24,10 +24,10 @@ from omegaconf.errors import OmegaConfBaseException
 
 import sparse_zoo as zoo
 from experiments import yaml12
-from experiments.layers import per_layer
 from experiments.names import CONFIGS, GIVEN, MATCH, SECTIONS, Override
 from experiments.store import home
 from sparse_zoo.errors import ZooError, refuse, unknown
+from sparse_zoo.layers import per_layer
 from sparse_zoo.schedule import phases as phases_of
 
 Config = dict[str, Any]
