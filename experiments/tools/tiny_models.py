@@ -2,14 +2,17 @@
 
     python -m experiments.tools.tiny_models FOLDER [FAMILY …]
 
-writes a folder a family as diffusers has them: transformer, and where there is a pipeline here, its VAE, text encoder,
-tokenizer and scheduler. Nothing is loaded from a hub. Weights are random, biases and gates too, so that no part of a
-model is silent.
+writes a folder a family as diffusers has them: the transformer; for wan, ltx and cogvideox also the VAE, text encoder,
+tokenizer and scheduler of a whole pipeline. Nothing is loaded from a hub. Weights are random, biases and gates too, so
+that no part of a model is silent.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import importlib
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -183,13 +186,111 @@ def inputs(family: str, frames: int = 6, *, batch: int = 1, seed: int = 0) -> di
     return {"hidden_states": latents, **given, **(own[family]() if family in own else {})}
 
 
+def pipeline(family: str) -> Any:
+    """A whole tiny pipeline with random weights, or None where only the transformer is built here."""
+    if family not in ("wan", "ltx", "cogvideox"):
+        return None
+    diffusers = installed("diffusers")
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        # Stages of each VAE: four, as the real ones have, of 8 channels or fewer.
+        four = (8,) * 4
+        if family == "wan":
+            vae = diffusers.AutoencoderKLWan(
+                base_dim=4, z_dim=4, num_res_blocks=1, latents_mean=[0.0] * 4, latents_std=[1.0] * 4
+            )
+            scheduler = diffusers.UniPCMultistepScheduler(
+                prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0
+            )
+            make, encoder = diffusers.WanPipeline, text_encoder("UMT5")
+        elif family == "ltx":
+            halves = {"spatio_temporal_scaling": (True, True, False, False)}
+            vae = diffusers.AutoencoderKLLTXVideo(
+                latent_channels=8,
+                block_out_channels=four,
+                decoder_block_out_channels=four,
+                layers_per_block=(1,) * 5,
+                decoder_layers_per_block=(1,) * 5,
+                patch_size=1,
+                **halves,
+                **{f"decoder_{name}": value for name, value in halves.items()},
+            )
+            scheduler, make, encoder = (
+                diffusers.FlowMatchEulerDiscreteScheduler(),
+                diffusers.LTXPipeline,
+                text_encoder("T5"),
+            )
+        else:
+            vae = diffusers.AutoencoderKLCogVideoX(
+                latent_channels=4, block_out_channels=four, layers_per_block=1, norm_num_groups=2
+            )
+            scheduler, make, encoder = (
+                diffusers.CogVideoXDDIMScheduler(),
+                diffusers.CogVideoXPipeline,
+                text_encoder("T5"),
+            )
+    return make(
+        tokenizer=tokenizer(), text_encoder=encoder, vae=vae, scheduler=scheduler, transformer=transformer(family)
+    )
+
+
+def tokenizer() -> Any:
+    """One token a byte, and the end."""
+    tokenizers, transformers = installed("tokenizers"), installed("transformers")
+    special = ["<pad>", "</s>", "<unk>"]
+    words = {word: i for i, word in enumerate(special + sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet()))}
+    made = tokenizers.Tokenizer(tokenizers.models.BPE(vocab=words, merges=[], unk_token=special[2]))
+    made.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    made.post_processor = tokenizers.processors.TemplateProcessing(single="$A </s>", special_tokens=[(special[1], 1)])
+    return transformers.PreTrainedTokenizerFast(
+        tokenizer_object=made, pad_token=special[0], eos_token=special[1], unk_token=special[2], model_max_length=64
+    )
+
+
+def text_encoder(kind: str) -> Any:
+    """A tiny random encoder, "T5" or "UMT5", of 16 channels."""
+    transformers = installed("transformers")
+    config = getattr(transformers, f"{kind}Config")(
+        vocab_size=259, d_model=16, d_kv=8, d_ff=32, num_layers=1, num_heads=2
+    )
+    return getattr(transformers, f"{kind}EncoderModel")(config).eval()
+
+
+def write(folder: Path, families: Sequence[str] = tuple(CONFIGS)) -> list[Path]:
+    """Write a folder a family, as `from_pretrained` reads it, and return the folders."""
+    refuse("tiny models", [unknown("model", family, CONFIGS) for family in families if family not in CONFIGS])
+    made = []
+    for family in families:
+        target = folder / family
+        whole = pipeline(family)
+        if whole is None:
+            transformer(family).save_pretrained(target / "transformer")  # type: ignore[operator]
+        else:
+            whole.save_pretrained(target)
+        made.append(target)
+    return made
+
+
 def installed(name: str) -> Any:
     """A package of the extra `pretrained`; `ZooError` says how to get it."""
-    import importlib
-
     try:
         return importlib.import_module(name)
     except ImportError as error:
         raise ZooError(
             f"pretrained models: {name} does not import: {error}. pip install 'sparse-zoo[pretrained]'"
         ) from error
+
+
+def main(arguments: Sequence[str]) -> None:
+    if not arguments:
+        raise SystemExit("usage: python -m experiments.tools.tiny_models FOLDER [FAMILY …]")
+    try:
+        for folder in write(Path(arguments[0]), arguments[1:] or tuple(CONFIGS)):
+            print(folder)
+    except ZooError as error:
+        print(error, file=sys.stderr)
+        raise SystemExit(2) from error
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
