@@ -94,6 +94,7 @@ class Bridge:
         self._last: tuple[float, int] | None = None
         self._captures: list[tuple[frozenset[int] | None, list[Captured]]] = []
         self._routers_train = True
+        self._bypassed = False
         self._handles: list[Any] = []
 
     # -- what a user says and reads ----------------------------------------------------------------------------------
@@ -170,6 +171,15 @@ class Bridge:
             yield found[1]
         finally:
             self._captures = [other for other in self._captures if other is not found]
+
+    @contextmanager
+    def original(self) -> Iterator[nn.Module]:
+        """The model with its own attention within, as a dense teacher; adapters stay as they are."""
+        before, self._bypassed = self._bypassed, True
+        try:
+            yield self.model
+        finally:
+            self._bypassed = before
 
     def simulate(
         self,
@@ -482,13 +492,17 @@ def _on_cpu(call: Call) -> Call:
 
 @_disable_dynamo
 def _before_model(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    bridge_of(model)._begin(_by_name(type(model), (model, *args), kwargs))
+    bridge = bridge_of(model)
+    if not bridge._bypassed:
+        bridge._begin(_by_name(type(model), (model, *args), kwargs))
 
 
 @_disable_dynamo
 def _before_attention(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     site = cast(Site, module.__dict__[SITE])
     bridge = site.bridge
+    if bridge._bypassed:
+        return
     refuse("attached attention", [_backend(module)])
     hidden = bridge.family.stream_hidden(_by_name(type(module), (module, *args), kwargs))
     intercept = Intercept(lambda *given, **named: bridge._serve(site, hidden, *given, **named))
@@ -500,7 +514,7 @@ def _before_attention(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str
 def _after_attention(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:  # noqa: ARG001
     site = cast(Site, module.__dict__[SITE])
     if not site.active:
-        return  # refused before it began
+        return  # bypassed, or refused before it began
     intercept = site.active.pop()
     intercept.__exit__(None, None, None)
     if output is None or intercept.calls == 1:  # None: it raised, which says more
