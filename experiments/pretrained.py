@@ -74,7 +74,7 @@ def read_prompts(path: Path) -> list[str]:
 
 
 def load_pipeline(folder: Path) -> Any:
-    """The pipeline of a folder that diffusers wrote; nothing comes from a hub."""
+    """The pipeline of a folder that diffusers wrote, in bfloat16 on a GPU; nothing comes from a hub."""
     refuse(
         f"model {folder}",
         ["model_index.json is missing; give the folder of a whole diffusers pipeline on disk"]
@@ -85,12 +85,15 @@ def load_pipeline(folder: Path) -> Any:
         diffusers = importlib.import_module("diffusers")
     except ImportError as error:
         raise ZooError(f"model {folder}: {error}. pip install 'sparse-zoo[pretrained]'") from error
+    cuda = torch.cuda.is_available()
     try:
-        pipe = diffusers.DiffusionPipeline.from_pretrained(folder, local_files_only=True)
+        pipe = diffusers.DiffusionPipeline.from_pretrained(
+            folder, local_files_only=True, torch_dtype=torch.bfloat16 if cuda else torch.float32
+        )
     except (OSError, ValueError, RuntimeError) as error:
         raise ZooError(f"model {folder}: it does not load: {str(error).splitlines()[0]}") from error
     pipe.set_progress_bar_config(disable=True)
-    return pipe.to("cuda") if torch.cuda.is_available() else pipe
+    return pipe.to("cuda") if cuda else pipe
 
 
 @torch.no_grad()

@@ -1,5 +1,6 @@
 """Tiny pretrained models on disk: read back without a hub, sampled, attached."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -7,6 +8,7 @@ import torch
 
 import sparse_zoo as zoo
 from experiments.tools.tiny_models import CONFIGS, main, write
+from sparse_zoo.bridge import family_names
 
 
 def test_every_family_is_written_and_read_back(tmp_path: Path):
@@ -59,3 +61,12 @@ def test_the_command_refuses_an_unknown_family(tmp_path: Path, capsys: pytest.Ca
     assert "did you mean 'wan'?" in capsys.readouterr().err
     main([str(tmp_path), "skyreels_v2"])
     assert (tmp_path / "skyreels_v2" / "transformer" / "config.json").is_file()
+
+
+def test_the_page_names_the_families_and_its_code_is_python():
+    page = (Path(__file__).parent.parent / "docs" / "pretrained.md").read_text()
+    assert all(f"`{family}`" in page for family in family_names())
+    blocks = re.findall(r"```python\n(.*?)```", page, flags=re.S)
+    assert len(blocks) == 4
+    for block in blocks:
+        compile(block, "docs/pretrained.md", "exec")
