@@ -4,7 +4,7 @@ BIN := .venv/bin
 # The version of GPU machines with torch 2.11: kernels are compiled for it too, beside the installed one.
 OLDEST_TRITON := 3.6.0
 
-.PHONY: help install sweep test lint coverage gpu gpu-pack ui
+.PHONY: help install sweep test lint coverage gpu gpu-pack models ui
 
 help:  ## what can be made
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/'
@@ -36,6 +36,9 @@ gpu:  ## what only a GPU can tell: checks, speed, a training step; ten minutes, 
 
 gpu-pack: install  ## kernels compiled here and packages, for a machine with a GPU and no network
 	$(BIN)/python -m experiments.tools.gpu.pack
+
+models: install  ## tiny random pretrained models of each family, in models/
+	$(BIN)/python -m experiments.tools.tiny_models models
 
 ui: install  ## open MLflow's page on the quickstart's store
 	$(BIN)/zoo ui

@@ -5,6 +5,7 @@ from lit_modules.dit import DiTOutput, VideoDiT
 from lit_modules.flow import FlowLoss, RectifiedFlow
 from lit_modules.metrics import LossByTime
 from lit_modules.module import LitVideoDiT, NonFiniteLoss, Optim
+from lit_modules.pretrained import Distill, LitPretrained, LoRA
 from lit_modules.routing_watch import RoutingWatch
 from lit_modules.sampling import Drawn, Euler
 
@@ -12,10 +13,13 @@ __all__ = [
     "EMA",
     "AttentionCost",
     "DiTOutput",
+    "Distill",
     "Drawn",
     "Euler",
     "FlowLoss",
+    "LitPretrained",
     "LitVideoDiT",
+    "LoRA",
     "LossByTime",
     "NonFiniteLoss",
     "Optim",

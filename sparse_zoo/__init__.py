@@ -2,6 +2,7 @@
 
 from sparse_zoo import methods as _methods  # noqa: F401  importing registers them
 from sparse_zoo.attention import Attention, Branch, Call, Card, Knob, Limit, Result, Term
+from sparse_zoo.bridge import Bridge, attach
 from sparse_zoo.cost import Cost
 from sparse_zoo.errors import ZooError
 from sparse_zoo.kernels import Attended, attend, kernels, merge, register_kernel
@@ -18,6 +19,7 @@ __all__ = [
     "Attended",
     "Attention",
     "Branch",
+    "Bridge",
     "Call",
     "Card",
     "Cost",
@@ -35,6 +37,7 @@ __all__ = [
     "Shot",
     "Term",
     "ZooError",
+    "attach",
     "attend",
     "build",
     "get",

@@ -65,7 +65,7 @@ def test_interpolation_resolves() -> None:
         (["attention=moc", "attention.top_k=0"], r"top_k .*at least 1, got 0"),
         (["attention=window", "attention.window=[2, 3, 3]"], r"odd"),
         (["attention=moc", "attention.kernel=flx"], r"unknown kernel 'flx'"),
-        (["attention=[dense, moc]"], r"a list for 2 layers, model.depth is 4"),
+        (["attention=[dense, moc]"], r"a list for 2 layers, the model has 4"),
         (["attention=[dense, dense, dense, moc]", "attention.top_k=1"], r"attention is a list, one mapping per layer"),
         (["attention=moc", "attention.schedule.top_k.20=two"], r"from step 20: attention.top_k must be int, got 'two'"),
         (["attention=moc", "attention.schedule.top_k.20=0"], r"from step 20: MoC: top_k .*at least 1, got 0"),

@@ -3,9 +3,9 @@
 import pytest
 
 from experiments.analysis.formatting import settings
-from experiments.config.layers import per_layer
 from experiments.config.resolve import load
 from sparse_zoo.errors import ZooError
+from sparse_zoo.layers import per_layer
 
 DENSE, MOC, WINDOW = {"name": "dense"}, {"name": "moc", "top_k": 1}, {"name": "window"}
 
@@ -35,15 +35,15 @@ def test_a_list_is_written_out(entries, depth, wanted):
 @pytest.mark.parametrize(
     ("entries", "depth", "message"),
     [
-        (["dense", "moc"], 3, "a list for 2 layers, model.depth is 3"),
-        ([{**DENSE, "layers": 4}], 3, "a list for 4 layers, model.depth is 3"),
+        (["dense", "moc"], 3, "a list for 2 layers, the model has 3"),
+        ([{**DENSE, "layers": 4}], 3, "a list for 4 layers, the model has 3"),
         (
             [{**DENSE, "layers": 3}, {**MOC, "layers": "rest"}],
             3,
-            "a list for 3 layers and 1 × 'rest', model.depth is 3",
+            "a list for 3 layers and 1 × 'rest', the model has 3",
         ),
-        ([{**DENSE, "layers": "rest"}] * 2, 3, "a list for 0 layers and 2 × 'rest', model.depth is 3"),
-        (["dense"], "1", "a list for 1 layers, model.depth is '1'"),
+        ([{**DENSE, "layers": "rest"}] * 2, 3, "a list for 0 layers and 2 × 'rest', the model has 3"),
+        (["dense"], "1", "a list for 1 layers, the model has '1'"),
         ([{**DENSE, "layers": 0}], 3, "attention[0]: layers must be a whole number of at least 1 or 'rest', got 0"),
         ([{**DENSE, "layers": True}], 1, "got True"),
         ([{"cycle": ["moc"], "layers": "all"}], 1, "got 'all'"),

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.table import Table
 
+from experiments.cli.pretrained import captured_pretrained
 from experiments.cli.shell import AsJson, Plugin, app, console, errors, load_plugins
 from experiments.config.names import misspelt_choices, misspelt_match, misspelt_methods, parse, parse_method
 from experiments.escape import for_terminal as escape
@@ -124,7 +125,7 @@ def ladder(
 
 @app.command(epilog="Example: [bold]zoo capture runs/train/moc-0123456789ab --layers 0,2 --times 0.5[/bold]")
 def capture(
-    run: Annotated[Path, typer.Argument(help="A run's folder, or a .ckpt in one.")],
+    run: Annotated[Path | None, typer.Argument(help="A run's folder, or a .ckpt in one; or give --model.")] = None,
     overrides: Annotated[
         list[str] | None, typer.Argument(help="data.key=value over the run's config: other films, longer ones.")
     ] = None,
@@ -132,6 +133,11 @@ def capture(
     layers: Annotated[str | None, typer.Option(help="Only these, from 0: 0,2.")] = None,
     films: Annotated[int, typer.Option(min=1, help="How many validation films to run.")] = 1,
     times: Times = [],  # noqa: B006
+    model: Annotated[Path | None, typer.Option(help="Instead of RUN: folder of a diffusers pipeline.")] = None,
+    prompts: Annotated[Path | None, typer.Option(help="With --model: a text file, one prompt a line.")] = None,
+    size: Annotated[str, typer.Option(help="With --model: frames x height x width.")] = "81x480x832",
+    steps: Annotated[int, typer.Option(min=1, help="With --model: noise steps.")] = 50,
+    shots: Annotated[str | None, typer.Option(help="With --model: latent frames of each shot: 6,6,9.")] = None,
     plugin: Plugin = [],  # noqa: B006
     as_json: AsJson = False,
 ) -> None:
@@ -139,6 +145,9 @@ def capture(
 
     Each call of each chosen layer and noise time is kept bit for bit; `load` in `inspection.capture` reads them.
     """
+    if model is not None or prompts is not None or run is None:
+        captured_pretrained(run, overrides, model, prompts, size, steps, shots, layers, times, out, as_json)
+        return
     find("zoo capture", run, overrides or [], plugin)
     load_plugins(plugin, data=True)
     from experiments.execution.progress import counting

@@ -23,13 +23,13 @@ from experiments.analysis.metrics import TOLERANCE
 from experiments.config import datamodule
 from experiments.config.budget import Budget
 from experiments.config.declared import as_declared, fits, misfit
-from experiments.config.layers import per_layer
 from experiments.config.names import CONFIGS, GIVEN, MATCH, SECTIONS, Override, parse
 from experiments.config.yaml12 import read_yaml
 from experiments.redact import hide
 from experiments.tracking.identity import identity
 from experiments.tracking.store import Cell, config_id, home
 from sparse_zoo.errors import ZooError, refuse, unknown
+from sparse_zoo.layers import per_layer
 from sparse_zoo.schedule import phases as phases_of
 
 Config = dict[str, Any]

@@ -27,7 +27,7 @@ def per_layer(entries: Sequence[Any], depth: object) -> tuple[list[Layer], list[
         open_ended = [count for _, count in read].count(REST)
         if not is_count(depth, fixed + open_ended) or open_ended > 1 or (not open_ended and fixed != depth):
             rest = f" and {open_ended} × '{REST}'" if open_ended else ""
-            reasons.append(f"attention is a list for {fixed} layers{rest}, model.depth is {depth!r}")
+            reasons.append(f"attention is a list for {fixed} layers{rest}, the model has {depth!r}")
     if reasons:
         return [method for methods, _ in read for method in methods], reasons
     filled = [(methods, depth - fixed if count == REST else count) for methods, count in read]

@@ -1,0 +1,130 @@
+"""The families that are known: diffusers' video transformers, by the names of their classes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+
+from sparse_zoo.bridge.family import Arguments, Family, Sizes, largest, register_family
+
+
+def _config(model: nn.Module) -> Any:
+    return model.config
+
+
+def _tuple_patch(model: nn.Module) -> Sizes:
+    f, h, w = _config(model).patch_size
+    return f, h, w
+
+
+def _split_patch(model: nn.Module) -> Sizes:
+    config = _config(model)
+    return config.patch_size_t or 1, config.patch_size, config.patch_size
+
+
+def _frames_first(model: nn.Module, arguments: Arguments) -> Sizes:  # noqa: ARG001
+    """CogVideoX has latents (B, F, C, H, W)."""
+    f, _, h, w = arguments["hidden_states"].shape[1:]
+    return f, h, w
+
+
+def _packed(model: nn.Module, arguments: Arguments) -> Sizes:  # noqa: ARG001
+    """LTX has packed tokens (B, L, C); their grid is told apart."""
+    return arguments["num_frames"], arguments["height"], arguments["width"]
+
+
+def _channels_last(model: nn.Module, arguments: Arguments) -> Sizes:  # noqa: ARG001
+    """Kandinsky 5 has latents (B, F, H, W, C)."""
+    f, h, w = arguments["hidden_states"].shape[1:4]
+    return f, h, w
+
+
+def _kandinsky_shape(attention: nn.Module) -> Sizes:
+    project: Any = attention.to_query
+    heads: Any = attention.num_heads
+    return heads, project.out_features // heads, project.in_features
+
+
+def _unit_time(model: nn.Module, arguments: Arguments) -> Tensor | None:  # noqa: ARG001
+    """Cosmos is told sigma / (sigma + 1), which is the noise time already; of several a sample, the largest."""
+    return largest(arguments["timestep"])
+
+
+WAN = register_family(
+    Family(
+        name="wan",
+        classes=("WanTransformer3DModel", "WanVACETransformer3DModel", "ChronoEditTransformer3DModel"),
+        sites=r"(vace_)?blocks\.\d+\.attn1",
+        text="none",
+        patch=_tuple_patch,
+    )
+)
+register_family(
+    Family(
+        name="skyreels_v2",
+        classes=("SkyReelsV2Transformer3DModel",),
+        sites=r"blocks\.\d+\.attn1",
+        text="none",
+        patch=_tuple_patch,
+    )
+)
+register_family(
+    Family(
+        name="hunyuan_video",
+        classes=("HunyuanVideoTransformer3DModel",),
+        sites=r"(single_)?transformer_blocks\.\d+\.attn",
+        text="after",
+        patch=_split_patch,
+    )
+)
+register_family(
+    Family(
+        name="hunyuan_video_15",
+        classes=("HunyuanVideo15Transformer3DModel",),
+        sites=r"transformer_blocks\.\d+\.attn",
+        text="after",
+        patch=_split_patch,
+    )
+)
+register_family(
+    Family(
+        name="ltx",
+        classes=("LTXVideoTransformer3DModel",),
+        sites=r"transformer_blocks\.\d+\.attn1",
+        text="none",
+        patch=lambda _: (1, 1, 1),
+        latent=_packed,
+    )
+)
+register_family(
+    Family(
+        name="cogvideox",
+        classes=("CogVideoXTransformer3DModel",),
+        sites=r"transformer_blocks\.\d+\.attn1",
+        text="before",
+        patch=_split_patch,
+        latent=_frames_first,
+    )
+)
+register_family(
+    Family(
+        name="kandinsky5",
+        classes=("Kandinsky5Transformer3DModel",),
+        sites=r"visual_transformer_blocks\.\d+\.self_attention",
+        text="none",
+        patch=_tuple_patch,
+        latent=_channels_last,
+        shape=_kandinsky_shape,
+    )
+)
+register_family(
+    Family(
+        name="cosmos",
+        classes=("CosmosTransformer3DModel",),
+        sites=r"transformer_blocks\.\d+\.attn1",
+        text="none",
+        patch=_tuple_patch,
+        noise=_unit_time,
+    )
+)

@@ -1,0 +1,273 @@
+"""An attached model in what people do with models: guidance, compilation, checkpointing, adapters, offloading."""
+
+import copy
+import json
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+from test_bridge import run
+from torch import nn
+
+import sparse_zoo as zoo
+from experiments.inspection.capture import Captured, load, save
+from experiments.inspection.replay import replay
+from experiments.tools.paper_ledger import WAN_CLIP, WAN_MOC, count
+from experiments.tools.tiny_models import inputs, transformer
+from sparse_zoo.bridge import bridge_of
+from sparse_zoo.ladder import ladder
+
+MOGA = dict(zoo.get("moga").small)
+
+
+def attached(method: str = "moga", family: str = "wan", **settings: object) -> nn.Module:
+    model = transformer(family)
+    bridge = zoo.attach(model, method, **(settings or zoo.get(method).small))
+    bridge.film(shots=[2, 4])
+    return model
+
+
+@torch.no_grad()
+def test_guidance_keeps_the_memory_of_its_two_calls_apart():
+    """Each call of a step finds what the same call of the last step left, as if it had been sampled alone."""
+    prompts = {name: inputs("wan", seed=seed) for seed, name in enumerate(("cond", "uncond"))}
+    times = [torch.tensor([t]) for t in (900.0, 600.0, 300.0)]
+
+    def sample(model: nn.Module, names: tuple[str, ...]) -> dict[str, list[torch.Tensor]]:
+        found: dict[str, list[torch.Tensor]] = {name: [] for name in names}
+        for time in times:
+            for name in names:
+                found[name].append(run(model, {**prompts[name], "timestep": time}))
+        return found
+
+    both = sample(attached("svg2"), ("cond", "uncond"))
+    for name, want in both.items():
+        assert all(map(torch.equal, sample(attached("svg2"), (name,))[name], want))
+    model = attached("svg2")
+    again = [sample(model, ("cond", "uncond")) for _ in range(2)]
+    assert all(map(torch.equal, again[0]["uncond"], again[1]["uncond"]))  # noise rises: a new film
+    assert len(bridge_of(model)._memories) == 2
+
+
+@torch.no_grad()
+def test_sampling_is_dense_above_a_noise_time_and_training_never():
+    model = attached("moc", top_k=1, dense_above=0.6)
+    bridge = bridge_of(model)
+    densities = []
+    for time in (900.0, 700.0, 500.0):
+        run(model, {**inputs("wan"), "timestep": torch.tensor([time])})
+        densities.append(bridge.cost().density)
+    assert densities[:2] == [1, 1]
+    assert densities[2] < 0.7
+    bridge.film(shots=[2, 4], noise=0.1)  # said by hand
+    run(model, {**inputs("wan"), "timestep": torch.tensor([900.0])})
+    assert bridge.cost().density < 0.7
+    with torch.enable_grad():
+        bridge.film(shots=[2, 4])
+        run(model.train(), {**inputs("wan"), "timestep": torch.tensor([900.0])})
+    assert bridge.cost().density < 0.7
+
+
+def test_blocks_may_be_compiled():
+    model, given = attached().train(), inputs("wan")
+    want = run(model, given)
+    model.compile_repeated_blocks(backend="aot_eager")
+    found = run(model, given)
+    assert (found - want).abs().max() <= 1e-6
+    (found.square().mean() + sum(bridge_of(model).losses().values())).backward()
+    assert all(parameter.grad.abs().sum() > 0 for parameter in bridge_of(model).parameters())
+
+
+def test_checkpointed_activations_change_no_gradient():
+    plain, given = attached().train(), inputs("wan")
+    lean = copy.deepcopy(plain)
+    lean.enable_gradient_checkpointing()
+    for model in (plain, lean):
+        bridge = bridge_of(model)
+        out = run(model, given)
+        results = dict(bridge.results)
+        losses = bridge.losses()
+        assert losses
+        (out.square().mean() + sum(losses.values())).backward()
+        assert all(bridge.results[i] is result for i, result in results.items())  # recomputing has not counted again
+    wanted = dict(plain.named_parameters())
+    for name, parameter in lean.named_parameters():
+        assert (parameter.grad - wanted[name].grad).abs().max() <= 1e-6 * wanted[name].grad.abs().max(), name
+
+
+@pytest.mark.parametrize("family", ["wan", "cogvideox"])
+@torch.no_grad()
+def test_projections_may_be_fused(family):
+    model, given = attached(family=family), inputs(family)
+    want = run(model, given)
+    model.fuse_qkv_projections()
+    assert (run(model, given) - want).abs().max() <= 1e-5
+    assert len(bridge_of(model).results) == 2
+    model.unfuse_qkv_projections()
+    assert run(model, given).equal(want)
+
+
+@pytest.mark.parametrize("first", ["bridge", "adapter", "peft model"])
+def test_an_adapter_trains_with_the_routers_and_nothing_else_does(first):
+    from peft import LoraConfig, get_peft_model
+
+    config = LoraConfig(r=4, target_modules=["to_q", "to_k", "to_v", "to_out.0"], init_lora_weights=False)
+    model, given = transformer("wan"), inputs("wan")
+    if first == "bridge":
+        bridge = zoo.attach(model, "moga", **MOGA)
+        model.add_adapter(config)
+        bridge.requires_grad_(True)
+    elif first == "adapter":
+        model.requires_grad_(False)
+        model.add_adapter(config)
+        bridge = zoo.attach(model, "moga", **MOGA)
+    else:
+        model = get_peft_model(model, config)
+        bridge = zoo.attach(model, "moga", **MOGA)
+    model.train()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        out = run(model, given)
+    (out.square().mean() + sum(bridge.losses().values())).backward()
+    trained = {name for name, parameter in model.named_parameters() if parameter.grad is not None}
+    assert {name for name, parameter in model.named_parameters() if parameter.requires_grad} == trained
+    assert all("lora_" in name or ".zoo." in name for name in trained)
+    assert sum(".zoo." in name for name in trained) == 4
+    assert sum("lora_" in name for name in trained) == 2 * 2 * (4 + 4)  # cross-attention has adapters too
+    assert all(bool(p.grad.abs().sum() > 0) for p in model.parameters() if p.grad is not None)
+
+
+def test_routers_that_an_adapter_froze_train_again_and_it_is_said():
+    from peft import LoraConfig
+
+    model, given = transformer("wan").train(), inputs("wan")
+    bridge = zoo.attach(model, "moga", **MOGA)
+    model.add_adapter(LoraConfig(r=4, target_modules=["to_q"]))
+    assert not any(parameter.requires_grad for parameter in bridge.parameters())
+    with pytest.warns(UserWarning, match="4 parameters of attached methods were frozen from outside"):
+        run(model, given)
+    assert all(parameter.requires_grad for parameter in bridge.parameters())
+    bridge.requires_grad_(False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        run(model, given)
+    assert not any(parameter.requires_grad for parameter in bridge.parameters())
+
+
+@torch.no_grad()
+def test_half_precision():
+    given = {name: x.bfloat16() if name.endswith("states") else x for name, x in inputs("wan").items()}
+    model = transformer("wan").bfloat16()
+    exact = run(model, given)
+    zoo.attach(model, "dense")
+    assert (run(model, given) - exact).abs().max() <= 0.02 * exact.abs().max()
+    for late in (False, True):
+        model = transformer("wan")
+        if not late:
+            model.bfloat16()
+        bridge = zoo.attach(model, "moga", **MOGA)
+        model.bfloat16()
+        assert {parameter.dtype for parameter in bridge.parameters()} == {torch.bfloat16}
+        assert run(model, given).dtype == torch.bfloat16
+
+
+def test_autocast_trains():
+    model, given = attached().train(), inputs("wan")
+    with torch.autocast("cpu", torch.bfloat16):
+        out = run(model, given)
+    (out.square().mean() + sum(bridge_of(model).losses().values())).backward()
+    assert all(parameter.grad.abs().sum() > 0 for parameter in bridge_of(model).parameters())
+
+
+@pytest.mark.parametrize("late", [False, True])
+@torch.no_grad()
+def test_weights_may_be_offloaded(late):
+    from accelerate import cpu_offload
+
+    model, given = transformer("wan"), inputs("wan")
+    if late:
+        torch.manual_seed(3)
+        zoo.attach(model, "moga", **MOGA).film(shots=[2, 4])
+        want = run(model, given)
+        cpu_offload(model, execution_device=torch.device("cpu"))
+    else:
+        want = None
+        cpu_offload(model, execution_device=torch.device("cpu"))
+        zoo.attach(model, "moga", **MOGA).film(shots=[2, 4])
+    assert model.blocks[0].attn1.to_q.weight.is_meta
+    found = run(model, given)
+    assert len(bridge_of(model).results) == 2
+    assert want is None or found.equal(want)
+
+
+def whole(captured: list) -> list[Captured]:
+    return [Captured(one.call, one.method) for one in captured]
+
+
+@pytest.mark.parametrize("method", ["dense", "moga", "moc"])
+@torch.no_grad()
+def test_a_capture_replays_bit_for_bit(tmp_path: Path, method):
+    model, given = attached(method), inputs("wan")
+    bridge = bridge_of(model)
+    served: list[torch.Tensor] = []
+    hooks = [own.register_forward_hook(lambda *x: served.append(x[2].out)) for own in bridge.methods()]
+    with bridge.capture(layers=[1]) as captured:
+        run(model, given)
+    for hook in hooks:
+        hook.remove()
+    run(model, given)
+    assert len(captured) == 1
+    assert captured[0].method == {"name": method, **zoo.get(method).small}
+
+    (loaded,) = load(save(tmp_path / "calls.safetensors", whole(captured)))
+    assert (loaded.call.layer, loaded.call.layers) == (1, 2)
+    assert loaded.call.layout == zoo.Layout.film([zoo.Shot(2, 4, 6), zoo.Shot(4, 4, 6)])
+    assert loaded.call.noise.tolist() == [0.5]
+    assert bridge.methods()[1].run(loaded.call).out.equal(served[1])
+
+    rungs = ladder(bridge.methods()[1], loaded.call).means()
+    assert rungs["method"]["error"] <= 1e-6 if method == "dense" else rungs["method"]["error"] > 1e-3
+    rows = replay([loaded], [("dense", {}), ("moc", {"top_k": 1})])
+    assert [row.failed for row in rows] == [None, None]
+
+
+def test_a_model_of_wans_size_is_planned_without_its_weights():
+    from accelerate import init_empty_weights
+    from diffusers import WanTransformer3DModel
+
+    config = json.loads(WAN_1_3B)
+    with init_empty_weights():
+        model = WanTransformer3DModel(**config)
+    bridge = zoo.attach(model, ["dense", {"name": "moc", **dict(WAN_MOC.settings), "layers": "rest"}])
+    assert all(parameter.is_meta for parameter in model.parameters())
+    assert sum(parameter.numel() for parameter in model.parameters()) == pytest.approx(1.42e9, rel=0.01)
+    layers = bridge.simulate((21, 60, 104))
+    assert len(layers) == 30
+    tokens = len(WAN_CLIP)
+    assert tokens == 21 * 1560
+    assert layers[0].cost.density == 1
+    assert layers[0].cost.flops == 4 * 12 * 128 * tokens**2
+    for layer in layers[1:]:
+        assert layer.cost.density == pytest.approx(count(WAN_MOC).density, rel=1e-12)
+        assert layer.cost.flops == pytest.approx(4 * 12 * 128 * count(WAN_MOC).pairs, rel=1e-12)
+        assert layer.cost.routing_flops > 0
+
+
+def test_a_model_of_wans_size_is_planned_at_477_frames():
+    from accelerate import init_empty_weights
+    from diffusers import WanTransformer3DModel
+
+    with init_empty_weights():
+        model = WanTransformer3DModel(**json.loads(WAN_1_3B))
+    bridge = zoo.attach(model, "moc", **dict(WAN_MOC.settings))
+    for layer in bridge.simulate((120, 60, 104), shots=[40, 40, 40]):
+        assert layer.cost.dense_pairs == 12 * 187_200**2
+        # Each token reads its own frame and three others of 120; all frames are of one length.
+        assert layer.cost.density == pytest.approx(4 / 120, rel=1e-12)
+
+
+WAN_1_3B = """{"patch_size": [1, 2, 2], "num_attention_heads": 12, "attention_head_dim": 128, "in_channels": 16,
+"out_channels": 16, "text_dim": 4096, "freq_dim": 256, "ffn_dim": 8960, "num_layers": 30, "cross_attn_norm": true,
+"qk_norm": "rms_norm_across_heads", "eps": 1e-6, "added_kv_proj_dim": null, "rope_max_seq_len": 1024}"""
+"""transformer/config.json of Wan2.1-T2V-1.3B-Diffusers."""

@@ -1,0 +1,148 @@
+"""Fine-tuning of a pretrained model: what trains, towards what, from a folder on disk."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch import Trainer
+from torch import nn
+
+import sparse_zoo as zoo
+from experiments.tools.tiny_models import inputs, transformer, write
+from lit_modules.pretrained import LitPretrained
+from sparse_zoo.errors import ZooError
+
+MOGA = {"name": "moga", **zoo.get("moga").small}
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("models")
+    write(folder, ["wan", "hunyuan_video", "cogvideox"])
+    return folder
+
+
+def batch(family: str = "wan", seed: int = 0) -> dict[str, Any]:
+    given = inputs(family, batch=2, seed=seed)
+    latents = given.pop("hidden_states")
+    return {"latents": latents, "arguments": without_time(given), "shots": [2, 4]}
+
+
+def without_time(given: dict[str, Any]) -> dict[str, Any]:
+    return {name: x for name, x in given.items() if name not in ("timestep", "return_dict")}
+
+
+def fit(module: LitPretrained, tmp_path: Path, steps: int = 3, family: str = "wan") -> Trainer:
+    batches = [batch(family, seed) for seed in range(steps)]
+    trainer = Trainer(
+        max_steps=steps,
+        accelerator="cpu",
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        default_root_dir=tmp_path,
+        val_check_interval=steps,
+        num_sanity_val_steps=0,
+    )
+    whole = torch.utils.data.DataLoader(batches, batch_size=None)
+    trainer.fit(module, whole, torch.utils.data.DataLoader(batches[:1], batch_size=None))
+    return trainer
+
+
+@pytest.mark.parametrize("family", ["wan", "hunyuan_video"])
+def test_lora_trains_adapters_and_routers_alone(models: Path, tmp_path: Path, family):
+    module = LitPretrained(
+        models / family, MOGA, lora={"r": 2}, distill={"output": 1.0, "layers": 0.5}, optim={"ema_decay": 0.5}
+    )
+    before = {name: x.clone() for name, x in module.model.named_parameters()}
+    trainer = fit(module, tmp_path, family=family)
+    moved = {name for name, x in module.model.named_parameters() if not x.equal(before[name])}
+    assert moved
+    assert all("lora_" in name or ".zoo." in name for name in moved)
+    assert sum(".zoo." in name for name in moved) == 4
+    assert any("lora_B" in name for name in moved)
+    metrics = {name: float(x) for name, x in trainer.callback_metrics.items()}
+    parts = ("flow", "distill_output", "distill_layers", "aux/balance")
+    assert metrics["train/loss"] == pytest.approx(sum(metrics[f"train/{part}"] for part in parts), rel=1e-5)
+    assert 0 < metrics["val/sample_error"] < 10
+    assert metrics["val/loss"] > 0
+
+
+def test_full_fine_tuning_moves_all_and_leaves_the_teacher(models: Path, tmp_path: Path):
+    module = LitPretrained(models / "wan", MOGA, distill={"layers": 1.0}, optim={"ema_decay": 0.0})
+    assert module.teacher is not None
+    original = transformer("wan").state_dict()
+    fit(module, tmp_path)
+    assert all(x.equal(original[name]) for name, x in module.teacher.model.state_dict().items())
+    assert not any("teacher" in name for name in module.state_dict())
+    still = [name for name, x in module.model.named_parameters() if ".zoo." not in name and x.equal(original[name])]
+    assert not still
+
+
+def test_a_dense_student_is_its_own_teacher(models: Path):
+    for lora in ({"r": 2}, None):
+        module = LitPretrained(models / "wan", {"name": "dense"}, lora=lora, distill={"output": 1.0, "layers": 1.0})
+        own = module.losses(batch(), torch.tensor([0.3, 0.8]), torch.Generator().manual_seed(0), seed=0)
+        assert own["distill_output"] <= 1e-12
+        assert own["distill_layers"] <= 1e-12
+        sparse = LitPretrained(
+            models / "wan", {"name": "moc", "top_k": 1}, lora=lora, distill={"output": 1.0, "layers": 1.0}
+        )
+        far = sparse.losses(batch(), torch.tensor([0.3, 0.8]), torch.Generator().manual_seed(0), seed=0)
+        assert far["distill_output"] > 1e-6
+        assert far["distill_layers"] > 1e-6
+        assert far["flow"] != own["flow"]
+
+
+def test_the_flow_loss_is_that_of_its_definition(models: Path):
+    module = LitPretrained(models / "wan", {"name": "dense"})
+    assert module.flow.shift == 3.0  # the scheduler's
+    films, time = batch(), torch.tensor([0.25, 0.75])
+    found = module.losses(films, time, torch.Generator().manual_seed(1), seed=0)
+    noise = torch.randn(films["latents"].shape, generator=torch.Generator().manual_seed(1))
+    wanted = []
+    for i, t in enumerate(time.tolist()):
+        noisy = (1 - t) * films["latents"][i] + t * noise[i]
+        text = films["arguments"]["encoder_hidden_states"][i]
+        velocity = transformer("wan")(noisy[None], torch.tensor([1000 * t]), text[None], return_dict=False)[0][0]
+        wanted.append((velocity - (noise[i] - films["latents"][i])).square().mean())
+    assert found["flow"].item() == pytest.approx(torch.stack(wanted).mean().item(), rel=1e-5)
+    assert set(found) == {"flow"}
+
+
+def test_a_schedule_goes_by_the_optimizer_step(models: Path, tmp_path: Path):
+    module = LitPretrained(
+        models / "wan", {"name": "dense", "schedule": {"name": {2: "moga"}}, **zoo.get("moga").small}, lora={"r": 2}
+    )
+    densities: list[float] = []
+    module.on_train_batch_end = lambda *_: densities.append(module.bridge.cost().density)  # type: ignore[method-assign]
+    fit(module, tmp_path, steps=4)
+    assert densities[:2] == [1, 1]
+    assert max(densities[2:]) < 1
+
+
+def test_what_does_not_fit_is_refused(models: Path, tmp_path: Path):
+    with pytest.raises(ZooError, match=r"config\.json is missing; give the folder of a diffusers pipeline"):
+        LitPretrained(tmp_path, {"name": "dense"})
+    with pytest.raises(ZooError, match="scheduler CogVideoXDDIMScheduler is not one of a flow"):
+        LitPretrained(models / "cogvideox", {"name": "dense"})
+    with pytest.raises(ZooError, match="did you mean 'output'"):
+        LitPretrained(models / "wan", {"name": "dense"}, distill={"outputs": 1.0})
+    (tmp_path / "config.json").write_text('{"_class_name": "NoSuchModel"}')
+    with pytest.raises(ZooError, match="has no class 'NoSuchModel'"):
+        LitPretrained(tmp_path, {"name": "dense"})
+
+
+def test_the_teacher_is_the_original(models: Path):
+    module = LitPretrained(models / "wan", MOGA, lora={"r": 2}, distill={"output": 1.0})
+    for name, parameter in module.model.named_parameters():
+        if "lora_" in name:
+            nn.init.normal_(parameter)
+    given = inputs("wan")
+    with module._dense_teacher() as (teacher, _), torch.no_grad():
+        assert (teacher(**given)[0] - transformer("wan")(**given)[0]).abs().max() <= 2e-6
+    assert (module.model(**given)[0] - transformer("wan")(**given)[0]).abs().max() > 1e-3
+    trained = [name for name, parameter in module.model.named_parameters() if parameter.requires_grad]
+    assert any("lora_" in name for name in trained)  # disabling adapters freezes them; enabling undoes it
