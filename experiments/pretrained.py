@@ -211,7 +211,7 @@ def _solved(
     bridge = zoo.attach(model, "dense")
     heads, head_dim, dim = bridge.family.shape(bridge.sites[0].module)
     bridge.detach()
-    size = {"heads": heads, "head_dim": head_dim, "dim": dim}
+    size: dict[str, Any] = {"heads": heads, "head_dim": head_dim, "dim": dim}
 
     def measure(own: Mapping[str, Any]) -> float:
         return simulate(method, layout, **size, settings={**given, **own}).cost.density
