@@ -199,7 +199,8 @@ def test_ctrl_c_ends_a_sweep_politely(here: Path) -> None:
     path.write_text(yaml.safe_dump(plain))
     code = """
 import signal, sys
-from experiments import cli, progress
+from experiments import cli
+from experiments.execution import progress
 
 def step(self, name, number, total, note):
     if number == 3:
