@@ -276,7 +276,7 @@ def test_layers_share_what_those_without_a_knob_leave() -> None:
         ({"match": {"density": "much"}}, "match.density must be a number above 0, got 'much'"),
         ({"match": 0.16}, "match must be a mapping or null, got 0.16"),
         ({"match": {"density": 0.1, "also": {"mocc": {}}}}, "unknown method under match.also 'mocc'"),
-        ({"match": {"density": 0.1, "also": {"moc": {"topk": [1]}}}}, "unknown setting of moc under match.also 'topk'"),
+        ({"match": {"density": 0.1, "also": {"moc": {"topk": [1]}}}}, "match.also.moc: unknown setting 'topk'"),
         ({"match": {"density": 0.1, "also": {"moc": {"chunk": "shot"}}}}, "match.also.moc.chunk must be a list"),
         ({"match": {"density": 0.1, "also": [3]}}, "match.also must be {method: {setting: candidates}}"),
     ],

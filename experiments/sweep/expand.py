@@ -18,7 +18,8 @@ from experiments.sweep.grid import Choice, matches
 from experiments.sweep.preflight import first_of_groups, said
 from experiments.sweep.schema import SWEEPS, Written, find
 from experiments.tracking.store import Cell, asked_before
-from sparse_zoo.errors import ZooError, refuse, unknown
+from sparse_zoo.errors import ZooError, refuse
+from sparse_zoo.renamed import unknown_setting
 
 __all__ = ["SWEEPS", "Sweep", "find", "read"]
 
@@ -131,7 +132,7 @@ def _resolve(
     strange = {key: kind for kind, own in keys.items() for key in sorted(own) if not names & {key, _two_deep(key)}}
     if strange and names:
         lay(without=strange)
-    return [unknown(kind, key, _like(key, names)) for key, kind in strange.items() if names]
+    return [unknown_setting(key, _like(key, names), kind) for key, kind in strange.items() if names]
 
 
 def _unfit(kind: str, name: str) -> list[str]:
