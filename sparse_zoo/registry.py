@@ -19,9 +19,8 @@ from typing import Any, TypeVar
 import torch
 
 from sparse_zoo.attention import Attention
-from sparse_zoo.errors import ZooError, refuse, unknown
+from sparse_zoo.errors import ZooError, refuse, unknown, unknown_setting
 from sparse_zoo.kernels import _kernels
-from sparse_zoo.renamed import unknown_setting
 from sparse_zoo.schedule import Schedule, Scheduled, phases
 
 ENTRY_POINTS = "sparse_zoo.methods"

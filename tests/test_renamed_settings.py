@@ -13,7 +13,7 @@ from experiments.config.budget import Budget
 from experiments.config.names import misspelt, misspelt_methods
 from experiments.config.resolve import load
 from experiments.sweep.expand import read
-from sparse_zoo.renamed import RENAMED
+from sparse_zoo.errors import RENAMED
 from sparse_zoo.testing.methods import check_method
 
 OLD = [

@@ -10,8 +10,7 @@ import sparse_zoo as zoo
 from experiments.analysis.metrics import TOLERANCE
 from experiments.config.declared import fits
 from experiments.config.names import MATCH
-from sparse_zoo.errors import refuse, unknown
-from sparse_zoo.renamed import unknown_setting
+from sparse_zoo.errors import refuse, unknown, unknown_setting
 
 KINDS = {
     "density": "attended share of pairs, mean over layers",

@@ -18,8 +18,7 @@ from typing import Any
 import yaml  # type: ignore[import-untyped]
 
 from experiments.config import yaml12
-from sparse_zoo.errors import ZooError, refuse, unknown
-from sparse_zoo.renamed import unknown_setting
+from sparse_zoo.errors import ZooError, refuse, unknown, unknown_setting
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 # The class that each section of a config is made into.

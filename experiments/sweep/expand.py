@@ -18,8 +18,7 @@ from experiments.sweep.grid import Choice, matches
 from experiments.sweep.preflight import first_of_groups, said
 from experiments.sweep.schema import SWEEPS, Written, find
 from experiments.tracking.store import Cell, asked_before
-from sparse_zoo.errors import ZooError, refuse
-from sparse_zoo.renamed import unknown_setting
+from sparse_zoo.errors import ZooError, refuse, unknown_setting
 
 __all__ = ["SWEEPS", "Sweep", "find", "read"]
 

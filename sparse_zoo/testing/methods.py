@@ -7,8 +7,7 @@ from typing import Any
 
 from sparse_zoo import registry
 from sparse_zoo.attention import Attention
-from sparse_zoo.errors import refuse, unknown
-from sparse_zoo.renamed import unknown_setting
+from sparse_zoo.errors import refuse, unknown, unknown_setting
 from sparse_zoo.testing import declarations, invariances, learning, plans, results, robustness, routing
 from sparse_zoo.testing.subject import Subject
 from sparse_zoo.testing.suite import Check, Checks, Outcome, settle
