@@ -15,7 +15,7 @@ from experiments.config.resolve import Config, check, known, merge
 from experiments.config.resolve import cell as make_cell
 from experiments.sweep.budget import Unreached, shared_reach, solved, with_settings
 from experiments.sweep.grid import Choice, matches
-from experiments.sweep.preflight import first_of_groups, said
+from experiments.sweep.preflight import error_reason, first_of_groups
 from experiments.sweep.schema import SWEEPS, Written, find
 from experiments.tracking.store import Cell, asked_before
 from sparse_zoo.errors import ZooError, refuse, unknown_setting
@@ -184,7 +184,7 @@ def _matched(cells: Sequence[Cell], sweep: str, told: Callable[[str], object]) -
         try:
             found[label] = solved(cell.config, earlier)["match"]["set"]
         except Exception as error:  # a plug-in may raise anything; the other cells' reasons are told beside
-            reasons.append(f"cell {label}: {said(error)}")
+            reasons.append(f"cell {label}: {error_reason(error)}")
             unreached = unreached or isinstance(error, Unreached)
     if unreached:
         reasons += shared_reach(
