@@ -1,7 +1,13 @@
 """One way to refuse: every reason at once, with the nearest allowed name where a name is wrong."""
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from difflib import get_close_matches
+
+RENAMED = {
+    "block": "block_tokens",  # nsa, radial, sla
+    "top_k": "top_fraction",  # sla: a share of the blocks; `top_k` is a count in every method
+}
+"""Old name of a method's setting -> its new name. The old one is refused."""
 
 
 class ZooError(ValueError):
@@ -23,3 +29,13 @@ def unknown(kind: str, name: object, allowed: Iterable[str]) -> str:
     near = get_close_matches(str(name), names, n=1, cutoff=0.5)
     hint = f"did you mean {near[0]!r}? " if near else ""
     return f"unknown {kind} {name!r}; {hint}known: {', '.join(names) or 'none'}"
+
+
+def unknown_setting(key: str, allowed: Collection[str], kind: str = "setting") -> str:
+    """Return why a method refuses the setting `key`, which is not in `allowed`: the new name if it was renamed.
+
+    `key` and `allowed` may be dotted ("attention.block"): the last part is the setting's name.
+    """
+    *above, old = key.split(".")
+    new = ".".join([*above, RENAMED.get(old, "")])
+    return f"{key} is called {new} now" if new in allowed else unknown(kind, key, allowed)

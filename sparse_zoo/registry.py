@@ -19,7 +19,7 @@ from typing import Any, TypeVar
 import torch
 
 from sparse_zoo.attention import Attention
-from sparse_zoo.errors import ZooError, refuse, unknown
+from sparse_zoo.errors import ZooError, refuse, unknown, unknown_setting
 from sparse_zoo.kernels import _kernels
 from sparse_zoo.schedule import Schedule, Scheduled, phases
 
@@ -139,7 +139,7 @@ def build(
     cls, allowed = get(name), settings(name)
     refuse(
         name,
-        [unknown("setting", key, allowed) for key in given if key not in allowed]
+        [unknown_setting(key, allowed) for key in given if key not in allowed]
         + [f"setting {key!r} is needed" for key, s in allowed.items() if s.required and key not in given],
     )
     attention = cls(heads=heads, head_dim=head_dim, dim=dim, **given)
@@ -160,7 +160,7 @@ def _scheduled(given: Mapping[str, Any], schedule: Schedule, **shape: Any) -> Sc
     refuse("schedule", [unknown("method", name, names()) for name in named if name not in names()])
     known = {name: {key: s for key, s in settings(name).items() if key != SCHEDULE.name} for name in named}
     allowed = {"name"}.union(*known.values())
-    reasons = [unknown("setting", key, allowed) for key in dict.fromkeys([*given, *schedule]) if key not in allowed]
+    reasons = [unknown_setting(key, allowed) for key in dict.fromkeys([*given, *schedule]) if key not in allowed]
     built: dict[int, Attention] = {}
     refused: dict[str, int] = {}
     for start, own in found.items():

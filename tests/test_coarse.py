@@ -70,8 +70,8 @@ def test_methods_conform(check: Any) -> None:
     [
         ("vsa", {"tile": (1, 2, 2), "top_k": 2}),
         ("vsa", {"tile": (2, 2, 3), "top_k": 1, "gates": "coarse", "stop_at_shots": False}),
-        ("nsa", {"block": 4, "top_k": 1, "window": 3}),
-        ("sla", {"block": 4, "top_k": 0.3, "negligible": 0.2}),
+        ("nsa", {"block_tokens": 4, "top_k": 1, "window": 3}),
+        ("sla", {"block_tokens": 4, "top_fraction": 0.3, "negligible": 0.2}),
     ],
 )
 def test_outputs_and_gradients_are_those_of_the_slow_version(name: str, settings: dict[str, Any]) -> None:
@@ -106,7 +106,7 @@ def test_vsa_by_hand() -> None:
 
 def test_nsa_by_hand() -> None:
     """Seven tokens in blocks of one and alike keys: every softmax is a mean, and ties go to the earlier block."""
-    attention = build("nsa", heads=1, head_dim=1, block=1, top_k=1, window=3)
+    attention = build("nsa", heads=1, head_dim=1, block_tokens=1, top_k=1, window=3)
     gates = torch.tensor([0.5, 0.25, 0.125], dtype=torch.float64)
     with torch.no_grad():
         attention.gate.weight.zero_()
@@ -122,7 +122,7 @@ def test_nsa_by_hand() -> None:
 
 def test_sla_by_hand() -> None:
     """Four blocks of one token and alike scores: the first is critical, the last negligible, those between linear."""
-    attention = build("sla", heads=1, head_dim=2, block=1, top_k=0.25, negligible=0.25)
+    attention = build("sla", heads=1, head_dim=2, block_tokens=1, top_fraction=0.25, negligible=0.25)
     with torch.no_grad():
         attention.proj.weight.copy_(torch.tensor([[2.0, 0.0], [0.0, 3.0]]))
     v = torch.tensor([[1.0, 2], [3, 4], [5, 6], [7, 8]], dtype=torch.float64)
@@ -146,7 +146,7 @@ def test_vsa_that_adapts_starts_as_dense_attention() -> None:
 
 
 def test_sla_starts_as_its_sparse_part_and_learns_the_rest() -> None:
-    call, attention = make(FILM), build("sla", block=4)
+    call, attention = make(FILM), build("sla", block_tokens=4)
     made = attention.branches(call)
     (sparse,) = [x for x in made if isinstance(x, Branch)]
     out = attention.run(call).out
@@ -168,13 +168,13 @@ def test_vsa_counts(top_k: int) -> None:
 
 
 @pytest.mark.parametrize(
-    ("top_k", "negligible", "critical", "marginal"),
+    ("top_fraction", "negligible", "critical", "marginal"),
     [(0.05, 0.1, 1, 8), (0.2, 0.1, 2, 7), (0.25, 0.35, 2, 5), (1.0, 0.5, 10, 0), (0.9, 0.5, 9, 0)],
 )
-def test_sla_shares_are_rounded_down(top_k: float, negligible: float, critical: int, marginal: int) -> None:
+def test_sla_shares_are_rounded_down(top_fraction: float, negligible: float, critical: int, marginal: int) -> None:
     """Ten blocks of a film of 40 tokens; a second film has one block of two, which is critical."""
     film = Layout.pack([Layout.film([Shot(4, 2, 5)]), Layout.film([Shot(1, 1, 2)])])
-    attention, call = build("sla", block=4, top_k=top_k, negligible=negligible), make(film)
+    attention, call = build("sla", block_tokens=4, top_fraction=top_fraction, negligible=negligible), make(film)
     assert attention.run(call).cost().pairs == 2 * (40 * 4 * critical + 2 * 2)
     legal = torch.ones(1, 1, 10, 10, dtype=torch.bool)
     first, both = attention._counts(legal)
@@ -185,7 +185,7 @@ def test_sla_shares_are_rounded_down(top_k: float, negligible: float, critical: 
 @pytest.mark.parametrize("top_k", [1, 3, 99])
 def test_nsa_reads_each_block_once_and_those_fixed_always(top_k: int) -> None:
     """A film of eleven blocks of 4, the last of 2."""
-    attention, call = build("nsa", block=4, top_k=top_k, window=5), make(Layout.film([Shot(3, 2, 7)]))
+    attention, call = build("nsa", block_tokens=4, top_k=top_k, window=5), make(Layout.film([Shot(3, 2, 7)]))
     compressed, selected, window = attention.branches(call)
     assert compressed.plan.shape == (42, 11)
     assert bool(compressed.plan.dense_mask().all())
@@ -204,7 +204,7 @@ def test_nsa_reads_each_block_once_and_those_fixed_always(top_k: int) -> None:
 def test_sla_linear_flops_and_memory() -> None:
     """What it counts, and that the sums for each block of queries are not kept for the backward pass."""
     film = Layout.film([Shot(2, 8, 8)])
-    attention, call = build("sla", head_dim=32, block=2), make(film, head_dim=32)
+    attention, call = build("sla", head_dim=32, block_tokens=2), make(film, head_dim=32)
     (term,) = [x for x in attention.branches(call) if isinstance(x, Term)]
     assert term.flops == 2 * (2 * 32 * 33 * (2 * 128 + 64**2) + 2 * 32 * 32 * 128)
     kept: dict[int, int] = {}
@@ -246,7 +246,7 @@ def test_largest_takes_as_many_as_each_row_says() -> None:
 
 def test_a_film_without_video_beside_one_with() -> None:
     film = Layout.pack([Layout.film([], caption=3), Layout.film([Shot(1, 3, 3, 1)])])
-    for name, settings in (("vsa", {"tile": (1, 2, 2)}), ("nsa", {"block": 4}), ("sla", {"block": 4})):
+    for name, settings in (("vsa", {"tile": (1, 2, 2)}), ("nsa", {"block_tokens": 4}), ("sla", {"block_tokens": 4})):
         attention, call = perturbed(build(name, **settings)), make(film)
         close(attention.run(call).out, getattr(slow_coarse, name)(attention, call))
 
@@ -258,8 +258,16 @@ def test_a_film_without_video_beside_one_with() -> None:
     ("cls", "settings", "reasons"),
     [
         (VSA, {"top_k": 0, "tile": (4, 4), "gates": "all"}, ["top_k", "tile must be three", "gates 'all'", "dim, the"]),
-        (NSA, {"top_k": 0, "block": 0, "window": 2}, ["top_k", "block", "window must be an odd", "dim, the width"]),
-        (SLA, {"top_k": 1.5, "negligible": 1.0, "block": 0}, ["in (0, 1], got 1.5", "in [0, 1), got 1.0", "block"]),
+        (
+            NSA,
+            {"top_k": 0, "block_tokens": 0, "window": 2},
+            ["top_k", "block_tokens", "window must be an odd", "dim, the width"],
+        ),
+        (
+            SLA,
+            {"top_fraction": 1.5, "negligible": 1.0, "block_tokens": 0},
+            ["at most 1, got 1.5", "below 1, got 1.0", "block_tokens"],
+        ),
     ],
 )
 def test_every_reason_is_given_at_once(cls: Any, settings: dict[str, Any], reasons: list[str]) -> None:

@@ -60,7 +60,7 @@ class Short(zoo.Attention):
 def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("ZOO_HOME", str(tmp_path / "runs"))
     monkeypatch.setenv("COLUMNS", "100")
-    preflight._trial.cache_clear()
+    preflight._run_preflight.cache_clear()
     preflight._step_seconds.cache_clear()
     return tmp_path / "runs"
 
@@ -104,7 +104,7 @@ def test_a_trial_sees_what_the_first_step_sees(monkeypatch: pytest.MonkeyPatch) 
     preflight._data.cache_clear()
     attention = {"name": "moga", "groups": 3}
     config = config_of({"attention": attention, "model.depth": 2, "seed": 3, "data.subjects": 2, "data.tags": 2})
-    found, real = preflight.trial(config), first_step(config).summary()
+    found, real = preflight.run_preflight(config), first_step(config).summary()
     assert [layer.density for layer in found.layers] == real["layers"]
     assert found.layers[0].density != found.layers[1].density
     assert found.varies
@@ -115,7 +115,7 @@ def test_a_trial_sees_what_the_first_step_sees(monkeypatch: pytest.MonkeyPatch) 
 def test_flops_are_those_of_a_whole_batch() -> None:
     """Against torch's own counter over forward and backward of dense attention, four films at once."""
     config = config_of({"data.batch_size": 4, "model": {"dim": 24, "depth": 2}, "flow.drop_text": 0.0})
-    found = preflight.trial(config)
+    found = preflight.run_preflight(config)
     made, batches = preflight._data(json.dumps(config["data"]))
     shape: dict[str, Any] = {"channels": made.channels, "patch": made.patch, "vocabulary": made.vocabulary}
     model = VideoDiT(**config["model"], **shape, attention={"name": "dense", "kernel": "reference"})
@@ -175,7 +175,7 @@ def test_a_dry_run_says_what_a_sweep_would_take(tmp_path: Path, home: Path) -> N
     assert (plain["name"], plain["about"]) == ("dry", "Two.")
     assert [row["name"] for row in plain["rows"]] == ["moc", "moga"]
     for row, cell in zip(plain["rows"], read(path).cells[::2], strict=True):
-        found = preflight.trial(cell.config)
+        found = preflight.run_preflight(cell.config)
         assert row["density"] == found.density
         assert row["density_varies"] is (row["name"] == "moga")
         assert row["tokens"] == found.tokens

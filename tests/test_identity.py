@@ -36,8 +36,8 @@ def id_of(*overrides: Any) -> str:
             [{"attention": {"schedule": {"drop_in": {5: 1.0}}, "name": "moc"}}],
         ),
         (
-            ["model.depth=1", "attention=[{name: sla, top_k: 1}]"],
-            ["model.depth=1", "attention=[{name: sla, top_k: 1.0}]"],
+            ["model.depth=1", "attention=[{name: sla, top_fraction: 1}]"],
+            ["model.depth=1", "attention=[{name: sla, top_fraction: 1.0}]"],
         ),
         (["data.size=[48,80]"], [{"data": {"size": (48, 80)}}]),
         (["match.density=1"], ["match.density=1.0"]),

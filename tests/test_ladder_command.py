@@ -22,7 +22,7 @@ from experiments.config.names import parse_method
 from experiments.config.resolve import load as load_config
 from experiments.execution.train import run
 from experiments.inspection.capture import FORMAT, Captured, load, save
-from experiments.inspection.replay import Replayed, asked, replay
+from experiments.inspection.replay import Replayed, parse_methods, replay
 from experiments.inspection.trained import Trained
 from experiments.sweep.budget import Budget
 from experiments.tracking.mlflow_logger import Tracker
@@ -398,10 +398,10 @@ def test_the_front_is_what_nothing_beats(calls: Path, monkeypatch: pytest.Monkey
 
 
 def test_replay_compares_defaults_and_always_dense() -> None:
-    assert dict(asked([]))["moc_fixed"] == {}
-    assert dict(asked([]))["dense"] == {}
-    assert asked(["moc:top_k=3", "moc"]) == [("dense", {}), ("moc", {"top_k": 3}), ("moc", {})]
-    assert asked(["moc", "dense"]) == [("moc", {}), ("dense", {})]
+    assert dict(parse_methods([]))["moc_fixed"] == {}
+    assert dict(parse_methods([]))["dense"] == {}
+    assert parse_methods(["moc:top_k=3", "moc"]) == [("dense", {}), ("moc", {"top_k": 3}), ("moc", {})]
+    assert parse_methods(["moc", "dense"]) == [("moc", {}), ("dense", {})]
 
 
 @pytest.mark.parametrize("command", ["ladder", "capture", "replay"])

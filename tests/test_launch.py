@@ -21,7 +21,7 @@ from tiny import BASE, DIVERGES, write_sweep
 
 import sparse_zoo as zoo
 from experiments.execution.progress import Bar
-from experiments.execution.scheduler import Work, _serve, differing, execute, loaded_plugins
+from experiments.execution.scheduler import Work, _serve, execute, loaded_plugins, varying_params
 from experiments.execution.slurm import Job
 from experiments.reporting.html import html, write
 from experiments.reporting.report import Report
@@ -366,7 +366,7 @@ def test_a_run_that_goes_on_logs_no_step_twice() -> None:
 def test_mlflow_shows_what_differs_what_was_seen_and_what_came_out(runs: Path) -> None:
     axes = {"attention": ["dense", {"name": "moc", "top_k": 1}], "optim.lr": [0.5, 0.25]}
     sweep = read(write_sweep(runs / "shown.yaml", about="Which one?", axes=axes))
-    assert differing(sweep.cells)["moc_top_k=1-lr=0.25"] == {
+    assert varying_params(sweep.cells)["moc_top_k=1-lr=0.25"] == {
         "attention.name": "moc", "attention.top_k": 1, "optim.lr": 0.25,
     }  # fmt: skip
     bar = Silent()

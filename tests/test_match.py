@@ -43,7 +43,7 @@ RAGGED: dict[str, Any] = {  # films of 2 to 6 shots of 1 to 3 frames, packed
 
 @pytest.fixture(autouse=True)
 def nothing_remembered(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    preflight._trial.cache_clear()
+    preflight._run_preflight.cache_clear()
     monkeypatch.setenv("ZOO_HOME", str(tmp_path / "runs"))
 
 
@@ -219,7 +219,7 @@ def test_the_target_is_hit_on_ragged_films(attention: dict[str, Any], target: fl
     assert config["attention"] == attention | config["match"]["set"]
     assert config["match"]["set"].keys() == {knob.setting}
     assert of_masks(config) == pytest.approx(target, rel=0.02)
-    preflight._trial.cache_clear()
+    preflight._run_preflight.cache_clear()
     assert solved(load([RAGGED, {"attention": attention, "match": {"density": target}}])) == config
 
 
@@ -231,16 +231,16 @@ def test_what_a_knob_can_buy_is_found(name: str) -> None:
     own = {key: value for key, value in zoo.get(name).small.items() if key != knob.setting}
     own = json.loads(json.dumps({"name": name, **own}))
     value = json.loads(json.dumps(between(knob)[1]))
-    there = preflight.trial(load([RAGGED, {"attention": own | {knob.setting: value}}])).density
+    there = preflight.run_preflight(load([RAGGED, {"attention": own | {knob.setting: value}}])).density
     config = solved(load([RAGGED, {"attention": own, "match": {"density": there}}]))
-    assert preflight.trial(config).density == pytest.approx(there, rel=0.02)
+    assert preflight.run_preflight(config).density == pytest.approx(there, rel=0.02)
 
 
 def test_flops_and_seconds_are_budgets_too(monkeypatch: pytest.MonkeyPatch) -> None:
     moc = {"name": "moc", "anchors": ["shot"], "causal": None}
-    asked = preflight.trial(load([RAGGED, {"attention": moc | {"top_k": 3}}])).attention_flops
+    asked = preflight.run_preflight(load([RAGGED, {"attention": moc | {"top_k": 3}}])).attention_flops
     config = solved(load([RAGGED, {"attention": moc, "match": {"flops": asked}}]))
-    assert preflight.trial(config).attention_flops == pytest.approx(asked, rel=0.02)
+    assert preflight.run_preflight(config).attention_flops == pytest.approx(asked, rel=0.02)
     monkeypatch.setattr(budget, "step_seconds", lambda config: 0.1 + 0.01 * config["attention"]["top_k"])
     config = solved(load([RAGGED, {"attention": moc, "match": {"seconds": 0.4}}]))
     assert config["match"] == {"seconds": 0.4, "set": {"top_k": config["attention"]["top_k"]}}
@@ -251,7 +251,7 @@ def test_layers_share_what_those_without_a_knob_leave() -> None:
     moc = {"name": "moc", "anchors": ["shot"], "causal": None}
     layers = [{"name": "dense"}, moc, {"name": "window", "tile": [1, 1, 1]}, moc]
     config = solved(load([RAGGED, {"model.depth": 4, "attention": layers, "match": {"density": 0.7675}}]))
-    found = preflight.trial(config)
+    found = preflight.run_preflight(config)
     assert found.density == pytest.approx(0.7675, rel=0.02)
     assert found.layers[0].density == 1
     for layer in found.layers[1:]:
@@ -276,7 +276,7 @@ def test_layers_share_what_those_without_a_knob_leave() -> None:
         ({"match": {"density": "much"}}, "match.density must be a number above 0, got 'much'"),
         ({"match": 0.16}, "match must be a mapping or null, got 0.16"),
         ({"match": {"density": 0.1, "also": {"mocc": {}}}}, "unknown method under match.also 'mocc'"),
-        ({"match": {"density": 0.1, "also": {"moc": {"topk": [1]}}}}, "unknown setting of moc under match.also 'topk'"),
+        ({"match": {"density": 0.1, "also": {"moc": {"topk": [1]}}}}, "match.also.moc: unknown setting 'topk'"),
         ({"match": {"density": 0.1, "also": {"moc": {"chunk": "shot"}}}}, "match.also.moc.chunk must be a list"),
         ({"match": {"density": 0.1, "also": [3]}}, "match.also must be {method: {setting: candidates}}"),
     ],
@@ -354,7 +354,9 @@ def test_every_cell_that_misses_is_named_at_once(tmp_path: Path) -> None:
     # The range that all cells with a knob can reach, against plain measuring at the knobs' ends.
     ends = []
     for attention, low, high in ((MOC, {"top_k": 1}, {"top_k": 64}), (MOGA, {"groups": 64}, {"groups": 1})):
-        ends.append([preflight.trial(load([RAGGED, {"attention": attention | own}])).density for own in (low, high)])
+        ends.append(
+            [preflight.run_preflight(load([RAGGED, {"attention": attention | own}])).density for own in (low, high)]
+        )
     low, high = max(end[0] for end in ends), min(end[1] for end in ends)
     assert f"all cells can reach density {low:.4g} to {high:.4g}" in str(caught.value)
 
@@ -362,7 +364,7 @@ def test_every_cell_that_misses_is_named_at_once(tmp_path: Path) -> None:
 def test_a_tolerance_holds_in_a_sweep(tmp_path: Path) -> None:
     """What 2 % refuses a wider tolerance takes, and the solution is kept."""
     alone: dict[str, Any] = {"base": RAGGED, "cells": {"moc": {"attention": MOC}}}
-    few, more = (preflight.trial(load([RAGGED, {"attention": MOC | {"top_k": k}}])).density for k in (1, 2))
+    few, more = (preflight.run_preflight(load([RAGGED, {"attention": MOC | {"top_k": k}}])).density for k in (1, 2))
     asked = {"density": (few + more) / 2}
     with pytest.raises(ZooError, match=r"cannot reach density .* not within 0.02 of it .* Widen match.within"):
         read(write_sweep(tmp_path / "s.yaml", **alone, match=asked))

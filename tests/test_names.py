@@ -14,10 +14,10 @@ from typing import Any
 import pytest
 
 import sparse_zoo as zoo
+from experiments.config.budget import KINDS
 from experiments.config.datamodule import OURS
 from experiments.config.names import CHOICES, DATA, MATCH, SECTIONS, SHAPE, kernels, methods, misspelt, settings
 from experiments.config.resolve import _sections, load
-from experiments.sweep.budget import KINDS
 from experiments.sweep.schema import Written
 from experiments.tools.paper_ledger import PAPERS
 from experiments.tracking.store import Result

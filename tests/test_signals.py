@@ -56,7 +56,7 @@ def _nothing_is_ignored() -> Iterator[None]:
         signal.signal(number, handler)
 
 
-class Watch:
+class Observer:
     """Calls `act` when step `at` begins to be told of."""
 
     def __init__(self, at: int = 0, act: Callable[[], object] = lambda: None) -> None:
@@ -78,8 +78,8 @@ def cell(**trainer: Any) -> Cell:
     return Cell("moc", load([BASE, method, {f"trainer.{key}": value for key, value in given.items()}]))
 
 
-def go(asked: Cell, sweep: str, watch: Watch) -> Result:
-    return run(asked, sweep, Tracker(sweep, lambda _: None), watch)
+def go(asked: Cell, sweep: str, observer: Observer) -> Result:
+    return run(asked, sweep, Tracker(sweep, lambda _: None), observer)
 
 
 def read(asked: Cell, sweep: str) -> dict[str, Any]:
@@ -91,16 +91,16 @@ def read(asked: Cell, sweep: str) -> dict[str, Any]:
 @pytest.mark.parametrize(("at", "accumulate"), [(1, 1), (3, 1), (1, 2)])
 def test_signal_ends_training_after_a_checkpoint(number: int, at: int, accumulate: int) -> None:
     asked = cell(accumulate_grad_batches=accumulate)
-    whole = go(asked, "whole", Watch())
+    whole = go(asked, "whole", Observer())
     with pytest.raises(Ended) as ended:
-        go(asked, "ended", Watch(at, lambda: signal.raise_signal(number)))
+        go(asked, "ended", Observer(at, lambda: signal.raise_signal(number)))
     assert ended.value.code == SIGNALS[number]
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
     left = read(asked, "ended")
     assert left["status"] == "missing"
     assert left["reason"] == f"was interrupted by {signal.Signals(number).name} after {left['steps']} steps"
     assert saved_step(asked.folder("ended") / RESUME) == left["steps"] >= at
-    resumed = go(asked, "ended", Watch())
+    resumed = go(asked, "ended", Observer())
     assert [part["step"] for part in resumed.resumed] == [left["steps"]]
     assert resumed.curves == whole.curves
     one, other = (torch.load(str(result.checkpoint), weights_only=True) for result in (whole, resumed))
@@ -116,7 +116,7 @@ def test_second_signal_ends_training_at_once() -> None:
 
     asked = cell()
     with pytest.raises(Ended):
-        go(asked, "twice", Watch(1, twice))
+        go(asked, "twice", Observer(1, twice))
     assert read(asked, "twice")["reason"] == "was interrupted by SIGTERM after 1 steps"
     assert not (asked.folder("twice") / RESUME).exists()
 
@@ -130,7 +130,7 @@ def test_step_that_takes_too_long_is_cut_short(monkeypatch: pytest.MonkeyPatch) 
 
     asked, start = cell(), time.monotonic()
     with pytest.raises(Ended):
-        go(asked, "slow", Watch(1, hang))
+        go(asked, "slow", Observer(1, hang))
     assert time.monotonic() - start < 15
     assert read(asked, "slow")["status"] == "missing"
 

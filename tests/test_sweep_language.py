@@ -13,7 +13,7 @@ from tiny import BASE, OWN_AND_PREVIOUS, write_sweep
 
 from experiments.config.resolve import load
 from experiments.sweep.expand import read
-from experiments.sweep.grid import differing, grid, matches
+from experiments.sweep.grid import grid, matches, varying_settings
 from sparse_zoo.errors import ZooError
 
 MOC = {"name": "moc"}
@@ -102,11 +102,11 @@ def test_a_rule_is_met_where_every_setting_is(rule: dict[str, Any], met: bool) -
 
 def test_settings_that_differ_are_named_by_dotted_keys() -> None:
     one = {"a": {"b": 1, "c": 2}, "l": [1]}
-    assert differing([one, {"a": {"b": 1, "c": 3}, "l": [1]}]) == [{"a.c": 2}, {"a.c": 3}]
-    assert differing([one, {"a": {"b": 1}, "l": [1]}, {"a": {"b": 1, "c": None}, "l": [2]}]) == [
+    assert varying_settings([one, {"a": {"b": 1, "c": 3}, "l": [1]}]) == [{"a.c": 2}, {"a.c": 3}]
+    assert varying_settings([one, {"a": {"b": 1}, "l": [1]}, {"a": {"b": 1, "c": None}, "l": [2]}]) == [
         {"a.c": 2, "l": [1]}, {"l": [1]}, {"a.c": None, "l": [2]}
     ]  # fmt: skip
-    assert differing([one]) == [{}]
+    assert varying_settings([one]) == [{}]
 
 
 @pytest.mark.parametrize(

@@ -43,7 +43,11 @@ def test_every_method_of_the_family_says_who_made_it(method: str) -> None:
         ("sta", {"tile": (1, 2), "window": (2, 3, 3)}, ["tile must be three", "three odd whole numbers", "(2, 3, 3)"]),
         ("sta", {"window": [(3, 3, 3), (1, 1, 4)]}, ["or a list of such"]),
         ("sta", {"window": []}, ["three odd whole numbers"]),
-        ("radial", {"decay": 0.0, "block": 0}, ["the authors use 0.2 to 1), got 0.0", "block must be", "got 0"]),
+        (
+            "radial",
+            {"decay": 0.0, "block_tokens": 0},
+            ["the authors use 0.2 to 1), got 0.0", "block_tokens must be", "got 0"],
+        ),
         ("radial", {"decay": float("inf")}, ["finite"]),
         ("svg", {"width": -1, "rows": 0}, ["width must be a whole number of at least 0", "rows must be"]),
         (
@@ -119,7 +123,7 @@ def test_a_schedule_of_windows_tells_that_heads_differ() -> None:
 
 def test_frames_of_one_block_thin_out_at_powers_of_two() -> None:
     film = zoo.Layout.film([zoo.Shot(19, 2, 2)])
-    radial = zoo.build("radial", heads=1, head_dim=8, block=4)
+    radial = zoo.build("radial", heads=1, head_dim=8, block_tokens=4)
     mask = mask_of(radial, make(film))[0, 0]
     kept = mask.view(19, 4, 19, 4)
     assert torch.equal(kept.any(3).any(1), kept.all(3).all(1))
@@ -137,18 +141,18 @@ RADIAL_FILMS = {
 }
 
 
-@pytest.mark.parametrize(("decay", "block"), [(1.0, 4), (0.3, 3), (2.5, 7), (0.15, 1)])
+@pytest.mark.parametrize(("decay", "block_tokens"), [(1.0, 4), (0.3, 3), (2.5, 7), (0.15, 1)])
 @pytest.mark.parametrize("film", RADIAL_FILMS)
-def test_blocks_are_those_of_the_mask_of_tokens(film: str, decay: float, block: int) -> None:
+def test_blocks_are_those_of_the_mask_of_tokens(film: str, decay: float, block_tokens: int) -> None:
     layout = RADIAL_FILMS[film]
-    radial = zoo.build("radial", heads=1, head_dim=8, decay=decay, block=block)
-    want = slow.as_mask(radial_keys(layout, block, decay))
+    radial = zoo.build("radial", heads=1, head_dim=8, decay=decay, block_tokens=block_tokens)
+    want = slow.as_mask(radial_keys(layout, block_tokens, decay))
     assert torch.equal(mask_of(radial, make(layout))[0, 0], want)
 
 
 def test_a_block_attends_to_itself_where_its_mask_is_thin() -> None:
     film = zoo.Layout.film([zoo.Shot(24, 1, 1)])
-    radial = zoo.build("radial", heads=1, head_dim=8, block=12)
+    radial = zoo.build("radial", heads=1, head_dim=8, block_tokens=12)
     mask = mask_of(radial, make(film))[0, 0]  # each token sees 3 of 12 in its own block, less than a third
     assert mask[12:, 12:].all()
     assert not mask[12:, :12].any()
@@ -156,15 +160,15 @@ def test_a_block_attends_to_itself_where_its_mask_is_thin() -> None:
 
 def test_slices_of_blocks_make_no_difference(monkeypatch: pytest.MonkeyPatch) -> None:
     layout = RADIAL_FILMS["unequal frames"]
-    radial = zoo.build("radial", heads=1, head_dim=8, decay=0.31, block=3)
+    radial = zoo.build("radial", heads=1, head_dim=8, decay=0.31, block_tokens=3)
     whole = mask_of(radial, make(layout))
     monkeypatch.setattr("sparse_zoo.methods.radial.SLICE", 1000)
-    sliced = zoo.build("radial", heads=1, head_dim=8, decay=0.31000001, block=3)  # nothing remembered for it
+    sliced = zoo.build("radial", heads=1, head_dim=8, decay=0.31000001, block_tokens=3)  # nothing remembered for it
     assert torch.equal(mask_of(sliced, make(layout)), whole)
 
 
 def test_pairs_grow_as_n_log_n() -> None:
-    radial = zoo.build("radial", heads=1, head_dim=8, block=16)
+    radial = zoo.build("radial", heads=1, head_dim=8, block_tokens=16)
 
     def pairs(frames: int) -> int:
         film = zoo.Layout.film([zoo.Shot(frames, 4, 4)])

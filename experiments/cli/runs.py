@@ -152,7 +152,7 @@ def sweep(
 
             forecast = Forecast.of(loaded, lambda name: status.update(f"{escape(name)} is timed"))
     if dry_run:
-        _foretold(forecast, as_json)
+        _print_forecast(forecast, as_json)
         return
     interrupted = None
     try:
@@ -272,7 +272,7 @@ def _one_run(result: Result, title: str) -> Table:
     return table
 
 
-def _foretold(forecast: Forecast, as_json: bool) -> None:
+def _print_forecast(forecast: Forecast, as_json: bool) -> None:
     from experiments.sweep.dry_run import NOTES
 
     if as_json:

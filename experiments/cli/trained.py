@@ -200,7 +200,7 @@ def replay(
 
     budget = None if match is None else Budget.of(dict([parse(match)]))
     captured = load(file)
-    asked = offline.asked(methods or [])
+    asked = offline.parse_methods(methods or [])
     with counting(errors, "methods", len(asked)) as moved:
 
         def told(note: str, row: offline.Replayed | None) -> None:

@@ -10,7 +10,7 @@ import sparse_zoo as zoo
 from experiments.analysis.metrics import TOLERANCE
 from experiments.config.declared import fits
 from experiments.config.names import MATCH
-from sparse_zoo.errors import refuse, unknown
+from sparse_zoo.errors import refuse, unknown, unknown_setting
 
 KINDS = {
     "density": "attended share of pairs, mean over layers",
@@ -59,7 +59,7 @@ class Budget:
                 reasons.append(unknown("method under match.also", name, zoo.names()))
                 continue
             known = [*zoo.settings(name)]
-            reasons += [unknown(f"setting of {name} under match.also", key, known) for key in own if key not in known]
+            reasons += [f"match.also.{name}: {unknown_setting(key, known)}" for key in own if key not in known]
             reasons += [
                 f"match.also.{name}.{key} must be a list of candidates, got {values!r}"
                 for key, values in own.items()

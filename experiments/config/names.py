@@ -18,7 +18,7 @@ from typing import Any
 import yaml  # type: ignore[import-untyped]
 
 from experiments.config import yaml12
-from sparse_zoo.errors import ZooError, refuse, unknown
+from sparse_zoo.errors import ZooError, refuse, unknown, unknown_setting
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 # The class that each section of a config is made into.
@@ -185,7 +185,7 @@ def _misspelt_method(name: str, keys: Iterable[str], plugins: bool) -> list[str]
     if allowed is None:
         return []
     allowed = (allowed - SHAPE) | {"schedule"}
-    return [f"{name}: {unknown('setting', key, allowed)}" for key in keys if key not in allowed]
+    return [f"{name}: {unknown_setting(key, allowed)}" for key in keys if key not in allowed]
 
 
 def _more(plugins: bool) -> bool:

@@ -26,9 +26,9 @@ import torch
 
 from experiments.execution import signals
 from experiments.execution.progress import Bar
-from experiments.execution.train import flat
 from experiments.execution.work import POLL, Work, on_gpu
 from experiments.sweep.expand import Sweep
+from experiments.sweep.grid import flatten
 from experiments.tracking.mlflow_logger import Tracker
 from experiments.tracking.store import Asked, Cell, Result, asked_before, read, write_sweep
 from sparse_zoo.errors import ZooError, refuse
@@ -60,11 +60,11 @@ def execute(
     on as KeyboardInterrupt, with every finished cell kept.
     """
     found = {cell.name: read(cell, sweep.name) for cell in sweep.cells}
-    params = differing(sweep.cells)
+    params = varying_params(sweep.cells)
     todo = [cell for cell in sweep.cells if fresh or found[cell.name].status != "finished"]
     bar.kept(len(sweep.cells) - len(todo))
     if not todo:
-        parent = _remember(sweep)
+        parent = _record_sweep(sweep)
         tracker = Tracker(sweep.name, bar.note)
         tracker.settle({parent: "FINISHED"} | _ended(found.values()))
         tracker.overview(parent, params, list(found.values()))
@@ -93,7 +93,7 @@ def execute(
     return list(found.values())
 
 
-def _remember(sweep: Sweep) -> str | None:
+def _record_sweep(sweep: Sweep) -> str | None:
     """That these cells were asked for, where others were before: the report is about the last ones. MLflow's parent."""
     asked = asked_before(sweep.name)
     parent = asked.mlflow_run if asked else None
@@ -131,9 +131,9 @@ def _results(
     return _in_processes(works, min(jobs, len(works)), bar)
 
 
-def differing(cells: tuple[Cell, ...]) -> dict[str, dict[str, Any]]:
+def varying_params(cells: tuple[Cell, ...]) -> dict[str, dict[str, Any]]:
     """By cell: its attention and whatever is not the same in all of them, by dotted keys."""
-    configs = {cell.name: flat(cell.config) for cell in cells}
+    configs = {cell.name: flatten(cell.config) for cell in cells}
     keys = dict.fromkeys(key for config in configs.values() for key in config)
     alike = {key for key in keys if len({repr(config.get(key)) for config in configs.values()}) == 1}
     return {
@@ -255,7 +255,7 @@ def _serve(pipe: Connection, threads: int) -> None:
     """What such a process does."""
     torch.set_num_threads(threads)
     logging.getLogger("datamodules").setLevel(logging.ERROR)  # what the data leaves out was said before the first cell
-    watch, trackers = _Telling(pipe), dict[str, Tracker]()
+    observer, trackers = _PipeObserver(pipe), dict[str, Tracker]()
     # Ctrl-C reaches all processes of a terminal: the driver alone answers it, and ends the others by SIGTERM.
     with signals.caught(patient=True), suppress(EOFError, KeyboardInterrupt):
         while True:
@@ -263,19 +263,19 @@ def _serve(pipe: Connection, threads: int) -> None:
             for plugin in work.plugins:
                 import_file(plugin)
             if work.sweep not in trackers:
-                trackers[work.sweep] = Tracker(work.sweep, watch.note)
+                trackers[work.sweep] = Tracker(work.sweep, observer.note)
             try:
-                result = work.attempt(trackers[work.sweep], watch)
+                result = work.attempt(trackers[work.sweep], observer)
             except ZooError as error:
-                watch.tell("refused", str(error))
+                observer.tell("refused", str(error))
                 continue
             if result is None:
                 time.sleep(POLL)
-            watch.tell("done", result)
+            observer.tell("done", result)
 
 
-class _Telling:
-    """A `Watch` that tells another process, and ends where that is gone."""
+class _PipeObserver:
+    """An `Observer` that sends to another process, and ends where that is gone."""
 
     def __init__(self, to: Connection) -> None:
         self.to = to

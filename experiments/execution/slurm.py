@@ -42,7 +42,7 @@ class Job:
         os.environ["ZOO_HOME"] = str(self.home)
         for plugin in self.work.plugins:
             import_file(plugin)
-        told = _Telling()
+        told = _LogObserver()
         tracker = Tracker(self.work.sweep, told.note)
         requeue = signal.getsignal(NOTICE_SIGNAL)  # submitit's own, in a job of it
         try:
@@ -168,8 +168,8 @@ def _queued() -> set[str]:
     raise ZooError(f"squeue: {found.stderr.strip()}; the jobs go on, and the same command looks after them again")
 
 
-class _Telling:
-    """A `Watch` that writes into the job's log."""
+class _LogObserver:
+    """An `Observer` that writes into the job's log."""
 
     def started(self, name: str) -> None:
         self.note(f"{name} begins")

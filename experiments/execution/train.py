@@ -28,6 +28,7 @@ from experiments.execution import signals
 from experiments.execution.checkpointing import Saving, WholeCheckpoints, saved_step
 from experiments.redact import redact, redact_all
 from experiments.reporting import pictures
+from experiments.sweep.grid import flatten
 from experiments.tracking.mlflow_logger import Log, Tracker, figures
 from experiments.tracking.provenance import provenance
 from experiments.tracking.store import Cell, Result, home, read
@@ -45,8 +46,8 @@ NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 SAVE_EVERY = 60.0  # seconds of training that a kill may cost, unless $ZOO_SAVE_SECONDS says otherwise
 
 
-class Watch(Protocol):
-    """Who is told how a run goes."""
+class Observer(Protocol):
+    """Receives the progress of a run."""
 
     def started(self, name: str) -> None: ...
     def step(self, name: str, step: int, total: int | None, note: str) -> None: ...
@@ -58,7 +59,7 @@ def run(
     cell: Cell,
     sweep: str,
     tracker: Tracker,
-    watch: Watch,
+    observer: Observer,
     *,
     parent: str | None = None,
     params: Mapping[str, Any] | None = None,
@@ -76,8 +77,8 @@ def run(
     time. `params` are the settings that MLflow shows in columns.
     """
     folder = cell.folder(sweep)
-    result, step = _begin(cell, sweep, watch, fresh)
-    watch.started(cell.name)
+    result, step = _begin(cell, sweep, observer, fresh)
+    observer.started(cell.name)
     start = time.perf_counter()
     ended = "KILLED"
     with _whole_disk(cell.name):
@@ -85,10 +86,10 @@ def run(
         log = tracker.run(cell.name, cell.id, parent=parent, before=result.mlflow_run)
         result.mlflow_run = log.run_id
         result.write(folder)
-        log.about(params or flat(cell.config), {})
+        log.about(params or flatten(cell.config), {})
         try:
             with _quiet(folder / "warnings.txt"), signals.caught(), _interruptible():
-                _train(cell.config, folder, result, log, watch, resume=bool(step))
+                _train(cell.config, folder, result, log, observer, resume=bool(step))
             result.status, ended = "finished", "FINISHED"
         except KeyboardInterrupt as error:
             by = f" by {error}" if isinstance(error, signals.Ended) else ""
@@ -116,11 +117,11 @@ def run(
                     result.provenance["tracking"] = f"incomplete: {tracker.incomplete}"
                 result.write(folder)
         (folder / RESUME).unlink(missing_ok=True)
-    watch.ended(result)
+    observer.ended(result)
     return result
 
 
-def _begin(cell: Cell, sweep: str, watch: Watch, fresh: bool) -> tuple[Result, int]:
+def _begin(cell: Cell, sweep: str, observer: Observer, fresh: bool) -> tuple[Result, int]:
     """The result to be filled in, and the step from which the run goes on; at 0 the folder is empty."""
     folder = cell.folder(sweep)
     folder.mkdir(parents=True, exist_ok=True)
@@ -130,12 +131,12 @@ def _begin(cell: Cell, sweep: str, watch: Watch, fresh: bool) -> tuple[Result, i
     if interrupted and not fresh:
         try:
             step = saved_step(folder / RESUME)
-            watch.note(f"{cell.name} goes on from step {step}")
+            observer.note(f"{cell.name} goes on from step {step}")
         except ValueError as error:
-            watch.note(f"{cell.name} starts anew: no checkpoint to go on from ({error})")
+            observer.note(f"{cell.name} starts anew: no checkpoint to go on from ({error})")
     elif before.status == "unreadable":
         aside = _set_aside(folder)
-        watch.note(f"{cell.name} starts anew: {before.reason}; what there was is kept in {aside}")
+        observer.note(f"{cell.name} starts anew: {before.reason}; what there was is kept in {aside}")
     for path in list(folder.glob("**/*.part")) if step else [path for path in folder.iterdir() if path.name != "lock"]:
         shutil.rmtree(path) if path.is_dir() else path.unlink()
     result = Result(
@@ -177,19 +178,11 @@ def _whole_disk(name: str) -> Iterator[None]:
         ) from error
 
 
-def flat(config: Mapping[str, Any], above: str = "") -> dict[str, Any]:
-    """A config by dotted keys, as overrides name them; a list is one value."""
-    found: dict[str, Any] = {}
-    for key, value in config.items():
-        found |= flat(value, f"{above}{key}.") if isinstance(value, Mapping) and value else {f"{above}{key}": value}
-    return found
-
-
 class History(Callback):
     """Curves, (step, value) each: the flow loss, auxiliary ones left out so that methods compare, and validations."""
 
-    def __init__(self, result: Result, watch: Watch) -> None:
-        self.result, self.watch = result, watch
+    def __init__(self, result: Result, observer: Observer) -> None:
+        self.result, self.observer = result, observer
         self.losses: list[tuple[int, torch.Tensor]] = []
         self.validations: dict[str, list[tuple[int, float]]] = {}
         self._start = time.perf_counter()
@@ -217,7 +210,7 @@ class History(Callback):
         every = 1 if loss.device.type == "cpu" else 20  # reading a loss makes the device wait
         if trainer.global_step % every == 0:
             total = trainer.estimated_stepping_batches
-            self.watch.step(
+            self.observer.step(
                 self.result.name,
                 trainer.global_step,
                 int(total) if total != float("inf") else None,
@@ -245,7 +238,7 @@ class History(Callback):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        self.watch.step(self.result.name, batch_idx + 1, int(trainer.num_test_batches[0]), "judging")
+        self.observer.step(self.result.name, batch_idx + 1, int(trainer.num_test_batches[0]), "judging")
 
     def write(self) -> None:
         """Into the result."""
@@ -259,7 +252,7 @@ class History(Callback):
             self.result.val_loss = points[-1][1]
 
 
-def _train(stored: Config, folder: Path, result: Result, log: Log, watch: Watch, *, resume: bool) -> None:
+def _train(stored: Config, folder: Path, result: Result, log: Log, observer: Observer, *, resume: bool) -> None:
     config = resolve(stored)  # the environment's values are for the parts alone
     pl.seed_everything(config["seed"], workers=True, verbose=False)
     data = build(config["data"])
@@ -279,7 +272,7 @@ def _train(stored: Config, folder: Path, result: Result, log: Log, watch: Watch,
         whole_metrics=getattr(data, "whole_metrics", dict)(),
     )
     log.data(stored["data"]["name"], stored["data"], result.data)
-    history, cost, timer = History(result, watch), AttentionCost(every=10), StepTimer()
+    history, cost, timer = History(result, observer), AttentionCost(every=10), StepTimer()
     films, routing = SampleFilms(folder, **config["sampling"]), RoutingWatch(folder)
     # After validation, which raises on a loss that is not finite: what is kept is good.
     # A run that goes on may write one anew that it had written when it was killed: over it, not beside it.
@@ -355,7 +348,7 @@ def _record(log: Log, result: Result, folder: Path) -> None:
         log.file(folder / name, "films")
     log.plain({"config": result.config, "data": result.data}, "config.json")
     if result.checkpoint is not None:
-        log.model(result.name, Path(result.checkpoint), flat({"attention": result.attention}), result.steps)
+        log.model(result.name, Path(result.checkpoint), flatten({"attention": result.attention}), result.steps)
 
 
 @contextmanager

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from experiments.execution.train import Watch, run
+from experiments.execution.train import Observer, run
 from experiments.tracking.mlflow_logger import Tracker
 from experiments.tracking.store import Cell, Result, lock, read
 
@@ -35,17 +35,17 @@ class Work:
         ended = now.status in ("finished", "failed") and now.status != before.status
         return now if begun or ended else None
 
-    def attempt(self, tracker: Tracker, watch: Watch) -> Result | None:
+    def attempt(self, tracker: Tracker, observer: Observer) -> Result | None:
         """What became of the cell; None if it runs elsewhere."""
         with lock(self.cell.folder(self.sweep)) as mine:
             if not mine:
                 return None
             since = self.since()
             if since is not None and since.status in ("finished", "failed"):
-                watch.ended(since)  # elsewhere
+                observer.ended(since)  # elsewhere
                 return since
             fresh = self.fresh and since is None  # what this very sweep left half-done is gone on with
-            return run(self.cell, self.sweep, tracker, watch, parent=self.parent, params=self.params, fresh=fresh)
+            return run(self.cell, self.sweep, tracker, observer, parent=self.parent, params=self.params, fresh=fresh)
 
 
 def on_gpu(cell: Cell) -> bool:

@@ -306,11 +306,11 @@ def _table(title: str, by: str, rows: Sequence[tuple[str, str, Figures]]) -> Tab
         table.add_column(name, justify="right", no_wrap=True, style="bold" if name in ("kept", "error") else "")
     for method, label, found in rows:
         shares = [percent(found["method"]["density"])]
-        shares += [percent(_of(found, rung, key)) for key in ("mass", "error") for rung in RUNGS]
+        shares += [percent(_figure_value(found, rung, key)) for key in ("mass", "error") for rung in RUNGS]
         table.add_row(*([escape(method)] if several else []), label, *(x.replace(" %", "") for x in shares))
     return table
 
 
-def _of(found: Mapping[str, Mapping[str, float]], rung: str, figure: str) -> float | None:
+def _figure_value(found: Mapping[str, Mapping[str, float]], rung: str, figure: str) -> float | None:
     value = found[rung][figure] if rung in found else math.nan
     return value if math.isfinite(value) else None

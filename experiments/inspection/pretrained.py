@@ -22,7 +22,7 @@ import sparse_zoo as zoo
 from experiments.analysis.formatting import settings
 from experiments.config.budget import Budget
 from experiments.inspection.capture import Captured
-from experiments.sweep.budget import turned
+from experiments.sweep.budget import solve_knob
 from sparse_zoo.errors import ZooError, refuse
 from sparse_zoo.simulate import simulate
 
@@ -217,7 +217,7 @@ def _solved(
     def measure(own: Mapping[str, Any]) -> float:
         return simulate(method, layout, **size, settings={**given, **own}).cost.density
 
-    return turned(method, dict(given), budget, size, measure)
+    return solve_knob(method, dict(given), budget, size, measure)
 
 
 def _judged(videos: Sequence[Tensor], reference: Sequence[Tensor]) -> dict[str, Any]:

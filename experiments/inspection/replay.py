@@ -19,7 +19,7 @@ from experiments.config.names import parse_method
 from experiments.escape import for_terminal as escape
 from experiments.escape import visible
 from experiments.inspection.capture import Captured
-from experiments.sweep.budget import taken, turned
+from experiments.sweep.budget import solve_knob, total_flops
 from sparse_zoo.errors import ZooError, refuse
 from sparse_zoo.ladder import ladder
 
@@ -54,7 +54,7 @@ class Replayed:
 Told = Callable[[str, Replayed | None], object]
 
 
-def asked(texts: Sequence[str]) -> list[tuple[str, dict[str, Any]]]:
+def parse_methods(texts: Sequence[str]) -> list[tuple[str, dict[str, Any]]]:
     """Methods with settings, of METHOD[:key=value,...], or all that are registered; `dense`, the reference, always.
 
     What a text does not set has the class's default.
@@ -127,10 +127,10 @@ def _matched(
                 cost = result.cost()
                 if call.q_rows is None and not any(part.routed for plan in result.plans for part in plan.parts):
                     known[call.layout, call.q.shape] = cost  # the layout alone decided
-            costs.append(cost.density if budget.kind == "density" else taken(cost))
+            costs.append(cost.density if budget.kind == "density" else total_flops(cost))
         return fmean(costs)
 
-    return turned(method, dict(given), budget, _size(captured[0].call), measure)
+    return solve_knob(method, dict(given), budget, _size(captured[0].call), measure)
 
 
 @torch.no_grad()

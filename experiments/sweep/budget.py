@@ -15,7 +15,7 @@ import sparse_zoo as zoo
 from experiments.analysis.metrics import TOLERANCE
 from experiments.config.budget import Budget
 from experiments.config.resolve import Config, refusals
-from experiments.sweep.preflight import layers_of, step_seconds, trial
+from experiments.sweep.preflight import layer_settings, run_preflight, step_seconds
 from experiments.tracking.identity import identity
 from lit_modules.flops import ModelShape, inner
 from sparse_zoo.errors import ZooError, refuse
@@ -243,7 +243,7 @@ class _Search:
     knob: zoo.Knob
 
     def measure(self, settings: Settings) -> float:
-        count = len(layers_of(self.config))
+        count = len(layer_settings(self.config))
         candidate = with_settings(self.config, [settings if i in self.layers else {} for i in range(count)])
         if self.budget.kind == "seconds":
             return _total(self.budget, candidate)
@@ -265,7 +265,7 @@ def _searches(config: Config, budget: Budget) -> tuple[list[_Search], float]:
 
     Raises `ZooError` where no search can begin.
     """
-    layers = layers_of(config)
+    layers = layer_settings(config)
     entries = [layer for i, layer in enumerate(layers) if layer not in layers[:i]]
     knobs = {entries.index(x): knob for x in entries if (knob := zoo.get(x["name"]).knob) is not None}
     refuse("match", _hindrances(entries, knobs, budget))
@@ -282,7 +282,7 @@ def _searches(config: Config, budget: Budget) -> tuple[list[_Search], float]:
 
 
 def _solve(config: Config, budget: Budget) -> Settings | list[Settings]:
-    layers = layers_of(config)
+    layers = layer_settings(config)
     searches, fixed = _searches(config, budget)
     # What each layer whose knob is turned is to cost.
     goal = budget.target
@@ -312,7 +312,7 @@ def reach(config: Config) -> tuple[float, float]:
     ends = [(len(x.layers), _reach(_ranges(x.knob, x.measure, x.also, x.accepts))) for x in searches]
     if budget.kind == "seconds":
         return ends[0][1]
-    share = len(layers_of(config)) if budget.kind == "density" else 1
+    share = len(layer_settings(config)) if budget.kind == "density" else 1
     low, high = ((fixed + sum(count * costs[end] for count, costs in ends)) / share for end in (0, 1))
     return low, high
 
@@ -355,7 +355,7 @@ def _hindrances(entries: Sequence[Settings], knobs: Mapping[int, zoo.Knob], budg
 
 
 def _by_layer(budget: Budget, config: Config) -> list[float]:
-    return [layer.density if budget.kind == "density" else layer.flops for layer in trial(config).layers]
+    return [layer.density if budget.kind == "density" else layer.flops for layer in run_preflight(config).layers]
 
 
 def _total(budget: Budget, config: Config) -> float:
@@ -365,14 +365,14 @@ def _total(budget: Budget, config: Config) -> float:
         refuse("match", ["there is no GPU here to time a step on"] if seconds is None else [])
         assert seconds is not None
         return seconds
-    found = trial(config)
+    found = run_preflight(config)
     return found.density if budget.kind == "density" else found.attention_flops
 
 
 def with_settings(config: Config, settings: Settings | list[Settings]) -> Config:
     """The config with these settings in its attention, or in that of each layer, and under `match.set`."""
     given = config["attention"]
-    attention: Any = [layer | own for layer, own in zip(layers_of(config), _each(config, settings), strict=True)]
+    attention: Any = [layer | own for layer, own in zip(layer_settings(config), _each(config, settings), strict=True)]
     return config | {
         "attention": attention if isinstance(given, list) else attention[0],
         "match": config["match"] | {"set": settings},
@@ -380,7 +380,7 @@ def with_settings(config: Config, settings: Settings | list[Settings]) -> Config
 
 
 def _each(config: Config, settings: Settings | list[Settings]) -> list[Settings]:
-    return settings if isinstance(settings, list) else [settings] * len(layers_of(config))
+    return settings if isinstance(settings, list) else [settings] * len(layer_settings(config))
 
 
 def _question(config: Config) -> Config:
@@ -415,17 +415,17 @@ def solved_alone(
 
     def measure(own: Settings) -> float:
         cost = simulate(method, stream, **size, batch=batch, settings=settings | own, every_head=every_head).cost
-        return cost.density if budget.kind == "density" else shape.depth * taken(cost)
+        return cost.density if budget.kind == "density" else shape.depth * total_flops(cost)
 
-    return turned(method, settings, budget, size, measure)
+    return solve_knob(method, settings, budget, size, measure)
 
 
-def taken(cost: zoo.Cost) -> int:
+def total_flops(cost: zoo.Cost) -> int:
     """FLOPs of an attention, forward and backward, what deciding takes included."""
     return cost.flops + cost.flops_backward + cost.routing_flops
 
 
-def turned(method: str, settings: Settings, budget: Budget, size: Mapping[str, Any], measure: Measure) -> Settings:
+def solve_knob(method: str, settings: Settings, budget: Budget, size: Mapping[str, Any], measure: Measure) -> Settings:
     """The knob of a method by itself, turned until `measure` of the setting comes to the budget; `size`: its heads.
 
     Raises `ZooError` where it cannot.

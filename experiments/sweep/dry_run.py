@@ -13,8 +13,8 @@ from rich.table import Table
 from experiments.analysis.formatting import percent, si
 from experiments.escape import for_terminal as escape
 from experiments.sweep.expand import Sweep
-from experiments.sweep.grid import differing
-from experiments.sweep.preflight import TIMED, first_of_groups, step_seconds, trial
+from experiments.sweep.grid import varying_settings
+from experiments.sweep.preflight import TIMED, first_of_groups, run_preflight, step_seconds
 from experiments.tracking.provenance import provenance
 from experiments.tracking.store import Cell, Result, read
 
@@ -65,9 +65,9 @@ class Forecast:
 
     @staticmethod
     def of(sweep: Sweep, told: Callable[[str], object] = lambda _: None) -> Forecast:
-        """Try every cell and time its steps; `told` hears the name of each. Raises `ZooError` as a trial does."""
+        """Try every cell and time its steps; `told` gets the name of each. Raises `ZooError` like `run_preflight`."""
         first = first_of_groups(sweep.cells)
-        settings = differing([_shown(cell.config) for cell in first.values()])
+        settings = varying_settings([_shown(cell.config) for cell in first.values()])
         rows, here = [], provenance()
         groups: dict[str, list[Cell]] = {}
         for cell in sweep.cells:
@@ -130,7 +130,7 @@ def _table(title: str) -> Table:
 def _row(
     name: str, cell: Cell, settings: dict[str, Any], runs: Sequence[tuple[Cell, Result]], here: dict[str, Any]
 ) -> Row:
-    found = trial(cell.config)
+    found = run_preflight(cell.config)
     steps = cell.config["trainer"].get("max_steps") or 0
     done = [r for _, r in runs if r.status == "finished" and r.seconds and _same_machine(r.provenance, here)]
     each = step_seconds(cell.config) if not done and steps > 0 else None

@@ -15,10 +15,10 @@ from experiments.config.resolve import Config, check, known, merge
 from experiments.config.resolve import cell as make_cell
 from experiments.sweep.budget import Unreached, shared_reach, solved, with_settings
 from experiments.sweep.grid import Choice, matches
-from experiments.sweep.preflight import first_of_groups, said
+from experiments.sweep.preflight import error_reason, first_of_groups
 from experiments.sweep.schema import SWEEPS, Written, find
 from experiments.tracking.store import Cell, asked_before
-from sparse_zoo.errors import ZooError, refuse, unknown
+from sparse_zoo.errors import ZooError, refuse, unknown_setting
 
 __all__ = ["SWEEPS", "Sweep", "find", "read"]
 
@@ -131,7 +131,7 @@ def _resolve(
     strange = {key: kind for kind, own in keys.items() for key in sorted(own) if not names & {key, _two_deep(key)}}
     if strange and names:
         lay(without=strange)
-    return [unknown(kind, key, _like(key, names)) for key, kind in strange.items() if names]
+    return [unknown_setting(key, _like(key, names), kind) for key, kind in strange.items() if names]
 
 
 def _unfit(kind: str, name: str) -> list[str]:
@@ -184,7 +184,7 @@ def _matched(cells: Sequence[Cell], sweep: str, told: Callable[[str], object]) -
         try:
             found[label] = solved(cell.config, earlier)["match"]["set"]
         except Exception as error:  # a plug-in may raise anything; the other cells' reasons are told beside
-            reasons.append(f"cell {label}: {said(error)}")
+            reasons.append(f"cell {label}: {error_reason(error)}")
             unreached = unreached or isinstance(error, Unreached)
     if unreached:
         reasons += shared_reach(

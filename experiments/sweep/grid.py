@@ -76,20 +76,17 @@ def _lookup(config: Mapping[str, Any], key: str) -> Any:
     return node
 
 
-def flat(config: Mapping[str, Any], above: str = "") -> dict[str, Any]:
-    """{dotted key: value}; lists are values."""
+def flatten(config: Mapping[str, Any], above: str = "") -> dict[str, Any]:
+    """Return {dotted key: value}, as overrides name them. A list is one value, and so is an empty mapping."""
     found: dict[str, Any] = {}
     for key, value in config.items():
-        if isinstance(value, Mapping):
-            found |= flat(value, f"{above}{key}.")
-        else:
-            found[f"{above}{key}"] = value
+        found |= flatten(value, f"{above}{key}.") if isinstance(value, Mapping) and value else {f"{above}{key}": value}
     return found
 
 
-def differing(configs: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Of each config the settings that not all have in common, by dotted key."""
-    plain = [flat(config) for config in configs]
+def varying_settings(configs: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Return the settings of each config that not all have in common, by dotted key; empty mappings do not count."""
+    plain = [{key: value for key, value in flatten(config).items() if value != {}} for config in configs]
     known = dict.fromkeys(chain.from_iterable(plain))
     keys = [key for key in known if any(x.get(key, _NOTHING) != plain[0].get(key, _NOTHING) for x in plain)]
     return [{key: config[key] for key in keys if key in config} for config in plain]

@@ -46,7 +46,7 @@ class LayerCost:
 
 
 @dataclass(frozen=True)
-class Trial:
+class Preflight:
     """What a freshly built cell does on its first training batches.
 
     tokens: of the stream that attention sees, mean over batches; items: streams in a batch.
@@ -108,31 +108,31 @@ class Planning(nn.Module):
         )
 
 
-def trial(config: Config) -> Trial:
+def run_preflight(config: Config) -> Preflight:
     """Build a config's data and model and let it plan; made once for configs alike in what matters here.
 
     Weights, films and noise times are drawn as in the first steps of the run; of each of `BATCHES` batches, `ITEMS`
     items. Raises `ZooError` with whatever the parts refuse; what else they raise comes through.
     """
-    return _trial(*_model_key(config))
+    return _run_preflight(*_model_key(config))
 
 
 def _model_key(config: Config) -> tuple[str, str, tuple[type, ...]]:
     """What decides how a freshly built model computes: settings as JSON, device, and the classes of the methods."""
     config = resolve(config)
     parts = {key: config[key] for key in ("seed", "data", "model", "flow", "attention")}
-    classes = tuple(zoo.get(layer["name"]) for layer in layers_of(config))
+    classes = tuple(zoo.get(layer["name"]) for layer in layer_settings(config))
     return json.dumps(parts, sort_keys=True), _device(config["trainer"]), classes
 
 
-def layers_of(config: Config) -> list[dict[str, Any]]:
+def layer_settings(config: Config) -> list[dict[str, Any]]:
     """The attention of each layer, as settings with a name."""
     given = config["attention"]
     return given if isinstance(given, list) else [given] * config["model"]["depth"]
 
 
 @lru_cache(maxsize=KEPT)
-def _trial(settings: str, device: str, _classes: tuple[type, ...]) -> Trial:
+def _run_preflight(settings: str, device: str, _classes: tuple[type, ...]) -> Preflight:
     config = json.loads(settings)
     made, batches = _data(json.dumps(config["data"]))
     with torch.random.fork_rng(devices=[]), torch.no_grad():
@@ -144,7 +144,7 @@ def _trial(settings: str, device: str, _classes: tuple[type, ...]) -> Trial:
         costs = [zoo.Cost(0, 0, 0, 0)] * len(blocks)
         flops, rest, tokens = [0.0] * len(blocks), 0.0, 0
         told: dict[tuple[str, int, zoo.Layout], set[int]] = {}
-        entries = [json.dumps(layer) for layer in layers_of(config)]
+        entries = [json.dumps(layer) for layer in layer_settings(config)]
         for number, batch in enumerate(batches):
             items, share = len(batch["text"]), 1 / len(batches)
             results = _loss(config, model, _narrowed(batch), number, device).output.results
@@ -159,7 +159,7 @@ def _trial(settings: str, device: str, _classes: tuple[type, ...]) -> Trial:
             shape = _shape(model, config["model"].get("mlp_ratio", 4.0))
             rest += share * linear_flops(shape, batch["layout"], items).both
             rest += share * caption_flops(shape, batch["layout"], items).both
-    return Trial(
+    return Preflight(
         tokens / len(batches),
         max(len(batch["text"]) for batch in batches),
         tuple(LayerCost(cost.density, each) for cost, each in zip(costs, flops, strict=True)),
@@ -212,13 +212,13 @@ def check(cells: Iterable[Cell]) -> None:
     reasons = []
     for name, cell in first_of_groups(cells).items():
         try:
-            trial(cell.config)
+            run_preflight(cell.config)
         except Exception as error:  # what a method of one's own raises here it would raise in its first step
-            reasons.append(f"cell {name}: {said(error)}")
+            reasons.append(f"cell {name}: {error_reason(error)}")
     refuse("sweep", reasons)
 
 
-def said(error: Exception) -> str:
+def error_reason(error: Exception) -> str:
     """An error as a reason; where it is no refusal, with its type."""
     return str(error) if isinstance(error, ZooError) else f"{type(error).__name__}: {error}"
 

@@ -77,7 +77,7 @@ class Written:
     @staticmethod
     def of(path: Path, size: str | None = None) -> Written:
         """The sweep in a file, with the overrides of a size; raises `ZooError`."""
-        files = chain_of(path)
+        files = extends_chain(path)
         file = {key: value for each in files for key, value in each.items() if each is files[-1] or key not in OWN}
         sizes = {key for each in files for key in each.get("sizes", {})}
         refuse(str(path), [unknown("size", size, sizes)] if size is not None and size not in sizes else [])
@@ -108,7 +108,7 @@ class Written:
         refuse(f"sweep {self.name}", misspelt_in_cells(cells, plugins=plugins, all_run=not self.rules))
 
 
-def chain_of(path: Path, above: tuple[Path, ...] = ()) -> list[dict[str, Any]]:
+def extends_chain(path: Path, above: tuple[Path, ...] = ()) -> list[dict[str, Any]]:
     """A sweep file after those that it extends, the lowest first, their plug-ins as paths; raises `ZooError`."""
     refuse(str(path), ["extends itself"] if path.resolve() in above else [])
     own = _file(path)
@@ -117,7 +117,7 @@ def chain_of(path: Path, above: tuple[Path, ...] = ()) -> list[dict[str, Any]]:
         return [own]
     beside = path.parent / own["extends"]
     below = beside if beside.is_file() or beside.suffix else find(own["extends"])
-    return [*chain_of(below, (*above, path.resolve())), own]
+    return [*extends_chain(below, (*above, path.resolve())), own]
 
 
 def mappings(file: Mapping[str, Any], key: str) -> list[dict[str, Any]]:

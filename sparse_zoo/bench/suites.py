@@ -54,9 +54,9 @@ QUICK_FILM = zoo.Layout.film([zoo.Shot(2, 8, 16, text=8)] * 6, caption=8)
 QUICK: dict[str, dict[str, Any]] = {
     "moba": {"block_tokens": 64, "top_k": 4},
     "moc_fixed": {"chunk_tokens": 64},
-    "nsa": {"block": 32, "top_k": 4, "window": 3},
-    "radial": {"block": 16, "decay": 0.1},
-    "sla": {"block": 32, "top_k": 0.2},
+    "nsa": {"block_tokens": 32, "top_k": 4, "window": 3},
+    "radial": {"block_tokens": 16, "decay": 0.1},
+    "sla": {"block_tokens": 32, "top_fraction": 0.2},
     "sta": {"tile": [2, 4, 4]},
     "svg": {"width": 1},
     "svg2": {"top_p": 0.3, "query_clusters": 24, "key_clusters": 48, "first_rounds": 10},

@@ -43,7 +43,7 @@ class NSA(Attention):
 
     Args:
         top_k: Blocks chosen by score, besides the film's first, the own one and the one before it.
-        block: Video tokens in a block.
+        block_tokens: Video tokens in a block.
         window: Blocks in the window, odd: the own one and as many on either side.
     """
 
@@ -59,22 +59,24 @@ class NSA(Attention):
         trained="from scratch (language models)",
         claim="forward 9.0x, backward 6.0x, decoding 11.6x faster than full attention at 64k tokens of text",
     )
-    small = {"top_k": 2, "block": 5, "window": 3}
+    small = {"top_k": 2, "block_tokens": 5, "window": 3}
 
-    def __init__(self, *, top_k: int = 13, block: int = 64, window: int = 9, **base: Any) -> None:
+    def __init__(self, *, top_k: int = 13, block_tokens: int = 64, window: int = 9, **base: Any) -> None:
         super().__init__(**base)
         refuse(
             type(self).__name__,
             [
                 f"top_k must be a whole number of at least 1, got {top_k!r}" if not is_count(top_k) else "",
-                f"block must be a whole number of at least 1, got {block!r}" if not is_count(block) else "",
+                f"block_tokens must be a whole number of at least 1, got {block_tokens!r}"
+                if not is_count(block_tokens)
+                else "",
                 f"window must be an odd whole number of at least 1, got {window!r}"
                 if not is_count(window) or not window % 2
                 else "",
                 "dim, the width of hidden, is needed for the gates" if self.dim is None else "",
             ],
         )
-        self.top_k, self.block, self.window = top_k, block, window
+        self.top_k, self.block_tokens, self.window = top_k, block_tokens, window
         self.gate = nn.Linear(self.dim or 0, 3 * self.heads)
 
     def features(self, hidden: Tensor) -> dict[str, Tensor]:
@@ -82,7 +84,7 @@ class NSA(Attention):
         return {"gates": self.gate(hidden).sigmoid().unflatten(-1, (self.heads, 3))}
 
     def branches(self, call: Call) -> list[Branch | Term]:
-        blocks, static = stretches(call.layout, self.block), _static(call.layout, self.block, self.window)
+        blocks, static = stretches(call.layout, self.block_tokens), _static(call.layout, self.block_tokens, self.window)
 
         def mine(plan: Plan) -> Plan:
             return plan if call.q_rows is None else plan.narrow(call.q_rows)
@@ -107,7 +109,7 @@ class NSA(Attention):
     def routing_flops(self, call: Call) -> int:
         """Pooling of k, and one product for each query, head and block."""
         batch, heads, length, dim = call.q.shape
-        count = stretches(call.layout, self.block).count
+        count = stretches(call.layout, self.block_tokens).count
         return batch * dim * (2 * heads * length * count + call.k.shape[1] * call.k.shape[2])
 
 
@@ -123,8 +125,8 @@ class _Static:
 
 
 @remembered(32)
-def _static(layout: Layout, block: int, window: int) -> _Static:
-    blocks = stretches(layout, block)
+def _static(layout: Layout, block_tokens: int, window: int) -> _Static:
+    blocks = stretches(layout, block_tokens)
     together = same_film(blocks, blocks)
     place = torch.arange(blocks.count, device=layout.device)
     gap = place[:, None] - place

@@ -29,23 +29,23 @@ class Radial(Attention):
     most one apart attend in full, and all attend to the first frame. Farther on a query attends to the keys near its
     own place in the frame, within a width that halves from band to band; where that would be less than the grain of the
     kernel it stays there, and only every second, fourth, ... distance is kept instead. Exact numbers as in the authors'
-    code: for frames of s tokens the width is w = 2^(binary digits of s) / 2^b, times `decay` but at least `block`, and
-    of distances those are kept that block // w divides. A pair of blocks is attended if, of the keys in it that any
-    query of the block sees, more than 0.6 are seen by more than a third of its queries.
+    code: for frames of s tokens the width is w = 2^(binary digits of s) / 2^b, times `decay` but at least
+    `block_tokens`, and of distances those are kept that block_tokens // w divides. A pair of blocks is attended if, of
+    the keys in it that any query of the block sees, more than 0.6 are seen by more than a third of its queries.
 
     Ours: that rule is applied to the whole mask, where the code takes each pair of frames apart and drops the tail of
-    some frames (the same where `block` divides the frames); a block always attends to itself; blocks count the video
-    tokens of a film, and frames are counted through it, across cuts; where frames differ in size, s is the query's, and
-    key l of s' is at place (2l + 1) s // 2s' in its frame; text is dense. The paper keeps the first noise steps dense,
-    for which there is `dense_above`, and the first layer, for which there are lists of layers. Without parameters: it
-    serves trained models as they are, and the paper also tunes them with it for longer films.
+    some frames (the same where `block_tokens` divides the frames); a block always attends to itself; blocks count the
+    video tokens of a film, and frames are counted through it, across cuts; where frames differ in size, s is the
+    query's, and key l of s' is at place (2l + 1) s // 2s' in its frame; text is dense. The paper keeps the first noise
+    steps dense, for which there is `dense_above`, and the first layer, for which there are lists of layers. Without
+    parameters: it serves trained models as they are, and the paper also tunes them with it for longer films.
 
     Args:
         decay: Factor of the widths: how slowly they decay with distance.
-        block: Tokens of a block of queries and of keys, and the least width.
+        block_tokens: Tokens of a block of queries and of keys, and the least width.
     """
 
-    limits = Limit({"block": 1 << 30})
+    limits = Limit({"block_tokens": 1 << 30})
     strict = "frames are attended across cuts, both ways"
     anchors = ("text",)
     knob = Knob("decay", 0.1, 4.0)
@@ -57,9 +57,9 @@ class Radial(Attention):
         trained="training-free; LoRA for longer films",
         claim="1.9x over dense at the default length; at 4 times the length 3.7x, and 4.4x cheaper tuning",
     )
-    small = {"block": 5}
+    small = {"block_tokens": 5}
 
-    def __init__(self, *, decay: float = 1.0, block: int = 128, **base: Any) -> None:
+    def __init__(self, *, decay: float = 1.0, block_tokens: int = 128, **base: Any) -> None:
         super().__init__(**base)
         refuse(
             type(self).__name__,
@@ -67,26 +67,28 @@ class Radial(Attention):
                 f"decay must be above 0 and finite (the authors use 0.2 to 1), got {decay!r}"
                 if not 0 < decay < math.inf
                 else "",
-                f"block must be a whole number of at least 1, got {block!r}" if not is_count(block) else "",
+                f"block_tokens must be a whole number of at least 1, got {block_tokens!r}"
+                if not is_count(block_tokens)
+                else "",
             ],
         )
-        self.decay, self.block = float(decay), block
+        self.decay, self.block_tokens = float(decay), block_tokens
 
     def plan(self, q: Tensor, k: Tensor, layout: Layout) -> Plan:  # noqa: ARG002
-        return _radial(layout, self.block, self.decay)
+        return _radial(layout, self.block_tokens, self.decay)
 
 
 @remembered(32)
-def _radial(layout: Layout, block: int, decay: float) -> Plan:
-    blocks = stretches(layout, block)
+def _radial(layout: Layout, block_tokens: int, decay: float) -> Plan:
+    blocks = stretches(layout, block_tokens)
     if not blocks.count:
         return joint(layout)
-    near = _dense_enough(layout, blocks, block, decay)
+    near = _dense_enough(layout, blocks, block_tokens, decay)
     near |= torch.eye(blocks.count, dtype=torch.bool, device=near.device)
     return joint(layout, *Plan.blocks(blocks, blocks, near).parts)
 
 
-def _dense_enough(layout: Layout, blocks: Partition, block: int, decay: float) -> Tensor:
+def _dense_enough(layout: Layout, blocks: Partition, block_tokens: int, decay: float) -> Tensor:
     """Pairs of blocks of which the token mask holds enough: bool (P, P). No mask of tokens is made.
 
     For each key token and each run of queries of one frame in one block, the queries that see the key are an interval.
@@ -95,7 +97,7 @@ def _dense_enough(layout: Layout, blocks: Partition, block: int, decay: float) -
     frames = layout.partition("shot", "frame", where=video)
     size, frame = frames.sizes[0, 0], frames.piece_of[0, 0][video]
     place = (layout.row * layout.cols + layout.col)[video]
-    reach = _reach(frames, block, decay)
+    reach = _reach(frames, block_tokens, decay)
 
     runs = layout.partition(blocks.piece_of[0, 0], "shot", "frame", where=video)
     of_block, of_frame = runs.of(blocks.piece_of[0, 0]), runs.of(frames.piece_of[0, 0])
@@ -124,13 +126,13 @@ def _dense_enough(layout: Layout, blocks: Partition, block: int, decay: float) -
     return kept
 
 
-def _reach(frames: Partition, block: int, decay: float) -> Tensor:
+def _reach(frames: Partition, block_tokens: int, decay: float) -> Tensor:
     """How far from its own place a query of one frame sees in another: int32 (F, F) in tokens, -1 not at all."""
     size, number = frames.sizes[0, 0], frames.frame
     apart = (number[:, None] - number).abs()
     width = torch.exp2((_digits(size)[:, None] - _digits(apart)).double())
-    kept = apart % (block / width).floor().clamp(min=1) == 0
-    reach = torch.where(kept, (decay * width).clamp(min=block, max=1 << 30).floor(), -1)
+    kept = apart % (block_tokens / width).floor().clamp(min=1) == 0
+    reach = torch.where(kept, (decay * width).clamp(min=block_tokens, max=1 << 30).floor(), -1)
     whole = (apart <= 1) | (number == 0)
     return torch.where(whole, size[:, None], reach).masked_fill(~same_film(frames, frames), -1).int()
 

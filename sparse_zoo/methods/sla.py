@@ -30,7 +30,7 @@ class SLA(Attention):
     """Critical blocks exactly, marginal ones by linear attention.
 
     The paper's (section 4): blocks of 64 tokens; P_c = softmax(pool(Q) pool(K)^T / sqrt(D)) by means; for each block of
-    queries the top_k share of the blocks of keys is critical, the `negligible` share of smallest P_c is skipped, and
+    queries the `top_fraction` of the blocks of keys is critical, the `negligible` share of smallest P_c is skipped, and
     what is left is marginal. O_s is softmax attention to the critical blocks; O_l = φ(Q) H / φ(Q) Z with
     H = Σ φ(K_j)^T V_j and Z = Σ φ(K_j)^T 1 over the marginal blocks j, φ a softmax over channels; the output is
     O_s + Proj(O_l), Proj a learned D × D map for all heads. It fine-tunes with shares of 5 % and 10 %.
@@ -44,16 +44,16 @@ class SLA(Attention):
     part joins video to video.
 
     Args:
-        top_k: Share of a film's blocks that are critical to each block of queries, in (0, 1].
+        top_fraction: Share of a film's blocks that are critical to each block of queries, in (0, 1].
         negligible: Share of the blocks that is skipped, in [0, 1); no more than are not critical.
-        block: Video tokens in a block.
+        block_tokens: Video tokens in a block.
     """
 
-    limits = Limit({"top_k": 1.0})
+    limits = Limit({"top_fraction": 1.0})
     strict = "blocks are ranked among those of all shots"
     anchors = ("text",)
     pools_queries = True
-    knob = Knob("top_k", 0.05, 1.0)
+    knob = Knob("top_fraction", 0.05, 1.0)
     card = Card(
         paper="SLA: Beyond Sparsity in Diffusion Transformers via Fine-Tunable Sparse-Linear Attention, "
         "arXiv 2509.24006",
@@ -62,19 +62,25 @@ class SLA(Attention):
         trained="fine-tuned, 2000 steps",
         claim="attention 13.7x faster than FlashAttention-2 at 95% sparsity, 2.2x end to end, on Wan2.1-1.3B",
     )
-    small = {"top_k": 0.3, "negligible": 0.2, "block": 5}
+    small = {"top_fraction": 0.3, "negligible": 0.2, "block_tokens": 5}
 
-    def __init__(self, *, top_k: float = 0.05, negligible: float = 0.1, block: int = 64, **base: Any) -> None:
+    def __init__(
+        self, *, top_fraction: float = 0.05, negligible: float = 0.1, block_tokens: int = 64, **base: Any
+    ) -> None:
         super().__init__(**base)
         refuse(
             type(self).__name__,
             [
-                f"top_k is a share, in (0, 1], got {top_k!r}" if not 0 < top_k <= 1 else "",
-                f"negligible is a share, in [0, 1), got {negligible!r}" if not 0 <= negligible < 1 else "",
-                f"block must be a whole number of at least 1, got {block!r}" if not is_count(block) else "",
+                f"top_fraction must be above 0 and at most 1, got {top_fraction!r}"
+                if not 0 < top_fraction <= 1
+                else "",
+                f"negligible must be at least 0 and below 1, got {negligible!r}" if not 0 <= negligible < 1 else "",
+                f"block_tokens must be a whole number of at least 1, got {block_tokens!r}"
+                if not is_count(block_tokens)
+                else "",
             ],
         )
-        self.top_k, self.negligible, self.block = float(top_k), float(negligible), block
+        self.top_fraction, self.negligible, self.block_tokens = float(top_fraction), float(negligible), block_tokens
         self.proj = nn.Linear(self.head_dim, self.head_dim, bias=False)
         nn.init.zeros_(self.proj.weight)
 
@@ -84,7 +90,7 @@ class SLA(Attention):
             type(self).__name__,
             [f"v has head dim {width}; proj is for {self.head_dim}"] if width != self.head_dim else [],
         )
-        blocks = stretches(call.layout, self.block)
+        blocks = stretches(call.layout, self.block_tokens)
         if not blocks.count:
             return [Branch(joint(call.layout))]
         with torch.no_grad():
@@ -98,7 +104,7 @@ class SLA(Attention):
     def _counts(self, legal: Tensor) -> tuple[Tensor, Tensor]:
         """How many blocks of each row are critical, and how many are critical or marginal: int64 (..., 1)."""
         count = legal.sum(-1, keepdim=True)
-        critical = (count.double() * self.top_k).long().clamp(min=1)
+        critical = (count.double() * self.top_fraction).long().clamp(min=1)
         negligible = (count.double() * self.negligible).long().minimum(count - critical)
         return critical, count - negligible
 
@@ -106,7 +112,7 @@ class SLA(Attention):
         """Proj(O_l), with marginal, bool (B, H, blocks, blocks)."""
         batch, heads, _, dim = call.q.shape
         share = heads // call.k.shape[1]
-        places = _places(call.layout, self.block)
+        places = _places(call.layout, self.block_tokens)
         q, k, v, pairs = (x.flatten(0, 1).unbind() for x in (call.q, call.k, call.v, marginal))
         found = []
         for i in range(batch * heads):
@@ -120,7 +126,7 @@ class SLA(Attention):
     def routing_flops(self, call: Call) -> int:
         """Pooling of q and k, and two passes of one product for each pair of blocks and head."""
         batch, heads, length, dim = call.q.shape
-        count = stretches(call.layout, self.block).count
+        count = stretches(call.layout, self.block_tokens).count
         return batch * dim * (2 * 2 * heads * count**2 + (heads + call.k.shape[1]) * length)
 
 
@@ -137,8 +143,8 @@ class _Places:
 
 
 @remembered(32)
-def _places(layout: Layout, block: int) -> _Places:
-    table = members(stretches(layout, block))
+def _places(layout: Layout, block_tokens: int) -> _Places:
+    table = members(stretches(layout, block_tokens))
     held = table >= 0
     back = torch.zeros_like(layout.sample)
     back[table[held]] = held.flatten().nonzero()[:, 0]

@@ -7,7 +7,7 @@ from typing import Any
 
 from sparse_zoo import registry
 from sparse_zoo.attention import Attention
-from sparse_zoo.errors import refuse, unknown
+from sparse_zoo.errors import refuse, unknown, unknown_setting
 from sparse_zoo.testing import declarations, invariances, learning, plans, results, robustness, routing
 from sparse_zoo.testing.subject import Subject
 from sparse_zoo.testing.suite import Check, Checks, Outcome, settle
@@ -98,7 +98,7 @@ def parametrize_methods(
 def _subject(method: str | type[Attention], settings: Mapping[str, Any]) -> Subject:
     if isinstance(method, str):
         cls, allowed = registry.get(method), registry.settings(method)
-        refuse(method, [unknown("setting", key, allowed) for key in settings if key not in allowed])
+        refuse(method, [unknown_setting(key, allowed) for key in settings if key not in allowed])
         return Subject(method, cls, dict(settings))
     refuse(
         "sparse_zoo.testing",

@@ -109,7 +109,7 @@ def nsa(attention: NSA, call: Call) -> Tensor:
     gates = (call.hidden @ attention.gate.weight.T + attention.gate.bias).sigmoid()
 
     def one(item: int, head: int, q: Tensor, k: Tensor, v: Tensor, video: list[int], text: list[int]) -> None:
-        pieces = list(runs(video, attention.block).values())
+        pieces = list(runs(video, attention.block_tokens).values())
         of_k, of_v = (means(x, dict(enumerate(pieces))) if pieces else x[:0] for x in (k, v))
         first = 3 * (call.head_offset + head)
         compress, select, near = (gates[item, :, first + n, None] for n in range(3))
@@ -137,10 +137,10 @@ def sla(attention: SLA, call: Call) -> Tensor:
 
     def one(item: int, head: int, q: Tensor, k: Tensor, v: Tensor, video: list[int], text: list[int]) -> None:
         reads = dict.fromkeys(text, video + text)
-        pieces = runs(video, attention.block)
+        pieces = runs(video, attention.block_tokens)
         blocks = list(pieces.values())
         order = ranked(means(q, pieces), means(k, pieces)) if video else []
-        critical = max(1, int(len(pieces) * attention.top_k))
+        critical = max(1, int(len(pieces) * attention.top_fraction))
         negligible = min(int(len(pieces) * attention.negligible), len(pieces) - critical)
         for number, held in enumerate(blocks):
             exact, linear = (

@@ -33,20 +33,20 @@ def sta(attention: STA, call: Call) -> Masks:
 
 @slow_routing(Radial)
 def radial(attention: Radial, call: Call) -> Masks:
-    return [(slow.as_mask(radial_keys(call.layout, attention.block, attention.decay)), 1.0)]
+    return [(slow.as_mask(radial_keys(call.layout, attention.block_tokens, attention.decay)), 1.0)]
 
 
-def radial_keys(layout: Layout, block: int, decay: float) -> list[set[int]]:
+def radial_keys(layout: Layout, block_tokens: int, decay: float) -> list[set[int]]:
     every = tokens(layout)
     video: dict[int, list[int]] = {}
     for i, t in enumerate(every):
         if not t.text:
             video.setdefault(t.sample, []).append(i)
-    blocks = [ids[n : n + block] for ids in video.values() for n in range(0, len(ids), block)]
+    blocks = [ids[n : n + block_tokens] for ids in video.values() for n in range(0, len(ids), block_tokens)]
     block_of = {i: members for members in blocks for i in members}
     seen = torch.zeros(len(every), len(every), dtype=torch.int64)
     for ids in video.values():
-        table = [[sees(layout, every[i], every[j], block, decay) for j in ids] for i in ids]
+        table = [[sees(layout, every[i], every[j], block_tokens, decay) for j in ids] for i in ids]
         seen[torch.tensor(ids)[:, None], torch.tensor(ids)] = torch.tensor(table).long()
 
     def attends(queries: list[int], keys: list[int]) -> bool:
@@ -61,14 +61,14 @@ def radial_keys(layout: Layout, block: int, decay: float) -> list[set[int]]:
     return [films[i] if a.text else kept[id(block_of[i])] | (films[i] & text) for i, a in enumerate(every)]
 
 
-def sees(layout: Layout, a: Token, b: Token, block: int, decay: float) -> bool:
+def sees(layout: Layout, a: Token, b: Token, block_tokens: int, decay: float) -> bool:
     """The mask of tokens, before it is made one of blocks."""
     shots = layout.films[a.sample].shots
     distance = abs(a.frame - b.frame)
     if distance <= 1 or b.frame == 0:
         return True
     mine, theirs = (shots[t.shot].rows * shots[t.shot].cols for t in (a, b))
-    step, reach = band(mine, distance, block, decay)
+    step, reach = band(mine, distance, block_tokens, decay)
     if distance % step:
         return False
     own = a.row * shots[a.shot].cols + a.col
@@ -77,10 +77,10 @@ def sees(layout: Layout, a: Token, b: Token, block: int, decay: float) -> bool:
 
 
 @lru_cache(1024)
-def band(size: int, distance: int, block: int, decay: float) -> tuple[int, Fraction]:
+def band(size: int, distance: int, block_tokens: int, decay: float) -> tuple[int, Fraction]:
     """Of frames of `size` tokens so far apart: every how many are seen, and how far from the own place."""
     width = Fraction(2 ** size.bit_length(), 2 ** distance.bit_length())
-    return max(1, int(block / width)), max(width * Fraction(decay), Fraction(block))
+    return max(1, int(block_tokens / width)), max(width * Fraction(decay), Fraction(block_tokens))
 
 
 def by_head(call: Call, rule: Callable[[Tensor, Tensor, Tensor], list[set[int]]]) -> Tensor:

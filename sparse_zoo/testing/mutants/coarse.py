@@ -62,7 +62,7 @@ class FixedBlocksForgotten(NSA):
     """The first block, the own one and the one before are neither read nor chosen."""
 
     def branches(self, call: Call) -> list[Branch | Term]:
-        static = replace(nsa._static(call.layout, self.block, self.window), fixed=joint(call.layout))
+        static = replace(nsa._static(call.layout, self.block_tokens, self.window), fixed=joint(call.layout))
         with patch.object(nsa, "_static", lambda *_: static):
             return super().branches(call)
 
@@ -72,7 +72,7 @@ class LinearOverAllBlocks(SLA):
     """Linear attention runs over all blocks, critical and negligible ones too."""
 
     def _linear(self, call: Call, marginal: Tensor) -> Term:
-        blocks = stretches(call.layout, self.block)
+        blocks = stretches(call.layout, self.block_tokens)
         return super()._linear(call, same_film(blocks, blocks).expand_as(marginal))
 
 

@@ -45,13 +45,13 @@ class WindowsByLocalHead(STA):
 class OpenReach(Radial):
     """Radial, unbroken, with the reach from frame to frame laid open."""
 
-    def reach(self, frames: Partition, block: int, decay: float) -> Tensor:
+    def reach(self, frames: Partition, block_tokens: int, decay: float) -> Tensor:
         """Arguments as those of `radial._reach`."""
-        return reach_of(frames, block, decay)
+        return reach_of(frames, block_tokens, decay)
 
     def plan(self, q: Tensor, k: Tensor, layout: Layout) -> Plan:  # noqa: ARG002
         with patch.object(radial, "_reach", self.reach):
-            plan: Plan = unwrap(radial._radial)(layout, self.block, self.decay)
+            plan: Plan = unwrap(radial._radial)(layout, self.block_tokens, self.decay)
         return plan
 
 
@@ -62,18 +62,18 @@ reach_of = radial._reach
 class NeverThinsOut(OpenReach):
     """Far frames are all attended, however narrow their diagonals."""
 
-    def reach(self, frames: Partition, block: int, decay: float) -> Tensor:
-        reach = super().reach(frames, block, decay)
+    def reach(self, frames: Partition, block_tokens: int, decay: float) -> Tensor:
+        reach = super().reach(frames, block_tokens, decay)
         same = frames.sample[:, None] == frames.sample
-        return torch.where(same & (reach < 0), block, reach)
+        return torch.where(same & (reach < 0), block_tokens, reach)
 
 
 @mutant("routing_is_the_papers")
 class WithoutSink(OpenReach):
     """The first frame is attended as any other."""
 
-    def reach(self, frames: Partition, block: int, decay: float) -> Tensor:
-        reach = super().reach(frames, block, decay)
+    def reach(self, frames: Partition, block_tokens: int, decay: float) -> Tensor:
+        reach = super().reach(frames, block_tokens, decay)
         return reach.masked_fill((frames.frame == 0) & (frames.frame[:, None] > 1), -1)
 
 
