@@ -4,7 +4,7 @@ BIN := .venv/bin
 # The version of GPU machines with torch 2.11: kernels are compiled for it too, beside the installed one.
 OLDEST_TRITON := 3.6.0
 
-.PHONY: help install sweep test lint coverage gpu gpu-pack models ui
+.PHONY: help install sweep test lint coverage gpu gpu-pack models ui docs
 
 help:  ## what can be made
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/'
@@ -39,6 +39,10 @@ gpu-pack: install  ## kernels compiled here and packages, for a machine with a G
 
 models: install  ## tiny random pretrained models of each family, in models/
 	$(BIN)/python -m experiments.tools.tiny_models models
+
+docs: install  ## the documentation as a site, in site/; fails on a broken link
+	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[docs]'
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
 
 ui: install  ## open MLflow's page on the quickstart's store
 	$(BIN)/zoo ui

@@ -18,11 +18,11 @@ from experiments.cli import app
 from experiments.config import resolve as config_module
 from experiments.config.datamodule import build
 from experiments.config.resolve import Config, load
-from experiments.execution import train as run_module
 from experiments.sweep import dry_run, preflight
 from experiments.sweep import expand as sweep_module
 from experiments.sweep.dry_run import Forecast
 from experiments.sweep.expand import read
+from experiments.tracking import provenance as code_module
 from experiments.tracking.provenance import provenance
 from experiments.tracking.store import Result
 from lit_modules import AttentionCost, LitVideoDiT, VideoDiT
@@ -264,10 +264,10 @@ def test_dry_run_of_many_cells_builds_and_reads_each_thing_once(
         (preflight, "_model"),
         (config_module, "read_yaml"),
         (sweep_module, "known"),
-        (run_module, "_git"),
+        (code_module, "_git"),
     ):
         count(module, name)
-    for cached in (config_module._shipped, run_module._code):
+    for cached in (config_module._shipped, code_module._code):
         cached.cache_clear()
     base = {**BASE, "attention": "moc"}
     axes = {"attention.top_k": [1, 2], "optim.lr": [1e-4, 2e-4, 3e-4, 4e-4, 5e-4]}
