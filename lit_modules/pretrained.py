@@ -297,8 +297,8 @@ def load_transformer(folder: Path) -> tuple[nn.Module, dict[str, Any]]:
     try:
         diffusers = importlib.import_module("diffusers")
     except ImportError as error:
-        raise ZooError(f"model {folder}: {error}. pip install 'sparse-zoo[pretrained]'") from error
-    name = json.loads((inner / "config.json").read_text()).get("_class_name")
+        raise ZooError(f"model {folder}: {error}. pip install 'sparse-attention-zoo[pretrained]'") from error
+    name = json.loads((inner / "config.json").read_text(encoding="utf-8")).get("_class_name")
     kind = getattr(diffusers, str(name), None)
     refuse(f"model {folder}", [f"diffusers {diffusers.__version__} has no class {name!r}"] if kind is None else [])
     try:
@@ -306,7 +306,7 @@ def load_transformer(folder: Path) -> tuple[nn.Module, dict[str, Any]]:
     except (OSError, ValueError, RuntimeError) as error:
         raise ZooError(f"model {folder}: it does not load: {str(error).splitlines()[0]}") from error
     scheduler = folder / "scheduler" / "scheduler_config.json"
-    return model, json.loads(scheduler.read_text()) if scheduler.is_file() else {}
+    return model, json.loads(scheduler.read_text(encoding="utf-8")) if scheduler.is_file() else {}
 
 
 def flow_shift(scheduler: Mapping[str, Any]) -> float:

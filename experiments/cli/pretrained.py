@@ -72,7 +72,9 @@ def compare(
     )
     page = pretrained.write_page(rows, lines, request, out)
     if as_json:
-        print(json.dumps(json.loads((out / "compare.json").read_text()) | {"page": str(page.absolute())}))
+        print(
+            json.dumps(json.loads((out / "compare.json").read_text(encoding="utf-8")) | {"page": str(page.absolute())})
+        )
     else:
         table = Table(box=None, pad_edge=False)
         for name in ("method", "density", "PSNR", "SSIM", "seconds"):

@@ -85,7 +85,7 @@ def load_pipeline(folder: Path) -> Any:
     try:
         diffusers = importlib.import_module("diffusers")
     except ImportError as error:
-        raise ZooError(f"model {folder}: {error}. pip install 'sparse-zoo[pretrained]'") from error
+        raise ZooError(f"model {folder}: {error}. pip install 'sparse-attention-zoo[pretrained]'") from error
     cuda = torch.cuda.is_available()
     try:
         pipe = diffusers.DiffusionPipeline.from_pretrained(

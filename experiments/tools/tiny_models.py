@@ -277,7 +277,7 @@ def installed(name: str) -> Any:
         return importlib.import_module(name)
     except ImportError as error:
         raise ZooError(
-            f"pretrained models: {name} does not import: {error}. pip install 'sparse-zoo[pretrained]'"
+            f"pretrained models: {name} does not import: {error}. pip install 'sparse-attention-zoo[pretrained]'"
         ) from error
 
 
