@@ -14,15 +14,15 @@ from typing import Any
 import pytest
 
 import sparse_zoo as zoo
+from experiments.config.budget import KINDS
 from experiments.config.datamodule import OURS
 from experiments.config.names import CHOICES, DATA, MATCH, SECTIONS, SHAPE, kernels, methods, misspelt, settings
 from experiments.config.resolve import _sections, load
-from experiments.sweep.budget import KINDS
 from experiments.sweep.schema import Written
 from experiments.tools.paper_ledger import PAPERS
 from experiments.tracking.store import Result
 from lit_modules.dit import TEXT
-from lit_modules.sampling import ORDERS
+from lit_modules.settings import ORDERS
 from sparse_zoo.bench import DTYPES, SUITES
 from sparse_zoo.errors import ZooError
 from sparse_zoo.kernels import get
