@@ -22,7 +22,7 @@ from experiments.sweep.schema import Written
 from experiments.tools.paper_ledger import PAPERS
 from experiments.tracking.store import Result
 from lit_modules.dit import TEXT
-from lit_modules.sampling import ORDERS
+from lit_modules.settings import ORDERS
 from sparse_zoo import registry
 from sparse_zoo.bench import DTYPES, SUITES
 from sparse_zoo.errors import ZooError
