@@ -308,7 +308,7 @@ class _Pass:
             self.notes.append(rest)
         if self.strange:
             self.notes.append(
-                f"{self.strange} packets belong to streams that begin within the file and are not read: they are sound, or "
+                f"{self.strange} packets belong to streams that begin within the file and are not read: sound, or "
                 "another recording that was joined to the first. Split the file there"
             )
         if interlaced:
