@@ -244,6 +244,7 @@ def test_joined_recordings_keep_all_their_frames(tmp_path: Path, suffix: str, ti
         ("flv", "flv", 2),
         ("mkv", "libx264", 3),
         ("wmv", "wmv2", 2),
+        ("ivf", "libvpx", 2),
     ],
 )
 def test_joined_recordings_that_no_player_reads_are_named(tmp_path: Path, suffix: str, codec: str, times: int) -> None:
@@ -253,10 +254,39 @@ def test_joined_recordings_that_no_player_reads_are_named(tmp_path: Path, suffix
     assert any("another recording, joined to the first, and not read" in note for note in decode(part, SETTINGS).notes)
 
 
-def test_recording_of_another_format_at_the_end_is_named(tmp_path: Path) -> None:
-    first, second = (write(tmp_path / name, plain(RED, 24)) for name in ("a.mp4", "b.mkv"))
+@pytest.mark.parametrize("second", ["mkv", "ts", "mpg", "h264"])
+@pytest.mark.parametrize("first", ["mp4", "mkv", "avi", "mov"])
+def test_recording_of_another_format_at_the_end_is_named(tmp_path: Path, first: str, second: str) -> None:
+    codecs = {"mpg": "mpeg2video", "avi": "mpeg4"}
+    parts = [
+        write(tmp_path / f"{n}.{kind}", plain(RED, 24), codecs.get(kind, "libx264"))
+        for n, kind in enumerate((first, second))
+    ]
+    size = parts[0].stat().st_size
+    parts[0].write_bytes(parts[0].read_bytes() + parts[1].read_bytes())
+    video = decode(parts[0], SETTINGS)
+    if first == second:  # Matroska files may follow each other
+        assert len(video.frames) == 48
+        return
+    share = re.search(r"the last ([\d.]+)% of the file", " ".join(video.notes))
+    assert share is not None
+    assert abs(float(share[1]) / 100 - (1 - size / parts[0].stat().st_size)) < 0.006
+
+
+@pytest.mark.parametrize("first", ["mp4", "mkv", "avi"])
+def test_unused_space_at_the_end_is_no_loss(tmp_path: Path, first: str) -> None:
+    path = write(tmp_path / f"a.{first}", plain(RED, 24), "mpeg4")
+    path.write_bytes(path.read_bytes() + bytes(10_000))
+    assert decode(path, SETTINGS).notes == ()
+
+
+def test_recording_whose_streams_begin_later_is_named(tmp_path: Path) -> None:
+    # The second recording has other stream numbers, as broadcasts have that gain a sound track on the way.
+    first, second = (write(tmp_path / name, plain(RED, 24)) for name in ("a.m2ts", "b.ts"))
     first.write_bytes(first.read_bytes() + second.read_bytes())
-    assert any("another recording, joined to the first" in note for note in decode(first, SETTINGS).notes)
+    video = decode(first, SETTINGS)
+    assert len(video.frames) == 24
+    assert any("streams that begin within the file and are not read" in note for note in video.notes)
 
 
 @pytest.mark.parametrize(("suffix", "codec"), [("mkv", "libx264"), ("flv", "flv"), ("mp4", "libx264")])
