@@ -93,8 +93,8 @@ CASES = {
     "a long film": Case(LONG, context={"layer": 9, "layers": 12, "step": 1001, "noise": 0.9995}),
     "many films, items and heads": Case(
         CROWD,
-        batch=6,
-        heads=12,
+        batch=5,
+        heads=10,
         kv_heads=2,
         head_dim=80,
         context={"layer": 22, "layers": 40, "step": 123_457, "noise": 1e-4},
@@ -106,6 +106,10 @@ CASES = {
         SILENT, q_scale=1e-3, k_offset=1.0, context={"layer": 60, "layers": 61, "step": 0, "noise": 0.0}
     ),
 }
+
+
+AUTO = {"kernel": "auto"}
+"""A change of settings: the kernel that a user gets."""
 
 
 @dataclass(frozen=True)
@@ -128,11 +132,12 @@ class Subject:
     ) -> Attention:
         """The method with some settings changed, in eval mode.
 
-        Parameters are the same for the same `start`, and none is left at zero.
+        It attends by the dense mask unless told otherwise (`AUTO`): what judges a choice needs no kernel. Parameters
+        are the same for the same `start`, and none is left at zero.
         """
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(start)
-            given = dict(self.cls.small) | dict(self.settings) | dict(changes)
+            given = {"kernel": "reference"} | dict(self.cls.small) | dict(self.settings) | dict(changes)
             # A schedule is no setting of the class: the registry makes one of its classes for each phase.
             make = partial(build, self.name) if "schedule" in given else self.cls
             attention = make(heads=heads, head_dim=head_dim, dim=DIM, **given)
