@@ -158,9 +158,10 @@ def losses_are_means(subject: Subject) -> None:
     for training in (False, True):
         attention.train(training)
         with torch.no_grad():
-            together, turned = (attention.run(x).losses for x in (call, of_items(call, items.flip(0))))
+            together = attention.run(call).losses
             if not together:
                 continue
+            turned = attention.run(of_items(call, items.flip(0))).losses
             alone = [attention.run(of_items(call, items[i, None])).losses for i in items]
         for name, loss in together.items():
             atol = max(EXACT, GRADIENT * float(loss.abs()))

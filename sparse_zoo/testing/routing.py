@@ -32,7 +32,6 @@ from sparse_zoo.methods.window import Window
 from sparse_zoo.schedule import Scheduled
 from sparse_zoo.testing import oracle, slow
 from sparse_zoo.testing.invariances import of_items
-from sparse_zoo.testing.plans import branches
 from sparse_zoo.testing.subject import CASES, FILMS, Subject, make
 from sparse_zoo.testing.suite import Checks, Skip, expect, same, some
 
@@ -120,10 +119,8 @@ def moga(attention: MoGA, call: Call) -> list[tuple[Tensor, Tensor | float]]:
     found: list[tuple[Tensor, Tensor | float]] = []
     for name in attention.mix:
         chosen = group.tolist() if name == "group" else [()]  # the other branches choose nothing
-        items = [
-            slow.moga_branch(name, tuple(one), call.layout, windows=attention.windows, frames=attention.frames_per_group)
-            for one in chosen
-        ]
+        settings = {"windows": attention.windows, "frames": attention.frames_per_group}
+        items = [slow.moga_branch(name, tuple(one), call.layout, **settings) for one in chosen]
         mask = torch.stack([slow.as_mask(item) for item in items])[:, None]
         found.append((mask, (gate if name == "group" else 1.0) / len(attention.mix)))
     return found
@@ -170,7 +167,8 @@ def routing_is_the_papers(subject: Subject) -> None:
         items = torch.tensor(sorted({0, len(call.q) - 1}))
         judged = of_items(call, items)
         expected = rule(attention.at(call.step) if isinstance(attention, Scheduled) else attention, judged)
-        out = attention.run(call).out[items]
+        result = attention.run(call)
+        out = result.out[items]
         if isinstance(expected, Tensor):
             same(
                 out,
@@ -180,11 +178,11 @@ def routing_is_the_papers(subject: Subject) -> None:
                 "branches, or the rule",
             )
             continue
-        made = branches(attention, call)
-        expect(len(made) == len(expected), f"{len(expected)} branches", f"{len(made)}", "branches(call)")
+        plans = result.plans
+        expect(len(plans) == len(expected), f"{len(expected)} branches", f"{len(plans)}", "branches(call)")
         want = torch.zeros_like(judged.q)
-        for number, (branch, (mask, weight)) in enumerate(zip(made, expected, strict=True)):
-            got = oracle.mask_of(branch.plan)
+        for number, (plan, (mask, weight)) in enumerate(zip(plans, expected, strict=True)):
+            got = oracle.mask_of(plan)
             got = got[items] if len(got) > 1 else got
             for wrong, came in ((got & ~mask, "pairs too many"), (mask & ~got, "pairs missing")):
                 expect(

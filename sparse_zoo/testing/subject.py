@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from functools import partial
+from functools import lru_cache, partial
 from types import MappingProxyType
 from typing import Any
 
@@ -165,15 +165,17 @@ def make(
     **context: Any,
 ) -> Call:
     """A call on random q, k, v, hidden; the same numbers for the same seed and sizes, whatever the dtype."""
-    draw = torch.Generator().manual_seed(seed)
-
-    def normal(*shape: int) -> Tensor:
-        x = torch.randn(*shape, generator=draw, dtype=torch.float64).to(device=device, dtype=dtype)
-        return x.requires_grad_(grad)
-
     length = len(layout)
-    q, k, v = (normal(batch, h, length, head_dim) for h in (heads, kv_heads, kv_heads))
-    return Call(q, k, v, layout.to(device), hidden=normal(batch, length, DIM), **context)
+    shapes = *((batch, h, length, head_dim) for h in (heads, kv_heads, kv_heads)), (batch, length, DIM)
+    q, k, v, hidden = (x.to(device=device, dtype=dtype, copy=True).requires_grad_(grad) for x in _normal(seed, shapes))
+    return Call(q, k, v, layout.to(device), hidden=hidden, **context)
+
+
+@lru_cache(32)
+def _normal(seed: int, shapes: tuple[tuple[int, ...], ...]) -> list[Tensor]:
+    """Normal numbers in float64."""
+    draw = torch.Generator().manual_seed(seed)
+    return [torch.randn(shape, generator=draw, dtype=torch.float64) for shape in shapes]
 
 
 def usable() -> Iterator[tuple[str, str, torch.dtype, int]]:
