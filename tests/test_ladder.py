@@ -85,7 +85,7 @@ def method(case: str) -> zoo.Attention:
 
 
 def needs_all_queries(case: str) -> bool:
-    return method(case).pools_queries or case.partition(",")[0] in ("near", "mixed")
+    return case.partition(",")[0] in ("near", "mixed") or method(case).pools_queries
 
 
 def call_on(layout: Layout, rows: Tensor | None = None, **context: Any) -> Call:

@@ -10,10 +10,30 @@ import torch
 import sparse_zoo as zoo
 from sparse_zoo import testing
 
-TOP = (
-    "names settings kernels build attend merge register Attention Call Branch Term Plan Layout Shot Limit Knob Card "
-    "Kernel register_kernel load_plugin Scheduled attach"
-).split()
+TOP = [
+    "names",
+    "settings",
+    "kernels",
+    "build",
+    "attend",
+    "merge",
+    "register",
+    "Attention",
+    "Call",
+    "Branch",
+    "Term",
+    "Plan",
+    "Layout",
+    "Shot",
+    "Limit",
+    "Knob",
+    "Card",
+    "Kernel",
+    "register_kernel",
+    "load_plugin",
+    "Scheduled",
+    "attach",
+]
 FILM = zoo.Layout.film([zoo.Shot(frames=2, rows=2, cols=3, text=2), zoo.Shot(frames=1, rows=3, cols=3)], caption=1)
 
 
