@@ -11,10 +11,11 @@ from tiny import BASE, write_sweep
 from typer.testing import CliRunner
 
 from experiments.cli import app
+from experiments.cli.runs import _machine_dependent
 from experiments.config.declared import as_declared
 from experiments.config.resolve import cell, load, merge
 from experiments.sweep.expand import read
-from experiments.tracking.store import Asked, read_sweep
+from experiments.tracking.store import Asked, Cell, read_sweep
 from experiments.tracking.store import write_sweep as write_sweep_file
 from lit_modules.precision import default_precision
 
@@ -32,6 +33,17 @@ def test_a_precision_is_the_default_of_its_accelerator_on_its_machine(monkeypatc
         for precision in ("32-true", "bf16-mixed", "16-mixed"):
             one, other = (cell("any", merge(own)[0]).id for own in ([gpu], [gpu, f"trainer.precision={precision}"]))
             assert (one == other) == (precision == default), (there, precision)
+
+
+def test_cells_for_other_machines_name_the_accelerator_of_their_precision(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    for settings, refused in (
+        ({"precision": "32-true"}, True),
+        ({"precision": "bf16-mixed"}, False),
+        ({"precision": "32-true", "accelerator": "cpu"}, False),
+        ({}, False),
+    ):
+        assert bool(_machine_dependent([Cell("a", {"trainer": settings}, id="0")])) == refused, settings
 
 
 @pytest.mark.parametrize(

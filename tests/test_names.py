@@ -26,6 +26,8 @@ from experiments.config.declared import parameters
 from experiments.config.names import CHOICES, SHAPE, kernels, methods, misspelt, settings
 from experiments.config.resolve import load
 from experiments.config.sections import DATA, PRECISIONS, Match, Precision, Trainer, fields
+from experiments.config.yaml12 import read_yaml
+from experiments.sweep.schema import SWEEPS as PRESET_FILES
 from experiments.sweep.schema import Written
 from experiments.tools.paper_ledger import PAPERS
 from experiments.tracking.store import Asked, Cell, Result, write_sweep
@@ -60,6 +62,10 @@ RIGHT: list[list[Any]] = [
     ["model.depth=4", "attention=[{cycle: [dense, moc], layers: rest}]"],
     [{"attention": {"name": "window", "edge": "cut"}}, "attention=moc"],
     ["match.density=0.5", "match.within=0.1"],
+    [{"data": {"name": "shot_world"}}, {"data": {"subjects": 2}}],
+]
+PRESETS = [
+    (path, size) for path in sorted(PRESET_FILES.glob("*.yaml")) for size in (None, *read_yaml(path).get("sizes", {}))
 ]
 
 
@@ -146,6 +152,11 @@ def test_misspelt_names_are_refused_as_the_config_refuses_them(
 @pytest.mark.parametrize("overrides", RIGHT)
 def test_right_names_pass(overrides: list[Any]) -> None:
     assert misspelt(overrides, plugins=False) == []
+
+
+@pytest.mark.parametrize(("path", "size"), PRESETS, ids=lambda x: x.stem if isinstance(x, Path) else str(x))
+def test_every_preset_passes_in_every_size(path: Path, size: str | None) -> None:
+    Written.of(path, size).check_names()
 
 
 def test_methods_of_ones_own_are_left_to_their_plugin() -> None:

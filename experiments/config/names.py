@@ -73,7 +73,8 @@ def misspelt(overrides: Sequence[Override], *, plugins: bool) -> list[str]:
                 value = {part: value}
             inside[section][below[0]] = value
         elif section in named:
-            named[section] = {"name": value} if isinstance(value, str) else value
+            merged = section == "data" and isinstance(value, Mapping) and "name" not in value
+            named[section] = {"name": value} if isinstance(value, str) else named[section] if merged else value
             if section == "attention" or (isinstance(value, Mapping) and "name" in value):
                 inside[section] = {}
         if section in base and not below and isinstance(value, Mapping):
