@@ -135,6 +135,18 @@ def test_the_settings_command_shows_sections_and_names_the_nearest() -> None:
     assert all(word in text for word in ("warmup_steps", "max_steps", "shot_world", "exclude"))
 
 
+def test_the_page_on_configs_says_what_the_command_says() -> None:
+    page = (Path(zoo.__file__).parents[1] / "docs" / "configs.md").read_text()
+    rows = re.findall(r"^\| `(.+?)` \| `(.+?)` \|$", page, re.M)
+    assert len(rows) >= 3
+    for written, message in rows:
+        assert message in "; ".join(misspelt(written.split(), plugins=False)), written
+    commands = re.findall(r"^zoo train (.+)$", page, re.M)
+    assert commands
+    assert [reason for command in commands for reason in misspelt(command.split(), plugins=False)] == []
+    assert {name for names in re.findall(r"`zoo settings ([a-z_ ]+)`", page) for name in names.split()} == {*TABLES}
+
+
 @pytest.mark.parametrize("overrides", WRONG)
 def test_misspelt_names_are_refused_as_the_config_refuses_them(
     overrides: list[Any], monkeypatch: pytest.MonkeyPatch

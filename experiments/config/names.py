@@ -1,7 +1,8 @@
-"""The names that a config may have, read from source text: a misspelt one is refused before torch is imported.
+"""Refuse unknown names and values of a wrong type before torch is imported, which takes seconds.
 
-Importing torch and Lightning takes seconds, too long to wait for a typing error to be named.
-`experiments.config.resolve` judges everything else: values, and names that only the user's own classes know.
+Sections and our datamodules are declared by the dataclasses of `sections`. Methods and kernels are classes that need
+torch, so their names and settings are read from their source text. `experiments.config.resolve` judges everything
+else: ranges of values, and names that only the user's own classes know.
 """
 
 from __future__ import annotations
@@ -56,9 +57,14 @@ def parse_method(text: str) -> tuple[str, dict[str, Any]]:
 
 
 def misspelt(overrides: Sequence[Override], *, plugins: bool) -> list[str]:
-    """Every name that cannot be right, of overrides as `experiments.config.resolve.load` takes them, as a reason.
+    """Return why overrides cannot be right: unknown names, and values of a wrong type.
 
-    With `plugins`, methods that are not known here may be theirs.
+    Args:
+        overrides: Overrides as `experiments.config.resolve.load` takes them.
+        plugins: Whether plug-ins may bring methods that are not known here.
+
+    Returns:
+        The reasons, each once; none where all names and types are right.
     """
     base = _yaml("base.yaml")
     reasons: list[str] = []
@@ -87,7 +93,7 @@ def misspelt(overrides: Sequence[Override], *, plugins: bool) -> list[str]:
 
 
 def misspelt_in_cells(cells: Mapping[str, Sequence[Override]], *, plugins: bool, all_run: bool) -> list[str]:
-    """The same for the cells of a sweep; unless `all_run`, only what is wrong in each of them."""
+    """Return the reasons of `misspelt` for the cells of a sweep; unless `all_run`, those that all cells share."""
     found = {name: misspelt(overrides, plugins=plugins) for name, overrides in cells.items()}
     common = [reason for reason in next(iter(found.values()), []) if all(reason in own for own in found.values())]
     own = [f"cell {name}: {reason}" for name, reasons in found.items() for reason in reasons if reason not in common]
@@ -95,13 +101,13 @@ def misspelt_in_cells(cells: Mapping[str, Sequence[Override]], *, plugins: bool,
 
 
 def misspelt_methods(asked: Iterable[tuple[str, Iterable[str]]], *, plugins: bool) -> list[str]:
-    """The same for methods, each a name and the names of its settings."""
+    """Return the reasons of `misspelt` for methods, each given by its name and the names of its settings."""
     reasons = (_misspelt_method(name, keys, plugins) for name, keys in asked)
     return list(dict.fromkeys(reason for own in reasons for reason in own))
 
 
 def misspelt_choices(plugins: bool, **given: str | None) -> list[str]:
-    """The same for options that take one of a few names, see `CHOICES`, and for `kernel`."""
+    """Return the reasons of `misspelt` for options that take one of a few names, see `CHOICES`, and for `kernel`."""
     allowed = CHOICES | ({} if _more(plugins) else {"kernel": ("auto", *kernels())})
     return [
         unknown(key.replace("_", "-"), value, allowed[key])
@@ -111,7 +117,7 @@ def misspelt_choices(plugins: bool, **given: str | None) -> list[str]:
 
 
 def misspelt_match(asked: str | None) -> list[str]:
-    """The same for a budget, KIND=VALUE."""
+    """Return the reasons of `misspelt` for a budget, KIND=VALUE."""
     return [] if asked is None else misfits("match", dict([parse(asked)]), Match)
 
 
@@ -204,7 +210,7 @@ def kernels() -> list[str]:
 
 @cache
 def settings(place: str) -> set[str] | None:
-    """What a class, "package.module:Class", is made from, by name; None where its text alone does not say."""
+    """Return the names of a class's settings, "package.module:Class"; None where its source does not tell them."""
     module, name = place.split(":")
     node = _classes(module).get(name)
     if node is None:
