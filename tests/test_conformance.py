@@ -30,7 +30,12 @@ class Knobless(zoo.Attention):
         return zoo.Plan.within(layout.partition("shot"))
 
 
-@pytest.mark.parametrize("method", OWN)
+QUICK = {"dense", "moc", "vsa"}  # without a choice, with one, and with pooled branches and gates
+
+
+@pytest.mark.parametrize(
+    "method", [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in OWN]
+)
 def test_methods_conform(method: str) -> None:
     """Every check passes; skipped is what a method says in a sentence that it cannot be held to."""
     outcomes = testing.check_method(method)
@@ -52,6 +57,7 @@ def test_what_is_skipped_has_a_reason() -> None:
     }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("method", "settings"),
     [
@@ -70,7 +76,21 @@ def test_other_settings_conform(method: str, settings: dict[str, Any]) -> None:
     testing.check_method(method, only=set(testing.checks()) - slow, **settings)
 
 
-@pytest.mark.parametrize("kernel", [name for name, reasons in zoo.kernels().items() if not reasons])
+@pytest.mark.parametrize("method", OWN)
+def test_methods_pass_the_checks_of_their_meaning(method: str) -> None:
+    """The quick part of the suite, for each method: the rest is among the slow tests."""
+    only = ["builds", "plans_in_range", "pairs_counted", "films_packed", "text_reads_text", "named_kernel_refuses"]
+    testing.check_method(method, only=only)
+
+
+@pytest.mark.parametrize(
+    "kernel",
+    [
+        pytest.param(name, marks=[] if name == "cpu" else pytest.mark.slow)
+        for name, reasons in zoo.kernels().items()
+        if not reasons
+    ],
+)
 def test_kernels_conform(kernel: str) -> None:
     for outcome in testing.check_kernel(kernel):
         assert outcome.status == "passed", outcome
@@ -89,7 +109,15 @@ class Narrow(Plain):
         return super().why_not(q, v) + ([f"takes {self.dtype} alone"] if wrong else [])
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(
+    "dtype",
+    [
+        torch.bfloat16,
+        pytest.param(torch.float32, marks=pytest.mark.slow),
+        pytest.param(torch.float16, marks=pytest.mark.slow),
+    ],
+    ids=str,
+)
 def test_kernels_of_one_dtype_are_bounded_by_what_plain_softmax_errs(
     dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:

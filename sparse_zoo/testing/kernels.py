@@ -153,11 +153,11 @@ class Large:
 LARGE = (
     Large(Recipe(620, 700, ("routed", "groups", "sparse"), 90, 1, 2, 101), (1, 2), 1, (HEAD_DIM, 16, 32, 64)),
     Large(Recipe(40, 1100, ("groups",), 1, 1, 1, 102), (1, 1), 1, (HEAD_DIM, 16, 32, 64)),
-    Large(Recipe(70, 90, ("blocks", "routed", "singles", "groups", "sparse"), 9, 6, 12, 103), (6, 12), 2, (80, 96)),
+    Large(Recipe(70, 90, 2 * ("blocks", "routed", "singles", "groups", "sparse"), 9, 6, 12, 103), (6, 12), 2, (80, 96)),
     Large(Recipe(33, 150, ("groups", "blocks"), 3, 1, 10, 104), (5, 10), 10, (128, 256)),
 )
-"""More than 512 queries and keys, 1,024 keys in one rectangle, 4 batch items, 8 heads, 4 query heads for a key head, 64
-channels."""
+"""More than 512 queries and keys, 1,024 keys in one rectangle, 8 parts, 4 batch items, 8 heads, 4 query heads for a key
+head, 64 channels."""
 
 
 # -- comparing --------------------------------------------------------------------------------------------------------
