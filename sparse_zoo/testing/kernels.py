@@ -91,6 +91,7 @@ class Recipe:
     seed: int
 
     def plan(self, device: str) -> Plan:
+        """The plan, on a device: the same for the same seed."""
         draw = torch.Generator().manual_seed(self.seed)
         plan: Plan | None = None
         for kind in self.kinds:
@@ -188,11 +189,13 @@ def inputs(
 
 
 def by_kernel(subject: KernelSubject, given: list[Tensor], plan: Plan, scale: float | None = None) -> Run:
+    """What the kernel under test gives on `given`: q, k, v (B, H, L, D). `scale` is 1 / sqrt(D) by default."""
     scale = given[0].shape[-1] ** -0.5 if scale is None else scale
     return _run(*subject.kernel.run(given[0], given[1], given[2], plan, scale), given)
 
 
 def by_oracle(given: list[Tensor], plan: Plan, dtype: torch.dtype = torch.float64, scale: float | None = None) -> Run:
+    """What plain masked softmax gives in `dtype`, float64 by default. Arguments as `by_kernel`."""
     q, k, v = (x.to(dtype) for x in given)
     return _run(*oracle.masked_softmax(q, k, v, oracle.mask_of(plan), scale), given)
 

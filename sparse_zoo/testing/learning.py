@@ -82,6 +82,7 @@ def agree(what: str, given: Mapping[str, Tensor], grads: Mapping[str, Tensor], v
 
 @contextmanager
 def moved(x: Tensor, along: Tensor, step: float) -> Iterator[None]:
+    """Inside, `x` is `step * along` further on; afterwards it is as it was."""
     before = x.detach().clone()
     with torch.no_grad():
         x.add_(along, alpha=step)

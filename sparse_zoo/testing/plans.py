@@ -25,6 +25,7 @@ T = TypeVar("T")
 
 
 def plans(attention: Attention, call: Call) -> list[Plan]:
+    """The plan of each branch that has one."""
     return [branch.plan for branch in branches(attention, call)]
 
 
