@@ -18,8 +18,9 @@ from torchmetrics import Metric, MetricCollection
 from experiments.inspection.trained import Batch, Trained
 from experiments.tracking.store import write_json
 from lit_modules import Euler, SampleFilms
-from lit_modules.callbacks import film_pictures, write_picture
+from lit_modules.callbacks import write_picture
 from sparse_zoo.errors import refuse
+from sparse_zoo.strips import film_pictures
 
 
 @dataclass(frozen=True)
