@@ -25,7 +25,7 @@ T = TypeVar("T")
 
 
 def plans(attention: Attention, call: Call) -> list[Plan]:
-    return [branch.plan for branch in branches(attention, call)]
+    return [segment.plan for branch in branches(attention, call) for segment in branch.key_sets]
 
 
 def branches(attention: Attention, call: Call) -> list[Branch]:
