@@ -8,7 +8,6 @@ from bisect import bisect_left
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from fractions import Fraction
-from mmap import ACCESS_READ, mmap
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +20,7 @@ from av.video.reformatter import ColorTrc, Interpolation
 from scenedetect import AdaptiveDetector, ContentDetector, FrameTimecode
 from scenedetect.common import Timecode
 
+from datamodules.unread import unread
 from sparse_zoo.errors import ZooError
 
 Frames = npt.NDArray[np.uint8]
@@ -37,9 +37,6 @@ _CLOCK = 10**6  # ticks a second of the times that the detector is given
 _WITH_LENGTH = ("matroska", "mov", "avi", "flv", "asf")
 _PICTURES = Disposition.attached_pic | Disposition.timed_thumbnails | Disposition.still_image
 _HDR = {ColorTrc.SMPTE2084: "PQ", ColorTrc.ARIB_STD_B67: "HLG"}
-# How files begin that players stop reading where the next one begins: Matroska and WebM, MP4 and QuickTime (after the
-# length of the box), Flash video, ASF and WMV.
-_HEADS = (b"\x1aE\xdf\xa3", b"ftyp", b"FLV\x01", bytes.fromhex("3026b2758e66cf11a6d900aa0062ce6c"))
 _MOST_ERRORS = 1000  # in a row, without a frame between them: the rest of the file is given up
 
 
@@ -136,6 +133,7 @@ class _Pass:
         self.origin: float | None = None  # seconds in the file's own time at which the present recording would begin
         self.now = -self.period  # seconds since the first frame
         self.ends = 0.0  # when the present frame should give way to the next one
+        self.strange = 0  # packets of streams that begin later
         self.read = 0  # bytes of the file up to the end of the last packet
         self.notes: list[str] = []
         self.jumps: list[float] = []
@@ -197,11 +195,15 @@ class _Pass:
         while failures < _MOST_ERRORS:
             try:
                 packet = next(packets)
-                if packet.pos is not None:
+                if packet.pos is not None and not packet.is_corrupt:
                     self.read = max(self.read, packet.pos + packet.size)
                 frames = packet.decode()
             except (StopIteration, av.error.EOFError):
                 return
+            except IndexError:  # PyAV knows the streams that the file begins with
+                self.strange += 1
+                packets = self.container.demux(self.stream)  # goes on where it stopped
+                continue
             except av.FFmpegError as error:
                 failures += 1
                 yield error
@@ -280,8 +282,8 @@ class _Pass:
         for start, stop, why in self.lost[:3]:
             until = "the end" if stop is None else _clock(stop)
             self.notes.append(f"frames from {_clock(start)} to {until} are lost: {why}")
-        if len(self.lost) > 3:
-            self.notes.append(f"frames are lost in {len(self.lost) - 3} later places too")
+        if (more := len(self.lost) - 3) > 0:
+            self.notes.append(f"frames are lost in {more} later place{'s' * (more > 1)} too")
         if self.gaps:
             start, stop = self.gaps[0]
             more = f", and {len(self.gaps) - 1} more such gaps" if len(self.gaps) > 1 else ""
@@ -302,23 +304,17 @@ class _Pass:
             self.notes.append(
                 f"its header promises {_clock(length / av.time_base)}, its last frame ends at {_clock(self.ends)}"
             )
-        if self.read and (joint := _next_recording(self.path, self.read)) is not None:
-            share = 1 - joint / self.path.stat().st_size
+        if self.read and (rest := unread(self.path, self.read)):
+            self.notes.append(rest)
+        if self.strange:
             self.notes.append(
-                f"the last {share:.0%} of the file is another recording, joined to the first, and not read: split them"
+                f"{self.strange} packets belong to streams that begin within the file and are not read: sound, or "
+                "another recording that was joined to the first. Split the file there"
             )
         if interlaced:
             self.notes.append(f"{interlaced} frames are interlaced, and taken as they are: moving edges look combed")
         if transfer:
             self.notes.append(f"it is HDR ({transfer}) and is not tone-mapped: its colours will look pale")
-
-
-def _next_recording(path: Path, start: int) -> int | None:
-    """Where another recording begins at byte `start` or later, in a file of a format that is read up to there only."""
-    with path.open("rb") as file, mmap(file.fileno(), 0, access=ACCESS_READ) as whole:
-        if not any(head in whole[:16] for head in _HEADS):
-            return None
-        return min((at for head in _HEADS if (at := whole.find(head, max(start, 16))) >= 0), default=None)
 
 
 def _clock(seconds: float) -> str:

@@ -62,8 +62,11 @@ class ShotWorld(LightningDataModule):
         patch: (frames, rows, cols) of one token, rows = cols.
         subject_size: side of a subject in patches; its places are patch-aligned.
         shapes, colours, textures, backgrounds, tags: how many of each there are.
+        batch_size: films of a batch.
         films_per_epoch, val_films: films drawn for an epoch of training, and for validation.
         test_films: films of a judgement apart, after training; with 0 there is none.
+        num_workers: processes that make batches; with 0 the training process makes them.
+        seed: fixes the films of training.
 
     Raises:
         ZooError: for settings out of range, all at once.

@@ -66,13 +66,22 @@ class VideoFilms(LightningDataModule):
         fps: frames a second to keep; None keeps all. A file slower than this keeps its own rate.
         size: (height, width) in pixels; frames are resized with their aspect kept, then centre-cropped.
         patch: (frames, rows, cols) of one token; `size` and `frames_per_shot` are in whole patches.
-        detector: "content" or "adaptive", of PySceneDetect; `threshold` None is its default (27, and 3).
+        frames_per_shot: frames that a shot lends to a film, at most.
+        shots_per_film: consecutive shots of a film.
+        films_per_batch: films packed into one stream.
+        films_per_epoch: films of an epoch; by default each film once.
+        val_fraction: share of every shot's frames, its last ones, that is for validation.
+        detector: "content" or "adaptive", of PySceneDetect; see `threshold`.
+        threshold: of the detector; None is PySceneDetect's default (27 for "content", 3 for "adaptive").
         captions: JSON file, {"a/file.mp4": {"caption": "of the whole", "shots": ["of each shot found", ...]}} by name
             inside `folder`; by default `captions.json` in each folder, where there is one. No entry means no text.
-        max_words: words kept of each caption; see `datamodules.text` for how they become ids below `vocabulary`.
+        max_words: words kept of each caption; see `datamodules.text` for how they become ids.
+        vocabulary: number of token ids.
         cache: folder for decoded frames, which are then read from disk as needed; None keeps them in memory.
         on_bad: "raise", or "skip" videos that cannot be decoded and list them in `summary()`.
         flip: in training, mirror half of the films left to right; captions that say "left" or "right" turn false.
+        num_workers: processes that make batches; with 0 the training process makes them.
+        seed: fixes the order of the films and the windows in training.
 
     Raises:
         ZooError: for settings out of range (all at once), nothing to decode, bad captions or videos.

@@ -4,10 +4,11 @@ from lit_modules.callbacks import EMA, AttentionCost, SampleFilms, StepTimer, fi
 from lit_modules.dit import DiTOutput, VideoDiT
 from lit_modules.flow import FlowLoss, RectifiedFlow
 from lit_modules.metrics import LossByTime
-from lit_modules.module import LitVideoDiT, NonFiniteLoss, Optim
+from lit_modules.module import LitVideoDiT, NonFiniteLoss
 from lit_modules.pretrained import Distill, LitPretrained, LoRA
 from lit_modules.routing_watch import RoutingWatch
 from lit_modules.sampling import Drawn, Euler
+from lit_modules.settings import Optim
 
 __all__ = [
     "EMA",

@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
@@ -20,6 +20,7 @@ from typing_extensions import override
 
 import sparse_zoo as zoo
 from lit_modules.sampling import Euler
+from lit_modules.settings import Sampling
 from sparse_zoo.errors import refuse
 
 if TYPE_CHECKING:
@@ -258,8 +259,8 @@ class SampleFilms(Callback):
 
     A strip shows a film's shots from left to right with gaps at the cuts, at most four frames of a shot, in three
     rows: the real film; the model's guess of it in one step from noise of time `GUESS_FROM`, which shows early in
-    training what was learnt; the film generated from its captions alone, as `Euler` does with `steps`, `guidance`,
-    `order` and `context`. Weights are the averaged ones. `on_image` is called with each path, to hand it to a logger.
+    training what was learnt; the film generated from its captions alone, as `Euler` does. Weights are the averaged
+    ones. `on_image` is called with each path, to hand it to a logger. `sampling`: fields of `Sampling`.
     """
 
     GUESS_FROM = 0.5
@@ -268,17 +269,13 @@ class SampleFilms(Callback):
         self,
         folder: str | Path,
         *,
-        steps: int = 12,
-        guidance: float = 1.0,
-        order: Literal["film", "shots"] = "film",
-        context: int | None = None,
-        every: int = 1,
         seed: int = 0,
         on_image: Callable[[Path], object] | None = None,
+        **sampling: Any,
     ) -> None:
-        refuse("SampleFilms", [f"every must be at least 1, got {every}"] if every < 1 else [])
-        self.folder, self.euler = Path(folder), Euler(steps, guidance, order, context)
-        self.every, self.seed, self.on_image = every, seed, on_image
+        asked = Sampling(**sampling)
+        self.folder, self.euler = Path(folder), Euler(asked.steps, asked.guidance, asked.order, asked.context)
+        self.every, self.seed, self.on_image = asked.every, seed, on_image
         self.paths: list[Path] = []
         self._validations = 0
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal, cast
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import sparse_zoo as zoo
+from lit_modules.settings import Model
 from lit_modules.stream import Stream, stream, video_only
 from sparse_zoo.errors import refuse, unknown
 from sparse_zoo.gather import add_at, take
@@ -82,14 +83,11 @@ class VideoDiT(nn.Module):
     """Predicts the velocity of video patches from noisy patches, captions and one noise time per shot.
 
     attention: {"name": method, **settings}, for all blocks, or a list of them, one per layer.
-    text: "joint" puts captions into the stream, in layout order; "cross" keeps the stream to video, and each video
-        token reads its own shot's caption and its film's global caption by cross-attention (its cost is not in
-        `results`, which are of the registered attention alone).
-    pooled_text: "adaln" adds to each shot's condition the sum of the embeddings of its own and its film's global
-        caption; "tokens" adds a projection of the same sum to the shot's video tokens too; "none" does neither.
-    predicts: what the last layer says. "velocity"; or "clean", the film, from which the velocity follows as
-        (x_t - film) / t: for patches of more numbers than `dim`, whose noise cannot pass through the model.
-    checkpoint: recompute each block in the backward pass instead of keeping its activations.
+    model: fields of `Model`. With text "cross" each video token reads its own shot's caption and its film's global
+        caption by cross-attention, whose cost is not in `results`: they are of the registered attention alone. With
+        pooled_text "adaln" the embeddings of the same captions are summed into the shot's condition; "tokens" adds a
+        projection of that sum to the shot's video tokens too. From a "clean" prediction the velocity follows as
+        (x_t - film) / t: the noise of patches of more numbers than `dim` cannot pass through the model.
 
     Each token is conditioned (adaLN-zero) by the time and pooled captions of its shot; a global caption, which is
     always clean, by time 0 and its own pooled words. So no token depends on later shots but through attention.
@@ -103,20 +101,16 @@ class VideoDiT(nn.Module):
     def __init__(
         self,
         *,
-        dim: int,
-        depth: int,
-        heads: int,
         channels: int,
         patch: Sequence[int],
         vocabulary: int,
         attention: Mapping[str, Any] | Sequence[Mapping[str, Any]],
-        text: Literal["joint", "cross"] = "joint",
-        pooled_text: Literal["none", "adaln", "tokens"] = "adaln",
-        predicts: Literal["velocity", "clean"] = "velocity",
-        mlp_ratio: float = 4.0,
-        checkpoint: bool = False,
+        **model: Any,
     ) -> None:
         super().__init__()
+        shape = Model(**model)
+        dim, depth, heads, mlp_ratio = shape.dim, shape.depth, shape.heads, shape.mlp_ratio
+        text, pooled_text, predicts, checkpoint = shape.text, shape.pooled_text, shape.predicts, shape.checkpoint
         per_layer = [attention] * depth if isinstance(attention, Mapping) else list(attention)
         choices = {"text": (text, TEXT), "pooled_text": (pooled_text, POOLED_TEXT), "predicts": (predicts, PREDICTS)}
         refuse(

@@ -9,18 +9,16 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
 
 import sparse_zoo as zoo
 from lit_modules.dit import DiTOutput, VideoDiT
+from lit_modules.settings import Flow
 from lit_modules.stream import stream
-from sparse_zoo.errors import refuse, unknown
 from sparse_zoo.remember import copy_to
-
-TIMES = ("logistic", "uniform")
 
 
 def generator(*purpose: object) -> torch.Generator:
@@ -39,38 +37,8 @@ class FlowLoss:
 
 
 @dataclass(frozen=True)
-class RectifiedFlow:
-    """Training times are drawn from `times`, then moved: t -> shift·t / (1 + (shift - 1)·t).
-
-    times: "logistic", logistic(mean + std·z) with z normal, or "uniform", between 0 and 1.
-    per_shot: a time for each shot, where otherwise all shots of a film share one.
-    history: share of the films whose first shots are given clean, at time 0, as when a film is drawn shot by shot. How
-        many, from one to all but the last, is drawn evenly; the others keep their times. A film of one shot has none.
-    drop_text: how often a film's captions are all replaced by the null token, for guidance.
-    """
-
-    times: Literal["logistic", "uniform"] = "logistic"
-    mean: float = 0.0
-    std: float = 1.0
-    shift: float = 1.0
-    per_shot: bool = False
-    history: float = 0.0
-    drop_text: float = 0.1
-
-    def __post_init__(self) -> None:
-        refuse(
-            "flow",
-            [
-                unknown("times", self.times, TIMES) if self.times not in TIMES else "",
-                f"std must be at least 0, got {self.std}" if self.std < 0 else "",
-                f"shift must be above 0, got {self.shift}" if self.shift <= 0 else "",
-                *(
-                    f"{name} must be in [0, 1], got {share}"
-                    for name, share in (("history", self.history), ("drop_text", self.drop_text))
-                    if not 0 <= share <= 1
-                ),
-            ],
-        )
+class RectifiedFlow(Flow):
+    """The loss of a rectified flow, by the training times that the fields of `Flow` choose."""
 
     def warp(self, time: Tensor) -> Tensor:
         """Times in [0, 1], moved towards noise by `shift`."""

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
-from typing import Any, Literal, Protocol, cast, runtime_checkable
+from dataclasses import fields
+from typing import Any, Protocol, cast, runtime_checkable
 
 import torch
 from lightning.pytorch import LightningModule
@@ -22,10 +21,10 @@ from lit_modules.flow import RectifiedFlow, generator
 from lit_modules.metrics import LossByTime
 from lit_modules.muon import MuonAdamW
 from lit_modules.sampling import Euler
+from lit_modules.settings import Optim
 from lit_modules.stream import stream
 from sparse_zoo.errors import refuse, unknown
 
-OPTIMIZERS = ("adamw", "muon")
 VALIDATION_TIMES = (0.125, 0.375, 0.625, 0.875)  # the middles of four equal strata
 
 
@@ -35,49 +34,6 @@ class NonFiniteLoss(RuntimeError):
     def __init__(self, step: int, what: Mapping[str, float]) -> None:
         super().__init__(f"step {step}: " + ", ".join(f"{name} is {value}" for name, value in what.items()))
         self.step, self.what = step, dict(what)
-
-
-@dataclass(frozen=True)
-class Optim:
-    """Optimizer, linear warm-up over `warmup_steps`, then a cosine down to `floor`·lr at the last step; EMA of weights.
-
-    optimizer: "adamw", or "muon": Muon at `muon_lr` for the matrices of the blocks' attention and MLP, AdamW at `lr`
-        for all others. The betas are AdamW's; Muon has torch's default momentum, .95.
-    weight_decay: for the matrices of linear layers alone.
-    ema_decay: approached from below over the first steps; 0 turns the average off.
-    """
-
-    optimizer: Literal["adamw", "muon"] = "adamw"
-    lr: float = 1e-3
-    muon_lr: float = 0.02
-    weight_decay: float = 0.01
-    beta1: float = 0.9
-    beta2: float = 0.99
-    warmup_steps: int = 100
-    floor: float = 0.1
-    ema_decay: float = 0.999
-
-    def __post_init__(self) -> None:
-        unit = {"beta1": self.beta1, "beta2": self.beta2, "ema_decay": self.ema_decay}
-        refuse(
-            "optim",
-            [f"{name} must be in [0, 1), got {value}" for name, value in unit.items() if not 0 <= value < 1]
-            + [
-                unknown("optimizer", self.optimizer, OPTIMIZERS) if self.optimizer not in OPTIMIZERS else "",
-                f"lr must be above 0, got {self.lr}" if self.lr <= 0 else "",
-                f"muon_lr must be above 0, got {self.muon_lr}" if self.muon_lr <= 0 else "",
-                f"weight_decay must be at least 0, got {self.weight_decay}" if self.weight_decay < 0 else "",
-                f"warmup_steps must be at least 0, got {self.warmup_steps}" if self.warmup_steps < 0 else "",
-                f"floor must be in [0, 1], got {self.floor}" if not 0 <= self.floor <= 1 else "",
-            ],
-        )
-
-    def rate(self, step: int, total: float) -> float:
-        """The factor on lr at optimizer step `step`, 0-based, of `total` (infinite: no decay)."""
-        if step < self.warmup_steps:
-            return (step + 1) / (self.warmup_steps + 1)
-        progress = min(1.0, (step - self.warmup_steps) / max(1.0, total - self.warmup_steps))
-        return self.floor + (1 - self.floor) * 0.5 * (1 + math.cos(math.pi * progress))
 
 
 @runtime_checkable

@@ -22,7 +22,8 @@ from typing_extensions import override
 import sparse_zoo as zoo
 from lit_modules.callbacks import EMA
 from lit_modules.flow import RectifiedFlow, generator
-from lit_modules.module import VALIDATION_TIMES, NonFiniteLoss, Optim, _plain
+from lit_modules.module import VALIDATION_TIMES, NonFiniteLoss, _plain
+from lit_modules.settings import Optim
 from sparse_zoo.errors import ZooError, refuse, unknown
 
 FLOW_FAMILIES = ("wan", "skyreels_v2", "hunyuan_video", "hunyuan_video_15", "ltx", "kandinsky5")

@@ -6,7 +6,7 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,11 +14,10 @@ from torch import Tensor
 import sparse_zoo as zoo
 from lit_modules.dit import Past, VideoDiT
 from lit_modules.flow import RectifiedFlow, generator
+from lit_modules.settings import Sampler
 from lit_modules.stream import stream
-from sparse_zoo.errors import refuse, unknown
+from sparse_zoo.errors import refuse
 from sparse_zoo.routing import top_shots
-
-ORDERS = ("film", "shots")
 
 
 @dataclass(frozen=True)
@@ -34,37 +33,17 @@ class Drawn:
 
 
 @dataclass(frozen=True)
-class Euler:
+class Euler(Sampler):
     """Sampler: `steps` Euler steps from noise to film, evenly spaced before the flow's shift.
 
-    guidance: 1 follows the captions as they are; g > 1 goes g times as far from the velocity without captions, at
-        the price of a second forward pass.
-    order: "film" draws all shots at once; "shots" one after the other, the earlier ones clean at time 0, so that a film
-        may have more shots than those trained on. Where the model is strictly causal, what the earlier shots pass on
-        is computed once for each shot; elsewhere they are recomputed in every step. Both are exact.
-    context: with "shots", how many earlier shots enter (None: all), MoC's outer loop: those whose mean input to the
-        first block has the largest product with the new shot's, still noise. They, the global caption and the new shot
-        are a film of their own for the model, so that positions stay within what was trained. The paper's: scores by
-        means, before any attention. Ours: they are chosen once for each shot, at the start of its drawing.
+    With order "shots" a film may have more shots than those trained on. Where the model is strictly causal, what the
+    earlier shots pass on is computed once for each shot; elsewhere they are recomputed in every step. Both are exact.
+
+    `context` is MoC's outer loop: the earlier shots that enter are those whose mean input to the first block has the
+    largest product with the new shot's, still noise. They, the global caption and the new shot are a film of their own
+    for the model, so that positions stay within what was trained. The paper's: scores by means, before any attention.
+    Ours: they are chosen once for each shot, at the start of its drawing.
     """
-
-    steps: int = 12
-    guidance: float = 1.0
-    order: Literal["film", "shots"] = "film"
-    context: int | None = None
-
-    def __post_init__(self) -> None:
-        refuse(
-            "sampling",
-            [
-                f"steps must be at least 1, got {self.steps}" if self.steps < 1 else "",
-                unknown("order", self.order, ORDERS) if self.order not in ORDERS else "",
-                f"context must be at least 0, got {self.context}"
-                if self.context is not None and self.context < 0
-                else "",
-                "context is for order 'shots'" if self.context is not None and self.order == "film" else "",
-            ],
-        )
 
     def sample(
         self,

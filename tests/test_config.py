@@ -1,6 +1,6 @@
 """A config is what was asked for, or a refusal that names everything wrong with it."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -12,6 +12,10 @@ from experiments.config.resolve import cannot_start, load
 from experiments.config.yaml12 import read_yaml
 from experiments.tracking.store import config_id
 from sparse_zoo.errors import ZooError
+
+
+class Thing:
+    """No value of YAML is one."""
 
 
 def test_base_is_valid_and_resolved() -> None:
@@ -199,6 +203,11 @@ def test_a_kernel_that_cannot_run_is_refused_with_every_reason() -> None:
         (1.5, int, False),
         ("a", Literal["a", "b"], True),
         (1, Literal[True], False),
+        (True, Literal[1], False),
+        (10**400, float, False),
+        ([1, "two"], Iterable[int], False),
+        (3, Thing, False),
+        (3, "Thing", True),  # a forward name: nothing to hold a value against
         (None, int | None, True),
         ([1, 2, 3], tuple[int, int, int], True),
         ([1, 2], tuple[int, int, int], False),

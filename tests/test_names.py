@@ -2,27 +2,33 @@
 
 from __future__ import annotations
 
+import ast
 import inspect
 import json
 import os
+import re
 import resource
 import subprocess
 import sys
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import pytest
+from typer.testing import CliRunner
 
 import sparse_zoo as zoo
+from experiments.cli import app
 from experiments.config.budget import KINDS
 from experiments.config.datamodule import OURS
-from experiments.config.names import CHOICES, DATA, MATCH, SECTIONS, SHAPE, kernels, methods, misspelt, settings
+from experiments.config.names import CHOICES, DATA, GIVEN, MATCH, SECTIONS, SHAPE, kernels, methods, misspelt, settings
 from experiments.config.resolve import _sections, load
+from experiments.config.sections import TABLES, fields
 from experiments.sweep.schema import Written
 from experiments.tools.paper_ledger import PAPERS
 from experiments.tracking.store import Result
 from lit_modules.dit import TEXT
-from lit_modules.sampling import ORDERS
+from lit_modules.settings import ORDERS
 from sparse_zoo import registry
 from sparse_zoo.bench import DTYPES, SUITES
 from sparse_zoo.errors import ZooError
@@ -67,6 +73,34 @@ def test_the_names_are_those_of_the_classes() -> None:
     for name, place in methods().items():
         assert (settings(place) or set()) - SHAPE == {*zoo.settings(name)} - {SCHEDULE.name}, name
     assert {*KINDS} < {*MATCH}
+
+
+@pytest.mark.parametrize("table", TABLES)
+def test_sections_list_every_setting_with_its_default_and_meaning(table: str) -> None:
+    module, name = TABLES[table].split(":")
+    build = getattr(import_module(module), name)
+    own = {key: x for key, x in inspect.signature(build).parameters.items() if key not in GIVEN.get(table, ())}
+    listed = fields(table)
+    assert [field.name for field in listed] == [*own]
+    for field in listed:
+        assert field.type, field
+        assert re.fullmatch(r"\S[^\n]*[.)]", field.doc), field
+        default = own[field.name].default
+        if default is inspect.Parameter.empty:
+            assert field.default == ""
+        elif field.default in ("[]", "{}"):
+            assert "factory" in repr(default)
+        else:
+            assert ast.literal_eval(field.default) == default
+
+
+def test_the_settings_command_shows_sections_and_names_the_nearest() -> None:
+    shown = CliRunner().invoke(app, ["settings", "optim", "sweep", "--json"])
+    assert {*json.loads(shown.stdout)} == {"optim", "sweep"}
+    rows = {row["name"]: row for row in json.loads(shown.stdout)["optim"]}
+    assert rows["beta1"] == {"name": "beta1", "type": "float", "default": "0.9", "doc": "First beta of AdamW."}
+    text = CliRunner().invoke(app, ["settings"]).stdout
+    assert all(word in text for word in ("warmup_steps", "max_steps", "data=shot_world", "exclude"))
 
 
 @pytest.mark.parametrize("overrides", WRONG)
@@ -151,6 +185,7 @@ WRONG_NAMES = [
     ["bench", "--dtype", "bfloat", "did you mean 'bfloat16'?"],
     ["check", "mocc", "did you mean 'moc'?"],
     ["list", "mocc", "did you mean 'moc'?"],
+    ["settings", "optin", "did you mean 'optim'?"],
 ]
 WITHOUT_TORCH = """
 import json, sys

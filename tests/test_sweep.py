@@ -118,7 +118,7 @@ def test_every_cell_is_refused_at_once(tmp_path: Path) -> None:
         ({"cells": {"a": "dense"}}, "cell 'a' must be a mapping"),
         ({"sizes": {"a": 3}}, "size 'a' must be a mapping"),
         ({"seeds": 0}, "seeds must be at least 1, got 0"),
-        ({"seeds": [0, 1]}, "seeds must be a whole number, got"),
+        ({"seeds": [0, 1]}, "seeds must be a whole number or null, got"),
         ({"plugins": "mine.py"}, "plugins must be a list of files, got 'mine.py'"),
         ({"plugins": [3]}, r"plugins must be a list of files, got \[3\]"),
         ({"axes": {1: [2]}}, "unknown axis '1'"),

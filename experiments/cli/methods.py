@@ -15,8 +15,9 @@ from rich.table import Table
 
 from experiments.cli.shell import AsJson, Plugin, app, console, errors, load_plugins, plain
 from experiments.config.names import misspelt_choices, misspelt_match, misspelt_methods, parse
+from experiments.config.sections import TABLES, fields
 from experiments.escape import for_terminal as escape
-from sparse_zoo.errors import refuse
+from sparse_zoo.errors import refuse, unknown
 
 if TYPE_CHECKING:
     from sparse_zoo import Setting
@@ -80,6 +81,32 @@ def list_(
     console.print(table)
     console.print('\n[bold]kernel="auto" on an H100[/bold], where all packages are there')
     console.print(_on_h100())
+
+
+@app.command("settings", epilog="Example: [bold]zoo settings optim[/bold], then [bold]zoo train optim.lr=1e-3[/bold]")
+def settings_(
+    tables: Annotated[list[str] | None, typer.Argument(metavar="[SECTION]...", help=f"{', '.join(TABLES)}.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Show what a config and a sweep file may hold: each setting with its type, default and meaning.
+
+    A config's settings are given as SECTION.NAME=VALUE to zoo train, or under SECTION in a file. The settings of a
+    method, which stand under attention, are shown by zoo list METHOD.
+    """
+    known = {name.removeprefix("data="): name for name in TABLES}
+    asked = [name.removeprefix("data=") for name in tables or known]
+    refuse("zoo settings", [unknown("section", name, known) for name in asked if name not in known])
+    found = {known[name]: fields(known[name]) for name in asked}
+    if as_json:
+        print(json.dumps({name: [asdict(field) for field in own] for name, own in found.items()}))
+        return
+    for name, own in found.items():
+        table = Table(box=box.SIMPLE_HEAD, title=f"[bold]{name}[/bold]", title_justify="left")
+        for title in ("setting", "default", "type", "meaning"):
+            table.add_column(title, overflow="fold")
+        for field in own:
+            table.add_row(field.name, escape(field.default or "required"), escape(field.type), escape(field.doc))
+        console.print(table)
 
 
 def _on_h100() -> Table:

@@ -30,7 +30,8 @@ def train(
     overrides: Annotated[
         list[str] | None,
         typer.Argument(
-            help="key=value, over configs/base.yaml: attention=NAME takes a method, data=shot_world other films."
+            help="key=value, over configs/base.yaml: attention=NAME takes a method, data=shot_world other films; "
+            "zoo settings lists all keys."
         ),
     ] = None,
     config: Annotated[

@@ -1,36 +1,68 @@
-"""Plain values against declared types: whether YAML's lists and numbers can stand for what a parameter is to be."""
+"""Plain values against declared types: whether YAML's lists and numbers can stand for what a parameter is to be.
+
+pydantic checks and casts, because it takes any type hint: one checker serves dataclasses and the signatures of
+plug-ins. OmegaConf's structured configs know neither `Literal` nor most unions; tyro and jsonargparse bring a command
+line of their own, and hydra-zen brings Hydra. Values are judged as JSON, in which configs are kept, and strictly: a
+list stands for a tuple and 1 for 1.0, but no text stands for a number, and every number is finite.
+"""
 
 from __future__ import annotations
 
 import inspect
-import math
+import json
 import re
-import sys
 import types
-from collections.abc import Iterable, Mapping
-from pathlib import Path
-from typing import Any, Literal, Union, get_args, get_origin
+from functools import cache
+from typing import TYPE_CHECKING, Any, Literal, Union, get_args, get_origin
+
+if TYPE_CHECKING:
+    from pydantic import ConfigDict, TypeAdapter
+
+STRICT: ConfigDict = {"strict": True, "allow_inf_nan": False, "arbitrary_types_allowed": True}
+
+
+@cache
+def _adapter(hint: Any) -> TypeAdapter[Any] | None:
+    """The checker of a type; None where there is nothing to hold a value against, as for a forward name."""
+    from pydantic import PydanticUserError, TypeAdapter  # here: it takes a fifth of a second, which `zoo --help` saves
+
+    try:
+        adapter: TypeAdapter[Any] = TypeAdapter(hint, config=STRICT)
+    except PydanticUserError:
+        return None
+    return adapter if adapter.pydantic_complete else None
+
+
+def _cast(value: Any, hint: Any) -> Any:
+    """The value as its declared type has it, in JSON's types; raises `ValueError` or `TypeError` if it does not fit."""
+    adapter = None if hint is Any else _adapter(hint)
+    if adapter is None:
+        return value
+    made = adapter.dump_python(adapter.validate_json(json.dumps(value)), mode="json")
+    if isinstance(made, bool) != isinstance(value, bool):
+        raise TypeError(f"{value!r} is not {made!r}")  # to pydantic the literals 1 and True are one
+    return value if isinstance(value, str) else made  # a path stays as it was written
+
+
+def fits(value: Any, hint: Any) -> bool:
+    """Whether a plain YAML value can stand for a parameter of this type: an int for a float, a list for a tuple."""
+    try:
+        _cast(value, hint)
+    except (ValueError, TypeError):
+        return False
+    return True
 
 
 def as_declared(value: Any, hint: Any) -> Any:
     """A value that `fits` a type, as that type has it: a float for an int where a float is meant, lists for tuples.
 
-    Of several types the first that takes the value unchanged: for `int | float`, 1 and 1.0 are two values.
+    Of several types the one that takes the value unchanged comes first: for `int | float`, 1 and 1.0 are two values. A
+    value that does not fit is returned as it is.
     """
-    origin, args = get_origin(hint), get_args(hint)
-    if not fits(value, hint):
+    try:
+        return _cast(value, hint)
+    except (ValueError, TypeError):
         return value
-    if hint is float:
-        return float(value)
-    if origin in (Union, types.UnionType):
-        made = [as_declared(value, arg) for arg in args if fits(value, arg)]
-        return next((one for one in made if repr(one) == repr(value)), made[0])
-    if isinstance(value, list | tuple):
-        each = args if origin is tuple and args[-1:] != (Ellipsis,) else args[:1] * len(value)
-        return [as_declared(inner, arg) for inner, arg in zip(value, each or [Any] * len(value), strict=True)]
-    if isinstance(value, Mapping) and len(args) == 2:
-        return {key: as_declared(inner, args[1]) for key, inner in value.items()}
-    return value
 
 
 def misfit(key: str, value: Any, hint: Any) -> str:
@@ -52,34 +84,3 @@ def _choices(hint: Any) -> list[Any]:
         return ["null"]
     each = [_choices(arg) for arg in get_args(hint)] if get_origin(hint) in (Union, types.UnionType) else [[]]
     return [choice for own in each for choice in own] if all(each) else []
-
-
-def fits(value: Any, hint: Any) -> bool:
-    """Whether a plain YAML value can stand for a parameter of this type: an int for a float, a list for a tuple."""
-    origin, args = get_origin(hint), get_args(hint)
-    if hint is Any:
-        return True
-    if hint is None or hint is types.NoneType:
-        return value is None
-    if origin in (Union, types.UnionType):
-        return any(fits(value, arg) for arg in args)
-    if origin is Literal:
-        return any(value == arg and type(value) is type(arg) for arg in args)
-    if hint in (int, float):
-        if isinstance(value, bool) or (isinstance(value, float) and not math.isfinite(value)):
-            return False  # JSON, in which configs are kept, knows no other numbers than finite ones
-        if hint is float and isinstance(value, int) and abs(value) > sys.float_info.max:
-            return False
-        return isinstance(value, int if hint is int else (int, float))
-    if hint is Path:
-        return isinstance(value, str)
-    if origin is tuple and args and args[-1] is not Ellipsis:
-        return isinstance(value, list | tuple) and len(value) == len(args) and all(map(fits, value, args))
-    kind = origin or hint
-    if not inspect.isclass(kind):
-        return True  # a type variable or a forward name: nothing to hold a value against
-    if issubclass(kind, Mapping):
-        return isinstance(value, Mapping)
-    if kind in (list, tuple) or (issubclass(kind, Iterable) and not issubclass(kind, str)):
-        return isinstance(value, list | tuple) and all(fits(inner, args[0]) for inner in value if args)
-    return isinstance(value, kind)

@@ -23,15 +23,14 @@ from sparse_zoo.errors import ZooError, refuse, unknown, unknown_setting
 CONFIGS = Path(__file__).parents[1] / "configs"
 # The class that each section of a config is made into.
 SECTIONS = {
-    "model": "lit_modules.dit:VideoDiT",
-    "flow": "lit_modules.flow:RectifiedFlow",
-    "optim": "lit_modules.module:Optim",
+    "model": "lit_modules.settings:Model",
+    "flow": "lit_modules.settings:Flow",
+    "optim": "lit_modules.settings:Optim",
     "trainer": "lightning.pytorch.trainer.trainer:Trainer",
-    "sampling": "lit_modules.callbacks:SampleFilms",
+    "sampling": "lit_modules.settings:Sampling",
 }
 # What the run itself hands to these classes; a config may not.
 GIVEN: dict[str, set[str]] = {
-    "model": {"channels", "patch", "vocabulary", "attention"},
     "trainer": {
         "logger",
         "callbacks",
@@ -42,7 +41,6 @@ GIVEN: dict[str, set[str]] = {
         "barebones",
         "plugins",
     },
-    "sampling": {"folder", "on_image", "seed"},
 }
 DATA = {"shot_world": "datamodules.shot_world:ShotWorld", "video_films": "datamodules.videos:VideoFilms"}
 MATCH = ("density", "flops", "seconds", "within", "also", "set")
@@ -226,7 +224,7 @@ def kernels() -> list[str]:
 @cache
 def settings(place: str) -> set[str] | None:
     """What a class, "package.module:Class", is made from, by name; None where its text alone does not say."""
-    module, _, name = place.partition(":")
+    module, name = place.split(":")
     node = _classes(module).get(name)
     if node is None:
         source = _imports(module).get(name)
@@ -239,9 +237,15 @@ def settings(place: str) -> set[str] | None:
         if arguments.kwarg is None:
             return found
     elif any("dataclass" in ast.unparse(decorator) for decorator in node.decorator_list):
-        return {x.target.id for x in node.body if isinstance(x, ast.AnnAssign) and isinstance(x.target, ast.Name)}
+        found = {x.target.id for x in node.body if isinstance(x, ast.AnnAssign) and isinstance(x.target, ast.Name)}
     bases = [settings(f"{module}:{base.id}") if isinstance(base, ast.Name) else None for base in node.bases]
     return None if None in bases else found.union(*(base for base in bases if base))
+
+
+def class_at(place: str) -> tuple[str, ast.ClassDef]:
+    """The module and the source of a class, "package.module:Class"."""
+    module, name = place.split(":")
+    return module, _classes(module)[name]
 
 
 @cache

@@ -265,14 +265,15 @@ def _shipped(name: str) -> dict[str, Any]:
 def check(config: Config) -> list[str]:
     """Every reason why this config cannot run; none when it can."""
     config = resolve(config)
-    from lit_modules import Optim, RectifiedFlow, SampleFilms, VideoDiT
+    from lit_modules import VideoDiT
+    from lit_modules.settings import Flow, Model, Optim, Sampling
 
     model, films = config["model"], {key: value for key, value in config["data"].items() if key != "name"}
     # What has the right names and types may still be out of range: the parts themselves know.
     parts: dict[str, Callable[[], object]] = {
-        "flow": lambda: RectifiedFlow(**config["flow"]),
+        "flow": lambda: Flow(**config["flow"]),
         "optim": lambda: Optim(**config["optim"]),
-        "sampling": lambda: SampleFilms(".", **config["sampling"]),
+        "sampling": lambda: Sampling(**config["sampling"]),
     }
     try:
         reasons = _misfits("data", films, datamodule.find(str(config["data"].get("name"))))
@@ -288,7 +289,7 @@ def check(config: Config) -> list[str]:
         reasons.append(f"seed must be a whole number from 0 to 2³² - 1, got {config['seed']!r}")
     if "match" in config:
         reasons += refusals(lambda: Budget.of(config["match"]))
-    wrong = _misfits("model", model, VideoDiT, GIVEN["model"])
+    wrong = _misfits("model", model, Model)
     if not wrong and (model["heads"] < 1 or model["dim"] % model["heads"]):
         wrong = [f"model.heads {model['heads']} must divide model.dim {model['dim']}"]
     # Where the model's shape is wrong, the attention is still judged, in one that is right.

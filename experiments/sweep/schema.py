@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 from experiments.config.declared import fits
 from experiments.config.names import Override, misspelt_in_cells
@@ -15,29 +15,45 @@ from experiments.sweep.grid import Choice, grid
 from sparse_zoo.errors import ZooError, refuse, unknown
 
 SWEEPS = Path(__file__).parents[1] / "sweeps"
-KINDS: dict[str, Any] = {
-    "name": str,
-    "about": str,
-    "extends": str,
-    "plugins": list[str],
-    "seeds": int,
-    "base": dict,
-    "sizes": dict,
-    "match": dict | None,
-    "axes": dict,
-    "zip": dict | list,
-    "exclude": dict | list,
-    "cells": dict,
-}
 OWN = ("name", "axes", "zip", "exclude", "cells")  # what does not hold in files that extend this one
-NAMES = {
+WANTED = {  # how the type of a key reads
     str: "text",
-    list[str]: "list of files",
-    int: "whole number",
-    dict: "mapping",
-    dict | None: "mapping or null",
-    dict | list: "mapping or a list of them",
+    list[str]: "a list of files",
+    int | None: "a whole number or null",
+    dict[str, Any]: "a mapping",
+    dict[str, Any] | None: "a mapping or null",
+    dict[str, Any] | list[Any]: "a mapping or a list of them",
 }
+
+
+@dataclass(frozen=True)
+class SweepFile:
+    """The keys of a sweep file; docs/sweeps.md explains them with examples."""
+
+    name: str = ""
+    """Name of the sweep and of its results' folder; by default the file's name."""
+    about: str = ""
+    """One line on what the sweep tests, shown above its report."""
+    extends: str = ""
+    """A sweep file below this one: its path from this file, or the name of one in experiments/sweeps."""
+    plugins: list[str] = field(default_factory=list)
+    """Python files with methods or data of your own, by their paths from this file."""
+    base: dict[str, Any] = field(default_factory=dict)
+    """Settings of every cell; keys may be dotted."""
+    sizes: dict[str, Any] = field(default_factory=dict)
+    """Named settings laid over `base` by `zoo sweep --size NAME`."""
+    match: dict[str, Any] | None = None
+    """The cost that each cell's method is solved for, such as {density: 0.16}; null for none."""
+    axes: dict[str, Any] = field(default_factory=dict)
+    """Settings that are varied: a list of values each, or a mapping from label to value; all combinations run."""
+    zip: dict[str, Any] | list[Any] = field(default_factory=list)
+    """Settings that are varied in step: lists of one length; a list of such mappings multiplies them."""
+    exclude: dict[str, Any] | list[Any] = field(default_factory=list)
+    """Settings of the cells to leave out; in a list of such mappings each leaves out its own."""
+    cells: dict[str, Any] = field(default_factory=dict)
+    """Further cells by name, each a mapping of settings."""
+    seeds: int | None = None
+    """How many runs each cell has, with seeds 0, 1, ...; null: one run, with the seed of its settings."""
 
 
 def find(name: str) -> Path:
@@ -78,24 +94,24 @@ class Written:
     def of(path: Path, size: str | None = None) -> Written:
         """The sweep in a file, with the overrides of a size; raises `ZooError`."""
         files = extends_chain(path)
-        file = {key: value for each in files for key, value in each.items() if each is files[-1] or key not in OWN}
+        file = SweepFile(**{k: v for each in files for k, v in each.items() if each is files[-1] or k not in OWN})
         sizes = {key for each in files for key in each.get("sizes", {})}
         refuse(str(path), [unknown("size", size, sizes)] if size is not None and size not in sizes else [])
         below: list[Override] = [each.get("base", {}) for each in files]
         below += [{"match": each["match"]} for each in files if "match" in each]
         below += [each.get("sizes", {}).get(size, {}) for each in files]
-        name = file.get("name", path.stem)
-        axes, zips, rules = file.get("axes", {}), mappings(file, "zip"), mappings(file, "exclude")
-        choices = grid(axes, zips) + list(file.get("cells", {}).items()) or [(name, {})]
+        name = file.name if "name" in files[-1] else path.stem
+        axes, zips, rules = file.axes, mappings(file.zip), mappings(file.exclude)
+        choices = grid(axes, zips) + list(file.cells.items()) or [(name, {})]
         return Written(
             name if size is None else f"{name}-{size}",
-            file.get("about", ""),
+            file.about,
             tuple(below),
             tuple(choices),
             {"axis": {*axes, *chain(*zips)}, "key of exclude": {*chain(*rules)}},
             tuple(rules),
-            file.get("seeds"),
-            tuple(file.get("plugins", ())),
+            file.seeds,
+            tuple(map(Path, file.plugins)),
         )
 
     def check_names(self, overrides: Sequence[Override] = (), *, plugins: bool = False) -> None:
@@ -120,25 +136,25 @@ def extends_chain(path: Path, above: tuple[Path, ...] = ()) -> list[dict[str, An
     return [*extends_chain(below, (*above, path.resolve())), own]
 
 
-def mappings(file: Mapping[str, Any], key: str) -> list[dict[str, Any]]:
-    """Of a key that holds a mapping or a list of them, the list."""
-    given = file.get(key, [])
+def mappings(given: dict[str, Any] | list[Any]) -> list[dict[str, Any]]:
+    """The list of mappings that one mapping, or a list of them, stands for."""
     return [given] if isinstance(given, dict) else list(given)
 
 
 def _file(path: Path) -> dict[str, Any]:
     """One sweep file, its keys known and of their kinds."""
     plain = read_yaml(path)
+    hints = get_type_hints(SweepFile)
     refuse(
         str(path),
-        [unknown("key", key, KINDS) for key in plain if key not in KINDS]
+        [unknown("key", key, hints) for key in plain if key not in hints]
         + [
-            f"{key} must be a {NAMES[kind]}, got {plain[key]!r}"
-            for key, kind in KINDS.items()
-            if key in plain and not fits(plain[key], kind)
+            f"{key} must be {WANTED[hint]}, got {plain[key]!r}"
+            for key, hint in hints.items()
+            if key in plain and not fits(plain[key], hint)
         ],
     )
-    zips = mappings(plain, "zip")
+    zips = mappings(plain.get("zip", []))
     refuse(
         str(path),
         [
@@ -155,12 +171,16 @@ def _file(path: Path) -> dict[str, Any]:
         + [
             f"{kind} must hold mappings that are not empty, got {entry!r}"
             for kind in ("zip", "exclude")
-            for entry in mappings(plain, kind)
+            for entry in mappings(plain.get(kind, []))
             if not isinstance(entry, dict) or not entry
         ]
         + [reason for lists in zips if isinstance(lists, dict) for reason in _out_of_step(lists)]
         + [f"{key} is varied twice" for key in _twice([*plain.get("axes", {}), *chain(*zips)])]
-        + ([f"seeds must be at least 1, got {plain['seeds']}"] if plain.get("seeds", 1) < 1 else []),
+        + (
+            [f"seeds must be at least 1, got {plain['seeds']}"]
+            if plain.get("seeds") is not None and plain["seeds"] < 1
+            else []
+        ),
     )
     return plain
 
