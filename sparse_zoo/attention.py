@@ -12,7 +12,7 @@ from torch._compile import _disable_dynamo
 
 from sparse_zoo.cost import Cost
 from sparse_zoo.errors import ZooError, refuse, unknown
-from sparse_zoo.gather import take
+from sparse_zoo.gather import take_rows
 from sparse_zoo.kernels import attend, attend_sum, routes_on_device
 from sparse_zoo.kernels import names as kernel_names
 from sparse_zoo.layout import Layout
@@ -101,7 +101,8 @@ class Branch:
         q: Queries of a coarse branch (B, H, n, D); None: the call's.
         k: Keys; None: the call's.
         v: Values; None: the call's.
-        rows: int64 (Lq,), which query of a coarse branch each token of the output reads; -1 for none (it gets 0).
+        rows: int64 (Lq,) or (B|1, H|1, Lq), which query of the branch each token of the output reads; -1 for none (it
+            gets 0). None: each its own.
         log_weight: Added to the scores of the keys of `plan`, see `Segment`.
         segments: Further key sets in the same softmax.
     """
@@ -119,6 +120,11 @@ class Branch:
     def key_sets(self) -> tuple[Segment, ...]:
         """All segments, the first of which is the branch's own plan, k, v and log_weight."""
         return (Segment(self.plan, self.k, self.v, self.log_weight), *self.segments)
+
+    @property
+    def pools_queries(self) -> bool:
+        """Whether its queries are no tokens, so that tokens read its output by `rows`."""
+        return self.q is not None and self.rows is not None
 
     @property
     def of_tokens(self) -> bool:
@@ -367,8 +373,7 @@ class Attention(nn.Module):
                 continue
             value, _, kernel = attend(*branch.tensors(call), plan, kernel=self.kernel)
             if branch.rows is not None:
-                rows = branch.rows if silent is None else branch.rows.masked_fill(silent, -1)
-                value = take(value, 2, rows.clamp(min=0)).masked_fill((rows < 0)[:, None], 0)
+                value = take_rows(value, branch.rows if silent is None else _but_for(silent, branch))
             terms.append(branch.weight * value)
             used.append(kernel)
         if shared:
@@ -418,7 +423,7 @@ class Attention(nn.Module):
         plans = [
             plan if x.log_weight is None else plan.weighted(x.log_weight)
             for x in branch.key_sets
-            for plan in (self._read_from(x, branch.rows is not None, call),)
+            for plan in (self._read_from(x, branch.pools_queries, call),)
         ]
         return plans[0] if len(plans) == 1 else Plan.beside(*plans)
 
@@ -442,6 +447,13 @@ class Attention(nn.Module):
 def _dense(call: Call) -> list[Branch | Term]:
     plan = Plan.dense(call.layout)
     return [Branch(plan if call.q_rows is None else plan.narrow(call.q_rows))]
+
+
+def _but_for(silent: Tensor, branch: Branch) -> Tensor:
+    """The rows of a branch, -1 for silent tokens (Lq,) that would read a query other than a silent token's."""
+    assert branch.rows is not None
+    quiet = silent if branch.pools_queries else silent & ~silent[branch.rows.clamp(min=0)]
+    return branch.rows.masked_fill(quiet, -1)
 
 
 def _at(values: Tensor, call: Call) -> Tensor:

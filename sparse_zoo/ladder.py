@@ -35,6 +35,7 @@ from torch.nn.functional import pad
 from sparse_zoo.attention import Attention, Branch, Call, Term
 from sparse_zoo.diagnostics import per_piece, scores_of
 from sparse_zoo.errors import refuse, unknown
+from sparse_zoo.gather import take_rows
 from sparse_zoo.partition import Partition
 from sparse_zoo.plan import Part
 from sparse_zoo.schedule import Scheduled
@@ -310,7 +311,7 @@ def _rest(attention: Attention, call: Call, branches: Sequence[Branch | Term]) -
             outs.append(_attended(scores, scores.softmax(-1), plan.dense_mask().to(wide), v))
         out = torch.cat(outs, dim=2)
         if branch.rows is not None:
-            out = pad(out, (0, 0, 1, 0))[:, :, branch.rows.masked_fill(silent, -1) + 1]
+            out = take_rows(out, branch.rows.masked_fill(silent, -1) if branch.pools_queries else branch.rows)
         total = total + branch.weight * out
     return total
 

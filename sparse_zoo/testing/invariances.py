@@ -224,8 +224,10 @@ def anchors_attended(subject: Subject) -> None:
     for attention, call in calls:
         wanted = _anchors(attention, call.layout)
         for branch in branches(attention, call):
-            if branch.rows is None and branch.k is None:
-                missing = wanted & ~oracle.masks(attention, call, branch)[..., : len(call.layout)]
+            if not branch.pools_queries and branch.k is None:
+                mask = oracle.masks(attention, call, branch)[..., : len(call.layout)]
+                mask = mask if branch.rows is None else oracle.at_rows(mask, branch.rows)
+                missing = wanted & ~mask
                 expect(
                     ~missing.any(),
                     f"every query to attend to its {', '.join(attention.anchors)}",

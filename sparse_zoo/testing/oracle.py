@@ -88,7 +88,7 @@ def masks(attention: Attention, call: Call, branch: Branch) -> Tensor:
     found = []
     for segment in branch.key_sets:
         mask = mask_of(segment.plan)
-        if attention.text_reads == "text" and branch.rows is None:
+        if attention.text_reads == "text" and not branch.pools_queries:
             rows = torch.arange(len(call.layout)) if call.q_rows is None else call.q_rows
             text = call.layout.is_text[rows][:, None]
             # Pooled keys are no tokens: text does not read them.
@@ -152,15 +152,23 @@ def plain(
             continue
         q, k, v = (own.to(dtype) for own in inputs_of(branch, call))
         out, _ = masked_softmax(q, k, v, masks(attention, call, branch), log_weights=log_weights(call, branch))
-        out = out if branch.rows is None else at_rows(out, branch.rows.masked_fill(silent, -1))
+        if branch.rows is not None:
+            # A token whose text is silent may still read a query that is text.
+            reads_text = False if branch.pools_queries else silent[branch.rows.clamp(min=0)]
+            out = at_rows(out, branch.rows.masked_fill(silent & ~torch.as_tensor(reads_text), -1))
         weight = branch.weight.to(dtype) if isinstance(branch.weight, Tensor) else branch.weight
         total = total + weight * out
     return total
 
 
 def at_rows(x: Tensor, rows: Tensor) -> Tensor:
-    """x (B, H, P, n) at rows, int64 (Lq,): 0 where -1."""
-    return torch.nn.functional.pad(x, (0, 0, 1, 0))[:, :, rows + 1]
+    """x (B, H, P, n) at rows, int64 (Lq,) or (B|1, H|1, Lq): 0 where -1."""
+    x = torch.nn.functional.pad(x, (0, 0, 1, 0))
+    if rows.dim() == 1:
+        return x[:, :, rows + 1]
+    lead = torch.broadcast_shapes(x.shape[:2], rows.shape[:2])
+    index = (rows + 1)[..., None].expand(*lead, -1, x.shape[-1])
+    return x.expand(*lead, -1, -1).gather(2, index)
 
 
 EAGER = 2.0
