@@ -12,13 +12,14 @@ import torch
 from torch import Tensor
 
 from sparse_zoo.attention import Attention, Branch, Call, Card, Knob, Limit, Term, is_count
-from sparse_zoo.blocks import film_by_film, heaviest, joint, largest, products
+from sparse_zoo.blocks import film_by_film, joint, products
 from sparse_zoo.budgets import weights, within_budget
 from sparse_zoo.errors import ZooError, refuse, unknown
 from sparse_zoo.partition import Partition
 from sparse_zoo.plan import Plan
 from sparse_zoo.registry import register
 from sparse_zoo.remember import remembered
+from sparse_zoo.selectors import heaviest, largest
 
 SCOPES = ("query", "head", "global")
 WHOLE = 1 << 30
