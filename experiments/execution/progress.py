@@ -84,7 +84,10 @@ class Bar:
 
 @contextmanager
 def counting(console: Console, what: str, total: int | None) -> Iterator[Callable[..., None]]:
-    """One line that moves on with each of `total` steps (None: not known); call what this gives with a note, and 0 if no step is done."""
+    """One line that moves on with each of `total` steps (None: not known).
+
+    Call what this gives with a note, and 0 if no step is done.
+    """
     columns = (
         TextColumn(what),
         BarColumn(),
