@@ -94,7 +94,10 @@ def read_footage(path: Path, decoding: Decoding, keep: Callable[[Frames], Any]) 
 
 @dataclass(frozen=True)
 class Header:
-    """What a file says of its video before it is decoded: pixels, frames a second, seconds (None where it does not)."""
+    """What a file says of its video before it is decoded: frames a second, seconds (None where it does not), pixels.
+
+    Width and height are as shown: upright, with square pixels.
+    """
 
     width: int
     height: int
@@ -118,9 +121,11 @@ def probe(path: Path) -> Header:
             rate = float(stream.average_rate or stream.guessed_rate or 25)
             length = container.duration if any(name in container.format.name for name in _WITH_LENGTH) else None
             for packet in container.demux(stream):
-                if packet.decode():
+                for frame in packet.decode():
                     seconds = None if length is None else length / av.time_base
-                    return Header(stream.width, stream.height, rate, seconds)
+                    shape = round(frame.width * float(stream.sample_aspect_ratio or 1)), frame.height
+                    width, height = shape[::-1] if frame.rotation % 180 == 90 else shape
+                    return Header(width, height, rate, seconds)
     except (av.FFmpegError, IndexError) as error:
         raise ZooError(f"{path}: it cannot be decoded: {getattr(error, 'strerror', error)}") from error
     except OSError as error:
