@@ -1,8 +1,9 @@
-"""Films to train on: real ones with their real cuts, and synthetic ones whose truth is known."""
+"""Films to train on: real ones with their real cuts, as pixels or latents, and synthetic ones of known truth."""
 
+from datamodules.latent_films import LatentFilms
 from datamodules.quality import ShotQuality
 from datamodules.recall import IdentityRecall
 from datamodules.shot_world import ShotWorld
 from datamodules.videos import VideoFilms
 
-__all__ = ["IdentityRecall", "ShotQuality", "ShotWorld", "VideoFilms"]
+__all__ = ["IdentityRecall", "LatentFilms", "ShotQuality", "ShotWorld", "VideoFilms"]

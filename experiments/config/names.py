@@ -42,7 +42,11 @@ GIVEN: dict[str, set[str]] = {
         "plugins",
     },
 }
-DATA = {"shot_world": "datamodules.shot_world:ShotWorld", "video_films": "datamodules.videos:VideoFilms"}
+DATA = {
+    "shot_world": "datamodules.shot_world:ShotWorld",
+    "video_films": "datamodules.videos:VideoFilms",
+    "latent_films": "datamodules.latent_films:LatentFilms",
+}
 MATCH = ("density", "flops", "seconds", "within", "also", "set")
 # Options that take one of a few names.
 CHOICES = {

@@ -22,7 +22,7 @@ from lightning.fabric.plugins.environments.lightning import LightningEnvironment
 from lightning.pytorch.callbacks import Callback, LearningRateMonitor, ModelCheckpoint
 from typing_extensions import override
 
-from experiments.config.datamodule import build
+from experiments.config.datamodule import build, shape
 from experiments.config.resolve import Config, resolve
 from experiments.execution import signals
 from experiments.execution.checkpointing import Saving, WholeCheckpoints, saved_step
@@ -260,10 +260,9 @@ def _train(stored: Config, folder: Path, result: Result, log: Log, observer: Obs
     data.prepare_data()
     data.setup("fit")
     result.data = redact_all(data.summary())
-    shape = {"channels": data.channels, "patch": list(data.patch), "vocabulary": data.vocabulary}
     sampling = {key: value for key, value in config["sampling"].items() if key != "every"}
     module = LitVideoDiT(
-        {**config["model"], **shape, "attention": config["attention"]},
+        {**config["model"], **shape(data), "attention": config["attention"]},
         config["flow"],
         config["optim"],
         seed=config["seed"],
