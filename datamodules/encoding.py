@@ -344,8 +344,8 @@ class Encoder:
                 _cut(row.path, decoding, sorted(todo.values(), key=lambda piece: piece.first), encode)
         texts = {caption: self._text(caption) for caption in dict.fromkeys(row.texts())}
         notes = [*plan.notes, f"{lost} shots were encoded again: their shard was cut short or removed" if lost else ""]
-        cut = sum(short for _, short in texts.values())
-        notes.append(f"{cut} captions are longer than {self.encoding.max_tokens} tokens and cut there" if cut else "")
+        cut = [self.texts[key].meta["shape"][0] for key, short in texts.values() if short]
+        notes.append(f"{len(cut)} captions are longer than {cut[0]} tokens and cut there" if cut else "")
         return Film(
             line=row.line,
             name=row.name,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -211,6 +211,10 @@ class LatentFilms(LightningDataModule):
             ],
         )
         self.text_dim = max(1, *widths)
+        if self.vae_folder is not None:
+            self._check_vae(self.vae_folder)
+        elif self.channels not in (1, 3):
+            self._note("vae is not given: what a model samples stays latents, without pictures or videos")
         held = set(sources[: min(len(sources) - 1, max(1, round(len(sources) * self.val_fraction)))])
         self.train_films = [film for film in films if film.source not in held]
         self.val_films = [film for film in films if film.source in held]
@@ -226,30 +230,32 @@ class LatentFilms(LightningDataModule):
         """None: of real film no truth is known."""
         return {}
 
-    def decode(self, clips: Sequence[Tensor]) -> list[Tensor]:
-        """Latents (B, f, C, h, w), each shot's alone -> video (B, F, 3, H, W) in [-1, 1], by the folder's VAE.
+    @property
+    def decoder(self) -> Callable[[Sequence[Tensor]], list[Tensor]] | None:
+        """What decodes latents for pictures and videos; None without `vae`."""
+        return None if self.vae_folder is None else self.decode
 
-        Raises:
-            ZooError: if `vae` is not the one that made the latents.
-        """
+    def decode(self, clips: Sequence[Tensor]) -> list[Tensor]:
+        """Latents (B, f, C, h, w), each shot's alone -> video (B, F, 3, H, W) in [-1, 1], by `vae`."""
         if self._vae is None:
             from datamodules.encoders import VideoVAE
-            from datamodules.encoding import Digests
 
             refuse("LatentFilms", ["vae must be given to decode latents"] if self.vae_folder is None else [])
             assert self.vae_folder is not None
             self._vae = VideoVAE(self.vae_folder, clips[0].device)
-            own = Digests(self.folder / "cache").model(self._vae.folder)
-            refuse(
-                "LatentFilms",
-                [
-                    f"vae {self.vae_folder} is not the one that made the latents: {self._vae.name} {own} here, "
-                    f"{self.about['vae']} {self.about['vae_digest']} there"
-                ]
-                if own != self.about["vae_digest"]
-                else [],
-            )
         return [self._vae.decode(clip.transpose(1, 2)).transpose(1, 2) for clip in clips]
+
+    def _check_vae(self, folder: Path) -> None:
+        from datamodules.encoders import vae_folder
+        from datamodules.encoding import Digests
+
+        own = Digests(self.folder / "cache").model(vae_folder(folder))
+        refuse(
+            "LatentFilms",
+            [f"vae {folder} did not make these latents: its digest is {own}, theirs {self.about['vae_digest']}"]
+            if own != self.about["vae_digest"]
+            else [],
+        )
 
     def summary(self) -> dict[str, Any]:
         """What the films are, ready for JSON."""
