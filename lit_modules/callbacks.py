@@ -261,7 +261,8 @@ class SampleFilms(Callback):
     A strip shows a film's shots from left to right with gaps at the cuts, at most four frames of a shot, in three
     rows: the real film; the model's guess of it in one step from noise of time `GUESS_FROM`, which shows early in
     training what was learnt; the film generated from its captions alone, as `Euler` does. Weights are the averaged
-    ones. `on_image` is called with each path, to hand it to a logger. `sampling`: fields of `Sampling`.
+    ones. `on_image` is called with each path, to hand it to a logger. `decode` makes pixels of the
+    clips of a model of latents. `sampling`: fields of `Sampling`.
     """
 
     GUESS_FROM = 0.5
@@ -272,9 +273,11 @@ class SampleFilms(Callback):
         *,
         seed: int = 0,
         on_image: Callable[[Path], object] | None = None,
+        decode: Callable[[Sequence[Tensor]], list[Tensor]] | None = None,
         **sampling: Any,
     ) -> None:
         asked = Sampling(**sampling)
+        self.decode = decode
         self.folder, self.euler = Path(folder), Euler(asked.steps, asked.guidance, asked.order, asked.context)
         self.every, self.seed, self.on_image = asked.every, seed, on_image
         self.paths: list[Path] = []
@@ -283,9 +286,8 @@ class SampleFilms(Callback):
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         channels = cast("LitVideoDiT", pl_module).model.channels
-        refuse(
-            "SampleFilms", [f"films of 1 or 3 channels can be drawn, got {channels}"] if channels not in (1, 3) else []
-        )
+        pixels = channels in (1, 3) or self.decode is not None
+        refuse("SampleFilms", [] if pixels else [f"films of 1 or 3 channels can be drawn, got {channels}"])
 
     @override
     def state_dict(self) -> dict[str, Any]:
@@ -317,7 +319,8 @@ class SampleFilms(Callback):
         with trainer.precision_plugin.forward_context():
             guessed = trained.flow.denoise(trained.model, batch, self.GUESS_FROM, step=step, seed=self.seed)
             drawn = self.euler.sample(trained.model, trained.flow, batch, step=step, seed=self.seed)
-        rows = (batch["clips"], guessed, drawn)
+        rows = [batch["clips"], guessed, drawn]
+        rows = rows if self.decode is None else [self.decode(clips) for clips in rows]
         for number, picture in enumerate(film_pictures(batch["layout"], rows)):
             path = write_picture(self.folder / f"step_{step:06d}_film_{number}.png", picture)
             self.paths.append(path)

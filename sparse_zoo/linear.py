@@ -46,7 +46,8 @@ def linear_attention(call: Call, blocks: Partition, wanted: Tensor) -> tuple[Ten
 @dataclass(frozen=True, eq=False)
 class _Places:
     """Tokens in a table of blocks: `table`, int64 (blocks, size), which token is where, `held`, bool, where there is
-    one; and back: where each token is, int64 (L,), if it is one of the `tokens` of video."""
+    one; and back: where each token is, int64 (L,), if it is one of the `tokens` of video.
+    """
 
     table: Tensor
     held: Tensor
