@@ -23,7 +23,7 @@ from torch import Tensor
 from torch._compile import _disable_dynamo
 from torch.distributed.device_mesh import DeviceMesh
 
-from sparse_zoo.attention import Attention, Call, Result
+from sparse_zoo.attention import Attention, Result
 from sparse_zoo.errors import refuse
 from sparse_zoo.layout import Layout
 
@@ -188,7 +188,8 @@ class Ulysses:
         if copies > 1:
             k, v = (x.repeat_interleave(copies, dim=1) for x in (k, v))
         q, k, v = self._to_heads(q, rows), self._to_heads(k, tokens), self._to_heads(v, tokens)
-        call = Call(
+        # Called as a module, not by `run`, so that hooks on the attention see what it is given.
+        result = attention(
             q,
             k,
             v,
@@ -198,7 +199,6 @@ class Ulysses:
             head_offset=head_offset + self.rank * q.shape[1],
             **context,
         )
-        result = attention.run(call)
         return replace(
             result,
             out=self._to_tokens(result.out, rows),

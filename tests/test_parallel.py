@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
 import torch
 
 import sparse_zoo as zoo
+from lit_modules.dit import VideoDiT
+from lit_modules.stream import stream
 from sparse_zoo import testing
 from sparse_zoo.parallel import Ulysses, exchanged_elements, split_sizes, why_not
-from sparse_zoo.testing.parallel import Seat, run_ranks
+from sparse_zoo.testing.parallel import Seat, mean_gradient, run_ranks
 from sparse_zoo.testing.subject import PACKED, STORY, make
 
 EVERY_HEAD = "scores are normalised over heads"
@@ -129,3 +132,35 @@ def test_an_error_on_one_rank_ends_all() -> None:
 
     with pytest.raises(ValueError, match="rank 1"):
         run_ranks(3, on_rank)
+
+
+@pytest.mark.parametrize("text", ["joint", "cross"])
+@pytest.mark.parametrize("attention", [{"name": "moga", "groups": 3}, {"name": "moc", "top_k": 1, "drop_off": 0.9}])
+@pytest.mark.parametrize(("film", "ranks"), [(STORY, 4), (PACKED, 2)], ids=["story", "packed"])
+def test_a_transformer_on_several_ranks_gives_what_it_gives_on_one(
+    text: Any, attention: dict[str, Any], film: zoo.Layout, ranks: int
+) -> None:
+    sizes: dict[str, Any] = {"dim": 32, "depth": 2, "heads": 4, "channels": 1, "patch": (1, 2, 2), "vocabulary": 5}
+    given = {"text": text, "pooled_text": "tokens", "predicts": "clean", "checkpoint": film is STORY}
+    model = VideoDiT(**sizes, **given, attention=attention).double()
+    for parameter in model.parameters():
+        parameter.data.add_(0.3 * torch.randn_like(parameter))
+    table = stream(film)
+    video, words = torch.randn(2, len(table.video), 4).double(), torch.randint(0, 5, (2, len(table.text)))
+    time, weight = torch.rand(2, len(table.film_of_shot)).double(), torch.randn_like(video)
+
+    def learn(seat: Seat | None) -> tuple[torch.Tensor, dict[str, torch.Tensor | None], dict[str, torch.Tensor]]:
+        mine = copy.deepcopy(model)
+        mine.sequence = None if seat is None else Ulysses(seat)
+        found = mine(video, words, time, film, step=3, seed=5)
+        ((found.velocity * weight).sum() + sum(found.losses.values())).backward()
+        grads = {name: parameter.grad for name, parameter in mine.named_parameters()}
+        return found.velocity.detach(), grads, {name: loss.detach() for name, loss in found.losses.items()}
+
+    velocity, grads, losses = learn(None)
+    parts = run_ranks(ranks, learn)
+    for own in parts:
+        torch.testing.assert_close(own[0], velocity, rtol=0, atol=1e-9)
+        torch.testing.assert_close(own[2], losses, rtol=0, atol=1e-6)
+    for name, grad in grads.items():
+        torch.testing.assert_close(mean_gradient([own[1][name] for own in parts]), grad, rtol=1e-5, atol=1e-6)

@@ -58,7 +58,7 @@ def _all_methods(rank: int, size: int, port: int, folder: Path) -> None:
 
 
 class Counted:
-    """Elements that dense attention sends to others in its forward and backward pass, as torch.distributed sees them."""
+    """Elements that dense attention sends to others in its forward and backward pass, as torch.distributed is told."""
 
     def __init__(self, mesh: Any, call: zoo.Call) -> None:
         self.rank, self.now, self.elements = mesh.get_local_rank(), 0, list[int]()
@@ -90,7 +90,8 @@ def test_all_methods_on_processes_equal_one(tmp_path: Path) -> None:
             parts = [ranks[rank][f"{name} {size}"] for rank in range(size)]
             for out, inputs, parameters, losses in parts:
                 torch.testing.assert_close(out, whole.out, rtol=0, atol=1e-9)
-                assert len(inputs) == 4 and len(parameters) == len(whole.parameters)
+                assert len(inputs) == 4
+                assert len(parameters) == len(whole.parameters)
                 for loss, value in whole.losses.items():
                     torch.testing.assert_close(losses[loss], value.detach(), rtol=0, atol=1e-6)
             for i, dim in enumerate((2, 2, 2, 1)):
@@ -102,7 +103,7 @@ def test_all_methods_on_processes_equal_one(tmp_path: Path) -> None:
                 torch.testing.assert_close(mean_gradient([part[2][i] for part in parts]), want, rtol=0, atol=1e-6)
 
 
-def _fake(rank: int, port: int) -> None:
+def _fake(rank: int) -> None:
     from torch.distributed.device_mesh import init_device_mesh
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
@@ -114,4 +115,4 @@ def _fake(rank: int, port: int) -> None:
 
 def test_a_backend_without_the_exchange_is_refused() -> None:
     assert "fake" not in BACKENDS
-    mp.spawn(_fake, (0,), nprocs=1)
+    mp.spawn(_fake, nprocs=1)
