@@ -124,6 +124,7 @@ class VMoBA(Attention):
         self.tiles = ((temporal, WHOLE, WHOLE), (WHOLE, *tiles["spatial"]), tiles["spatiotemporal"])
         self.stop_at_shots = bool(stop_at_shots)
         self.pools_queries = scope != "query"
+        self.needs_all_heads = "with scope 'global' all heads share a budget" if scope == "global" else None
 
     def branches(self, call: Call) -> list[Branch | Term]:
         """One branch: the own block of each query and the pairs that its scope kept."""
