@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from sparse_zoo.blocks import SLICE, members, pooled, products
-from sparse_zoo.layout import Layout
 from sparse_zoo.partition import Partition
 from sparse_zoo.remember import remembered
 from sparse_zoo.selectors import Scores
@@ -81,6 +80,7 @@ def maxima(q: Tensor, k: Tensor, queries: Partition, keys: Partition, *, every: 
         yield some, best.masked_fill(no_q[some][:, :, None], -torch.inf).amax(3)
 
 
+@remembered(64)
 def inside(blocks: Partition, parts: Partition) -> tuple[Tensor, Tensor]:
     """The parts that lie in each block: int64 (blocks, most), and where a block has fewer, bool."""
     table = members(Partition.from_labels(parts.of(blocks.piece_of[0, 0]), blocks.count))
@@ -107,17 +107,3 @@ def _tables(q: Tensor, k: Tensor) -> Iterator[tuple[slice, Tensor]]:
         with torch.autocast(q.device.type, enabled=False):
             scores = q[:, :, some].flatten(2, 3) @ columns.mT
         yield some, scores.unflatten(3, k.shape[2:4]).unflatten(2, (-1, inner))
-
-
-@remembered(64)
-def nested(layout: Layout, pieces: Partition, tokens: int) -> Partition:
-    """Pieces cut every `tokens` of their own tokens, in the order of the pieces; the last of each may be shorter."""
-    piece = pieces.piece_of[0, 0]
-    table = members(pieces)
-    place = torch.zeros_like(piece)
-    number = torch.arange(table.shape[1], device=table.device).expand_as(table)
-    place[table[table >= 0]] = number[table >= 0]
-    label = torch.where(piece < 0, -1, piece * (table.shape[1] + 1) + place // tokens)
-    found, labels = torch.unique(label, return_inverse=True)
-    labels = labels - int((found < 0).any())
-    return Partition.from_labels(labels, int((found >= 0).sum()), layout)

@@ -7,7 +7,8 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from torch import Tensor
 
-from sparse_zoo.blocks import SLICE, products
+from sparse_zoo.blocks import SLICE, members, products
+from sparse_zoo.partition import Partition
 
 Scores = Iterator[tuple[slice, Tensor]]
 """Some rows of queries, and float32 scores (B, H, rows, K) for them; all rows, one slice after the other."""
@@ -98,14 +99,14 @@ def above_mean(scores: Tensor, legal: Tensor, deviations: float | Tensor) -> Ten
 
 @torch.no_grad()
 def hierarchical(
-    queries: Sequence[Tensor], keys: Sequence[Tensor], parents: Sequence[Tensor], legal: Tensor, top_k: int
+    queries: Sequence[Tensor], keys: Sequence[Tensor], parents: Sequence[Partition], legal: Tensor, top_k: int
 ) -> list[Tensor]:
     """Hierarchical top-k: at each level, finest last, the `top_k` best among the children of what was chosen above.
 
     Args:
         queries: Pooled queries of each level, coarsest first, (B, H, P, D).
         keys: Pooled keys of each level (B, Hk, P, D).
-        parents: For each level but the first, the piece of the level above that holds each piece, int64 (P,).
+        parents: For each level but the first, which of its pieces each piece of the level above holds.
         legal: bool (P, P), what the pieces of the coarsest level may choose.
         top_k: How many each piece of queries chooses at each level.
 
@@ -125,13 +126,9 @@ def hierarchical(
     return found
 
 
-def _among_children(q: Tensor, k: Tensor, above: Tensor, parent: Tensor, top_k: int) -> Tensor:
+def _among_children(q: Tensor, k: Tensor, above: Tensor, parents: Partition, top_k: int) -> Tensor:
     batch, heads, pieces, _ = q.shape
-    coarse = above.shape[-1]
-    width = int(torch.bincount(parent, minlength=coarse).max()) if len(parent) else 0
-    first = torch.searchsorted(parent, torch.arange(coarse + 1, device=parent.device))
-    children = first[:-1, None] + torch.arange(width, device=parent.device)
-    children = children.masked_fill(children >= first[1:, None], -1)  # (coarse, width), pieces follow their parents
+    coarse, children, parent = above.shape[-1], members(parents), parents.piece_of[0, 0]
     # What the piece above chose, first; rows of fewer choices are filled with nothing.
     most = min(top_k, coarse)
     named = above.byte().sort(dim=-1, descending=True, stable=True).indices[..., :most]

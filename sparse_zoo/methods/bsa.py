@@ -17,8 +17,9 @@ from sparse_zoo.blocks import is_triple, joint, members, pooled, same_film
 from sparse_zoo.blockwise import Blockwise, require
 from sparse_zoo.layout import Layout
 from sparse_zoo.partition import Partition
-from sparse_zoo.plan import Plan
+from sparse_zoo.plan import Part, Plan
 from sparse_zoo.registry import register
+from sparse_zoo.remember import remembered
 from sparse_zoo.selectors import chosen, heaviest_logits
 
 
@@ -91,12 +92,10 @@ class BSA(Blockwise):
             best = chosen(q, k, same_film(tiles, tiles), lambda scores, _: heaviest_logits(scores, self.threshold))
         queries = Partition.from_labels(tiles.piece_of.where(kept.tokens, -1), tiles.count)
         parts = [*Plan.blocks(queries, tiles, best, routed=True).parts]
-        text, video = layout.partition(where=layout.is_text), layout.partition(where=~layout.is_text)
-        if text.count:  # all but pruned queries read text, and text reads all
+        if beside := _text(layout):  # all but pruned queries read text, and text reads all
+            text, of_film, reads_video = beside
             readers = Partition.from_labels(layout.sample.where(kept.tokens | layout.is_text, -1), len(layout.films))
-            films = torch.arange(len(layout.films), device=text.device)
-            parts += Plan.blocks(readers, text, films[:, None] == text.sample).parts
-            parts += Plan.blocks(text, video, same_film(text, video)).parts
+            parts += (*Plan.blocks(readers, text, of_film).parts, reads_video)
         return [Branch(Plan(*parts), rows=kept.rows)]
 
     def routing_flops(self, call: Call) -> int:
@@ -104,6 +103,17 @@ class BSA(Blockwise):
         batch, heads, length, dim = call.q.shape
         count = self.queries(call.layout).count
         return batch * dim * (2 * heads * count**2 + 4 * heads * length + call.k.shape[1] * length)
+
+
+@remembered(32)
+def _text(layout: Layout) -> tuple[Partition, Tensor, Part] | None:
+    """The text of each film, which films' text each film reads, bool (films, texts), and text × video; if there is any
+    text."""
+    text, video = layout.partition(where=layout.is_text), layout.partition(where=~layout.is_text)
+    if not text.count:
+        return None
+    of_film = torch.arange(len(layout.films))[:, None] == text.sample
+    return text, of_film, Plan.blocks(text, video, same_film(text, video)).parts[0]
 
 
 class _Kept(NamedTuple):
@@ -131,10 +141,10 @@ def _kept(q: Tensor, tiles: Partition, share: float) -> _Kept:
     before = torch.where(kept, step, -far).cummax(-1).values
     after = torch.where(kept, step, far).flip(-1).cummin(-1).values.flip(-1)
     nearest = torch.where(step - before <= after - step, before, after)
-    tokens = torch.zeros(batch, heads, length, dtype=torch.bool, device=q.device)
-    rows = torch.arange(length, device=q.device).repeat(batch, heads, 1)
-    flat = table[held]
-    tokens[:, :, flat] = kept[:, :, held]
     source = table.clamp(min=0).expand(batch, heads, -1, -1).gather(3, nearest.clamp(0, table.shape[1] - 1))
-    rows[:, :, flat] = source[:, :, held]
-    return _Kept(tokens, rows, means)
+    place = table.where(held, length).expand(batch, heads, -1, -1).flatten(2)  # what is no token goes past the last
+    tokens = torch.zeros(batch, heads, length + 1, dtype=torch.bool, device=q.device)
+    rows = torch.arange(length + 1, device=q.device).repeat(batch, heads, 1)
+    tokens.scatter_(2, place, kept.flatten(2))
+    rows.scatter_(2, place, source.flatten(2))
+    return _Kept(tokens[..., :-1], rows[..., :-1], means)

@@ -80,7 +80,7 @@ class LLSA(Blockwise):
         q, k, v = ([pooled(piece, x) for piece in pieces] for x in (call.q, call.k, call.v))
         with torch.no_grad():
             film = same_film(pieces[0], pieces[0])
-            chosen = hierarchical(q, k, [parent.piece_of[0, 0] for parent in parents], film, self.top_k)
+            chosen = hierarchical(q, k, parents, film, self.top_k)
         segments = []
         for level in range(self.levels) if self.enrich else ():
             if level:

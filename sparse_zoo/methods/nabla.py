@@ -16,6 +16,7 @@ from sparse_zoo.blockwise import Blockwise, require
 from sparse_zoo.layout import Layout
 from sparse_zoo.partition import Partition
 from sparse_zoo.registry import register
+from sparse_zoo.remember import remembered
 from sparse_zoo.selectors import heaviest_logits
 
 
@@ -87,5 +88,9 @@ class NABLA(Blockwise):
         return heaviest_logits(scores, self.threshold)
 
     def chosen(self, call: Call) -> Tensor:
-        near = windowed(call.layout, self.tile, self.window, edge="cut", stop_at_shots=self.stop_at_shots)
-        return super().chosen(call) | near
+        return super().chosen(call) | _near(call.layout, self.tile, self.window, self.stop_at_shots)
+
+
+@remembered(32)
+def _near(layout: Layout, tile: tuple[int, ...], window: tuple[int, ...], stop_at_shots: bool) -> Tensor:
+    return windowed(layout, tile, window, edge="cut", stop_at_shots=stop_at_shots)

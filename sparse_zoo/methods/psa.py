@@ -113,15 +113,15 @@ class PSA(Blockwise):
     @torch.no_grad()
     def _levels(self, call: Call, queries: Partition, keys: Partition) -> Tensor:
         """0 exact, 1 … 3 pooled, 4 skipped: int64 (B, H, Q, K)."""
-        bounds = torch.tensor(self.shares, dtype=torch.float64, device=call.q.device).cumsum(0).clamp(max=1)
+        bounds = [min(1.0, sum(self.shares[: n + 1])) for n in range(len(self.shares))]
         film, shape = same_film(queries, keys), (*call.q.shape[:2], queries.count, keys.count)
         found = []
         for some, scores in self.scores(call):
             legal = film[some].expand(scores.shape)
-            ends = (legal.sum(-1, keepdim=True) * bounds + 1e-9).long()  # (B, H, rows, levels)
-            ends[..., 0].clamp_(min=1)
+            count = legal.sum(-1, keepdim=True).double()
             masked = scores.masked_fill(~legal, -torch.inf)
-            inside = [largest(masked, end) for end in ends.cummax(-1).values.split(1, dim=-1)]
+            # Bounds ascend; a rounding below a whole number of blocks is none.
+            inside = [largest(masked, (count * bound + 1e-9).long().clamp(min=1)) for bound in bounds]
             found.append(len(LEVELS) + 1 - torch.stack(inside).sum(0))
         return torch.cat(found, dim=2).view(shape)
 

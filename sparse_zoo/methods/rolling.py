@@ -13,7 +13,7 @@ from torch import Tensor
 from sparse_zoo.attention import Attention, Card, Knob, is_count
 from sparse_zoo.blockwise import require
 from sparse_zoo.layout import Layout
-from sparse_zoo.plan import Plan
+from sparse_zoo.plan import Part, Plan
 from sparse_zoo.registry import register
 from sparse_zoo.remember import remembered
 
@@ -28,7 +28,8 @@ class Rolling(Attention):
 
     **Paper.** Self Forcing draws chunk after chunk with a rolling key and value cache of the latest frames; attention
     sinks keep the first tokens besides (language models; long-video models keep the first frames). Here the rule of
-    both is a plan, so that training sees what the cache will hold. The texts are not at hand: no figure is taken from them.
+    both is a plan, so that training sees what the cache will hold. The texts are not at hand: no figure is taken from
+    them.
 
     **Our choices.** Chunks restart at shots, text is treated as above, and a frame in several sets is read once.
     Sampling shot by shot (`sampling.order=shots`) keeps the keys of earlier shots.
@@ -76,7 +77,8 @@ class Rolling(Attention):
 
 @remembered(32)
 def _plan(layout: Layout, window: int, sinks: int, chunk_frames: int) -> Plan:
-    video, parts = ~layout.is_text, []
+    video = ~layout.is_text
+    parts: list[Part] = []
     chunks = layout.partition("shot", layout.shot_frame // chunk_frames, where=video)
     frames = layout.partition("frame", where=video)
     if chunks.count:

@@ -122,9 +122,9 @@ class SLA(Attention):
     def _linear(self, call: Call, marginal: Tensor) -> Term:
         """Proj(O_l), with marginal, bool (B, H, blocks, blocks)."""
         value, flops = linear_attention(call, stretches(call.layout, self.block_tokens), marginal)
-        heads, tokens = call.q.shape[0] * call.q.shape[1], call.layout.video_tokens
+        tokens = call.layout.video_tokens
         projected = self.proj(value.to(self.proj.weight.dtype)).to(call.q.dtype)
-        return Term(projected, flops + heads * 2 * call.q.shape[-1] ** 2 * tokens)
+        return Term(projected, flops + 2 * call.q.shape[0] * call.q.shape[1] * call.q.shape[-1] ** 2 * tokens)
 
     def routing_flops(self, call: Call) -> int:
         """Pooling of q and k, and two passes of one product for each pair of blocks and head."""

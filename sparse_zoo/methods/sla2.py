@@ -33,10 +33,11 @@ class SLA2(Blockwise):
     part plus 1 - α times the rest, where SLA adds a projection of O_l; besides, quantization, which is not here. The
     full text is not at hand; this is what its abstract and summaries say.
 
-    **Our choices.** α_i = a m_i / (a m_i + 1 - m_i), m_i the share of R_i on the chosen blocks and a = exp(learned
-    number of each head), 1 at first: what α is in an exact split if R is the attention, so that the router learns through it.
-    W_q and W_k start as the identity, so that the first choice is that of block means. The count is rounded up, ties go
-    to the earlier block. Blocks are stretches of a film's video; text is read by all and reads all, by softmax.
+    **Our choices.** α_i = a m_i / (a m_i + 1 - m_i), with m_i the share of R_i on the chosen blocks and a = exp(learned
+    number of each head), 1 at first. That is the α of an exact split if R is the attention, and the router learns
+    through it. W_q and W_k start as the identity, so that the first choice is that of block means. The count is rounded
+    up, ties go to the earlier block. Blocks are stretches of a film's video; text is read by all and reads all, by
+    softmax.
 
     **Not to be confused with** `sla`, which also skips the blocks of least score and learns a projection of O_l.
 

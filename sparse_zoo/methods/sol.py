@@ -36,8 +36,8 @@ class SolAttn(Blockwise):
     **Paper.** Thresholding of blocks on the fly, and reuse of the same scores for what is not selected, without
     training. Its full text is not at hand: threshold, neighbours and weights are read from the authors' code
     (github.com/NVlabs/Sana, techniques/sparse_backends/sol_attn: triton_ref/fwd.py, mps/preprocess.py), which has
-    blocks of 64 and, by default, τ = 1 and the "diag" spread: σ_i² = Σ_d Q̄_id² var_j(K̄_jd) / D + 1e-6, which ignores how
-    channels vary together; "exact" is the variance of s_i itself.
+    blocks of 64 and, by default, τ = 1 and the "diag" spread: σ_i² = Σ_d Q̄_id² var_j(K̄_jd) / D + 1e-6, which ignores
+    how channels vary together; "exact" is the variance of s_i itself.
 
     **Our choices.** It trains: gradients pass through the means too. Blocks are cut from the video of each film, and
     neighbours are of one film. Text is no block: it is read by all and reads all, exactly, which is the part of the

@@ -26,8 +26,8 @@ class SubBlock(Blockwise):
     blocks. Each block of queries attends to the `top_fraction` of the film's blocks with the largest score.
 
     **Paper.** None: the rule is that of sglang's backend `subblock_sparse_attn` (pull request 34148, router.py),
-    without training, on MiniMax-H3. Its defaults: blocks of 64, four parts on either side, sparsity 0.75, dense for the first
-    ten noise steps (here: `dense_above`).
+    without training, on MiniMax-H3. Its defaults: blocks of 64, four parts on either side, sparsity 0.75, dense for the
+    first ten noise steps (here: `dense_above`).
 
     **Our choices.** The count is rounded up to a whole block; the code also rounds it up to a multiple of 8, which its
     kernel bills anyway. Products are float32 where the code's are bfloat16. Ties go to the earlier block; the order of

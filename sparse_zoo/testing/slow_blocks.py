@@ -35,7 +35,7 @@ Key = tuple[Tensor, Tensor, float]
 
 def softmax(q: Tensor, keys: list[Key]) -> Tensor:
     """What queries (n, D) get of a list of keys."""
-    k, v = (torch.stack([key[i] for key in keys]) for i in range(2))
+    k, v = torch.stack([key[0] for key in keys]), torch.stack([key[1] for key in keys])
     more = torch.tensor([key[2] for key in keys], dtype=torch.float64)
     return (q @ k.T / math.sqrt(q.shape[-1]) + more).softmax(-1) @ v
 
@@ -260,7 +260,6 @@ def psa(attention: PSA, call: Call) -> Tensor:
         asking, asked = (list(runs(video, x).values()) for x in (attention.query_tokens, attention.block_tokens))
         sampled = [block[::4] for block in asked]
         ends = [math.floor(len(asked) * min(1.0, sum(attention.shares[: n + 1])) + 1e-9) for n in range(4)]
-        ends[0] = max(1, ends[0])
         for block in asking:
             per_query = []
             for i in block[::4]:
