@@ -203,6 +203,7 @@ def test_a_sweep_axis() -> None:
 # -- a package --------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_package_brings_its_method(tmp_path: Path) -> None:
     """Really installed, into an environment where nothing but what we have here is at hand."""
     source, fresh = tmp_path / "source", tmp_path / "fresh"

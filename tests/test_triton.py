@@ -35,10 +35,17 @@ HERE = Path(__file__).parent
 
 
 @pytest.mark.skipif(find_spec("triton") is None, reason="needs the package triton")
-@pytest.mark.parametrize("half", ["conforms", "not conforms"])
-def test_in_the_interpreter(half: str) -> None:
+@pytest.mark.parametrize(
+    "which",
+    [
+        "test_plans_of_methods and (moc-settings0 or moga)",
+        pytest.param("test_conforms", marks=pytest.mark.slow),
+        pytest.param("not test_conforms", marks=pytest.mark.slow),
+    ],
+)
+def test_in_the_interpreter(which: str) -> None:
     done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-k", half, HERE / "interpreted_triton.py"],
+        [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-k", which, HERE / "interpreted_triton.py"],
         capture_output=True,
         text=True,
         check=False,
