@@ -110,6 +110,7 @@ def test_a_choice_for_each_query() -> None:
     assert torch.equal(mask, (film.shot[:, None] == film.shot) | (film.shot == 0))  # of equal scores the earliest
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("here")
 def test_several_branches() -> None:
     (result,) = follow("Several branches, a gate, an auxiliary loss")
@@ -124,6 +125,7 @@ def test_several_branches() -> None:
     torch.testing.assert_close(result.losses, {"far": 0.5 * far.mean()})
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("here")
 def test_a_coarse_branch() -> None:
     (result,) = follow("A coarse branch")
