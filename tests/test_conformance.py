@@ -45,7 +45,7 @@ def test_methods_conform(method: str) -> None:
     assert skipped == ({"limit_is_dense": f"limits: {limits}"} if isinstance(limits, str) else {})
 
 
-def test_what_is_skipped_has_a_reason() -> None:
+def test_skipped_checks_give_their_reason() -> None:
     skipped = {x.check: x.reason for x in testing.check_method(Knobless) if x.status == "skipped"}
     assert skipped == {
         "routing_is_the_papers": "no rule is given for Knobless: see sparse_zoo.testing.slow_routing",
@@ -77,7 +77,7 @@ def test_other_settings_conform(method: str, settings: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize("method", OWN)
-def test_methods_pass_the_checks_of_their_meaning(method: str) -> None:
+def test_methods_pass_the_quick_checks(method: str) -> None:
     """The quick part of the suite, for each method: the rest is among the slow tests."""
     only = ["builds", "plans_in_range", "pairs_counted", "films_packed", "text_reads_text", "named_kernel_refuses"]
     testing.check_method(method, only=only)
@@ -118,7 +118,7 @@ class Narrow(Plain):
     ],
     ids=str,
 )
-def test_kernels_of_one_dtype_are_bounded_by_what_plain_softmax_errs(
+def test_kernels_of_one_dtype_are_judged_by_the_error_of_plain_softmax(
     dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     statuses = {outcome.check: outcome.status for outcome in testing.check_kernel(Narrow(dtype))}
@@ -228,7 +228,7 @@ def test_unknown_names_are_refused_with_the_nearest() -> None:
         testing.check_kernel("cpuu")
 
 
-def test_outcomes_are_plain_and_come_one_by_one() -> None:
+def test_outcomes_are_json_values_and_are_yielded_one_by_one() -> None:
     run = testing.run_checks("dense", only=["films_packed", "knob_buys_density"])
     first = next(run)
     assert json.loads(json.dumps(asdict(first))) == {
@@ -241,7 +241,7 @@ def test_outcomes_are_plain_and_come_one_by_one() -> None:
     assert [outcome.status for outcome in run] == ["passed"]
 
 
-def test_a_class_of_its_own_is_named_and_small_settings_can_be_changed() -> None:
+def test_unregistered_class_is_named_and_its_small_settings_can_be_changed() -> None:
     (outcome,) = testing.check_method(Dense, only=["builds"])
     assert outcome.method == "dense"
     (outcome,) = testing.check_method(TwiceBroken, only=["builds"])
@@ -250,7 +250,7 @@ def test_a_class_of_its_own_is_named_and_small_settings_can_be_changed() -> None
         testing.check_method("moc", top_k=0)
 
 
-def test_what_cannot_be_built_is_told_once() -> None:
+def test_method_that_cannot_be_built_gives_one_outcome() -> None:
     class Broken(Dense):
         def __init__(self, **settings: Any) -> None:  # noqa: ARG002
             raise RuntimeError("no such luck")
@@ -323,7 +323,7 @@ def test_a_plugin_in_a_file_is_found_and_judged(tmp_path: Path) -> None:
     assert len(ids) == len(testing.checks()) * len(zoo.names())
 
 
-def test_a_method_without_a_rule_is_told_where_to_put_one() -> None:
+def test_method_without_a_slow_rule_is_skipped_with_advice() -> None:
     class Bare(zoo.Attention):
         """Own shot."""
 
@@ -387,7 +387,7 @@ def test_a_kernel_that_cannot_run_here_is_refused_with_its_reasons() -> None:
     assert "Sunday" in str(error.value)
 
 
-def test_a_kernel_without_half_precision_says_so() -> None:
+def test_kernel_without_half_precision_is_skipped_with_its_reason() -> None:
     class Wide(Plain):
         name = "wide"
 
@@ -399,13 +399,13 @@ def test_a_kernel_without_half_precision_says_so() -> None:
     assert (outcome.status, outcome.reason) == ("skipped", "half precision is not its thing")
 
 
-def test_without_hypothesis_the_seeded_plans_are_all(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_drawn_plans_are_skipped_when_hypothesis_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(kernel_suite, "find_spec", lambda _: None)
     (outcome,) = testing.check_kernel("cpu", only=["kernel_drawn_plans"])
     assert (outcome.status, outcome.reason[:27]) == ("skipped", "hypothesis is not installed")
 
 
-def test_seeded_plans_hold_what_they_are_drawn_for() -> None:
+def test_seeded_plans_cover_every_kind_of_part() -> None:
     recipes = list(kernel_suite.recipes())
     plans = [recipe.plan("cpu") for recipe in recipes]
     masks = [plan.dense_mask() for plan in plans]

@@ -10,7 +10,9 @@ pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]
 
 
 @pytest.mark.parametrize("films", FILMS)
-def test_a_sweep_survives(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, films: str) -> None:
+def test_killed_sweep_loses_repeats_and_doubles_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, films: str
+) -> None:
     for name in ("ZOO_HOME", "STARTS", "ZOO_SAVE_SECONDS", "MLFLOW_TRACKING_URI"):
         monkeypatch.setenv(name, "")  # put back at the end
     found = torture(tmp_path, KILLS, seed=1, films=films)

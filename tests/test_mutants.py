@@ -55,13 +55,13 @@ def test_every_check_has_a_mutant() -> None:
 @pytest.mark.parametrize(
     "base", [Dropping, Noisy, Unruled, *(pytest.param(x, marks=pytest.mark.slow) for x in (Open, OpenReach))]
 )
-def test_what_mutants_are_made_of_passes_the_checks_that_catch_them(base: type[zoo.Attention]) -> None:
+def test_unbroken_base_passes_the_checks_that_catch_its_mutants(base: type[zoo.Attention]) -> None:
     only = {check for mutant in MUTANTS if issubclass(mutant.cls, base) for check in mutant.caught_by}
     assert {outcome.status for outcome in testing.check_method(base, only=only)} == {"passed"}
 
 
 @pytest.mark.slow
-def test_the_kernel_that_mutants_are_made_of_is_unbroken() -> None:
+def test_unbroken_kernel_passes_every_check() -> None:
     assert {outcome.status for outcome in testing.check_kernel(Plain())} == {"passed"}
 
 
