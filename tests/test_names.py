@@ -28,7 +28,7 @@ from experiments.config.resolve import load
 from experiments.config.sections import DATA, PRECISIONS, Match, Precision, Trainer, fields
 from experiments.sweep.schema import Written
 from experiments.tools.paper_ledger import PAPERS
-from experiments.tracking.store import Result
+from experiments.tracking.store import Asked, Cell, Result, write_sweep
 from lit_modules.dit import TEXT
 from lit_modules.settings import ORDERS
 from sparse_zoo import registry
@@ -187,6 +187,7 @@ WRONG_NAMES = [
     ["train", "attenton=moc", "did you mean 'attention'?"],
     *(["train", override, reason] for override, reason in WRONG_TYPES),
     ["train", "--config", "file.yml", "did you mean 'max_steps'?"],
+    ["report", "done", "--by", "val_los", "did you mean 'val_loss'?"],
     ["report", "nothing", "no sweep 'nothing'"],
     *(
         [command, *more, text]
@@ -227,7 +228,9 @@ for *arguments, text in json.load(sys.stdin):
 """
 
 
-def test_every_command_refuses_a_wrong_name_before_torch_is_imported(tmp_path: Path) -> None:
+def test_every_command_refuses_a_wrong_name_before_torch_is_imported(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     for name, (text, _) in SWEEPS.items():
         (tmp_path / name).write_text(text)
     (tmp_path / "good.yaml").write_text(SWEEP)
@@ -238,6 +241,12 @@ def test_every_command_refuses_a_wrong_name_before_torch_is_imported(tmp_path: P
     config = {"attention": {"name": "dense"}, "data": {"name": "shot_world"}, "seed": 0}
     result = Result("dense", {"name": "dense"}, "finished", 0, config=config)
     result.write(tmp_path / "run")
+    monkeypatch.setenv("ZOO_HOME", str(tmp_path / "runs"))
+    cell = Cell("dense", config)
+    write_sweep("done", Asked("", (cell,)))
+    Result("dense", {"name": "dense"}, "finished", 0, id=cell.id, config=config, val_loss=0.5).write(
+        cell.folder("done")
+    )
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
     done = subprocess.run(
         [sys.executable, "-c", WITHOUT_TORCH], input=json.dumps(WRONG_NAMES), capture_output=True, encoding="utf-8",

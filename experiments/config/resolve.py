@@ -12,6 +12,7 @@ from copy import deepcopy
 from functools import cache, lru_cache, partial
 from typing import Any
 
+import torch
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from omegaconf.resolvers import oc
@@ -22,11 +23,13 @@ from experiments.config import datamodule
 from experiments.config.budget import Budget
 from experiments.config.declared import as_declared, declared_types, fits, misfit, misfits, parameters
 from experiments.config.names import CONFIGS, Override, parse
+from experiments.config.names import methods as shipped_methods
 from experiments.config.sections import PRECISIONS, SECTIONS, Match, without_result
 from experiments.config.yaml12 import read_yaml
 from experiments.redact import hide
 from experiments.tracking.identity import identity
 from experiments.tracking.store import Cell, config_id, home
+from lit_modules.precision import default_precision
 from sparse_zoo.errors import ZooError, refuse, unknown
 from sparse_zoo.layers import per_layer
 from sparse_zoo.schedule import phases as phases_of
@@ -115,8 +118,15 @@ def _is_method(name: Any) -> bool:
 
 
 def cell(name: str, config: Config, group: str | None = None) -> Cell:
-    """The cell of a resolved config; its id is of all settings, so that a default written out changes nothing."""
-    return Cell(name, config, group, config_id(identity(_complete(config))))
+    """Return the cell of a config.
+
+    Its id is that of all settings, so that a default that is written out changes nothing. A text from the environment
+    is part of the id in `attention`, where it may decide what is computed, and not in `data`, where it is a place.
+    """
+    computed = config
+    if any("${" in text for text in _texts(config["attention"])):
+        computed = config | {"attention": resolve(config)["attention"]}
+    return Cell(name, config, group, config_id(identity(_complete(computed))))
 
 
 # What Lightning makes of None.
@@ -134,11 +144,12 @@ NONE_MEANS = {
 
 def _complete(config: Config) -> Config:
     """The config with every default of its classes written out, and a method for each layer."""
-
     made = dict(config)
     for section, build in SECTIONS.items():
         made[section] = _defaults(build) | config[section]
     made["trainer"] |= {key: value for key, value in NONE_MEANS.items() if made["trainer"].get(key) is None}
+    if is_default_precision(made["trainer"]):
+        made["trainer"]["precision"] = None
     films = datamodule.find(str(config["data"]["name"]))
     made["data"] = datamodule.absolute(_defaults(datamodule.declares(films)) | config["data"], films)
     layers = config["attention"] if isinstance(config["attention"], list) else [config["attention"]]
@@ -147,6 +158,16 @@ def _complete(config: Config) -> Config:
     if "match" in config:
         made["match"] = {"within": TOLERANCE, "also": {}} | config["match"]
     return made
+
+
+def is_default_precision(trainer: Mapping[str, Any]) -> bool:
+    """Return whether the trainer's precision is written out and is the default of its accelerator on this machine.
+
+    A GPU that is asked for and is not here is another machine's, whose default is not known.
+    """
+    accelerator = trainer.get("accelerator", "auto")
+    elsewhere = accelerator in ("gpu", "cuda") and not torch.cuda.is_available()
+    return not elsewhere and trainer.get("precision") == default_precision(accelerator)
 
 
 def _defaults(build: Callable[..., Any]) -> dict[str, Any]:
@@ -216,10 +237,11 @@ def _texts(part: Any) -> Iterator[str]:
 
 
 def _storable(config: Config, resolved: Config) -> Config:
-    """The resolved config, but in `data` with the expression in place of each text that comes from the environment.
+    """The resolved config, with the expression in place of each free text that comes from the environment.
 
-    Such a text may be a secret, or a place on this machine: it is no part of what is written, nor of the id. Numbers
-    are (`oc.decode`), and so are the name by which the class is found and every other section: what the run computes.
+    Such a text may be a secret, or a place on this machine, so it is never written. Free texts are those of `data`, of
+    methods of one's own and of `trainer.model_registry`: every other text is one of a few choices, and stays, as do
+    numbers (`oc.decode`) and the names of methods and data.
     """
     secrets: set[str] = set()
 
@@ -234,11 +256,27 @@ def _storable(config: Config, resolved: Config) -> Config:
             return {key: inner if key == "name" else keep(raw.get(key), inner) for key, inner in value.items()}
         if isinstance(raw, list) and isinstance(value, list):
             return [keep(*pair) for pair in zip(raw, value, strict=True)]
-        told = isinstance(value, str | list | Mapping) and any(secret in str(value) for secret in secrets)
-        return raw if isinstance(raw, str) and "${" in raw and told else value
+        secret = isinstance(value, str | list | Mapping) and any(one in str(value) for one in secrets)
+        return raw if isinstance(raw, str) and "${" in raw and secret else value
+
+    def keep_methods(raw: Any, value: Any) -> Any:
+        if isinstance(raw, list) and isinstance(value, list):
+            return [keep_methods(*pair) for pair in zip(raw, value, strict=True)]
+        if not isinstance(raw, Mapping) or not isinstance(value, Mapping):
+            return value
+        if "cycle" in value:
+            return {**value, "cycle": keep_methods(raw.get("cycle"), value["cycle"])}
+        return value if value.get("name") in shipped_methods() else keep(raw, value)
 
     collect(config, resolved)
-    return resolved | {"data": keep(config["data"], resolved["data"])}
+    if not secrets:
+        return resolved
+    trainer = resolved["trainer"]
+    if isinstance(trainer, Mapping) and "model_registry" in trainer:
+        registry = keep(config["trainer"]["model_registry"], trainer["model_registry"])
+        trainer = {**trainer, "model_registry": registry}
+    attention = keep_methods(config["attention"], resolved["attention"])
+    return resolved | {"data": keep(config["data"], resolved["data"]), "trainer": trainer, "attention": attention}
 
 
 def _items(part: Any) -> Iterable[tuple[Any, Any]]:
@@ -292,7 +330,6 @@ def check(config: Config) -> list[str]:
 
 def known(config: Config) -> set[str]:
     """The dotted keys, at most two deep, that the parts of a config know; they need not be set."""
-
     inside = {section: [*parameters(build)] for section, build in SECTIONS.items()}
     inside |= {
         "match": [key for key in parameters(Match) if key != "set"],
@@ -455,8 +492,6 @@ def _attention(config: Config, dim: int, heads: int) -> list[str]:
 
 def _attends(settings: Mapping[str, Any], dim: int, heads: int, trainer: Mapping[str, Any]) -> list[str]:
     """Why a layer's method cannot be built or attend, in every phase where its settings are scheduled."""
-    import torch
-
     own = {key: value for key, value in settings.items() if key != "schedule"}
     try:
         phases = {0: own} if settings.get("schedule") is None else phases_of(own, settings["schedule"])
@@ -467,8 +502,6 @@ def _attends(settings: Mapping[str, Any], dim: int, heads: int, trainer: Mapping
         return [_since(start, reason) for reason, start in misfits.items()]
     layout = zoo.Layout.film([zoo.Shot(2, 2, 2, 1), zoo.Shot(1, 2, 2)], caption=1)
     cuda = torch.cuda.is_available() and trainer.get("accelerator", "auto") in ("auto", "gpu", "cuda")
-    from lit_modules.precision import default_precision
-
     precision = str(trainer.get("precision") or default_precision(trainer.get("accelerator", "auto")))
     dtype = torch.bfloat16 if "bf16" in precision else torch.float16 if "16" in precision else torch.float32
     device = "cuda" if cuda else "cpu"

@@ -26,7 +26,7 @@ from experiments.execution.processes import Worker, end
 from experiments.execution.progress import Bar
 from experiments.execution.work import POLL, Work, on_gpu
 from experiments.sweep.expand import Sweep
-from experiments.sweep.grid import flatten
+from experiments.tracking.identity import flatten
 from experiments.tracking.mlflow_logger import Tracker
 from experiments.tracking.store import Asked, Cell, Result, asked_before, read, write_sweep
 from sparse_zoo.errors import ZooError, refuse

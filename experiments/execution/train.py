@@ -28,7 +28,7 @@ from experiments.execution import signals
 from experiments.execution.checkpointing import Saving, WholeCheckpoints, saved_step
 from experiments.redact import redact, redact_all
 from experiments.reporting import pictures
-from experiments.sweep.grid import flatten
+from experiments.tracking.identity import flatten
 from experiments.tracking.mlflow_logger import Log, Tracker, figures
 from experiments.tracking.provenance import provenance
 from experiments.tracking.store import Cell, Result, home, read
@@ -270,6 +270,7 @@ def _train(stored: Config, folder: Path, result: Result, log: Log, observer: Obs
         sampling=sampling,
         whole_metrics=getattr(data, "whole_metrics", dict)(),
     )
+    module.hparams["model"] |= {"attention": stored["attention"]}  # which checkpoints keep
     log.data(stored["data"]["name"], stored["data"], result.data)
     history, cost, timer = History(result, observer), AttentionCost(every=10), StepTimer()
     decode, routing = getattr(data, "decoder", None), RoutingWatch(folder)

@@ -14,7 +14,18 @@ from rich.table import Table
 
 from experiments.analysis.ablations import Cells, Effect, effects
 from experiments.analysis.formatting import giga, half, interval, mean, number, p_value, percent, signed
-from experiments.analysis.metrics import BESIDE, CONTROLS, COSTS, FIGURES, HEADLINES, RECALL, TOLERANCE, WHOLE, Measure
+from experiments.analysis.metrics import (
+    BESIDE,
+    CONTROLS,
+    COSTS,
+    FIGURES,
+    HEADLINES,
+    RECALL,
+    TOLERANCE,
+    WHOLE,
+    Measure,
+    measures_to_rank_by,
+)
 from experiments.analysis.seed_groups import Group, Line, commit, controls_elsewhere
 from experiments.analysis.significance import Difference, Films, detectable, differences, letters, over_films
 from experiments.escape import for_terminal as escape
@@ -56,8 +67,7 @@ class Report:
             for cell in asked.cells:
                 by_name.setdefault(cell.group or cell.name, []).append(read(cell, name))
         groups = [Group(key, tuple(runs)) for key, runs in by_name.items()]
-        known = [key for key in (*FIGURES, *_metrics(groups)) if key not in COSTS]
-        measured = [key for key in known if any(group.values(key) for group in groups)]
+        measured = measures_to_rank_by(result for group in groups for result in group.results)
         refuse(f"report {name}", [unknown("measure", by, measured)] if by is not None and by not in measured else [])
         headline = Measure.of(by or next((key for key in HEADLINES if key in measured), HEADLINES[-1]))
         refuse(
