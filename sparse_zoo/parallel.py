@@ -189,7 +189,7 @@ class Ulysses:
             k, v = (x.repeat_interleave(copies, dim=1) for x in (k, v))
         q, k, v = self._to_heads(q, rows), self._to_heads(k, tokens), self._to_heads(v, tokens)
         # Called as a module, not by `run`, so that hooks on the attention see what it is given.
-        result = attention(
+        result: Result = attention(
             q,
             k,
             v,
