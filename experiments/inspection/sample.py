@@ -30,8 +30,8 @@ class Sampled:
     """What was drawn, ready for JSON.
 
     `films`: {"name", "shots", "given", "strip" and "video" (paths), "taken"} each; "taken" maps each shot that was
-    drawn to the earlier ones it was drawn beside, and is None where all were drawn at once. `metrics` are those of the datamodule,
-    with those of whole films where no shot was given; `notes` what was warned of.
+    drawn to the earlier ones it was drawn beside, and is None where all were drawn at once. `metrics` are those of the
+    datamodule, with those of whole films where no shot was given; `notes` what was warned of.
     """
 
     checkpoint: str
