@@ -1,4 +1,4 @@
-"""Films to train on: real ones with their real cuts, and synthetic ones whose truth is known."""
+"""Films to train on: real ones with their real cuts, as pixels or latents, and synthetic ones of known truth."""
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any

@@ -10,6 +10,7 @@ from sparse_zoo.errors import refuse, unknown
 
 Detector = Literal["content", "adaptive"]
 OnBad = Literal["raise", "skip"]
+Batches = Literal["packed", "pretrained"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -170,6 +171,63 @@ class ShotWorldSettings:
                 f"frames_per_shot {self.frames_per_shot} is not in whole patches of {patch[0]} frames"
                 if sized and (shortest % patch[0] or longest % patch[0])
                 else "",
+            ],
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class LatentFilmsSettings:
+    """The settings of `LatentFilms`."""
+
+    folder: str
+    """Folder that `zoo encode` wrote."""
+    patch: Sequence[int] = (1, 2, 2)
+    """Latent frames, rows and columns of one token."""
+    batches: Batches = "packed"
+    """Form of a batch: "packed" into one stream for `LitVideoDiT`, "pretrained" for `LitPretrained`."""
+    films_per_batch: int = 1
+    """Number of films in a batch; those that are left over make smaller ones."""
+    shots_per_film: int = 8
+    """Largest number of consecutive shots in a film."""
+    frames_per_shot: int | None = None
+    """Largest number of latent frames that a film takes of a shot, its first ones; null takes all."""
+    max_tokens: int = 512
+    """Largest number of tokens of a caption; with "pretrained" the length of the text."""
+    drop_captions: float = 0.0
+    """Share of the captions, a film's and each shot's apart, that training leaves out."""
+    val_fraction: float = 0.1
+    """Share of the videos that are kept for validation, one at least."""
+    vae: str | None = None
+    """Folder of the VAE that made the latents, to decode samples; null leaves samples as latents."""
+    num_workers: int = 0
+    """Number of processes that load batches; with 0 the training process loads them."""
+    seed: int = 0
+    """Seed of the split, of the order of films and of the captions that are left out."""
+
+    def __post_init__(self) -> None:
+        """Refuse settings out of range, all at once; raises `ZooError`."""
+        least = {
+            "films_per_batch": 1,
+            "shots_per_film": 1,
+            "max_tokens": 1,
+            "frames_per_shot": 1,
+            "seed": 0,
+            "num_workers": 0,
+        }
+        patch = [*self.patch]
+        refuse(
+            "LatentFilms",
+            [
+                *_too_small(self, least),
+                f"patch must be 3 lengths of at least 1, got {patch}" if len(patch) != 3 or min(patch) < 1 else "",
+                unknown("batches", self.batches, get_args(Batches)) if self.batches not in get_args(Batches) else "",
+                f"drop_captions must be in [0, 1], got {self.drop_captions}"
+                if not 0 <= self.drop_captions <= 1
+                else "",
+                f"val_fraction must be between 0 and 1, got {self.val_fraction}"
+                if not 0 < self.val_fraction < 1
+                else "",
+                "folder must name the folder that zoo encode wrote" if not self.folder else "",
             ],
         )
 

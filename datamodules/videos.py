@@ -243,7 +243,7 @@ class _Films:
         self.seed = data.seed
         self.flip = data.flip
         self.patch = data.patch
-        self.size = data.decoding.size
+        self.size, self.fps = data.decoding.size, data.decoding.fps
         self.frames_per_shot = data.frames_per_shot
         self.length = data.films_per_epoch if training and data.films_per_epoch else len(films)
 
@@ -262,6 +262,7 @@ class _Films:
                 [ids for film, _ in films for ids in (film.caption, *(span.text for span in film.spans))]
             )[None],
             "names": [film.name for film, _ in films],
+            "rates": [min(self.fps or rate, rate) for film, _ in films if (rate := film.spans[0].video.rate)],
         }
 
     def _layout(self, film: VideoFilm) -> Layout:

@@ -157,3 +157,28 @@ class Sampling(Sampler):
         """Refuse settings out of range, all at once; raises `ZooError`."""
         super().__post_init__()
         refuse("sampling", [f"every must be at least 1, got {self.every}"] if self.every < 1 else [])
+
+
+@dataclass(frozen=True)
+class Parallel:
+    """How many devices a run has: data · sequence."""
+
+    data: int = 1
+    """Groups of devices that each train on films of their own; gradients are averaged over them."""
+    sequence: int = 1
+    """Devices that share the tokens of each film. Above 1 the weights are shared out over all devices, too."""
+
+    def __post_init__(self) -> None:
+        refuse(
+            "parallel",
+            [
+                f"{name} must be at least 1, got {value}"
+                for name, value in (("data", self.data), ("sequence", self.sequence))
+                if value < 1
+            ],
+        )
+
+    @property
+    def devices(self) -> int:
+        """How many devices the run has in all."""
+        return self.data * self.sequence

@@ -12,7 +12,7 @@ from typing import Any, Protocol, cast, get_args
 from lightning.pytorch import LightningDataModule
 from torchmetrics import Metric
 
-from datamodules import ShotWorld, VideoFilms
+from datamodules import LatentFilms, ShotWorld, VideoFilms
 from experiments.config.declared import declared_types
 from experiments.config.sections import DATA
 from sparse_zoo.errors import refuse, unknown
@@ -51,12 +51,16 @@ class FilmData(Protocol):
         ...
 
 
-PATHS = ("folder", "captions", "cache")  # settings of ours that name files
-OURS: dict[str, Callable[..., FilmData]] = {"shot_world": ShotWorld, "video_films": VideoFilms}
+PATHS = ("folder", "captions", "cache", "vae")  # settings of ours that name files
+OURS: dict[str, Callable[..., FilmData]] = {
+    "shot_world": ShotWorld,
+    "video_films": VideoFilms,
+    "latent_films": LatentFilms,
+}
 
 
 def find(name: str) -> Callable[..., FilmData]:
-    """The class of a datamodule: "shot_world", "video_films", "path/of/file.py:Class" or "package.module:Class".
+    """The class of a datamodule: one of `OURS`, "path/of/file.py:Class" or "package.module:Class".
 
     Raises `ZooError` if there is none.
     """
@@ -109,6 +113,12 @@ def _absolute(place: Any) -> Any:
     if not isinstance(place, str) or place.startswith("package:") or "://" in place or "${" in place:
         return place
     return os.path.realpath(os.path.expanduser(place))
+
+
+def shape(data: FilmData) -> dict[str, Any]:
+    """The arguments of `VideoDiT` that follow from the data."""
+    text = {"text_dim": data.text_dim} if hasattr(data, "text_dim") else {}
+    return {"channels": data.channels, "patch": list(data.patch), "vocabulary": data.vocabulary, **text}
 
 
 def build(settings: Mapping[str, Any]) -> FilmData:

@@ -26,7 +26,7 @@ from itertools import pairwise
 from textwrap import dedent
 from typing import Any, Literal
 
-from datamodules.settings import ShotWorldSettings, VideoFilmsSettings
+from datamodules.settings import LatentFilmsSettings, ShotWorldSettings, VideoFilmsSettings
 from experiments.analysis.metrics import TOLERANCE
 from lit_modules.settings import Flow, Model, Optim, Sampling
 
@@ -158,7 +158,11 @@ SECTIONS: dict[str, type] = {
     "sampling": Sampling,
 }
 """Section of a config that is always there -> the dataclass of its settings."""
-DATA: dict[str, type] = {"shot_world": ShotWorldSettings, "video_films": VideoFilmsSettings}
+DATA: dict[str, type] = {
+    "shot_world": ShotWorldSettings,
+    "video_films": VideoFilmsSettings,
+    "latent_films": LatentFilmsSettings,
+}
 """Name of a datamodule of ours -> the dataclass of its settings."""
 
 

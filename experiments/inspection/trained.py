@@ -67,6 +67,13 @@ class Trained:
         )
         data.prepare_data()
         data.setup("validate")
+        width = getattr(data, "text_dim", None)  # known once the films are
+        refuse(
+            command,
+            [f"captions are {width or 'ids'} wide, the model's {model.text_dim or 'ids'}"]
+            if width != model.text_dim
+            else [],
+        )
         self.data = data
         self.batches = _first(data.val_dataloader(), films)
         logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)  # it would tell of GPUs and products

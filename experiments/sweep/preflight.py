@@ -249,8 +249,7 @@ def _data(settings: str) -> tuple[datamodule.FilmData, Sequence[Batch]]:
 
 def _model(config: Config, made: datamodule.FilmData) -> VideoDiT:
     torch.manual_seed(config["seed"])
-    shape: dict[str, Any] = {"channels": made.channels, "patch": made.patch, "vocabulary": made.vocabulary}
-    return VideoDiT(**config["model"], **shape, attention=config["attention"])
+    return VideoDiT(**config["model"], **datamodule.shape(made), attention=config["attention"])
 
 
 def _loss(config: Config, model: VideoDiT, batch: Batch, number: int, device: str) -> FlowLoss:
