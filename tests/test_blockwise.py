@@ -235,8 +235,10 @@ def test_other_settings_conform(settings: dict[str, Any]) -> None:
 
 
 def test_over_all_heads_some_heads_are_refused_and_the_rest_conforms() -> None:
-    why = {"head_slices": "all heads share a budget"}
-    testing.check_method("vmoba", only=[*CHECKS, "head_slices"], known_failures=why, scope="global")
+    testing.check_method("vmoba", only=CHECKS, scope="global")
+    outcomes = testing.check_method("vmoba", only=["head_slices", "ranks_equal_one"], scope="global")
+    why = "needs_all_heads: with scope 'global' all heads share a budget"
+    assert [(outcome.status, outcome.reason) for outcome in outcomes] == [("skipped", why)] * 2
     call = make(STORY)
     attention = zoo.build("vmoba", heads=8, head_dim=8, scope="global")
     with pytest.raises(zoo.ZooError, match="scope 'global' needs all 8 heads at once, got 4"):

@@ -10,10 +10,11 @@ from torch.nn.functional import scaled_dot_product_attention
 
 import sparse_zoo as zoo
 from sparse_zoo import Branch, Call, Layout, Shot, Term
-from sparse_zoo.blocks import largest, members, pooled
+from sparse_zoo.blocks import members, pooled
 from sparse_zoo.methods.nsa import NSA
 from sparse_zoo.methods.sla import SLA
 from sparse_zoo.methods.vsa import VSA
+from sparse_zoo.selectors import largest
 from sparse_zoo.testing import slow_coarse
 
 DIM = 6

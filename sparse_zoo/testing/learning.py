@@ -93,6 +93,15 @@ def moved(x: Tensor, along: Tensor, step: float) -> Iterator[None]:
             x.copy_(before)
 
 
+def _as_planned(branch: Branch, old: Branch) -> Branch:
+    """A branch with the plans and log-weights of another."""
+    segments = [
+        replace(new, plan=was.plan, log_weight=was.log_weight)
+        for new, was in zip(branch.segments, old.segments, strict=True)
+    ]
+    return replace(branch, plan=old.plan, log_weight=old.log_weight, segments=tuple(segments))
+
+
 @checks
 def gradients_by_differences(subject: Subject) -> None:
     """In training, gradients of q, k, v, hidden and parameters are difference quotients, the plans held fixed."""
@@ -107,7 +116,7 @@ def gradients_by_differences(subject: Subject) -> None:
         def value() -> Tensor:
             routed, made = oracle.routed(attention, call)  # noqa: B023
             held = [
-                replace(branch, plan=old.plan) if isinstance(branch, Branch) and isinstance(old, Branch) else branch
+                _as_planned(branch, old) if isinstance(branch, Branch) and isinstance(old, Branch) else branch
                 for branch, old in zip(made, fixed, strict=True)  # noqa: B023
             ]
             return (oracle.plain(attention, routed, branches=held) * weight).sum()  # noqa: B023

@@ -8,11 +8,11 @@ from typing import Any
 from sparse_zoo import registry
 from sparse_zoo.attention import Attention
 from sparse_zoo.errors import refuse, unknown, unknown_setting
-from sparse_zoo.testing import declarations, invariances, learning, plans, results, robustness, routing
+from sparse_zoo.testing import declarations, invariances, learning, parallel, plans, results, robustness, routing
 from sparse_zoo.testing.subject import Subject
 from sparse_zoo.testing.suite import Check, Checks, Outcome, settle
 
-_themes = (plans, routing, results, learning, invariances, declarations, robustness)
+_themes = (plans, routing, results, learning, invariances, parallel, declarations, robustness)
 _all: Checks[Subject] = Checks({name: check for theme in _themes for name, check in theme.checks.items()})
 
 
