@@ -49,24 +49,24 @@ class VideoFilm:
 
 
 class VideoFilms(LightningDataModule):
-    """Films of real shots, from video files that PyAV can decode, cut where PySceneDetect sees a cut.
+    """Films of real shots, from video files that PyAV can decode, cut where PySceneDetect detects a cut.
 
-    A video gives films of `shots_per_film` consecutive shots, so a clip without a cut is a film of one shot. A shot
-    lends the film at most `frames_per_shot` frames: in training a window at a place drawn anew each time, in
-    validation its first frames. Every shot's last `val_fraction` of frames is for validation, in whole temporal
-    patches, and no frame is in both splits; a shot too short to serve both is for training alone; a shot shorter
-    than one temporal patch is dropped, and counted in `summary()`.
+    A video gives films of `shots_per_film` consecutive shots, so that a clip without a cut is a film of one shot. A
+    shot gives the film at most `frames_per_shot` frames: in training a window at a random place, in validation its
+    first frames. The last `val_fraction` of every shot's frames are for validation, in whole temporal patches, and no
+    frame is in both splits. A shot too short to serve both is for training alone. A shot shorter than one temporal
+    patch is dropped, and counted in `summary()`.
 
     A batch is `films_per_batch` films packed into one stream (B = 1). An epoch is `films_per_epoch` films (by default
-    each film once; the last batch may be smaller), in an order that follows from `seed` and the epoch.
+    each film once; the last batch may be smaller), in an order that is a function of `seed` and the epoch.
 
     Args:
-        folder: a folder (searched through with all its folders), a video file, "package:name/inside" for files that an
-            installed package carries, or a list of such.
-        fps: frames a second to keep; None keeps all. A file slower than this keeps its own rate.
+        folder: a folder (searched recursively), a video file, "package:name/inside" for files of an installed package,
+            or a list of these.
+        fps: frames a second to keep; None keeps all. A slower file keeps its own rate.
         size: (height, width) in pixels; frames are resized with their aspect kept, then centre-cropped.
         patch: (frames, rows, cols) of one token; `size` and `frames_per_shot` are in whole patches.
-        frames_per_shot: frames that a shot lends to a film, at most.
+        frames_per_shot: frames that a shot gives to a film, at most.
         shots_per_film: consecutive shots of a film.
         films_per_batch: films packed into one stream.
         films_per_epoch: films of an epoch; by default each film once.
@@ -77,14 +77,14 @@ class VideoFilms(LightningDataModule):
             inside `folder`; by default `captions.json` in each folder, where there is one. No entry means no text.
         max_words: words kept of each caption; see `datamodules.text` for how they become ids.
         vocabulary: number of token ids.
-        cache: folder for decoded frames, which are then read from disk as needed; None keeps them in memory.
+        cache: folder for decoded frames, which are then read from disk as needed; None keeps them in a temporary file.
         on_bad: "raise", or "skip" videos that cannot be decoded and list them in `summary()`.
-        flip: in training, mirror half of the films left to right; captions that say "left" or "right" turn false.
+        flip: in training, mirror half of the films left to right; captions that say "left" or "right" become false.
         num_workers: processes that make batches; with 0 the training process makes them.
         seed: fixes the order of the films and the windows in training.
 
     Raises:
-        ZooError: for settings out of range (all at once), nothing to decode, bad captions or videos.
+        ZooError: For settings out of range (all at once), nothing to decode, bad captions or videos.
     """
 
     channels = 3
@@ -169,6 +169,7 @@ class VideoFilms(LightningDataModule):
         self.val_films: list[VideoFilm] = []
 
     def prepare_data(self) -> None:
+        """Decode into the cache, if there is one."""
         # Lightning calls this in one process only: with a cache, the others find the files decoded.
         if self.cache is not None:
             self.setup()
@@ -227,14 +228,16 @@ class VideoFilms(LightningDataModule):
         self.videos = videos
 
     def train_dataloader(self) -> ResumableLoader:
-        films = _Films(self, self.train_films, training=True)
+        """Shuffled training films."""
+        films = _Split(self, self.train_films, training=True)
         return train_loader(films, self.films_per_batch, self.seed, self.num_workers, self.trainer)
 
     def val_dataloader(self) -> DataLoader[Batch]:
-        return val_loader(_Films(self, self.val_films, training=False), self.films_per_batch, self.num_workers)
+        """The validation films, always in the same order."""
+        return val_loader(_Split(self, self.val_films, training=False), self.films_per_batch, self.num_workers)
 
     def sample_metrics(self) -> dict[str, Metric]:
-        """None: of real film no truth is known."""
+        """No metrics: the truth of real films is not known."""
         return {}
 
     def summary(self) -> dict[str, Any]:
@@ -300,7 +303,7 @@ class VideoFilms(LightningDataModule):
                 self.val_films.append(VideoFilm(title, words, held_spans))
 
 
-class _Films:
+class _Split:
     """One split of a `VideoFilms`; film number n is film n % len(films), its windows drawn by (seed, n)."""
 
     def __init__(self, data: VideoFilms, films: Sequence[VideoFilm], training: bool) -> None:

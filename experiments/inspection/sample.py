@@ -101,8 +101,8 @@ class Drawing:
             with precision.forward_context(), warnings.catch_warnings(record=True) as new:
                 warnings.simplefilter("always")
                 guess = module.flow.denoise(module.model, batch, SampleFilms.GUESS_FROM, step=step, seed=number)
-                drawn = self.euler.draw(
-                    module.model, module.flow, batch, seed=number, known=known, step=step, told=told
+                drawn = self.euler.generate(
+                    module.model, module.flow, batch, seed=number, known=known, step=step, on_step=told
                 )
             caught += new
             metrics.update(drawn.clips, batch)
@@ -116,7 +116,7 @@ class Drawing:
                             "shots": shots,
                             "given": min(self.given, shots),
                             "strip": str(write_picture(folder / f"film_{len(films):03d}.png", picture)),
-                            "taken": drawn.taken[i][item] if drawn.taken else None,
+                            "taken": drawn.context[i][item] if drawn.context else None,
                         }
                     )
         found = {name: float(value) for name, value in metrics.compute().items()} if len(metrics) else {}

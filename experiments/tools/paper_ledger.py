@@ -24,9 +24,9 @@ TOLERANCE = 0.02
 RULE = (
     f"The rule: a row agrees if |ours - theirs| / theirs is at most {TOLERANCE:.0%} by the plain definition. For a "
     "printed lower bound only a shortfall counts. Otherwise the readings are tried in the order listed. A reading is "
-    "admitted to a table's quantity if it fits at least half of the rows that it applies to, and a row agrees under the "
-    "first admitted reading that fits it. All other rows do not follow. The readings were found by searching for what "
-    "fits: they show how a figure may have been counted, not how it was."
+    "admitted to a table's quantity if it fits at least half of the rows that it applies to, and a row agrees under "
+    "the first admitted reading that fits it. All other rows do not follow. The readings were found by searching for "
+    "what fits: they show how a figure may have been counted, not how it was."
 )
 Quantity = Literal["sparsity", "FLOPs", "FLOPs by the printed formula", "dense ÷ sparse FLOPs", "PFLOPs", "tokens"]
 Verdict = Literal["agrees", "agrees under a reading", "does not follow"]
