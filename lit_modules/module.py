@@ -48,21 +48,9 @@ class KeepsFilms(Protocol):
 class LitVideoDiT(LightningModule):
     """Trains a `VideoDiT` by rectified flow.
 
-    A batch is a dict:
-
-    - "layout": the joint `Layout` of the stream, sizes in tokens;
-    - "clips": float32 in [-1, 1], one per shot in stream order, each (B, F, C, H, W) in pixels;
-    - "text": int64 (B, Nt) token ids in stream order;
-    - whatever the sample metrics need.
-
-    Attention receives the number of optimizer steps taken, which drives schedules, in training, validation and sampling
-    alike; its seed differs between batches and ranks.
-
-    It logs `train/loss` = `train/flow` + every `train/aux/<name>`, `train/grad_norm`, and the scheduled settings in
-    force (see `schedules`). In validation, with EMA weights, it logs `val/loss`: the flow loss at `VALIDATION_TIMES`
-    with noise that depends on the number of the validation batch alone, so that it compares between steps, methods and
-    seeds; `val/loss_t<time>` are its parts. Metrics are logged as `val/<name>` and `test/<name>`. A step that float16's
-    gradient scaler skips has no `train/grad_norm`.
+    A batch is a dict: "layout", the joint `Layout` of the stream, sizes in tokens; "clips", float32 in [-1, 1], one
+    per shot in stream order, each (B, F, C, H, W), of pixels or of a VAE's latents; "text", int64 (B, Nt) token ids
+    in stream order, or embeddings (B, Nt, text_dim); and whatever the sample metrics need.
 
     Args:
         model: Arguments of `VideoDiT`.

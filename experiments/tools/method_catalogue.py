@@ -105,7 +105,13 @@ def _section(name: str) -> str:
 
 def _kinds(name: str) -> str:
     kinds = Counter(
-        "term" if not isinstance(branch, Branch) else "softmax" if branch.k is None else "coarse softmax"
+        "term"
+        if not isinstance(branch, Branch)
+        else f"softmax over {len(branch.key_sets)} key sets"
+        if branch.segments
+        else "softmax"
+        if branch.k is None
+        else "coarse softmax"
         for branch in _branches(name)
     )
     return " + ".join(kind if count == 1 else f"{count} × {kind}" for kind, count in kinds.items())

@@ -5,24 +5,18 @@ Paper: SLA: Beyond Sparsity in Diffusion Transformers via Fine-Tunable Sparse-Li
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from sparse_zoo.attention import Attention, Branch, Call, Card, Knob, Limit, Term, is_count
-from sparse_zoo.blocks import chosen, joint, largest, members, pooled, same_film, stretches
+from sparse_zoo.blocks import joint, pooled, same_film, stretches
 from sparse_zoo.errors import refuse
-from sparse_zoo.gather import take
-from sparse_zoo.layout import Layout
+from sparse_zoo.linear import linear_attention
 from sparse_zoo.plan import Plan
 from sparse_zoo.registry import register
-from sparse_zoo.remember import remembered
-
-EPS = 1e-5
-"""Added to the sum of linear weights, as the authors' code does: 0 where there are none, gradients finite."""
+from sparse_zoo.selectors import chosen, largest
 
 
 @register("sla")
@@ -127,59 +121,13 @@ class SLA(Attention):
 
     def _linear(self, call: Call, marginal: Tensor) -> Term:
         """Proj(O_l), with marginal, bool (B, H, blocks, blocks)."""
-        batch, heads, _, dim = call.q.shape
-        share = heads // call.k.shape[1]
-        places = _places(call.layout, self.block_tokens)
-        q, k, v, pairs = (x.flatten(0, 1).unbind() for x in (call.q, call.k, call.v, marginal))
-        found = []
-        for i in range(batch * heads):
-            # One head at a time, recomputed in the backward pass: the sums are (blocks, D, D + 1) for each head.
-            given = (q[i], k[i // share], v[i // share], pairs[i], places)
-            found.append(checkpoint(_one_head, *given, use_reentrant=False, preserve_rng_state=False))
-        value = torch.stack(found).view(call.q.shape).to(self.proj.weight.dtype)
-        each = 2 * dim * (dim + 1) * (2 * places.tokens + marginal.shape[-1] ** 2) + 2 * dim**2 * places.tokens
-        return Term(self.proj(value).to(call.q.dtype), batch * heads * each)
+        value, flops = linear_attention(call, stretches(call.layout, self.block_tokens), marginal)
+        tokens = call.layout.video_tokens
+        projected = self.proj(value.to(self.proj.weight.dtype)).to(call.q.dtype)
+        return Term(projected, flops + 2 * call.q.shape[0] * call.q.shape[1] * call.q.shape[-1] ** 2 * tokens)
 
     def routing_flops(self, call: Call) -> int:
         """Pooling of q and k, and two passes of one product for each pair of blocks and head."""
         batch, heads, length, dim = call.q.shape
         count = stretches(call.layout, self.block_tokens).count
         return batch * dim * (2 * 2 * heads * count**2 + (heads + call.k.shape[1]) * length)
-
-
-@dataclass(frozen=True, eq=False)
-class _Places:
-    """Tokens in a table of blocks, and back.
-
-    `table`, int64 (blocks, size), is the token in each slot; `held`, bool, tells which slots hold one. `back`, int64
-    (L,), is the slot of each token that is one of the `tokens` video tokens.
-    """
-
-    table: Tensor
-    held: Tensor
-    back: Tensor
-    text: Tensor
-    tokens: int
-
-
-@remembered(32)
-def _places(layout: Layout, block_tokens: int) -> _Places:
-    table = members(stretches(layout, block_tokens))
-    held = table >= 0
-    back = torch.zeros_like(layout.sample)
-    back[table[held]] = held.flatten().nonzero()[:, 0]
-    return _Places(table.clamp(min=0), held, back, layout.is_text, int(held.sum()))
-
-
-def _one_head(q: Tensor, k: Tensor, v: Tensor, marginal: Tensor, places: _Places) -> Tensor:
-    """O_l of one batch item and head, float32 at least: q, k, v (L, D), marginal bool (blocks, blocks) -> (L, D)."""
-    with torch.autocast(q.device.type, enabled=False):
-        wide = torch.promote_types(q.dtype, torch.float32)
-        q, k, v = (take(x.to(wide), 0, places.table) for x in (q, k, v))  # (blocks, size, D)
-        k = k.softmax(-1) * places.held[..., None]
-        v = torch.nn.functional.pad(v, (0, 1), value=1.0)  # its last channel sums the weights
-        own = k.transpose(1, 2) @ v  # (blocks, D, D + 1)
-        sums = (marginal.to(wide) @ own.flatten(1)).view_as(own)
-        out = q.softmax(-1) @ sums
-        out = out[..., :-1] / (out[..., -1:] + EPS)
-        return take(out.flatten(0, 1), 0, places.back).masked_fill(places.text[:, None], 0)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from sparse_zoo.attention import Attention, Branch, Call, Card, Knob, Limit, Term, is_count
-from sparse_zoo.blocks import chosen, heaviest, joint, largest
+from sparse_zoo.blocks import joint
 from sparse_zoo.errors import refuse
 from sparse_zoo.kmeans import clusters
 from sparse_zoo.layout import Layout
@@ -22,6 +22,7 @@ from sparse_zoo.partition import Partition
 from sparse_zoo.plan import Part
 from sparse_zoo.registry import register
 from sparse_zoo.remember import remembered
+from sparse_zoo.selectors import chosen, heaviest, largest
 
 
 @register("svg2")

@@ -12,13 +12,14 @@ import torch
 from torch import Tensor
 
 from sparse_zoo.attention import Attention, Branch, Call, Card, Knob, Limit, Term, is_count
-from sparse_zoo.blocks import film_by_film, heaviest, joint, largest, products
+from sparse_zoo.blocks import film_by_film, joint, products
 from sparse_zoo.budgets import weights, within_budget
 from sparse_zoo.errors import ZooError, refuse, unknown
 from sparse_zoo.partition import Partition
 from sparse_zoo.plan import Plan
 from sparse_zoo.registry import register
 from sparse_zoo.remember import remembered
+from sparse_zoo.selectors import heaviest, largest
 
 SCOPES = ("query", "head", "global")
 WHOLE = 1 << 30
@@ -123,6 +124,7 @@ class VMoBA(Attention):
         self.tiles = ((temporal, WHOLE, WHOLE), (WHOLE, *tiles["spatial"]), tiles["spatiotemporal"])
         self.stop_at_shots = bool(stop_at_shots)
         self.pools_queries = scope != "query"
+        self.needs_all_heads = "with scope 'global' all heads share a budget" if scope == "global" else None
 
     def branches(self, call: Call) -> list[Branch | Term]:
         """One branch: the own block of each query and the pairs that its scope kept."""

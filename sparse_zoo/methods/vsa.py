@@ -11,10 +11,11 @@ from typing import Any, Literal
 from torch import Tensor, nn
 
 from sparse_zoo.attention import Attention, Branch, Call, Card, Knob, Limit, Term, is_count
-from sparse_zoo.blocks import chosen, joint, largest, pooled, same_film, whole_film
+from sparse_zoo.blocks import joint, pooled, same_film, whole_film
 from sparse_zoo.errors import refuse, unknown
 from sparse_zoo.plan import Plan
 from sparse_zoo.registry import register
+from sparse_zoo.selectors import chosen, largest
 
 GATES = ("both", "coarse", "none")
 

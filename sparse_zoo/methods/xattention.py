@@ -11,12 +11,13 @@ import torch
 from torch import Tensor
 
 from sparse_zoo.attention import Attention, Call, Card, Knob, Limit, is_count
-from sparse_zoo.blocks import SLICE, film_by_film, heaviest, joint, stretches
+from sparse_zoo.blocks import SLICE, film_by_film, joint, stretches
 from sparse_zoo.errors import refuse
 from sparse_zoo.layout import Layout
 from sparse_zoo.plan import Plan
 from sparse_zoo.registry import register
 from sparse_zoo.remember import remembered
+from sparse_zoo.selectors import heaviest
 
 
 @register("xattention")
