@@ -1,4 +1,4 @@
-"""Synthetic films that test memory across shots: what a subject looks like is shown once and never told."""
+"""Synthetic films that test memory across shots: the appearance of a subject is shown once and never captioned."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ TEXT = 4  # tokens of a caption: the subject's tag, its start cell, its end cell
 
 @dataclass(frozen=True)
 class Script:
-    """What happens in one film, by shot (n,): subject number, identity, tag, start and end cell, background, frames."""
+    """The events of one film, by shot (n,): subject number, identity, tag, start and end cell, background, frames."""
 
     name: str
     subject: np.ndarray[Any, np.dtype[np.int64]]
@@ -39,26 +39,25 @@ class Script:
 
 
 class ShotWorld(LightningDataModule):
-    """Films in which each subject is introduced by a shot of its own, and later returns.
+    """Films in which each subject is introduced by a shot of its own and returns later.
 
-    A subject's identity (shape, colour, texture) is drawn anew for every film and never captioned; a caption has four
-    tokens: the subject's tag (assigned anew per film), its start cell, its end cell, the background. To draw a return,
-    a model must find, by the tag, the shot that introduced the subject. In a shot the subject moves evenly from its
-    start to its end cell, in whole patches. Returns go through all subjects in random order before any comes again.
+    A subject's identity (shape, colour, texture) is sampled for every film and never captioned. A caption has four
+    tokens: the subject's tag (sampled for each film), its start cell, its end cell, the background. To generate a
+    return, a model must find, by the tag, the shot that introduced the subject. In a shot the subject moves evenly from
+    its start to its end cell, in whole patches. Returns show all subjects in random order before any is repeated.
 
-    Film n of training is a function of (seed, n), and every epoch draws new ones; validation and test have films of
-    their own, the same always. Films of one shape are stacked (B = `batch_size`); where `subjects` or
-    `frames_per_shot` is a range they differ in shape, and `batch_size` films are packed into one stream (B = 1).
+    Film n of training is a function of (seed, n), and every epoch has new films; validation and test have films of
+    their own, always the same. Films of one shape are stacked (B = `batch_size`). If `subjects` or `frames_per_shot` is
+    a range, films differ in shape, and `batch_size` films are packed into one stream (B = 1).
 
     A batch's "truth", in stream order: "subject" (a number within its film), "identity" and "background", int64 (B,
-    shots); "position", int64 (B, frames, 2), the subject's top left pixel in each frame. It is what the sample metrics
-    need.
+    shots); "position", int64 (B, frames, 2), the subject's top left pixel in each frame. The sample metrics need it.
 
     Args:
         **settings: Fields of `ShotWorldSettings`.
 
     Raises:
-        ZooError: for settings out of range, all at once.
+        ZooError: For settings out of range, all at once.
     """
 
     channels = 3
@@ -90,25 +89,30 @@ class ShotWorld(LightningDataModule):
 
     @property
     def stacked(self) -> bool:
-        """Whether all films have one shape, and so are stacked and not packed."""
+        """Whether all films have one shape, so that they are stacked and not packed."""
         return self.subjects[0] == self.subjects[1] and len(self.lengths) == 1
 
     def train_dataloader(self) -> ResumableLoader:
-        films = _Films(self, "train", self.films_per_epoch)
+        """Shuffled training films, new ones in every epoch."""
+        films = _Split(self, "train", self.films_per_epoch)
         return train_loader(films, self.batch_size, self.seed, self.num_workers, self.trainer)
 
     def val_dataloader(self) -> DataLoader[Batch]:
-        return val_loader(_Films(self, "validation", self.val_films), self.batch_size, self.num_workers)
+        """The validation films, always the same."""
+        return val_loader(_Split(self, "validation", self.val_films), self.batch_size, self.num_workers)
 
     def test_dataloader(self) -> DataLoader[Batch]:
-        return val_loader(_Films(self, "test", self.test_films), self.batch_size, self.num_workers)
+        """The test films, always the same."""
+        return val_loader(_Split(self, "test", self.test_films), self.batch_size, self.num_workers)
 
     def sample_metrics(self) -> dict[str, Metric]:
+        """Metrics of the last shot, generated with the earlier ones given."""
         cell = torch.arange(self.cells[0] * self.cells[1])
         places = torch.stack([cell // self.cells[1], cell % self.cells[1]], dim=-1) * self.patch[1]
         return {"identity": IdentityRecall(self.identities), "quality": ShotQuality(self.identities, places)}
 
     def whole_metrics(self) -> dict[str, Metric]:
+        """Metrics of films of which every shot is generated."""
         return {"whole": IdentityRecall(self.identities, whole=True)}
 
     def summary(self) -> dict[str, Any]:
@@ -124,7 +128,7 @@ class ShotWorld(LightningDataModule):
         return counts | {"identities": len(self.identities), "vocabulary": self.vocabulary, "skipped": []}
 
     def script(self, split: str, number: int) -> Script:
-        """What happens in film `number` of "train", "validation" or "test"."""
+        """The script of film `number` of "train", "validation" or "test"."""
         draw = np.random.default_rng([self.seed, SPLITS.index(split), number])
         count = int(draw.integers(self.subjects[0], self.subjects[1] + 1))
         returns = count if self.returns is None else self.returns
@@ -143,7 +147,7 @@ class ShotWorld(LightningDataModule):
         )
 
     def batch(self, split: str, numbers: Sequence[int]) -> Batch:
-        """These films of "train", "validation" or "test", stacked or packed, as the class says."""
+        """These films of "train", "validation" or "test", stacked or packed as the class describes."""
         scripts = [self.script(split, number) for number in numbers]
         rows = len(scripts) if self.stacked else 1
         frames = np.concatenate([script.frames for script in scripts])
@@ -187,7 +191,7 @@ class ShotWorld(LightningDataModule):
         return (first + (last - first) * way).round().long() * self.patch[1]
 
 
-class _Films:
+class _Split:
     """One split of a `ShotWorld`."""
 
     def __init__(self, world: ShotWorld, split: str, length: int) -> None:

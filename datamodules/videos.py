@@ -50,16 +50,16 @@ class VideoFilm:
 
 
 class VideoFilms(LightningDataModule):
-    """Films of real shots, from video files that PyAV can decode, cut where PySceneDetect sees a cut.
+    """Films of real shots, from video files that PyAV can decode, cut where PySceneDetect detects a cut.
 
-    A video gives films of `shots_per_film` consecutive shots, so a clip without a cut is a film of one shot. A shot
-    lends the film at most `frames_per_shot` frames: in training a window at a place drawn anew each time, in
-    validation its first frames. Every shot's last `val_fraction` of frames is for validation, in whole temporal
-    patches, and no frame is in both splits; a shot too short to serve both is for training alone; a shot shorter
-    than one temporal patch is dropped, and counted in `summary()`.
+    A video gives films of `shots_per_film` consecutive shots, so that a clip without a cut is a film of one shot. A
+    shot gives the film at most `frames_per_shot` frames: in training a window at a random place, in validation its
+    first frames. The last `val_fraction` of every shot's frames are for validation, in whole temporal patches, and no
+    frame is in both splits. A shot too short to serve both is for training alone. A shot shorter than one temporal
+    patch is dropped, and counted in `summary()`.
 
     A batch is `films_per_batch` films packed into one stream (B = 1). An epoch is `films_per_epoch` films (by default
-    each film once; the last batch may be smaller), in an order that follows from `seed` and the epoch.
+    each film once; the last batch may be smaller), in an order that is a function of `seed` and the epoch.
 
     Captions are a JSON file, {"a/file.mp4": {"caption": "of the whole", "shots": ["of each shot found", ...]}}, by
     name inside `folder`; a video without an entry has no text. `datamodules.text` says how words become ids.
@@ -69,7 +69,7 @@ class VideoFilms(LightningDataModule):
         **settings: Further fields of `VideoFilmsSettings`.
 
     Raises:
-        ZooError: for settings out of range (all at once), nothing to decode, bad captions or videos.
+        ZooError: For settings out of range (all at once), nothing to decode, bad captions or videos.
     """
 
     channels = 3
@@ -103,6 +103,7 @@ class VideoFilms(LightningDataModule):
         self.val_films: list[VideoFilm] = []
 
     def prepare_data(self) -> None:
+        """Decode into the cache, if there is one."""
         # Lightning calls this in one process only: with a cache, the others find the files decoded.
         if self.cache is not None:
             self.setup()
@@ -161,14 +162,16 @@ class VideoFilms(LightningDataModule):
         self.videos = videos
 
     def train_dataloader(self) -> ResumableLoader:
-        films = _Films(self, self.train_films, training=True)
+        """Shuffled training films."""
+        films = _Split(self, self.train_films, training=True)
         return train_loader(films, self.films_per_batch, self.seed, self.num_workers, self.trainer)
 
     def val_dataloader(self) -> DataLoader[Batch]:
-        return val_loader(_Films(self, self.val_films, training=False), self.films_per_batch, self.num_workers)
+        """The validation films, always in the same order."""
+        return val_loader(_Split(self, self.val_films, training=False), self.films_per_batch, self.num_workers)
 
     def sample_metrics(self) -> dict[str, Metric]:
-        """None: of real film no truth is known."""
+        """No metrics: the truth of real films is not known."""
         return {}
 
     def summary(self) -> dict[str, Any]:
@@ -234,7 +237,7 @@ class VideoFilms(LightningDataModule):
                 self.val_films.append(VideoFilm(title, words, held_spans))
 
 
-class _Films:
+class _Split:
     """One split of a `VideoFilms`; film number n is film n % len(films), its windows drawn by (seed, n)."""
 
     def __init__(self, data: VideoFilms, films: Sequence[VideoFilm], training: bool) -> None:

@@ -1,4 +1,4 @@
-"""Callbacks: averaged weights, what attention cost, how long a step took, films drawn at validation."""
+"""Callbacks: averaged weights, cost of attention, step time, films generated in validation."""
 
 from __future__ import annotations
 
@@ -29,8 +29,11 @@ if TYPE_CHECKING:
 
 
 class _Average(AveragedModel):
-    """A copy of a model that follows its weights. It counts its updates on the CPU, where asking for the number does
-    not make the host wait for the GPU, as torch's own counter does in every step."""
+    """A copy of a model that follows its weights.
+
+    It counts its updates on the CPU, where reading the number does not make the host wait for the GPU, as torch's own
+    counter does in every step.
+    """
 
     def __init__(self, model: nn.Module, decay: float, device: torch.device) -> None:
         super().__init__(model)
@@ -39,6 +42,7 @@ class _Average(AveragedModel):
 
     @override
     def update_parameters(self, model: nn.Module) -> None:
+        """Move the averaged weights towards those of `model`."""
         n = int(self.n_averaged)
         with torch.no_grad():
             means: list[Tensor] = list(self.module.parameters())
@@ -51,7 +55,7 @@ class _Average(AveragedModel):
 
 
 class EMA(WeightAveraging):
-    """Exponential moving average of the weights: validation, test and the `state_dict` of checkpoints use it.
+    """Exponential moving average of the weights, used by validation, test and the `state_dict` of checkpoints.
 
     The decay of update n is min(decay, (1 + n) / (10 + n)), so that a short run is not judged by its first weights.
     """
@@ -77,11 +81,11 @@ class EMA(WeightAveraging):
 
 
 class AttentionCost(Callback):
-    """Counts what attention costs from the plans that ran, at the first training batch and every `every` batches.
+    """Counts the cost of attention from the plans that ran, at the first training batch and every `every` batches.
 
-    Logs `attention/density`, `attention/flops` (forward, routing apart, of one batch over all layers) and
-    `attention/density/layer_<i>`. `results` are those of the last counted batch, for pictures; after a resumption those
-    of the first batch, until one is counted.
+    Logs `attention/density`, `attention/flops` (forward, without routing, of one batch over all layers) and
+    `attention/density/layer_<i>`. `results` are those of the last counted batch, for pictures; after a resume they are
+    those of the first batch, until one is counted.
     """
 
     def __init__(self, every: int = 50) -> None:
@@ -119,7 +123,7 @@ class AttentionCost(Callback):
         self._counted = state_dict["counted"]
 
     def summary(self) -> dict[str, Any]:
-        """Means over the counted batches, JSON-able: per batch over all layers, and `layers`, the density of each.
+        """Means over the counted batches, ready for JSON: per batch over all layers, and `layers`, the density of each.
 
         Empty before the first training batch.
         """
@@ -146,11 +150,10 @@ def _sum(costs: Sequence[zoo.Cost]) -> zoo.Cost:
 
 
 class StepTimer(Callback):
-    """Seconds of each training batch, from its start to its end, loading of data and validation not included.
+    """Measures seconds per training batch, from its start to its end, without loading of data and validation.
 
-    On a GPU these are its own: the host does not wait for the end of a batch.
-
-    The first `skip` batches, which compile and allocate, are left out, after each resumption anew.
+    On a GPU these are the GPU's seconds: the host does not wait for the end of a batch. The first `skip` batches, which
+    compile and allocate, are not counted, also after each resume.
     """
 
     def __init__(self, skip: int = 2) -> None:
@@ -183,7 +186,7 @@ class StepTimer(Callback):
         self._read(wait=False)
 
     def _read(self, *, wait: bool) -> None:
-        """Take down the batches that the GPU has ended, or `wait` for all of them."""
+        """Record the batches that the GPU has finished; with `wait`, wait for all of them."""
         while self._running and (wait or self._running[0][1].query()):
             start, end = self._running.pop(0)
             end.synchronize()
@@ -205,7 +208,7 @@ class StepTimer(Callback):
         return max(self._peak_before, self._memory.read())
 
     def summary(self) -> dict[str, Any]:
-        """Median seconds (None with no more than `skip` batches), how many were timed, peak memory and its meaning."""
+        """Median seconds (None with at most `skip` batches), number of timed batches, peak memory and its meaning."""
         timed = self._timed()
         return {
             "seconds_per_step": statistics.median(timed) if timed else None,
@@ -216,7 +219,7 @@ class StepTimer(Callback):
 
 
 def _now(device: torch.device) -> float | torch.cuda.Event:
-    """The time; on a GPU an event, which passes when the work before it has ended and makes nobody wait."""
+    """The current time; on a GPU an event, which completes when earlier work has finished and never blocks the host."""
     if device.type != "cuda":
         return time.perf_counter()
     event = torch.cuda.Event(enable_timing=True)
@@ -225,12 +228,13 @@ def _now(device: torch.device) -> float | torch.cuda.Event:
 
 
 def synchronize(device: torch.device) -> None:
+    """Wait until the device has finished; does nothing on the CPU."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
 
 class _PeakMemory:
-    """Peak memory since this was made, or, where the system cannot reset its peak, since the process began."""
+    """Peak memory since construction, or since the process began where the system cannot reset its peak."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
@@ -246,6 +250,7 @@ class _PeakMemory:
             self.meaning = "resident memory of the process since it began"
 
     def read(self) -> int:
+        """Bytes."""
         if self.device.type == "cuda":
             return torch.cuda.max_memory_allocated(self.device)
         if self.meaning.endswith("this run"):
@@ -256,10 +261,10 @@ class _PeakMemory:
 
 
 class SampleFilms(Callback):
-    """Draws the films of the first validation batch, every `every` validations, as PNG strips in `folder`.
+    """Generates the films of the first validation batch, every `every` validations, as PNG strips in `folder`.
 
-    A strip shows a film's shots from left to right with gaps at the cuts, at most four frames of a shot, in three
-    rows: the real film; the model's guess of it in one step from noise of time `GUESS_FROM`, which shows early in
+    A strip shows a film's shots from left to right with gaps at the cuts, at most four frames of a shot, in three rows:
+    the real film; the model's prediction of it in one step from noise of time `GUESS_FROM`, which shows early in
     training what was learnt; the film generated from its captions alone, as `Euler` does. Weights are the averaged
     ones. `on_image` is called with each path, to hand it to a logger. `decode` makes pixels of the
     clips of a model of latents. `sampling`: fields of `Sampling`.
@@ -329,7 +334,7 @@ class SampleFilms(Callback):
 
 
 def write_picture(path: Path, picture: Tensor) -> Path:
-    """Write uint8 (H, W, 3) as PNG, its folder too, and return the path."""
+    """Write uint8 (H, W, 3) as PNG, create its folder, and return the path."""
     path.parent.mkdir(parents=True, exist_ok=True)
     from matplotlib import image  # here: only pictures need it
 

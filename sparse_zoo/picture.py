@@ -19,7 +19,7 @@ RULER = 8
 def coverage(plan: Plan, bins: int, *, batch: int = 0, head: int = 0) -> Tensor:
     """The share of pairs that are attended, per bin of queries × bin of keys: float32 (bins, bins) in [0, 1].
 
-    Bin of token i of L: i · bins // L. From the plan's pieces and edges alone, without any L × L mask.
+    The bin of token i of L is i · bins // L. Computed from the plan's pieces and edges, without an L × L mask.
     """
     lq, lk = plan.shape
     refuse("coverage", [f"bins must be 1 … {min(lq, lk)} for this plan, got {bins}"] * (not 1 <= bins <= min(lq, lk)))
@@ -29,11 +29,20 @@ def coverage(plan: Plan, bins: int, *, batch: int = 0, head: int = 0) -> Tensor:
 
 
 def picture(plan: Plan, layout: Layout, *, batch: int = 0, head: int = 0, pixels: int = 256) -> Tensor:
-    """uint8 (pixels + 8, pixels + 8, 3) RGB on the CPU: queries from top to bottom, keys from left to right.
+    """Draw a plan, queries from top to bottom, keys from left to right.
 
-    The darker, the larger the share of attended pairs. Lines mark where shots (orange) and films (red) begin; the
-    rulers above and on the left are orange over text and grey over video, changing shade from shot to shot. `batch`
-    and `head` choose one where the plan tells them apart.
+    Darker means a larger share of attended pairs. Lines mark where shots (orange) and films (red) begin. The rulers
+    above and on the left are orange over text and grey over video, and change shade from shot to shot.
+
+    Args:
+        plan: The plan.
+        layout: Its stream.
+        batch: The batch item, where the plan differs between them.
+        head: The head, where the plan differs between them.
+        pixels: Width and height of the picture without rulers.
+
+    Returns:
+        uint8 (pixels + 8, pixels + 8, 3) RGB on the CPU.
     """
     length = len(layout)
     refuse(
@@ -69,7 +78,7 @@ def _bin_of(length: int, bins: int) -> Tensor:
 
 
 def _first_pixels(labels: Tensor, pixels: int) -> Tensor:
-    """bool (pixels,): whether a new label begins at this pixel, the very first apart."""
+    """Whether a new label begins at a pixel, the first pixel excepted: bool (pixels,)."""
     token = torch.arange(pixels + 1) * len(labels) // pixels
     changes = torch.cat([torch.zeros(1), (labels.diff() != 0).float()]).cumsum(0)  # how many changes up to each token
     last = changes[torch.maximum(token[:-1], token[1:] - 1)]
@@ -94,7 +103,7 @@ def _pairs(part: Part, bins: int, batch: int, head: int) -> Tensor:
 
 
 def _counts(pieces: Partition, bins: int, batch: int, head: int) -> Tensor:
-    """How many tokens of each piece lie in each bin: sparse float64 (bins, pieces), coalesced."""
+    """The number of tokens of each piece in each bin: sparse float64 (bins, pieces), coalesced."""
     piece = _one(pieces.piece_of, batch, head)
     held = piece >= 0
     index = torch.stack([_bin_of(pieces.length, bins)[held], piece[held]])
@@ -103,5 +112,5 @@ def _counts(pieces: Partition, bins: int, batch: int, head: int) -> Tensor:
 
 
 def _one(x: Tensor, batch: int, head: int) -> Tensor:
-    """What belongs to one batch item and head of a tensor (B|1, H|1, ...), on the CPU."""
+    """The part of a tensor (B|1, H|1, ...) that belongs to one batch item and head, on the CPU."""
     return x[batch if x.shape[0] > 1 else 0, head if x.shape[1] > 1 else 0].cpu()

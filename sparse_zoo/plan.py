@@ -1,6 +1,6 @@
 """A plan: who attends to whom, as a set of full rectangles (query tokens × key tokens), each pair at most once.
 
-A plan is kept as parts; a part is pieces of the queries × pieces of the keys × the edges between them.
+A plan is stored as parts. A part is pieces of the queries × pieces of the keys × the edges between them.
 """
 
 from __future__ import annotations
@@ -69,15 +69,17 @@ class Part(Cached):
 
     @property
     def device(self) -> torch.device:
+        """The device of the edges."""
         return self.edges.device
 
     @property
     def by_table(self) -> bool:
+        """Whether the edges are a bool table, not indices."""
         return self.edges.dtype == torch.bool
 
     @lazy
     def batch_heads(self) -> tuple[int, int]:
-        """The (B|1, H|1) that this part tells apart."""
+        """The (B|1, H|1) in which this part differs."""
         held = [self.edges, self.queries.offsets, self.keys.offsets]
         held += [order for order in (self.queries.order, self.keys.order) if order is not None]
         batch, heads = torch.broadcast_shapes(*(x.shape[:2] for x in held))
@@ -93,14 +95,14 @@ class Part(Cached):
 
     @lazy
     def grouping(self) -> bool:
-        """Whether each piece of several queries attends to the key piece of its own number, as groups do."""
+        """Whether each piece of several queries attends to the key piece of the same number, as in groups."""
         if self.by_table or self.queries.is_singles or self.edges.shape[2:] != (self.keys.count, 1):
             return False
         order = torch.arange(self.keys.count, device=self.edges.device)
         return bool((self.edges[..., 0] == order).all())
 
     def pairs(self) -> Tensor:
-        """Number of (query, key) pairs: int64 (B|1, H|1), without any L × L."""
+        """Number of query-key pairs: int64 (B|1, H|1), without an L × L mask."""
         queries, keys = self.queries.sizes, self.keys.sizes
         if self.by_table:
             # float64 counts exactly up to 2^53, which no film reaches; a whole table would take eight times its bytes.
@@ -125,7 +127,7 @@ class Part(Cached):
     def at(self, queries: Tensor, keys: Tensor) -> Tensor:
         """Whether there is an edge between pieces: ints (B|1, H|1, n, 1) and (B|1, H|1, n|1, m) -> bool (B, H, n, m).
 
-        -1 on either side has none.
+        -1 on either side has no edge.
         """
         batch, heads = torch.broadcast_shapes(queries.shape[:2], keys.shape[:2], self.edges.shape[:2])
         flat = (queries.clamp(min=0) * self.keys.count + keys.clamp(min=0)).expand(batch, heads, -1, -1)
@@ -133,7 +135,7 @@ class Part(Cached):
         return found & (queries >= 0) & (keys >= 0)
 
     def minus(self, other: Part) -> Part:
-        """The pairs of this part that `other` does not hold, exactly: pieces are cut at other's bounds if they meet."""
+        """The pairs of this part that `other` does not hold, exactly: overlapping pieces are cut at other's bounds."""
         queries, keys = refine(self.queries, other.queries), refine(self.keys, other.keys)
         if not (queries.meets and keys.meets):
             return self
@@ -213,8 +215,11 @@ class Plan(Cached):
     ) -> Plan:
         """Queries attend to the keys of the same label.
 
-        Labels: int (L,) or (B|1, H|1, L), 0 … count - 1, -1 for none; `count` is found when not given. Labels do not
-        tell samples apart by themselves: a label that two films share joins them. `routed`: see `Part`.
+        Args:
+            q_labels: int (L,) or (B|1, H|1, L), 0 … count - 1, -1 for none. A label that two films share joins them.
+            k_labels: The same for keys; None for `q_labels`.
+            count: Number of labels; None to derive it.
+            routed: See `Part`.
         """
         k_labels = q_labels if k_labels is None else k_labels
         if count is None:
@@ -225,19 +230,28 @@ class Plan(Cached):
 
     @staticmethod
     def routed(chunks: Partition, chosen: Tensor) -> Plan:
-        """Each query token attends to the chunks it chose.
+        """Each query token attends to the chunks that it chose.
 
-        `chosen`: int (B|1, H|1, Lq, k), -1 for none, without repeats; or bool (B|1, H|1, Lq, chunks).
+        Args:
+            chunks: Pieces of the keys.
+            chosen: int (B|1, H|1, Lq, k), -1 for none, without repeats; or bool (B|1, H|1, Lq, chunks).
         """
         return Plan(Part(Partition.singles(chosen.shape[2], chosen.device), chunks, chosen, routed=True))
 
     @staticmethod
     def blocks(query_pieces: Partition, key_pieces: Partition, wanted: Tensor, *, routed: bool = False) -> Plan:
-        """Query pieces attend to key pieces where `wanted`: bool (Q, K) or (B|1, H|1, Q, K). `routed`: see `Part`."""
+        """Query pieces attend to key pieces where `wanted` is True.
+
+        Args:
+            query_pieces: Pieces of the queries.
+            key_pieces: Pieces of the keys.
+            wanted: bool (Q, K) or (B|1, H|1, Q, K).
+            routed: See `Part`.
+        """
         return Plan(Part(query_pieces, key_pieces, wanted[None, None] if wanted.dim() == 2 else wanted, routed))
 
     def __or__(self, other: Plan) -> Plan:
-        """Exact union: all of this plan, then what `other` adds."""
+        """The exact union: all pairs of this plan, then those that `other` adds."""
         added = []
         for part in other.parts:
             for held in self.parts:
@@ -273,21 +287,22 @@ class Plan(Cached):
 
     @property
     def device(self) -> torch.device:
+        """The device of the parts."""
         return self.parts[0].device
 
     @property
     def shape(self) -> tuple[int, int]:
-        """(Lq, Lk)"""
+        """The numbers of queries and keys, (Lq, Lk)."""
         return self.parts[0].queries.length, self.parts[0].keys.length
 
     @lazy
     def batch_heads(self) -> tuple[int, int]:
-        """The (B|1, H|1) that this plan tells apart."""
+        """The (B|1, H|1) in which this plan differs."""
         batch, heads = torch.broadcast_shapes(*(part.batch_heads for part in self.parts))
         return batch, heads
 
     def dense_mask(self) -> Tensor:
-        """bool (B|1, H|1, Lq, Lk): for small streams, the oracle and pictures."""
+        """The dense mask, bool (B|1, H|1, Lq, Lk): for small streams, the oracle and pictures."""
         batch, heads = self.batch_heads
         mask = torch.zeros(batch, heads, *self.shape, dtype=torch.bool, device=self.parts[0].edges.device)
         for part in self.parts:
@@ -303,9 +318,9 @@ class Plan(Cached):
     def cost(
         self, head_dim: int, *, layout: Layout | None = None, batch: int | None = None, heads: int | None = None
     ) -> Cost:
-        """Exact counts for `batch` items and `heads` heads, by default those that the plan tells apart.
+        """Exact counts for `batch` items and `heads` heads, by default those in which the plan differs.
 
-        Without a layout (given, or known to the pieces) dense attention is taken to be all queries × all keys.
+        Without a layout (given, or known to the pieces) dense attention is counted as all queries × all keys.
         """
         known = [p.layout for part in self.parts for p in (part.queries, part.keys) if p.layout is not None]
         layout = layout or (known[0] if known else None)
@@ -328,7 +343,14 @@ class Plan(Cached):
         return Plan(*(part.keep(where) for part in self.parts))
 
     def validate(self) -> Plan:
-        """Raise `ZooError` unless every index is in range and no pair is held twice. Makes no L × L."""
+        """Check that every index is in range and no pair is held twice, without an L × L mask.
+
+        Returns:
+            This plan.
+
+        Raises:
+            ZooError: If a check fails.
+        """
         reasons = []
         for i, part in enumerate(self.parts):
             if not part.by_table:

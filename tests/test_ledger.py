@@ -380,5 +380,5 @@ def test_the_rule() -> None:
     lucky = judge(figure(100), 50, [(few, 100.0)], "needs more")
     assert (lucky.verdict, lucky.ours) == ("does not follow", 50)
     assert "needs more" in lucky.why
-    assert "fits only 1 of 4 rows" in lucky.why
+    assert "fits this row, but only 1 of 4 rows" in lucky.why
     assert "nearest reading, 'most'" in judge(figure(100), 50, [(most, 90.0), (other, 10.0)]).why

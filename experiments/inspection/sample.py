@@ -107,8 +107,8 @@ class Drawing:
             with precision.forward_context(), warnings.catch_warnings(record=True) as new:
                 warnings.simplefilter("always")
                 guess = module.flow.denoise(module.model, batch, SampleFilms.GUESS_FROM, step=step, seed=number)
-                drawn = self.euler.draw(
-                    module.model, module.flow, batch, seed=number, known=known, step=step, told=told
+                drawn = self.euler.generate(
+                    module.model, module.flow, batch, seed=number, known=known, step=step, on_step=told
                 )
             caught += new
             metrics.update(drawn.clips, batch)

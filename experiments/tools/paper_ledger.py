@@ -1,6 +1,6 @@
-"""What two papers print of sparsity and FLOPs, beside the same figures from plans of the papers' sizes.
+"""Figures of sparsity and FLOPs that two papers print, beside the same figures from plans of the papers' sizes.
 
-`python -m experiments.tools.paper_ledger` writes docs/ledger.md.
+Run `python -m experiments.tools.paper_ledger > docs/ledger.md` to write the page.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ from sparse_zoo.simulate import shape_only
 
 TOLERANCE = 0.02
 RULE = (
-    f"The rule: a row agrees where |ours - theirs| / theirs, of the printed figure, is at most {TOLERANCE:.0%} by the "
-    "plain definition (of a printed lower bound, only what lacks counts). Failing that, the readings are tried in the "
-    "order listed: one is admitted to a table's quantity if it fits at least half of the rows that it bears on, and a "
-    "row agrees under the first admitted reading that fits it. All else does not follow. The readings were found by "
-    "looking for what fits: they show how a figure may have been counted, not how it was."
+    f"The rule: a row agrees if |ours - theirs| / theirs is at most {TOLERANCE:.0%} by the plain definition. For a "
+    "printed lower bound only a shortfall counts. Otherwise the readings are tried in the order listed. A reading is "
+    "admitted to a table's quantity if it fits at least half of the rows that it applies to, and a row agrees under "
+    "the first admitted reading that fits it. All other rows do not follow. The readings were found by searching for "
+    "what fits: they show how a figure may have been counted, not how it was."
 )
 Quantity = Literal["sparsity", "FLOPs", "FLOPs by the printed formula", "dense ÷ sparse FLOPs", "PFLOPs", "tokens"]
 Verdict = Literal["agrees", "agrees under a reading", "does not follow"]
@@ -52,7 +52,7 @@ class Case:
 
 @dataclass(frozen=True)
 class Figure:
-    """A printed figure and the case that it is of. Sparsity is a share; `at_least`: printed as a lower bound."""
+    """A printed figure and its case. Sparsity is a share; `at_least`: printed as a lower bound."""
 
     table: str
     row: str
@@ -62,7 +62,7 @@ class Figure:
     at_least: bool = False
 
     def off(self, value: float) -> float:
-        """How far a value is from the printed one, relative to it."""
+        """The distance of a value from the printed one, relative to the printed one."""
         lacks = self.theirs - value if self.at_least else abs(value - self.theirs)
         return max(lacks, 0.0) / self.theirs if self.theirs else (0.0 if value == 0 else math.inf)
 
@@ -257,10 +257,10 @@ MOC = Paper(
         "Single-shot: 7 latent frames of 30 × 30, 6,300 tokens (about 6.3k). Wan: 21 frames of 30 × 52 = 1,560.",
         "Text is not in the count (its length is not printed).",
         "Final multi-shot setting: chunk 1280, k 5, anchors text and own shot, causal. Single-shot: anchors text and "
-        "own chunk, not causal; Wan's k is not printed and taken to be its 3.",
-        "Chunks of a number of tokens are cut along the stream. Which are chosen is drawn at random, one that is "
-        "shorter than the others last of all.",
-        "FLOPs are of one head of dimension 128 in one layer, pooling and scoring included.",
+        "own chunk, not causal; Wan's k is not printed, and we assume the same 3.",
+        "Chunks of a number of tokens are cut along the stream. The chosen chunks are random; one that is shorter than "
+        "the others is chosen last.",
+        "FLOPs are of one head of dimension 128 in one layer, with pooling and scoring.",
     ),
     MOC_FIGURES,
     (
@@ -377,7 +377,7 @@ PAPERS: Mapping[str, Paper] = {paper.name: paper for paper in (MOC, MOGA)}
 
 @dataclass(frozen=True)
 class Fit:
-    """How many rows of a table's quantity a reading fits, of those that it speaks of."""
+    """The number of rows of a table's quantity that a reading fits, of those that it applies to."""
 
     reading: str
     table: str
@@ -396,7 +396,7 @@ class Fit:
 
 @dataclass(frozen=True)
 class Row:
-    """A printed figure judged. `ours` is by the reading where one decides, else plain."""
+    """A printed figure and its verdict. `ours` is by the reading if one decides, else plain."""
 
     figure: Figure
     ours: float
@@ -427,7 +427,8 @@ class Row:
 def judge(figure: Figure, value: float, readings: list[tuple[Fit, float]], remark: str = "") -> Row:
     """The rule: by the plain value, else by the first admitted reading that fits, else not.
 
-    `readings`: those that speak of the figure, in order, with their values; `remark` is for figures that do not follow.
+    `readings` are those that apply to the figure, in order, with their values. `remark` is added to the reason if the
+    figure does not follow.
     """
     by_plain = f"plain: {shown(figure, value)}, off by {_percent(figure.off(value))}"
     if figure.fits(value):
@@ -439,7 +440,7 @@ def judge(figure: Figure, value: float, readings: list[tuple[Fit, float]], remar
     why = "; ".join(filter(None, (by_plain, remark)))
     lucky = [fit for fit, other in readings if figure.fits(other)]
     if lucky:
-        why += f"; reading {lucky[0].reading!r} would fit, but fits only {lucky[0].count}"
+        why += f"; reading {lucky[0].reading!r} fits this row, but only {lucky[0].count}"
     elif readings:
         fit, other = min(readings, key=lambda pair: figure.off(pair[1]))
         why += f"; nearest reading, {fit.reading!r}: {shown(figure, other)}"
@@ -447,26 +448,26 @@ def judge(figure: Figure, value: float, readings: list[tuple[Fit, float]], remar
 
 
 def needed(figure: Figure) -> str:
-    """What the printed figure would take, beside what the plan holds."""
+    """The density or keys per query that the printed figure needs, beside those of the plan."""
     found, theirs = count(figure.case), figure.theirs
     if figure.quantity == "tokens":
         return ""
     if figure.quantity == "PFLOPs":
         rest, dense = model_pflops(found.tokens, 0.0), model_pflops(found.tokens, 1.0)
         if theirs < rest:
-            return f"printed is less than the {rest:.2g} of all but attention"
-        return f"printed takes a density of {(theirs - rest) / (dense - rest):.1%}, the plan has {found.density:.1%}"
+            return f"printed is below the {rest:.2g} of everything except attention"
+        return f"printed needs a density of {(theirs - rest) / (dense - rest):.1%}, the plan has {found.density:.1%}"
     if figure.quantity in ("FLOPs", "FLOPs by the printed formula"):
         keys = theirs / (4 * HEAD_DIM * found.tokens)
-        return f"printed takes {keys:,.0f} keys a query, the plan has {found.pairs / found.tokens:,.0f}"
+        return f"printed needs {keys:,.0f} keys a query, the plan has {found.pairs / found.tokens:,.0f}"
     if figure.quantity == "sparsity":
-        return f"printed takes a density of {1 - theirs:.2%}, the plan has {found.density:.2%}"
-    return f"printed takes a density of {1 / theirs:.2%}, the plan has {found.density:.2%}"
+        return f"printed needs a density of {1 - theirs:.2%}, the plan has {found.density:.2%}"
+    return f"printed needs a density of {1 / theirs:.2%}, the plan has {found.density:.2%}"
 
 
 @dataclass(frozen=True)
 class Ledger:
-    """A paper's figures, judged, and how each reading fared."""
+    """A paper's figures with verdicts, and how many rows each reading fits."""
 
     paper: Paper
     rows: tuple[Row, ...]
@@ -474,7 +475,7 @@ class Ledger:
 
     @staticmethod
     def of(name: str, told: Callable[[str], None] = lambda _: None) -> Ledger:
-        """Recompute a paper; `told` hears of each figure."""
+        """Recompute a paper; `told` is called with the name of each figure."""
         paper = PAPERS[name]
         values: dict[Figure, list[float | None]] = {}
         for figure in paper.figures:
@@ -522,12 +523,12 @@ class Ledger:
         }
 
     def notes(self) -> list[str]:
-        """What was assumed, and the readings."""
+        """The assumptions and the readings."""
         readings = "; ".join(f"{reading.name!r}: {reading.about}" for reading in self.paper.readings)
         return [*self.paper.assumptions, f"Readings: {readings}."]
 
     def show(self, console: Console) -> None:
-        """For a terminal of 120 columns."""
+        """Print the tables to a terminal of 120 columns."""
         console.print(f"[bold]{self.paper.title}[/bold]")
         for line in self.notes():
             console.print(f"[dim]- {line}[/dim]")
@@ -554,7 +555,7 @@ class Ledger:
         console.print(f"[bold]{self.summary()}[/bold]")
 
     def markdown(self) -> str:
-        """For the page."""
+        """The paper's section of docs/ledger.md."""
         lines = [f"## {self.paper.title}", "", f"`zoo cost --paper {self.paper.name}`: {self.summary()}.", ""]
         lines += [f"- {line}" for line in self.notes()]
         lines += ["", "| table | row | quantity | theirs | ours | verdict | why |", "|---|---|---|---|---|---|---|"]
@@ -590,15 +591,21 @@ def _percent(share: float) -> str:
 
 
 def page(ledgers: list[Ledger]) -> str:
-    """docs/ledger.md."""
+    """The text of docs/ledger.md."""
     return "\n".join([INTRODUCTION, RULE, "", *(ledger.markdown() for ledger in ledgers)])
 
 
 INTRODUCTION = """# The papers' figures, recomputed
 
-Every figure of sparsity or FLOPs that the two papers print, beside ours: each is counted from a plan that the method
-itself built at the paper's size, on random queries and keys.
-Written by `python -m experiments.tools.paper_ledger > docs/ledger.md`.
+The papers of MoC and MoGA print figures of sparsity and FLOPs. This page puts each one beside ours, which is counted
+from a plan that the method itself built at the paper's size, on random queries and keys.
+
+| type | get |
+|---|---|
+| `zoo cost --paper moc` | the table of one paper |
+| `python -m experiments.tools.paper_ledger > docs/ledger.md` | this page |
+
+"plain" is our figure by the plain definition. A "reading" is another way to count that the paper may have used.
 """
 
 

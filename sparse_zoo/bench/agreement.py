@@ -1,4 +1,4 @@
-"""No time for a kernel that errs: what it must agree with before it is timed."""
+"""The check before timing: a kernel must agree with float64."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ FILM = zoo.Layout.film([zoo.Shot(2, 6, 9, text=3)] * 8, caption=2)
 
 
 def gate(attention: zoo.Attention, q: Tensor, k: Tensor, v: Tensor, film: zoo.Layout, hidden: Tensor) -> str:
-    """Why a method on its kernel may not be timed on these tensors; empty where it may.
+    """The reason why a method on its kernel may not be timed on these tensors; empty if it may.
 
-    Out, lse and gradients of each of its plans, by the rule of `sparse_zoo.testing.large`: every row on a small film,
-    then, on the very tensors that are to be timed, sampled queries and keys against gathered float64. A method that
-    hands several plans to the kernel at once must give the weighted sum of what they give alone.
+    Output, lse and gradients of each plan are checked by the rule of `sparse_zoo.testing.large`: every row on a small
+    film, then sampled queries and keys of the tensors to be timed against gathered float64. A method that hands several
+    plans to the kernel together must return the weighted sum of their single outputs.
     """
     few = large.Inputs.random(len(FILM), 1, 1, q.shape[3], q.dtype, q.device, seed=0)
     draw = torch.Generator(q.device).manual_seed(1)
@@ -61,7 +61,7 @@ def _fitting(given: large.Inputs, plan: Plan) -> large.Inputs:
 
 
 def _sum(attention: zoo.Attention, given: large.Inputs, film: zoo.Layout, hidden: Tensor) -> list[large.Finding]:
-    """Of a method whose branches share q, k and v: its output and gradients against the sum of its branches alone."""
+    """Findings on a method whose branches share q, k and v: output and gradients against the sum of single branches."""
     q, k, v = (x.detach().requires_grad_() for x in given[:3])
     call = attention.ready(zoo.Call(q, k, v, film, hidden=hidden))
     branches = attention.branches(call)

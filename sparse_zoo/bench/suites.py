@@ -18,7 +18,7 @@ ROUTING_DIM = 64
 
 @dataclass(frozen=True)
 class Entry:
-    """A method, its settings and the kernel it is asked to run on."""
+    """A method, its settings and the requested kernel."""
 
     method: str
     settings: dict[str, Any] = field(default_factory=dict)
@@ -27,7 +27,7 @@ class Entry:
 
 @dataclass(frozen=True)
 class Round:
-    """What is timed turn by turn: entries, and every dense engine, on one film."""
+    """What is timed turn by turn: entries and every dense engine, on one film."""
 
     film: zoo.Layout
     entries: tuple[Entry, ...]
@@ -91,7 +91,11 @@ GPU_LAYOUTS: tuple[tuple[zoo.Layout, tuple[tuple[str, dict[str, Any]], ...]], ..
 
 
 def suite(name: str) -> Iterator[Round]:
-    """The rounds of a suite of `SUITES`; raises `ZooError` for others."""
+    """The rounds of a suite of `SUITES`.
+
+    Raises:
+        ZooError: For an unknown suite.
+    """
     refuse("bench", [unknown("suite", name, SUITES)] if name not in SUITES else [])
     if name == "quick":
         yield Round(QUICK_FILM, tuple(Entry(name, QUICK.get(name, {})) for name in zoo.names() if name != "dense"))
@@ -123,9 +127,10 @@ SUITES = {
 def chosen(
     suite_name: str, methods: Sequence[str], tokens: Sequence[int], kernel: str | None, dtype: str | None
 ) -> list[Round]:
-    """A suite's rounds, narrowed to some methods, film lengths (the CPU's entries on films of these lengths) and so on.
+    """A suite's rounds, narrowed to some methods, film lengths (for the CPU's entries), kernel and dtype.
 
-    Raises `ZooError` with every reason, also when nothing is left.
+    Raises:
+        ZooError: With every reason, also when nothing is left.
     """
     refuse(
         "bench",
