@@ -9,7 +9,7 @@ from lit_modules.pretrained import Distill, LitPretrained, LoRA
 from lit_modules.routing_watch import RoutingWatch
 from lit_modules.sampling import Drawn, Euler
 from lit_modules.settings import Optim
-from sparse_zoo.strips import film_strip
+from lit_modules.strips import film_strip
 
 __all__ = [
     "EMA",

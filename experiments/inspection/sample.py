@@ -19,8 +19,8 @@ from experiments.inspection.trained import Batch, Trained
 from experiments.tracking.store import write_json
 from lit_modules import Euler, SampleFilms
 from lit_modules.callbacks import write_picture
+from lit_modules.strips import film_rows, stack_rows
 from sparse_zoo.errors import refuse
-from sparse_zoo.strips import film_pictures
 
 
 @dataclass(frozen=True)
@@ -109,14 +109,14 @@ class Drawing:
             metrics.update(drawn.clips, batch)
             rows = (batch["clips"], guess, drawn.clips)
             for item in range(len(batch["text"])):
-                for i, picture in enumerate(film_pictures(batch["layout"], rows, item)):
+                for i, film in enumerate(film_rows(batch["layout"], rows, item)):
                     shots = len(batch["layout"].films[i].shots)
                     films.append(
                         {
                             "name": _name(batch, item, i) or f"film {len(films)}",
                             "shots": shots,
                             "given": min(self.given, shots),
-                            "strip": str(write_picture(folder / f"film_{len(films):03d}.png", picture)),
+                            "strip": str(write_picture(folder / f"film_{len(films):03d}.png", stack_rows(film))),
                             "taken": drawn.taken[i][item] if drawn.taken else None,
                         }
                     )
