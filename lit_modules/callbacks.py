@@ -11,6 +11,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
+import numpy as np
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback, WeightAveraging
@@ -21,8 +22,8 @@ from typing_extensions import override
 import sparse_zoo as zoo
 from lit_modules.sampling import Euler
 from lit_modules.settings import Sampling
+from lit_modules.strips import film_rows
 from sparse_zoo.errors import refuse
-from sparse_zoo.strips import film_pictures
 
 if TYPE_CHECKING:
     from lit_modules.module import LitVideoDiT
@@ -261,30 +262,31 @@ class _PeakMemory:
 
 
 class SampleFilms(Callback):
-    """Generates the films of the first validation batch, every `every` validations, as PNG strips in `folder`.
+    """Samples the films of the first validation batch, every `every` validations, and stores them in `folder`.
 
-    A strip shows a film's shots from left to right with gaps at the cuts, at most four frames of a shot, in three rows:
-    the real film; the model's prediction of it in one step from noise of time `GUESS_FROM`, which shows early in
-    training what was learnt; the film generated from its captions alone, as `Euler` does. Weights are the averaged
-    ones. `on_image` is called with each path, to hand it to a logger. `decode` makes pixels of the
+    A film is a `.npz` file of three rows of frames, uint8 (H, W, 3) each, with gaps at the cuts and at most four frames
+    of a shot: `real`, the film of the data; `guess`, the model's guess of it in one step from noise of time
+    `GUESS_FROM`, which shows early in training what was learnt; `generated`, the film that `Euler` makes of its
+    captions alone. Weights are the averaged ones. `on_film` is called with each path. `decode` makes pixels of the
     clips of a model of latents. `sampling`: fields of `Sampling`.
     """
 
     GUESS_FROM = 0.5
+    VERSIONS = ("real", "guess", "generated")
 
     def __init__(
         self,
         folder: str | Path,
         *,
         seed: int = 0,
-        on_image: Callable[[Path], object] | None = None,
+        on_film: Callable[[Path], object] | None = None,
         decode: Callable[[Sequence[Tensor]], list[Tensor]] | None = None,
         **sampling: Any,
     ) -> None:
         asked = Sampling(**sampling)
         self.decode = decode
         self.folder, self.euler = Path(folder), Euler(asked.steps, asked.guidance, asked.order, asked.context)
-        self.every, self.seed, self.on_image = asked.every, seed, on_image
+        self.every, self.seed, self.on_film = asked.every, seed, on_film
         self.paths: list[Path] = []
         self._validations = 0
 
@@ -301,7 +303,8 @@ class SampleFilms(Callback):
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._validations = state_dict["validations"]
-        self.paths = [self.folder / name for name in state_dict["names"]]
+        # Earlier versions stored PNG files, which nothing reads now.
+        self.paths = [self.folder / name for name in state_dict["names"] if name.endswith(".npz")]
 
     # Within the validation epoch, not at its end: by then the averaged weights are put back.
     @override
@@ -326,11 +329,14 @@ class SampleFilms(Callback):
             drawn = self.euler.sample(trained.model, trained.flow, batch, step=step, seed=self.seed)
         rows = [batch["clips"], guessed, drawn]
         rows = rows if self.decode is None else [self.decode(clips) for clips in rows]
-        for number, picture in enumerate(film_pictures(batch["layout"], rows)):
-            path = write_picture(self.folder / f"step_{step:06d}_film_{number}.png", picture)
+        for number, film in enumerate(film_rows(batch["layout"], rows)):
+            path = self.folder / f"step_{step:06d}_film_{number}.npz"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            arrays = {name: row.numpy() for name, row in zip(self.VERSIONS, film, strict=True)}
+            np.savez_compressed(path, allow_pickle=False, **arrays)
             self.paths.append(path)
-            if self.on_image is not None:
-                self.on_image(path)
+            if self.on_film is not None:
+                self.on_film(path)
 
 
 def write_picture(path: Path, picture: Tensor) -> Path:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
@@ -28,6 +30,21 @@ def coverage(plan: Plan, bins: int, *, batch: int = 0, head: int = 0) -> Tensor:
     return (pairs / (rows[:, None] * cols)).float()
 
 
+@dataclass(frozen=True)
+class PlanMap:
+    """What a picture of a plan shows, at its pixels: data to store and to draw later.
+
+    `share` is the share of pairs that are attended, float32 (pixels, pixels), queries down and keys across. `kind` says
+    what the tokens of a row or column are, uint8 (pixels,): 0 text, else video, 1 or 2 by shot. `shot_starts` and
+    `film_starts`, bool (pixels,), mark where shots and films begin.
+    """
+
+    share: Tensor
+    kind: Tensor
+    shot_starts: Tensor
+    film_starts: Tensor
+
+
 def picture(plan: Plan, layout: Layout, *, batch: int = 0, head: int = 0, pixels: int = 256) -> Tensor:
     """Draw a plan, queries from top to bottom, keys from left to right.
 
@@ -44,6 +61,11 @@ def picture(plan: Plan, layout: Layout, *, batch: int = 0, head: int = 0, pixels
     Returns:
         uint8 (pixels + 8, pixels + 8, 3) RGB on the CPU.
     """
+    return draw_map(plan_map(plan, layout, batch=batch, head=head, pixels=pixels))
+
+
+def plan_map(plan: Plan, layout: Layout, *, batch: int = 0, head: int = 0, pixels: int = 256) -> PlanMap:
+    """Return what `picture` draws, on the CPU."""
     length = len(layout)
     refuse(
         "picture",
@@ -54,15 +76,20 @@ def picture(plan: Plan, layout: Layout, *, batch: int = 0, head: int = 0, pixels
     )
     bins = min(pixels, length)
     token = torch.arange(pixels) * length // pixels  # the first token that a pixel shows
-    share = coverage(plan, bins, batch=batch, head=head)[token * bins // length][:, token * bins // length, None]
+    share = coverage(plan, bins, batch=batch, head=head)[token * bins // length][:, token * bins // length]
+    kind = torch.where(layout.is_text.cpu(), 0, 1 + layout.shot.cpu() % len(VIDEO))[token].to(torch.uint8)
+    return PlanMap(share, kind, _first_pixels(layout.shot.cpu(), pixels), _first_pixels(layout.sample.cpu(), pixels))
+
+
+def draw_map(found: PlanMap) -> Tensor:
+    """Draw a `PlanMap` as `picture` does: uint8 (pixels + 8, pixels + 8, 3)."""
+    pixels = len(found.share)
     paper, ink = (torch.tensor(colour).float() for colour in (PAPER, INK))
     # The root keeps thin structure visible: a bin that attends to 1% shows as 10% ink.
-    image = torch.lerp(paper, ink, share.sqrt())
-    ruler = torch.tensor((TEXT, *VIDEO)).float()[
-        torch.where(layout.is_text.cpu(), 0, 1 + layout.shot.cpu() % len(VIDEO))[token]
-    ]
-    for labels, colour in ((layout.shot, SHOT_LINE), (layout.sample, FILM_LINE)):
-        lines = (_first_pixels(labels.cpu(), pixels)).nonzero()[:, 0]
+    image = torch.lerp(paper, ink, found.share[..., None].sqrt())
+    ruler = torch.tensor((TEXT, *VIDEO)).float()[found.kind.long()]
+    for starts, colour in ((found.shot_starts, SHOT_LINE), (found.film_starts, FILM_LINE)):
+        lines = starts.nonzero()[:, 0]
         line = torch.tensor(colour).float()
         image[lines] = torch.lerp(image[lines], line, 0.6)
         image[:, lines] = torch.lerp(image[:, lines], line, 0.6)

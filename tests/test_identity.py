@@ -15,7 +15,7 @@ from experiments.cli.runs import _machine_dependent
 from experiments.config.declared import as_declared
 from experiments.config.resolve import cell, load, merge
 from experiments.sweep.expand import read
-from experiments.tracking.store import Asked, Cell, read_sweep
+from experiments.tracking.store import Cell, SweepRequest, read_sweep
 from experiments.tracking.store import write_sweep as write_sweep_file
 from lit_modules.precision import default_precision
 
@@ -173,7 +173,7 @@ def test_a_sweep_keeps_the_ids_of_its_cells(tmp_path: Path, monkeypatch: pytest.
         for written, own in {"not": {}, "out": {"optim": {"weight_decay": 0.01}}}.items()
     }
     assert cells["not"][0].id == cells["out"][0].id
-    write_sweep_file("s", Asked("", cells["out"]))
+    write_sweep_file("s", SweepRequest("", cells["out"]))
     assert [own.id for own in read_sweep("s").cells] == [cells["out"][0].id]
 
 

@@ -330,7 +330,7 @@ def test_seeds_share_one_solution(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 def test_a_solution_is_kept_as_long_as_it_holds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = write_sweep(tmp_path / "kept.yaml", **BUDGET)
     sweep = read(path)
-    store.write_sweep("kept", store.Asked("", sweep.cells))
+    store.write_sweep("kept", store.SweepRequest("", sweep.cells))
     with monkeypatch.context() as patched:
         patched.setattr(budget, "_solve", lambda *_: pytest.fail("it was solved before"))
         assert read(path) == sweep
@@ -340,7 +340,7 @@ def test_a_solution_is_kept_as_long_as_it_holds(tmp_path: Path, monkeypatch: pyt
     # What a changed method made of it is no answer any more.
     far = [budget.with_settings(cell.config, {"top_k": 1}) for cell in sweep.cells[:3]]
     stale = tuple(store.Cell(cell.name, config, cell.group) for cell, config in zip(sweep.cells, far, strict=False))
-    store.write_sweep("kept", store.Asked("", stale))
+    store.write_sweep("kept", store.SweepRequest("", stale))
     assert read(path) == sweep
 
 

@@ -30,7 +30,7 @@ from experiments.config.yaml12 import read_yaml
 from experiments.sweep.schema import SWEEPS as PRESET_FILES
 from experiments.sweep.schema import Written
 from experiments.tools.paper_ledger import PAPERS
-from experiments.tracking.store import Asked, Cell, Result, write_sweep
+from experiments.tracking.store import Cell, Result, SweepRequest, write_sweep
 from lit_modules.dit import TEXT
 from lit_modules.settings import ORDERS
 from sparse_zoo import registry
@@ -266,7 +266,7 @@ def test_every_command_refuses_a_wrong_name_before_torch_is_imported(
     result.write(tmp_path / "run")
     monkeypatch.setenv("ZOO_HOME", str(tmp_path / "runs"))
     cell = Cell("dense", config)
-    write_sweep("done", Asked("", (cell,)))
+    write_sweep("done", SweepRequest("", (cell,)))
     Result("dense", {"name": "dense"}, "finished", 0, id=cell.id, config=config, val_loss=0.5).write(
         cell.folder("done")
     )

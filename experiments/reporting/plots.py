@@ -11,10 +11,10 @@ from typing import Any, ParamSpec
 
 import numpy as np
 
-from experiments.analysis.ablations import Effect
+from experiments.analysis.ablations import MainEffect
 from experiments.analysis.formatting import plain_values
 from experiments.analysis.metrics import Measure
-from experiments.analysis.significance import Figure, front
+from experiments.analysis.significance import Estimate, pareto_front
 from experiments.escape import visible
 
 # Distinct on white and on near-black, for the usual kinds of colour blindness too as far as nine can be.
@@ -82,19 +82,21 @@ def _svg(draw: Callable[P, Any]) -> Callable[P, str]:
 
 @_svg
 def pareto(
-    points: Mapping[str, tuple[Figure, Figure]],
+    points: Mapping[str, tuple[Estimate, Estimate]],
     marks: Mapping[str, Mark],
     quality: Measure,
     cost: Measure,
     levels: Levels,
     numbered: Collection[str],
 ) -> Any:
-    """Quality with its interval against cost, (quality, cost) by name; steps join the front, rings mark it.
+    """Quality with its interval against cost, (quality, cost) by name; steps join the Pareto front, rings mark it.
 
     Those that are not `numbered` are faint dots.
     """
     canvas, axis = _panel(4.3, 3.5)
-    found = front({name: of.mean for name, (_, of) in points.items()}, lambda name: quality.rank(points[name][0].mean))
+    found = pareto_front(
+        {name: of.mean for name, (_, of) in points.items()}, lambda name: quality.rank(points[name][0].mean)
+    )
     steps = [(cost.unit * points[name][1].mean, points[name][0].mean) for name in found]
     axis.step(*zip(*steps, strict=True), where="post", color=INK, lw=0.9, ls=(0, (4, 2)), zorder=2)
     faint = [(cost.unit * paid.mean, good.mean) for name, (good, paid) in points.items() if name not in numbered]
@@ -115,7 +117,7 @@ def pareto(
 
 
 @_svg
-def effect(one: Effect, measure: Measure, levels: Levels) -> Any:
+def effect(one: MainEffect, measure: Measure, levels: Levels) -> Any:
     """The mean and interval at each value of a setting, in order; single runs as faint dots."""
     canvas, axis = _panel(2.9, 2.4)
     places = range(len(one.levels))
@@ -125,9 +127,9 @@ def effect(one: Effect, measure: Measure, levels: Levels) -> Any:
     runs = [value for level in one.levels for value in level.values]
     axis.scatter(spread, runs, s=9, color=QUIET, alpha=0.55, lw=0, zorder=2)
     for x, level in zip(places, one.levels, strict=True):
-        if level.figure.low is not None:
-            axis.plot([x, x], [level.figure.low, level.figure.high], color=INK, lw=1.4, zorder=3)
-    means = [level.figure.mean for level in one.levels]
+        if level.estimate.low is not None:
+            axis.plot([x, x], [level.estimate.low, level.estimate.high], color=INK, lw=1.4, zorder=3)
+    means = [level.estimate.mean for level in one.levels]
     if all(isinstance(part, int | float) for level in one.levels for part in level.value):
         axis.plot(places, means, color=INK, lw=0.8, zorder=2)
     axis.scatter(places, means, s=34, color=INK, zorder=4)
@@ -153,7 +155,7 @@ def curves(
 
     Shares are drawn from 0 to 1 with their `levels`; losses that fall far on a logarithmic scale.
     """
-    from matplotlib.ticker import LogLocator, NullLocator
+    from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
 
     canvas, axis = _panel(4.3, 3.1)
     badges = []
@@ -166,6 +168,7 @@ def curves(
         badges.append(_place_on_line(steps, values.mean(0), marks[name]))
     _draw_badges(axis, badges, s=70)
     axis.set_xlabel("step")
+    axis.xaxis.set_major_locator(MaxNLocator(integer=True))
     axis.set_ylabel(visible(label))
     axis.margins(x=0.02)
     low, high = axis.dataLim.intervaly
@@ -181,7 +184,9 @@ def curves(
 
 
 @_svg
-def distances(lines: Mapping[str, Mapping[int, Figure]], marks: Mapping[str, Mark], label: str, levels: Levels) -> Any:
+def distances(
+    lines: Mapping[str, Mapping[int, Estimate]], marks: Mapping[str, Mark], label: str, levels: Levels
+) -> Any:
     """A share against the distance in shots, by name and distance: means, of up to `BANDS` their intervals as bands."""
     from matplotlib.ticker import MaxNLocator
 
