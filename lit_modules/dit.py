@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
+from itertools import accumulate, pairwise
 from typing import Any, cast
 
 import torch
@@ -15,8 +17,10 @@ from torch.utils.checkpoint import checkpoint
 import sparse_zoo as zoo
 from lit_modules.settings import Model
 from lit_modules.stream import Stream, stream, video_only
+from sparse_zoo.bounded import bounded
 from sparse_zoo.errors import refuse, unknown
 from sparse_zoo.gather import add_at, take
+from sparse_zoo.parallel import Ulysses, split_sizes
 from sparse_zoo.remember import remembered
 
 TEXT = ("joint", "cross")
@@ -72,6 +76,7 @@ class Context:
     condition: Tensor  # (B, S + F, dim)
     rotation: tuple[Tensor, Tensor]  # cos, sin: (Lq, head_dim / 2)
     captions: Captions | None  # with cross-attention only
+    sequence: Ulysses | None  # the ranks that share the stream
     noise: Tensor  # (B, S)
     step: int | None
     seed: int
@@ -92,11 +97,20 @@ class VideoDiT(nn.Module):
     Each token is conditioned (adaLN-zero) by the time and pooled captions of its shot; a global caption, which is
     always clean, by time 0 and its own pooled words. So no token depends on later shots but through attention.
     Positions are rotary, see `stream`; of head_dim / 2 rotated pairs a third each (rounded down) tells rows and
-    columns, the rest tells time. Token id `vocabulary` is the learned null token that stands for a dropped caption. At
-    the start the last layer says 0 everywhere.
+    columns, the rest tells time. At the start the last layer says 0 everywhere.
+
+    Captions are token ids, of which `vocabulary` is the learned null token that stands for a dropped caption; or, with
+    `text_dim`, embeddings of that width from a text encoder, which are normalised and projected, and a learned null
+    embedding stands for each token of a dropped caption.
+
+    Where several ranks share a film, `sequence` holds them: each is given the whole film and embeds, modulates and maps
+    its own tokens, and the velocity is gathered, so that every rank returns the whole of it. A pass with `past` is not
+    shared: every rank computes it.
 
     Raises ZooError for sizes that do not fit together, and whatever `sparse_zoo.build` refuses.
     """
+
+    sequence: Ulysses | None = None
 
     def __init__(
         self,
@@ -105,6 +119,7 @@ class VideoDiT(nn.Module):
         patch: Sequence[int],
         vocabulary: int,
         attention: Mapping[str, Any] | Sequence[Mapping[str, Any]],
+        text_dim: int | None = None,
         **model: Any,
     ) -> None:
         super().__init__()
@@ -117,6 +132,7 @@ class VideoDiT(nn.Module):
             "VideoDiT",
             _misfits(dim, depth, heads, channels, patch, vocabulary, per_layer)
             + [unknown(name, given, allowed) for name, (given, allowed) in choices.items() if given not in allowed]
+            + ([f"text_dim must be at least 1, got {text_dim}"] if text_dim is not None and text_dim < 1 else [])
             + ([f"mlp_ratio must be at least 1 / dim, got {mlp_ratio}"] if int(mlp_ratio * dim) < 1 else []),
         )
         self.dim, self.heads, self.head_dim = dim, heads, dim // heads
@@ -125,7 +141,13 @@ class VideoDiT(nn.Module):
         self.patch_size = channels * math.prod(self.patch)
 
         self.patches = nn.Linear(self.patch_size, dim)
-        self.words = nn.Embedding(vocabulary + 1, dim)
+        self.text_dim = text_dim
+        self.words: nn.Module
+        if text_dim is None:
+            self.words = nn.Embedding(vocabulary + 1, dim)
+        else:
+            self.words = nn.Sequential(nn.RMSNorm(text_dim), nn.Linear(text_dim, dim))
+            self.null_text = nn.Parameter(torch.randn(text_dim))
         self.time = nn.Sequential(nn.Linear(dim, dim), nn.SiLU(), nn.Linear(dim, dim))
         self.pooled = nn.Linear(dim, dim) if pooled_text == "tokens" else None
         self.blocks = nn.ModuleList(
@@ -147,7 +169,8 @@ class VideoDiT(nn.Module):
         self.modulation = nn.Linear(dim, 2 * dim)
         self.final = nn.Linear(dim, self.patch_size)
 
-        nn.init.normal_(self.words.weight, std=0.5)
+        if isinstance(self.words, nn.Embedding):
+            nn.init.normal_(self.words.weight, std=0.5)
         for layer in (self.modulation, self.final):
             nn.init.zeros_(layer.weight)
             nn.init.zeros_(layer.bias)
@@ -156,6 +179,20 @@ class VideoDiT(nn.Module):
     def null_id(self) -> int:
         """The token id of a dropped caption."""
         return self.vocabulary
+
+    def drop_text(self, text: Tensor, dropped: Tensor) -> Tensor:
+        """Captions with the null token or embedding in the place of those that are dropped.
+
+        Args:
+            text: int64 (B, Nt), or (B, Nt, text_dim).
+            dropped: bool (B, Nt).
+
+        Returns:
+            Captions of the same shape.
+        """
+        if self.text_dim is None:
+            return text.masked_fill(dropped, self.null_id)
+        return torch.where(dropped[..., None], self.null_text.to(text.dtype), text)
 
     def patchify(self, clips: Sequence[Tensor]) -> Tensor:
         """Clips (B, F, C, H, W), one per shot in stream order -> patches (B, Nv, P). Raises ZooError if they misfit."""
@@ -184,18 +221,28 @@ class VideoDiT(nn.Module):
         """Whether no token reads later shots in any layer: the shots so far are what they are in the whole film."""
         return all(cast(Block, block).attention.causality == "strict" for block in self.blocks)
 
-    def embed(self, video: Tensor, words: Tensor, layout: zoo.Layout) -> tuple[Tensor, zoo.Layout]:
+    def embed(
+        self, video: Tensor, words: Tensor, layout: zoo.Layout, sequence: Ulysses | None = None
+    ) -> tuple[Tensor, zoo.Layout]:
         """What enters the first block, (B, L, dim), and its layout: the given one, or with "cross" that of the video.
 
-        video (B, Nv, P), words (B, Nt, dim) as `self.words` embeds them.
+        video (B, Nv, P), words (B, Nt, dim) as `self.words` embeds them. With `sequence`, of this rank's tokens alone.
         """
         table = stream(layout)
+        inner = video_only(layout) if self.text == "cross" else layout
+        shot_of_video, merge, own_words = table.shot_of_video, table.merge, words
+        if sequence is not None:
+            own = sequence.own(len(inner))
+            tokens = _video_before(inner, own)
+            video, shot_of_video = video[:, tokens], shot_of_video[tokens]
+            own_words = words[:, own.start - tokens.start : own.stop - tokens.stop]
+            merge = torch.cat([inner.is_text[own].nonzero()[:, 0], (~inner.is_text[own]).nonzero()[:, 0]]).argsort()
         x = self.patches(video)  # (B, Nv, dim)
         if self.pooled is not None:
-            x = x + self.pooled(take(_pool(words, table), 1, table.shot_of_video))
+            x = x + self.pooled(take(_pool(words, table), 1, shot_of_video))
         if self.text == "cross":
-            return x, video_only(layout)
-        return take(torch.cat([words, x], dim=1), 1, table.merge), layout
+            return x, inner
+        return take(torch.cat([own_words, x], dim=1), 1, merge), layout
 
     def forward(
         self,
@@ -209,7 +256,7 @@ class VideoDiT(nn.Module):
         memory: dict[Any, Any] | None = None,
         past: Past | None = None,
     ) -> DiTOutput:
-        """video (B, Nv, P), text int64 (B, Nt), time in [0, 1] (B, S), one per shot of the stream, or (B,).
+        """video (B, Nv, P), text int64 (B, Nt) or (B, Nt, text_dim), time in [0, 1] (B, S), one a shot, or (B,).
 
         `layout` is the joint one, captions included. `step` (of training, by which schedules go), `seed` and `memory`
         go to the attention. With `past`, of the first tokens of this stream in earlier passes, only the tokens after
@@ -223,17 +270,27 @@ class VideoDiT(nn.Module):
         refuse("VideoDiT", self._mismatches(video, text, time, table, past))
 
         words = self.words(text)  # (B, Nt, dim)
-        x, inner = self.embed(video, words, layout)  # (B, L, dim)
+        sequence = self.sequence if past is None else None
+        x, inner = self.embed(video, words, layout, sequence)  # (B, L, dim)
         clean = time.new_zeros(len(time), len(layout.films))  # a film's global caption
         condition = self.time(_sinusoid(torch.cat([time, clean], dim=1), self.dim).to(words.dtype))  # (B, S + F, dim)
         if self.pooled_text != "none":
             condition = condition + _pool(words, table)
         seen = table if inner is layout else stream(inner)
 
-        start, first_video = (0, 0) if past is None else (past.tokens, past.video)
-        row_of = seen.row_of[start:]
-        own_video = seen.video[first_video:] - start  # (Nv', ): of the tokens that run
-        rows = None if past is None else torch.arange(start, len(inner), device=inner.device)
+        # The tokens that run here, `own` of the stream, and which video tokens those are.
+        if sequence is not None:
+            own = sequence.own(len(inner))
+            own_tokens = _video_before(inner, own)
+        else:
+            own, own_tokens = (
+                slice(0 if past is None else past.tokens, len(inner)),
+                slice(0 if past is None else past.video, len(seen.video)),
+            )
+        row_of = seen.row_of[own]
+        own_video = seen.video[own_tokens] - own.start  # (Nv', ): of the tokens that run
+        every = past is None and sequence is None
+        rows = None if every else torch.arange(own.start, own.stop, device=inner.device)
         captions = None
         if self.text == "cross" and len(table.text):
             plan = own_captions(layout, inner)
@@ -241,18 +298,19 @@ class VideoDiT(nn.Module):
             captions = Captions(words, rotation, plan if rows is None else plan.narrow(rows))
         context = Context(
             layout=inner,
-            rows=rows,
+            rows=rows if sequence is None else None,
             row_of=row_of,
             condition=F.silu(condition),
-            rotation=_rotation(seen.positions[start:], self.head_dim),
+            rotation=_rotation(seen.positions[own], self.head_dim),
             captions=captions,
+            sequence=sequence,
             noise=time,
             step=step,
             seed=seed,
             memory=memory,
             past=past,
         )
-        x = x[:, start:]
+        x = x if sequence is not None else x[:, own]
         losses: dict[str, Tensor] = {}
         results, kept = [], []
         for i, block in enumerate(self.blocks):
@@ -271,7 +329,9 @@ class VideoDiT(nn.Module):
         out = self.final(_modulate(x, scale, shift))  # (B, Nv', P)
         if self.predicts == "clean":
             t = time[:, shot_of_video, None].clamp(min=LEAST_TIME).to(video.dtype)
-            out = (video[:, first_video:] - out) / t
+            out = (video[:, own_tokens] - out) / t
+        if sequence is not None:
+            out = sequence.gather(out, 1, _video_on_ranks(inner, sequence.size))
         grown = None if past is None else Past(len(inner), len(seen.video), tuple(kept))
         return DiTOutput(out, losses, results, grown)
 
@@ -289,7 +349,11 @@ class VideoDiT(nn.Module):
 
     def _mismatches(self, video: Tensor, text: Tensor, time: Tensor, table: Stream, past: Past | None) -> list[str]:
         batches = {"video": video.shape[0], "text": text.shape[0], "time": time.shape[0]}
+        wanted = () if self.text_dim is None else (self.text_dim,)
         return [
+            f"text must be (B, Nt{''.join(f', {n}' for n in wanted)}), got {tuple(text.shape)}"
+            if text.shape[2:] != wanted
+            else "",
             _mismatch("video tokens", video.shape[1], len(table.video)),
             _mismatch("text tokens", text.shape[1], len(table.text)),
             _mismatch("shot times", time.shape[1], len(table.film_of_shot)),
@@ -343,7 +407,8 @@ class Block(nn.Module):
                 before = context.past.layers[layer]
                 k, v, hidden = (torch.cat(pair, dim=-2) for pair in zip(before, (k, v, hidden), strict=True))
             kept = k, v, hidden
-        result = self.attention(
+        attend = self.attention if context.sequence is None else partial(context.sequence.run, self.attention)
+        result = attend(
             q,
             k,
             v,
@@ -462,6 +527,25 @@ def _pool(words: Tensor, table: Stream) -> Tensor:
     total = add_at(total, 1, table.row_of[table.text], words)
     film = total[:, shots:]
     return torch.cat([total[:, :shots] + take(film, 1, table.film_of_shot), film], dim=1)
+
+
+def _video_before(layout: zoo.Layout, own: slice) -> slice:
+    """Which of the stream's video tokens, counted among themselves, are those of a rank's tokens `own`."""
+    before = _video_counts(layout)
+    return slice(before[own.start], before[own.stop])
+
+
+def _video_on_ranks(layout: zoo.Layout, ranks: int) -> list[int]:
+    """How many video tokens each rank holds."""
+    before = _video_counts(layout)
+    ends = [0, *accumulate(split_sizes(len(layout), ranks))]
+    return [before[last] - before[first] for first, last in pairwise(ends)]
+
+
+@bounded(32)
+def _video_counts(layout: zoo.Layout) -> list[int]:
+    """How many video tokens lie before each token of the stream, and in all."""
+    return [0, *(~layout.to("cpu").is_text).cumsum(0).tolist()]
 
 
 @remembered(32)

@@ -175,10 +175,12 @@ class Result:
     q_rows: Tensor | None = field(default=None, repr=False)
     routing_flops: int = 0
     term_flops: int = 0
+    heads: int | None = None  # that the plans are of, where others lie on other ranks; None: those of out
 
     def cost(self) -> Cost:
         """Counted from the plans that ran, for this batch and these heads. Reads numbers back from the device."""
         batch, heads, _, dim = self.out.shape
+        heads = self.heads or heads
         dense = self.layout.dense_pairs
         if self.q_rows is not None:
             lengths = torch.tensor([len(film) for film in self.layout.films], device=self.q_rows.device)
@@ -238,6 +240,7 @@ class Attention(nn.Module):
     - `own_heads`: what makes heads differ other than their q, k, v (parameters or windows of each), in a sentence;
       None: nothing.
     - `reads_values`: what makes its plans depend on v, in a sentence; None: nothing.
+    - `needs_all_heads`: why heads cannot be computed apart, on different devices, in a sentence; None: they can.
     - `same_in_training`: settings at which training attends as evaluation does, or a sentence saying why it never does.
     - `knob`: the setting that buys density.
     - `card`: what a table of methods says of it (docs/zoo.md); checks do not look at it.
@@ -263,6 +266,7 @@ class Attention(nn.Module):
     pools_queries: bool = False
     own_heads: str | None = None
     reads_values: str | None = None
+    needs_all_heads: str | None = None
     same_in_training: ClassVar[Mapping[str, Any] | str] = {}
     knob: ClassVar[Knob | None] = None
     card: ClassVar[Card | None] = None

@@ -61,6 +61,7 @@ class Blockwise(Attention):
         return joint(call.layout, *Plan.blocks(queries, keys, chosen, routed=True).parts)
 
     def branches(self, call: Call) -> list[Branch | Term]:
+        """One branch over the chosen blocks and text."""
         if not self.queries(call.layout).count:
             return [Branch(joint(call.layout))]
         return [Branch(self.exact(call, self.chosen(call)))]

@@ -45,8 +45,11 @@ def linear_attention(call: Call, blocks: Partition, wanted: Tensor) -> tuple[Ten
 
 @dataclass(frozen=True, eq=False)
 class _Places:
-    """Tokens in a table of blocks: `table`, int64 (blocks, size), which token is where, `held`, bool, where there is
-    one; and back: where each token is, int64 (L,), if it is one of the `tokens` of video."""
+    """Tokens in a table of blocks, and back.
+
+    `table`, int64 (blocks, size), is the token in each slot; `held`, bool, tells which slots hold one. `back`, int64
+    (L,), is the slot of each token that is one of the `tokens` video tokens.
+    """
 
     table: Tensor
     held: Tensor

@@ -24,9 +24,9 @@ class Scheduled(Attention):
     that was there before. Without a step (None, a bare call of the library) it is the first one.
 
     Phases of one class share their parameters; a phase of another class keeps its own. What is declared holds in every
-    phase: the weakest `causality`, the `anchors` that all have, `may_be_empty`, `pools_queries`, `own_heads` and
-    `reads_values` where any has them. `text_reads` is "text" where any phase's is. `features` are those of all phases,
-    since they are asked for without a step.
+    phase: the weakest `causality`, the `anchors` that all have, `may_be_empty`, `pools_queries`, `own_heads`,
+    `reads_values` and `needs_all_heads` where any has them. `text_reads` is "text" where any phase's is. `features` are
+    those of all phases, since they are asked for without a step.
 
     Args:
         phases: Built methods of one shape by the step at which they begin, rising from 0. Parameters of the later ones
@@ -60,6 +60,8 @@ class Scheduled(Attention):
         self.pools_queries = any(phase.pools_queries for phase in built)
         self.own_heads = next((phase.own_heads for phase in built if phase.own_heads is not None), None)
         self.reads_values = next((phase.reads_values for phase in built if phase.reads_values is not None), None)
+        whole = (phase.needs_all_heads for phase in built if phase.needs_all_heads is not None)
+        self.needs_all_heads = next(whole, None)
 
     def phase(self, step: int | None) -> int:
         """The number of the phase that attends at a step: the last one that has begun, the first one for None."""

@@ -155,7 +155,7 @@ def test_sla_starts_as_its_sparse_part_and_learns_the_rest() -> None:
 
 
 @pytest.mark.parametrize("top_k", [1, 2, 99])
-def test_vsa_counts(top_k: int) -> None:
+def test_vsa_pairs_and_flops_equal_hand_counts(top_k: int) -> None:
     """16 cubes of 8 tokens and two tokens of text; the coarse stage adds 16 × 16 pairs."""
     film = Layout.film([Shot(4, 8, 4, 2)])
     cost = build("vsa", tile=(2, 2, 2), top_k=top_k).run(make(film)).cost()

@@ -9,26 +9,24 @@ from __future__ import annotations
 
 import logging
 import os
-import signal
 import sys
 import time
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
-from multiprocessing import get_context
 from multiprocessing.connection import Connection
 from multiprocessing.connection import wait as wait_for
 from pathlib import Path
 from typing import Any
-from unittest.mock import patch
 
 import torch
 
 from experiments.execution import signals
+from experiments.execution.processes import Worker, end
 from experiments.execution.progress import Bar
 from experiments.execution.work import POLL, Work, on_gpu
 from experiments.sweep.expand import Sweep
-from experiments.sweep.grid import flatten
+from experiments.tracking.identity import flatten
 from experiments.tracking.mlflow_logger import Tracker
 from experiments.tracking.store import Asked, Cell, Result, asked_before, read, write_sweep
 from sparse_zoo.errors import ZooError, refuse
@@ -36,7 +34,6 @@ from sparse_zoo.registry import import_file
 
 OVERVIEW = 60.0  # seconds between looks of MLflow's parent run at its cells
 ABOVE = "Parameters list the values of all cells, metrics are means over finished ones, cells.json has each. Report:"
-ENDING = 10.0  # seconds that a process has, beyond a step, to write its cell down when the sweep is interrupted
 
 
 def execute(
@@ -182,7 +179,7 @@ def _in_processes(works: list[Work], jobs: int, bar: Bar) -> Iterator[Result]:
     No pool of a library: those take the death of one process, say for want of memory, for the end of all.
     """
     waiting, told = deque(works), set[str]()
-    workers = [_Worker(number, jobs) for number in range(jobs)]
+    workers = [Worker(number, jobs, _serve) for number in range(jobs)]
     try:
         while waiting or any(worker.work for worker in workers):
             for worker in workers:
@@ -195,7 +192,7 @@ def _in_processes(works: list[Work], jobs: int, bar: Bar) -> Iterator[Result]:
                 try:
                     kind, *told_of = worker.pipe.recv()
                 except EOFError:
-                    workers[worker.number] = _Worker(worker.number, jobs)
+                    workers[worker.number] = Worker(worker.number, jobs, _serve)
                     bar.dropped(work.cell.name, f"its process {worker.fate()}; the same command goes on with it")
                     yield read(work.cell, work.sweep)
                     continue
@@ -213,42 +210,7 @@ def _in_processes(works: list[Work], jobs: int, bar: Bar) -> Iterator[Result]:
                     told.add(work.cell.name)
                 waiting.append(work)
     finally:
-        for worker in workers:
-            worker.process.terminate()
-        try:
-            deadline = time.monotonic() + signals.GRACE + ENDING
-            for worker in workers:
-                worker.process.join(max(0.0, deadline - time.monotonic()))
-        finally:  # at a second signal too
-            for worker in workers:
-                worker.process.kill()
-
-
-class _Worker:
-    """A process that runs cells: with its share of the threads and, where there are GPUs, the one of its number."""
-
-    def __init__(self, number: int, jobs: int) -> None:
-        self.number = number
-        self.work: Work | None = None
-        self.pipe, theirs = get_context("spawn").Pipe()
-        threads, given = max(1, torch.get_num_threads() // jobs), dict[str, str]()
-        if torch.cuda.is_available():
-            visible = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(torch.cuda.device_count())))
-            given["CUDA_VISIBLE_DEVICES"] = visible.split(",")[number % torch.cuda.device_count()]
-        self.process = get_context("spawn").Process(target=_serve, args=(theirs, threads), name=f"job {number}")
-        with patch.dict(os.environ, given):
-            self.process.start()
-        theirs.close()
-
-    def give(self, work: Work) -> None:
-        self.work = work
-        with suppress(BrokenPipeError):  # it died meanwhile: reading from it says so
-            self.pipe.send(work)
-
-    def fate(self) -> str:
-        self.process.join()
-        code = self.process.exitcode or 0
-        return f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
+        end(workers)
 
 
 def _serve(pipe: Connection, threads: int) -> None:

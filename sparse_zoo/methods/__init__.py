@@ -1,4 +1,4 @@
-"""One paper per file; importing this registers them all."""
+"""The built-in methods, one paper per file. Importing this package registers all of them."""
 
 from sparse_zoo.methods import (
     bsa,

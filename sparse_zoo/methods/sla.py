@@ -1,4 +1,4 @@
-"""Sparse-Linear Attention: the heaviest blocks exactly, the lightest not at all, the rest by linear attention.
+"""Sparse-Linear Attention (SLA): heavy blocks exactly, light blocks skipped, the rest by linear attention.
 
 Paper: SLA: Beyond Sparsity in Diffusion Transformers via Fine-Tunable Sparse-Linear Attention, arXiv 2509.24006.
 """
@@ -21,30 +21,46 @@ from sparse_zoo.selectors import chosen, largest
 
 @register("sla")
 class SLA(Attention):
-    """Critical blocks exactly, marginal ones by linear attention.
+    """Critical blocks exactly, marginal blocks by linear attention.
 
-    The paper's (section 4): blocks of 64 tokens; P_c = softmax(pool(Q) pool(K)^T / sqrt(D)) by means; for each block of
-    queries the `top_fraction` of the blocks of keys is critical, the `negligible` share of smallest P_c is skipped, and
-    what is left is marginal. O_s is softmax attention to the critical blocks; O_l = φ(Q) H / φ(Q) Z with
-    H = Σ φ(K_j)^T V_j and Z = Σ φ(K_j)^T 1 over the marginal blocks j, φ a softmax over channels; the output is
-    O_s + Proj(O_l), Proj a learned D × D map for all heads. It fine-tunes with shares of 5 % and 10 %.
+    **Rule**
 
-    The authors' code (github.com/thu-ml/SLA) differs: its branch SLA-1 has no negligible blocks, and its main branch
-    runs the linear part over all blocks, critical ones too (issues 7, 11 and 18 ask about it). This is the paper's
-    text. From the code: Proj starts at zero, so that the sparse part is all there is at first; shares of n blocks are
-    rounded down; 1e-5 is added to φ(Q) Z. Ours: at least one block is critical; what is critical is never negligible;
-    ties go to the earlier block; Proj has no bias, so that it gives nothing where nothing is marginal. Shares are of
-    the blocks of the own film, which are stretches of its video. Text is read by all and reads all, exactly; the linear
-    part joins video to video.
+    P_c = softmax(pool(Q) pool(K)^T / √D) over block means ranks the blocks of keys for each block of queries. The share
+    `top_fraction` of largest P_c is critical, the share `negligible` of smallest P_c is skipped, the rest is marginal.
+
+    - O_s is softmax attention to the critical blocks.
+    - O_l = φ(Q) H / φ(Q) Z, with H = Σ_j φ(K_j)^T V_j and Z = Σ_j φ(K_j)^T 1 over the marginal blocks j, and φ a
+      softmax over channels.
+    - The output is O_s + Proj(O_l), where Proj is a learned D × D map shared by all heads.
+
+    **Paper**
+
+    Section 4: blocks of 64 tokens; models are fine-tuned with shares of 5 % (critical) and 10 % (negligible).
+
+    **Our choices**
+
+    - We follow the paper's text. The authors' code (github.com/thu-ml/SLA) differs: its branch SLA-1 has no negligible
+      blocks, and its main branch runs the linear part over all blocks (its issues 7, 11 and 18 ask about this).
+    - From that code: Proj starts at zero, so that at first only the sparse part acts; shares are rounded down to whole
+      blocks; 1e-5 is added to φ(Q) Z.
+    - At least one block is critical, and a critical block is never negligible. Ties go to the earlier block.
+    - Proj has no bias, so that it adds nothing where no block is marginal.
+    - Blocks are cut from the video of each film, and shares are of the blocks of the own film.
+    - Text attends exactly to everything and is attended exactly by everything. The linear part joins video to video.
+
+    **Not to be confused with**
+
+    - `vsa`: its coarse stage is softmax attention over block means, and covers all blocks.
+    - `nsa`: its compressed branch is likewise a softmax over means.
 
     Args:
-        top_fraction: Share of a film's blocks that are critical to each block of queries, in (0, 1].
-        negligible: Share of the blocks that is skipped, in [0, 1); no more than are not critical.
+        top_fraction: Share of a film's blocks that are critical for each block of queries, in (0, 1].
+        negligible: Share of the blocks that is skipped, in [0, 1); critical blocks are never skipped.
         block_tokens: Video tokens in a block.
     """
 
     limits = Limit({"top_fraction": 1.0})
-    strict = "blocks are ranked among those of all shots"
+    strict = "blocks of all shots are ranked together"
     anchors = ("text",)
     pools_queries = True
     knob = Knob("top_fraction", 0.05, 1.0)
@@ -79,6 +95,7 @@ class SLA(Attention):
         nn.init.zeros_(self.proj.weight)
 
     def branches(self, call: Call) -> list[Branch | Term]:
+        """One exact branch over the critical blocks and one linear term over the marginal blocks."""
         width = call.v.shape[-1]
         refuse(
             type(self).__name__,
@@ -96,7 +113,7 @@ class SLA(Attention):
         return [Branch(exact), self._linear(call, attended & ~critical)]
 
     def _counts(self, legal: Tensor) -> tuple[Tensor, Tensor]:
-        """How many blocks of each row are critical, and how many are critical or marginal: int64 (..., 1)."""
+        """The number of critical blocks of each row, and of critical or marginal ones: int64 (..., 1)."""
         count = legal.sum(-1, keepdim=True)
         critical = (count.double() * self.top_fraction).long().clamp(min=1)
         negligible = (count.double() * self.negligible).long().minimum(count - critical)
@@ -105,7 +122,7 @@ class SLA(Attention):
     def _linear(self, call: Call, marginal: Tensor) -> Term:
         """Proj(O_l), with marginal, bool (B, H, blocks, blocks)."""
         value, flops = linear_attention(call, stretches(call.layout, self.block_tokens), marginal)
-        tokens = sum(len(shot) - shot.text for film in call.layout.films for shot in film.shots)
+        tokens = call.layout.video_tokens
         projected = self.proj(value.to(self.proj.weight.dtype)).to(call.q.dtype)
         return Term(projected, flops + 2 * call.q.shape[0] * call.q.shape[1] * call.q.shape[-1] ** 2 * tokens)
 

@@ -91,6 +91,7 @@ class Recipe:
     seed: int
 
     def plan(self, device: str) -> Plan:
+        """The plan, on a device: the same for the same seed."""
         draw = torch.Generator().manual_seed(self.seed)
         plan: Plan | None = None
         for kind in self.kinds:
@@ -153,11 +154,11 @@ class Large:
 LARGE = (
     Large(Recipe(620, 700, ("routed", "groups", "sparse"), 90, 1, 2, 101), (1, 2), 1, (HEAD_DIM, 16, 32, 64)),
     Large(Recipe(40, 1100, ("groups",), 1, 1, 1, 102), (1, 1), 1, (HEAD_DIM, 16, 32, 64)),
-    Large(Recipe(70, 90, ("blocks", "routed", "singles", "groups", "sparse"), 9, 6, 12, 103), (6, 12), 2, (80, 96)),
+    Large(Recipe(70, 90, 2 * ("blocks", "routed", "singles", "groups", "sparse"), 9, 6, 12, 103), (6, 12), 2, (80, 96)),
     Large(Recipe(33, 150, ("groups", "blocks"), 3, 1, 10, 104), (5, 10), 10, (128, 256)),
 )
-"""More than 512 queries and keys, 1,024 keys in one rectangle, 4 batch items, 8 heads, 4 query heads for a key head, 64
-channels."""
+"""More than 512 queries and keys, 1,024 keys in one rectangle, 8 parts, 4 batch items, 8 heads, 4 query heads for a key
+head, 64 channels."""
 
 
 # -- comparing --------------------------------------------------------------------------------------------------------
@@ -188,11 +189,13 @@ def inputs(
 
 
 def by_kernel(subject: KernelSubject, given: list[Tensor], plan: Plan, scale: float | None = None) -> Run:
+    """What the kernel under test gives on `given`: q, k, v (B, H, L, D). `scale` is 1 / sqrt(D) by default."""
     scale = given[0].shape[-1] ** -0.5 if scale is None else scale
     return _run(*subject.kernel.run(given[0], given[1], given[2], plan, scale), given)
 
 
 def by_oracle(given: list[Tensor], plan: Plan, dtype: torch.dtype = torch.float64, scale: float | None = None) -> Run:
+    """What plain masked softmax gives in `dtype`, float64 by default. Arguments as `by_kernel`."""
     q, k, v = (x.to(dtype) for x in given)
     return _run(*oracle.masked_softmax(q, k, v, oracle.mask_of(plan), scale, oracle.log_weights_of(plan)), given)
 

@@ -43,6 +43,7 @@ class Finding:
 
     @property
     def passed(self) -> bool:
+        """Whether the error is small enough; a NaN is not."""
         return self.error <= self.allowed  # not so for NaN
 
     def __str__(self) -> str:
@@ -73,6 +74,7 @@ class Inputs(NamedTuple):
 
     @property
     def scale(self) -> float:
+        """The usual scale of scores, 1 / sqrt(D)."""
         return float(self.q.shape[-1] ** -0.5)
 
 

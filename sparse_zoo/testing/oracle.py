@@ -48,7 +48,7 @@ def held_by(part: Part) -> Tensor:
 
 
 def mask_of(plan: Plan) -> Tensor:
-    """bool (B|1, H|1, Lq, Lk)"""
+    """Who attends to whom: bool (B|1, H|1, Lq, Lk)."""
     return reduce(torch.logical_or, [held_by(part) > 0 for part in plan.parts])
 
 
@@ -138,8 +138,17 @@ def plain(
     dtype: torch.dtype | None = torch.float64,
     branches: Sequence[Branch | Term] | None = None,
 ) -> Tensor:
-    """What the branches, the method's for this call or those given, mean: masked softmax in `dtype` (None: that of q),
-    weighted and summed."""
+    """Masked softmax of each branch, weighted and summed: what `branches` mean, by default the method's for this call.
+
+    Args:
+        attention: The method; its `text_reads` and causality decide what text may read.
+        call: What it is given.
+        dtype: Of all that is computed; None for that of q.
+        branches: Judged instead of the method's own.
+
+    Returns:
+        The output, (B, H, Lq, Dv).
+    """
     if branches is None:
         call, branches = routed(attention, call)
     dtype = dtype or call.q.dtype

@@ -25,6 +25,7 @@ T = TypeVar("T")
 
 
 def plans(attention: Attention, call: Call) -> list[Plan]:
+    """The plan of each key set of each branch."""
     return [segment.plan for branch in branches(attention, call) for segment in branch.key_sets]
 
 
