@@ -590,9 +590,72 @@ def _percent(share: float) -> str:
     return f"{100 * share:.1f} %" if math.isfinite(share) else "all of it"
 
 
+@dataclass(frozen=True)
+class Speed:
+    """A printed sparsity and the speedup printed beside it.
+
+    Attributes:
+        paper: Its name and number.
+        source: Where the figures are printed.
+        row: What was timed.
+        sparsity: The share of pairs that is left out.
+        times: The speedup over dense.
+    """
+
+    paper: str
+    source: str
+    row: str
+    sparsity: float
+    times: float
+
+    @property
+    def bound(self) -> float:
+        """The largest speedup of attention that the sparsity allows; of a whole model it is smaller."""
+        return 1 / (1 - self.sparsity)
+
+    @property
+    def verdict(self) -> str:
+        """Within the bound, or above it by more than `TOLERANCE`: then something else made it faster."""
+        return "within the bound" if self.times <= self.bound * (1 + TOLERANCE) else "exceeds the bound"
+
+
+_LITE = ("LiteAttention, arXiv 2511.11062", "README of moonmath-ai/LiteAttention, commit 01b56b3")
+SPEEDS = (
+    Speed(*_LITE, "Wan2.1-14B, end to end, 1707 s -> 902 s", 0.42, 1707 / 902),
+    Speed(*_LITE, "Wan2.2-14B, end to end, 1473 s -> 893 s", 0.32, 1473 / 893),
+    Speed(*_LITE, "self-attention, 695 s -> 573 s", 0.21, 695 / 573),
+    Speed(*_LITE, "self-attention, 695 s -> 418 s", 0.42, 695 / 418),
+    Speed(*_LITE, "self-attention, 695 s -> 308 s", 0.57, 695 / 308),
+    Speed(*_LITE, "self-attention, 695 s -> 163 s", 0.77, 695 / 163),
+    Speed("SpargeAttention2, arXiv 2602.13515", "its abstract", "attention", 0.95, 16.2),
+    Speed("SLA2, arXiv 2602.12675", "its abstract", "attention, quantization included", 0.97, 18.6),
+    Speed("SLA, arXiv 2509.24006", "its abstract", "attention", 0.95, 13.7),
+    Speed("SubBlock, sglang #34148", "its description", "denoising of MiniMax-H3, end to end", 0.75, 1.14),
+)
+
+
+def speeds() -> str:
+    """The section on printed speedups."""
+    rows = [
+        f"| {x.paper} | {x.row} | {x.sparsity:.0%} | {x.times:.2f}× | {x.bound:.2f}× | {x.verdict} | {x.source} |"
+        for x in SPEEDS
+    ]
+    return "\n".join([SPEEDS_INTRODUCTION, *rows, ""])
+
+
 def page(ledgers: list[Ledger]) -> str:
     """The text of docs/ledger.md."""
     return "\n".join([INTRODUCTION, RULE, "", *(ledger.markdown() for ledger in ledgers)])
+
+
+SPEEDS_INTRODUCTION = """## Printed speedups against what their sparsity allows
+
+Attention that leaves out a share s of the pairs can be at most 1 / (1 - s) times as fast. A whole model gains less,
+since only its attention is shortened. What exceeds the bound was made faster by something besides sparsity. No row was
+measured here.
+
+| paper | row | sparsity | speedup | bound | verdict | source |
+|---|---|---|---|---|---|---|"""
 
 
 INTRODUCTION = """# The papers' figures, recomputed
@@ -610,4 +673,4 @@ from a plan that the method itself built at the paper's size, on random queries 
 
 
 if __name__ == "__main__":
-    print(page([Ledger.of(name) for name in PAPERS]), end="")
+    print(page([Ledger.of(name) for name in PAPERS]), speeds(), sep="\n", end="")

@@ -260,6 +260,7 @@ def psa(attention: PSA, call: Call) -> Tensor:
         asking, asked = (list(runs(video, x).values()) for x in (attention.query_tokens, attention.block_tokens))
         sampled = [block[::4] for block in asked]
         ends = [math.floor(len(asked) * min(1.0, sum(attention.shares[: n + 1])) + 1e-9) for n in range(4)]
+        ends[0] = max(1, ends[0])
         for block in asking:
             per_query = []
             for i in block[::4]:
