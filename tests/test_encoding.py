@@ -15,7 +15,7 @@ from test_decoding import film
 from typer.testing import CliRunner
 
 from datamodules import encoding as encoding_module
-from datamodules.encoders import VideoVAE
+from datamodules.encoders import TextEncoder, VideoVAE
 from datamodules.encoding import Encoder, Encoding, Film, write_films
 from datamodules.manifest import Manifest, Row
 from datamodules.shards import Index
@@ -268,13 +268,18 @@ def share(films: Path, given: Encoding, number: int, told: Any) -> None:
     told.put((number, [outcome.film is not None for outcome in outcomes]))
 
 
-@pytest.mark.slow
-def test_two_processes_share_a_manifest_without_double_work(tmp_path: Path, wan: Path) -> None:
+def test_two_processes_share_a_manifest_without_double_work(
+    tmp_path: Path, wan: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     for i in range(4):
         video(tmp_path / f"{i}.mp4", (10 + i, 20 + i))
     rows = [{"video": f"{i}.mp4", "caption": f"film {i % 2}"} for i in range(4)]
     path, given = manifest(tmp_path / "m.jsonl", rows), asked(tmp_path / "out", wan)
-    context = get_context("spawn")  # a fork of a process that has computed with torch may hang
+    cpu = torch.device("cpu")
+    vae, text = VideoVAE(wan, cpu), TextEncoder(wan, cpu, 512)  # loaded once, before the forks
+    monkeypatch.setattr(encoding_module, "VideoVAE", lambda *_: vae)
+    monkeypatch.setattr(encoding_module, "TextEncoder", lambda *_: text)
+    context = get_context("fork")
     told = context.Queue()
     processes = [context.Process(target=share, args=(path, given, number, told)) for number in range(2)]
     for process in processes:

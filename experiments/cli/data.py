@@ -73,7 +73,8 @@ def encode(
     manifest: ManifestFile,
     vae: Annotated[Path, typer.Option(help="Folder of a diffusers video VAE, or of a pipeline with one.")],
     text_encoder: Annotated[
-        Path, typer.Option(help="Folder of a transformers text encoder and its tokenizer, or of a pipeline with both.")
+        Path,
+        typer.Option(help="Folder of a transformers text encoder and its tokenizer, or of a pipeline; or minilm."),
     ],
     out: Annotated[Path, typer.Option(help="Folder for the shards; what is there is kept and not encoded again.")],
     size: Annotated[

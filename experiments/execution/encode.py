@@ -21,6 +21,7 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from datamodules.encoders import MINILM
 from datamodules.encoding import Encoder, Encoding, Film, write_films
 from datamodules.manifest import Row
 from datamodules.shards import finish_orphans
@@ -368,5 +369,5 @@ def _serve_ray(job: Job, cpus: int) -> list[Outcome]:
 
 
 def _absolute(encoding: Encoding) -> Encoding:
-    paths = {name: getattr(encoding, name).absolute() for name in ("folder", "vae", "text_encoder")}
-    return replace(encoding, **paths)
+    paths = {name: getattr(encoding, name) for name in ("folder", "vae", "text_encoder")}
+    return replace(encoding, **{name: path.absolute() for name, path in paths.items() if str(path) != MINILM})
