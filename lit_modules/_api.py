@@ -7,7 +7,7 @@ from lit_modules.metrics import LossByTime
 from lit_modules.module import LitVideoDiT, NonFiniteLoss
 from lit_modules.pretrained import Distill, LitPretrained, LoRA
 from lit_modules.routing_watch import RoutingWatch
-from lit_modules.sampling import Drawn, Euler
+from lit_modules.sampling import Euler, Generated
 from lit_modules.settings import Optim
 from sparse_zoo.strips import film_strip
 
@@ -16,9 +16,9 @@ __all__ = [
     "AttentionCost",
     "DiTOutput",
     "Distill",
-    "Drawn",
     "Euler",
     "FlowLoss",
+    "Generated",
     "LitPretrained",
     "LitVideoDiT",
     "LoRA",

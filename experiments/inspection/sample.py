@@ -137,7 +137,7 @@ class Drawing:
                                     _of_film(batch, "captions", item, i) or (),
                                 )
                             ),
-                            "taken": drawn.taken[i][item] if drawn.taken else None,
+                            "taken": drawn.context[i][item] if drawn.context else None,
                         }
                     )
         found = {name: float(value) for name, value in metrics.compute().items()} if len(metrics) else {}
