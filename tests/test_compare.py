@@ -41,7 +41,8 @@ def test_methods_are_compared_from_the_same_noise(model: Path, prompts: Path, tm
     # A frame of 24 tokens in a shot of one, and two in a shot of two: MoC's top chunk is one of the others.
     assert 0 < sparse["density"] < 1
     assert all_chunks["density"] == 1
-    assert all_chunks["psnr"] is None or all_chunks["psnr"] > 100
+    # From one noise both are one video but for the order of sums: below half a step of 8 bits, 20·log10(2·255) = 54 dB.
+    assert all_chunks["psnr"] is None or all_chunks["psnr"] > 54
     assert all_chunks["ssim"] == pytest.approx(1)
     assert 10 < sparse["psnr"] < 60
     page = (out / "index.html").read_text()
