@@ -29,6 +29,8 @@ SECTIONS = {
     "trainer": "lightning.pytorch.trainer.trainer:Trainer",
     "sampling": "lit_modules.settings:Sampling",
 }
+# That of `model` where it names a folder, as model=DIR does.
+PRETRAINED = "lit_modules.settings:Pretrained"
 # What the run itself hands to these classes; a config may not.
 GIVEN: dict[str, set[str]] = {
     "trainer": {
@@ -58,6 +60,11 @@ SHAPE = {"heads", "head_dim", "dim"}  # of attention: the model's
 Override = str | Mapping[str, Any]
 
 
+def is_pretrained(model: Any) -> bool:
+    """Whether a `model`, a section or what is given for it, is a pretrained one: a folder, or a mapping with one."""
+    return isinstance(model, str) or (isinstance(model, Mapping) and "folder" in model)
+
+
 def parse(override: str) -> tuple[str, Any]:
     """A text key=value, whose value `yaml12.load_value` reads, as (key, value); raises `ZooError`."""
     key, equals, text = override.partition("=")
@@ -77,6 +84,25 @@ def parse_method(text: str) -> tuple[str, dict[str, Any]]:
     return name.strip(), dict(parse(part) for part in re.split(r",(?=\s*\w+=)", rest) if rest)
 
 
+def parse_methods(texts: Sequence[str]) -> list[tuple[str, dict[str, Any]]]:
+    """Methods as --methods has them, "moc:top_k=2,causal=null,sta": `parse_method` of each.
+
+    A comma before key= or inside brackets belongs to a method's settings, any other separates two methods.
+    """
+    found: list[str] = []
+    for text in texts:
+        whole = ""
+        for piece in text.split(","):
+            inside = any(whole.count(a) > whole.count(b) for a, b in ("[]", "{}"))
+            if whole and (inside or re.match(r"\s*\w+\s*=", piece)):
+                whole += f",{piece}"
+            else:
+                found += [whole] if whole else []
+                whole = piece
+        found.append(whole)
+    return [parse_method(text) for text in found]
+
+
 def misspelt(overrides: Sequence[Override], *, plugins: bool) -> list[str]:
     """Every name that cannot be right, of overrides as `experiments.config.resolve.load` takes them, as a reason.
 
@@ -84,6 +110,7 @@ def misspelt(overrides: Sequence[Override], *, plugins: bool) -> list[str]:
     """
     base = _yaml("base.yaml")
     reasons: list[str] = []
+    pretrained = False
     named = {"attention": base["attention"], "data": base["data"]}
     inside: dict[str, dict[str, Any]] = {section: {} for section in base}
     for key, value in _pairs(overrides, reasons):
@@ -96,9 +123,11 @@ def misspelt(overrides: Sequence[Override], *, plugins: bool) -> list[str]:
             named[section] = {"name": value} if isinstance(value, str) else value
             if section == "attention" or (isinstance(value, Mapping) and "name" in value):
                 inside[section] = {}
+        elif section == "model" and is_pretrained(value):
+            pretrained, inside[section] = True, {}
         if section in base and not below and isinstance(value, Mapping):
             inside[section] |= value
-    for section, place in SECTIONS.items():
+    for section, place in (SECTIONS | ({"model": PRETRAINED} if pretrained else {})).items():
         allowed = (settings(place) or set()) - GIVEN.get(section, set())
         reasons += [unknown(f"key of {section}", x, allowed) for x in inside[section] if x not in allowed]
     reasons += [unknown("key of match", x, MATCH) for x in inside["match"] if x not in MATCH]

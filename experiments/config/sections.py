@@ -10,10 +10,15 @@ import ast
 import re
 from dataclasses import dataclass
 
-from experiments.config.names import DATA, GIVEN, SECTIONS, class_at
+from experiments.config.names import DATA, GIVEN, PRETRAINED, SECTIONS, class_at
 
 SWEEP = "experiments.sweep.schema:SweepFile"
-TABLES = {**SECTIONS, **{f"data={name}": place for name, place in DATA.items()}, "sweep": SWEEP}
+TABLES = {
+    **SECTIONS,
+    "model=DIR": PRETRAINED,
+    **{f"data={name}": place for name, place in DATA.items()},
+    "sweep": SWEEP,
+}
 
 
 @dataclass(frozen=True)

@@ -89,7 +89,7 @@ class Bridge:
         self._losses: dict[int, dict[str, Tensor]] = {}
         self._streams: dict[Any, Stream] = {}
         self._masks: list[tuple[Tensor, Tensor | None]] = []
-        self._memories: dict[int, dict[Any, Any]] = {}
+        self._memories: dict[int | str, dict[Any, Any]] = {}
         self._memory: dict[Any, Any] | None = None
         self._last: tuple[float, int] | None = None
         self._call: str | None = None  # the name that a pipeline gives a call, "cond" or "uncond"
