@@ -25,6 +25,8 @@ def test_every_family_is_written_and_read_back(tmp_path: Path):
 def test_a_pipeline_samples_with_any_method(tmp_path: Path, family):
     from diffusers import DiffusionPipeline
 
+    if family == "skyreels_v2":
+        pytest.importorskip("ftfy", reason="needs the extra: pip install -e '.[pretrained]'")
     (folder,) = write(tmp_path, [family])
     pipe = DiffusionPipeline.from_pretrained(folder, local_files_only=True)
     pipe.set_progress_bar_config(disable=True)

@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from fractions import Fraction
 from functools import reduce
+from importlib.util import find_spec
 from operator import add
 from pathlib import Path
 from statistics import fmean
@@ -110,6 +111,12 @@ def load_pipeline(folder: Path) -> Any:
         )
     except (OSError, ValueError, RuntimeError) as error:
         raise ZooError(f"model {folder}: it does not load: {str(error).splitlines()[0]}") from error
+    refuse(
+        f"model {folder}",
+        [f"{type(pipe).__name__} needs the package ftfy. pip install 'sparse-attention-zoo[pretrained]'"]
+        if type(pipe).__name__.startswith("SkyReels") and find_spec("ftfy") is None
+        else [],
+    )
     pipe.set_progress_bar_config(disable=True)
     return pipe.to("cuda") if cuda else pipe
 
