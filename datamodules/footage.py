@@ -282,8 +282,8 @@ class _Pass:
         for start, stop, why in self.lost[:3]:
             until = "the end" if stop is None else _clock(stop)
             self.notes.append(f"frames from {_clock(start)} to {until} are lost: {why}")
-        if len(self.lost) > 3:
-            self.notes.append(f"frames are lost in {len(self.lost) - 3} later places too")
+        if (more := len(self.lost) - 3) > 0:
+            self.notes.append(f"frames are lost in {more} later place{'s' * (more > 1)} too")
         if self.gaps:
             start, stop = self.gaps[0]
             more = f", and {len(self.gaps) - 1} more such gaps" if len(self.gaps) > 1 else ""

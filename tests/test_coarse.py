@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 import sparse_zoo as zoo
-from sparse_zoo import Branch, Call, Layout, Shot, Term, testing
+from sparse_zoo import Branch, Call, Layout, Shot, Term
 from sparse_zoo.blocks import largest, members, pooled
 from sparse_zoo.methods.nsa import NSA
 from sparse_zoo.methods.sla import SLA
@@ -55,11 +55,6 @@ def dense(call: Call) -> Tensor:
 
 def close(ours: Tensor, right: Tensor, atol: float = 1e-12) -> None:
     torch.testing.assert_close(ours, right, rtol=0, atol=atol)
-
-
-@testing.parametrize_methods("vsa", "nsa", "sla")
-def test_methods_conform(check: Any) -> None:
-    check()
 
 
 # -- gradients, through means, gates, choices and the linear part ------------------------------------------------------

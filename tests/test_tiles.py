@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 import sparse_zoo as zoo
-from sparse_zoo import testing
 from sparse_zoo.attention import Branch, Call
 from sparse_zoo.cost import Cost
 from sparse_zoo.kmeans import kmeans
@@ -22,11 +21,6 @@ from sparse_zoo.testing.slow_tiles import lloyd, radial_keys
 from sparse_zoo.testing.subject import PACKED, STORY, Subject, make
 
 FAMILY = ("sta", "radial", "svg", "svg2")
-
-
-@testing.parametrize_methods(*FAMILY)
-def test_the_family_conforms(check: Any) -> None:
-    check()
 
 
 @pytest.mark.parametrize("method", FAMILY)

@@ -13,7 +13,7 @@ from sparse_zoo.attention import Attention, Branch, Call
 from sparse_zoo.testing import oracle
 from sparse_zoo.testing.invariances import of_items
 from sparse_zoo.testing.results import EXACT, GRADIENT
-from sparse_zoo.testing.subject import CASES, STORY, Subject, make
+from sparse_zoo.testing.subject import AUTO, CASES, STORY, Subject, make
 from sparse_zoo.testing.suite import Checks, expect, same
 
 checks: Checks[Subject] = Checks()
@@ -28,8 +28,8 @@ MANY = CASES["many films, items and heads"]
 
 def calls(subject: Subject) -> Iterator[tuple[Attention, Call]]:
     """The method in training, and a call whose inputs all need a gradient: a small one, and one of a later layer."""
-    yield subject.build().train(), make(STORY, seed=3, step=5, grad=True)
-    yield subject.build_for(MANY).train(), MANY.call(batch=2, grad=True)
+    yield subject.build(AUTO).train(), make(STORY, seed=3, step=5, grad=True)
+    yield subject.build_for(MANY, AUTO).train(), MANY.call(batch=2, grad=True)
 
 
 def inputs(attention: Attention, call: Call) -> dict[str, Tensor]:
@@ -158,9 +158,10 @@ def losses_are_means(subject: Subject) -> None:
     for training in (False, True):
         attention.train(training)
         with torch.no_grad():
-            together, turned = (attention.run(x).losses for x in (call, of_items(call, items.flip(0))))
+            together = attention.run(call).losses
             if not together:
                 continue
+            turned = attention.run(of_items(call, items.flip(0))).losses
             alone = [attention.run(of_items(call, items[i, None])).losses for i in items]
         for name, loss in together.items():
             atol = max(EXACT, GRADIENT * float(loss.abs()))

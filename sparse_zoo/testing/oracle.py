@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import reduce
 
 import torch
 from torch import Tensor
@@ -15,36 +16,40 @@ from sparse_zoo.plan import Part, Plan
 
 
 def members(pieces: Partition) -> Tensor:
-    """float64 (B|1, H|1, P, L): how often each piece lists each token."""
+    """float32 (B|1, H|1, P, L): how often each piece lists each token."""
     starts, ends = pieces.offsets[..., :-1, None], pieces.offsets[..., 1:, None]
     held = pieces.length if pieces.order is None else pieces.order.shape[-1]
     place = torch.arange(held, device=pieces.device)
-    inside = ((place >= starts) & (place < ends)).double()
+    inside = ((place >= starts) & (place < ends)).float()
     if pieces.order is None:
         return inside
     batch, heads = torch.broadcast_shapes(inside.shape[:2], pieces.order.shape[:2])
     index = pieces.order.long()[:, :, None].expand(batch, heads, pieces.count, -1)
-    listed = torch.zeros(batch, heads, pieces.count, pieces.length, dtype=torch.float64, device=pieces.device)
+    listed = torch.zeros(batch, heads, pieces.count, pieces.length, device=pieces.device)
     return listed.scatter_add(3, index, inside.expand(batch, heads, -1, -1))
 
 
 def edge_counts(part: Part) -> Tensor:
-    """float64 (B|1, H|1, Q, K): how often each key piece is named for each query piece."""
+    """float32 (B|1, H|1, Q, K): how often each key piece is named for each query piece."""
     if part.edges.dtype == torch.bool:
-        return part.edges.double()
-    named = torch.zeros(*part.edges.shape[:3], part.keys.count + 1, dtype=torch.float64, device=part.edges.device)
-    return named.scatter_add(3, part.edges.long() + 1, torch.ones_like(part.edges, dtype=torch.float64))[..., 1:]
+        return part.edges.float()
+    named = torch.zeros(*part.edges.shape[:3], part.keys.count + 1, device=part.edges.device)
+    return named.scatter_add(3, part.edges.long() + 1, torch.ones_like(part.edges, dtype=torch.float32))[..., 1:]
 
 
 def times_held(plan: Plan) -> Tensor:
     """int64 (parts, B, H, Lq, Lk): how many rectangles of each part hold each pair."""
-    held = [members(part.queries).transpose(-1, -2) @ edge_counts(part) @ members(part.keys) for part in plan.parts]
-    return torch.stack(torch.broadcast_tensors(*held)).long()
+    return torch.stack(torch.broadcast_tensors(*map(held_by, plan.parts))).long()
+
+
+def held_by(part: Part) -> Tensor:
+    """float32 (B|1, H|1, Lq, Lk): how many rectangles of a part hold each pair; exact, as counts are small."""
+    return members(part.queries).transpose(-1, -2) @ edge_counts(part) @ members(part.keys)
 
 
 def mask_of(plan: Plan) -> Tensor:
     """bool (B|1, H|1, Lq, Lk)"""
-    return times_held(plan).sum(0) > 0
+    return reduce(torch.logical_or, [held_by(part) > 0 for part in plan.parts])
 
 
 def masked_softmax(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float | None = None) -> tuple[Tensor, Tensor]:
@@ -53,11 +58,10 @@ def masked_softmax(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float |
     k, v = k.repeat_interleave(share, dim=1), v.repeat_interleave(share, dim=1)
     scores = q @ k.transpose(-1, -2) * (q.shape[-1] ** -0.5 if scale is None else scale)
     scores = torch.where(mask, scores, -torch.inf)
-    lse = scores.detach().logsumexp(-1)
-    weights = torch.where(
-        mask, scores - scores.detach().amax(-1, keepdim=True).nan_to_num(neginf=0.0), -torch.inf
-    ).exp()
+    top = scores.detach().amax(-1, keepdim=True).nan_to_num(neginf=0.0)
+    weights = (scores - top).exp()
     total = weights.sum(-1, keepdim=True)
+    lse = (top + total.detach().log())[..., 0]
     return (weights / torch.where(total > 0, total, torch.ones_like(total))) @ v, lse
 
 

@@ -173,13 +173,14 @@ def pairs_counted(subject: Subject) -> None:
     """Reported pairs, density and FLOPs are those of the branches' masks; kernels execute no fewer."""
     for film, attention, call in everywhere(subject):
         layout, (batch, heads) = call.layout, call.q.shape[:2]
-        result = attention.run(call)
-        masks = [oracle.masks(attention, call, branch) for branch in branches(attention, call)]
+        with torch.no_grad():
+            result, (_, made) = attention.run(call), oracle.routed(attention, call)
+        masks = [oracle.masks(attention, call, branch) for branch in made if isinstance(branch, Branch)]
         pairs = sum(int(mask.expand(batch, heads, -1, -1).sum()) for mask in masks)
         dense = batch * heads * sum(len(film) ** 2 for film in layout.films)
         cost, dim = result.cost(), result.out.shape[-1]
         pooled = any(plan.shape != (len(layout), len(layout)) for plan in result.plans)
-        terms = sum(x.flops for x in oracle.routed(attention, call)[1] if not isinstance(x, Branch))
+        terms = sum(x.flops for x in made if not isinstance(x, Branch))
         wanted: dict[str, float] = {
             "pairs": pairs,
             "flops": 4 * pairs * dim + terms,

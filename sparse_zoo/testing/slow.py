@@ -148,10 +148,11 @@ def moc(
     return result
 
 
+@lru_cache(16)
 def moga_branch(
-    name: str, group: list[int], layout: Layout, *, windows: tuple[int, ...], frames: int | None
+    name: str, group: tuple[int, ...], layout: Layout, *, windows: tuple[int, ...], frames: int | None
 ) -> list[set[int]]:
-    """`group`: the router's choice of each token of one batch item."""
+    """`group`: the router's choice of each token of one batch item; empty for branches that do not ask."""
     all_tokens = tokens(layout)
     shots = {(s, n): shot for s, film in enumerate(layout.films) for n, shot in enumerate(film.shots)}
 
@@ -182,6 +183,7 @@ def moga_branch(
     return [{j for j in film if reads(i, j)} for i, film in enumerate(dense(layout))]
 
 
+@lru_cache(64)
 def window(layout: Layout, *, tile: tuple[int, ...], size: tuple[int, ...], edge: str, restart: bool) -> list[set[int]]:
     all_tokens = tokens(layout)
     shots = {(s, n): shot for s, film in enumerate(layout.films) for n, shot in enumerate(film.shots)}

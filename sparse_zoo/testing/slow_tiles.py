@@ -36,6 +36,7 @@ def radial(attention: Radial, call: Call) -> Masks:
     return [(slow.as_mask(radial_keys(call.layout, attention.block_tokens, attention.decay)), 1.0)]
 
 
+@lru_cache(16)
 def radial_keys(layout: Layout, block_tokens: int, decay: float) -> list[set[int]]:
     every = tokens(layout)
     video: dict[int, list[int]] = {}
