@@ -246,13 +246,13 @@ class LitPretrained(LightningModule):
                 dense = self.sample(batch, seed=self.seed)
             self.log("val/sample_error", (sparse - dense).norm() / dense.norm(), batch_size=size)
 
-    def export(self, folder: Path) -> list[Path]:
+    def export(self, folder: str | Path) -> list[Path]:
         """Write what was trained beside the checkpoint, for use without Lightning.
 
         `methods.pt`, which `Bridge.load` reads, where methods have parameters; `lora`, a folder with the file that
         diffusers' `load_lora_adapter` reads, where there are adapters. Returns what was written.
         """
-        written = []
+        folder, written = Path(folder), []
         if any(True for _ in self.bridge.parameters()):
             written.append(self.bridge.save(folder / "methods.pt"))
         if self.settings.lora_rank:

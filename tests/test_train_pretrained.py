@@ -61,7 +61,8 @@ def test_zoo_train_fine_tunes_a_model_and_zoo_sample_generates_with_it(models: P
     state = torch.load(result["checkpoint"], weights_only=True)["state_dict"]
     model = transformer("wan")
     original = model.state_dict()
-    model.load_lora_adapter(folder / "lora", weight_name="pytorch_lora_weights.safetensors", prefix=None)
+    weights = "pytorch_lora_weights.safetensors"
+    model.load_lora_adapter(folder / "lora", weight_name=weights, prefix=None, adapter_name="default")
     bridge = zoo.attach(model, "moga", **zoo.get("moga").small).load(folder / "methods.pt")
     bridge.film([2, 4])
     trained = {f"model.{name}": x for name, x in model.state_dict().items()}

@@ -5,6 +5,7 @@ from typing import Any
 from lightning.pytorch import LightningDataModule
 from torch.utils.data import DataLoader
 
+from datamodules.loading import train_loader, val_loader
 from experiments.tools.tiny_models import inputs
 
 
@@ -23,17 +24,31 @@ class ToyLatents(LightningDataModule):
     def summary(self) -> dict[str, Any]:
         return {"films": self.films}
 
-    def _loader(self, seeds: range) -> DataLoader:
+    def _films(self, first: int, count: int) -> "Batches":
         batches = []
-        for seed in seeds:
+        for seed in range(first, first + count):
             given = inputs(self.family, seed=seed)
             latents = given.pop("hidden_states")
             arguments = {name: x for name, x in given.items() if name not in ("timestep", "return_dict")}
             batches.append({"latents": latents, "arguments": arguments, "shots": [2, 4]})
-        return DataLoader(batches, batch_size=None)
+        return Batches(batches)
 
     def train_dataloader(self) -> DataLoader:
-        return self._loader(range(self.films))
+        return train_loader(self._films(0, self.films), 1, 0, 0, self.trainer)
 
     def val_dataloader(self) -> DataLoader:
-        return self._loader(range(1000, 1001))
+        return val_loader(self._films(1000, 1), 1, 0)
+
+
+class Batches:
+    """Whole batches, asked for one at a time."""
+
+    def __init__(self, batches: list[dict[str, Any]]) -> None:
+        self.batches = batches
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def __getitems__(self, numbers: list[int]) -> dict[str, Any]:
+        (number,) = numbers
+        return self.batches[number]
