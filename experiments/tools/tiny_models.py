@@ -292,7 +292,9 @@ def clip_encoder() -> Any:
     """A tiny random CLIP text encoder, whose pooled output has 8 channels."""
     transformers = installed("transformers")
     sizes = {"hidden_size": 8, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
-    config = transformers.CLIPTextConfig(vocab_size=259, max_position_embeddings=77, eos_token_id=1, **sizes)
+    config = transformers.CLIPTextConfig(
+        vocab_size=259, max_position_embeddings=77, bos_token_id=1, eos_token_id=1, **sizes
+    )
     return transformers.CLIPTextModel(config).eval()
 
 
