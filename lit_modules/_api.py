@@ -5,26 +5,25 @@ from lit_modules.dit import DiTOutput, VideoDiT
 from lit_modules.flow import FlowLoss, RectifiedFlow
 from lit_modules.metrics import LossByTime
 from lit_modules.module import LitVideoDiT, NonFiniteLoss
-from lit_modules.pretrained import Distill, LitPretrained, LoRA
+from lit_modules.pretrained import LitPretrained
 from lit_modules.routing_watch import RoutingWatch
 from lit_modules.sampling import Euler, Generated
-from lit_modules.settings import Optim
+from lit_modules.settings import Optim, Pretrained
 from lit_modules.strips import film_strip
 
 __all__ = [
     "EMA",
     "AttentionCost",
     "DiTOutput",
-    "Distill",
     "Euler",
     "FlowLoss",
     "Generated",
     "LitPretrained",
     "LitVideoDiT",
-    "LoRA",
     "LossByTime",
     "NonFiniteLoss",
     "Optim",
+    "Pretrained",
     "RectifiedFlow",
     "RoutingWatch",
     "SampleFilms",

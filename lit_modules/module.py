@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from typing import Any, Protocol, cast, runtime_checkable
 
@@ -150,16 +150,7 @@ class LitVideoDiT(LightningModule):
 
     @override
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
-        named = {name: p.grad for name, p in self.model.named_parameters() if p.grad is not None}
-        norm = nn.utils.get_total_norm(list(named.values()))
-        if not torch.isfinite(norm):
-            # With float16 an overflow of scaled gradients is expected: the scaler skips the step and halves its scale.
-            scaler = getattr(self.trainer.precision_plugin, "scaler", None)
-            if scaler is not None and scaler.get_scale() > 1:
-                return
-            bad = {f"gradient of {name}": float(g.norm()) for name, g in named.items() if not g.isfinite().all()}
-            raise NonFiniteLoss(self.global_step, bad or {"gradient norm": float(norm)})
-        self.log("train/grad_norm", norm)
+        log_gradient_norm(self)
 
     @override
     def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
@@ -212,12 +203,31 @@ class LitVideoDiT(LightningModule):
             metrics.reset()
 
 
+def log_gradient_norm(trained: LightningModule) -> None:
+    """Log `train/grad_norm`; raises `NonFiniteLoss` where it is not finite, before the gradients reach the weights."""
+    model, trainer = cast("nn.Module", trained.model), trained.trainer
+    named = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    norm = nn.utils.get_total_norm(list(named.values()))
+    if not torch.isfinite(norm):
+        # With float16 an overflow of scaled gradients is expected: the scaler skips the step and halves its scale.
+        scaler = getattr(trainer.precision_plugin, "scaler", None)
+        if scaler is not None and scaler.get_scale() > 1:
+            return
+        bad = {f"gradient of {name}": float(g.norm()) for name, g in named.items() if not g.isfinite().all()}
+        raise NonFiniteLoss(trained.global_step, bad or {"gradient norm": float(norm)})
+    trained.log("train/grad_norm", norm)
+
+
 def schedules(model: VideoDiT, step: int) -> dict[str, float]:
+    """The schedules of the attention of every block; see `scheduled_settings`."""
+    return scheduled_settings([cast("Block", block).attention for block in model.blocks], step)
+
+
+def scheduled_settings(attentions: Sequence[nn.Module], step: int) -> dict[str, float]:
     """The scheduled settings at a step: `schedule/phase`, from 0, and `schedule/<setting>` for numbers.
 
     `schedule/layer_<i>/...` if layers have schedules of their own.
     """
-    attentions = [cast(Block, block).attention for block in model.blocks]
     planned = {i: layer for i, layer in enumerate(attentions) if isinstance(layer, zoo.Scheduled)}
     alike = len(planned) == len(attentions) and len({repr((x.starts, x.settings)) for x in planned.values()}) == 1
     found: dict[str, float] = {}

@@ -5,9 +5,11 @@ from __future__ import annotations
 import copy
 import importlib
 import json
+import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, fields
+from dataclasses import fields
+from functools import lru_cache
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -22,43 +24,15 @@ from typing_extensions import override
 import sparse_zoo as zoo
 from lit_modules.callbacks import EMA
 from lit_modules.flow import RectifiedFlow, generator
-from lit_modules.module import VALIDATION_TIMES, NonFiniteLoss, _plain
-from lit_modules.settings import Optim
+from lit_modules.module import VALIDATION_TIMES, NonFiniteLoss, _plain, log_gradient_norm, scheduled_settings
+from lit_modules.settings import Flow, Optim, Outline, Pretrained, Sampling
+from sparse_zoo.bridge import Bridge
 from sparse_zoo.errors import ZooError, refuse, unknown
 
 FLOW_FAMILIES = ("wan", "skyreels_v2", "hunyuan_video", "hunyuan_video_15", "ltx", "kandinsky5")
 """Families that predict noise - clean at timesteps of 1000 · time."""
 
 ONE_TIME = zoo.Layout.film([zoo.Shot(1, 1, 1)])
-ADAPTED = ("to_q", "to_k", "to_v", "to_out.0")
-
-
-@dataclass(frozen=True)
-class Distill:
-    """Weights of the losses that pull towards the model with its own dense attention and weights.
-
-    output: of the mean square difference of the velocities.
-    layers: of the mean over layers of ‖attention - dense attention‖² ÷ ‖dense attention‖², projected out.
-    """
-
-    output: float = 0.0
-    layers: float = 0.0
-
-    def __post_init__(self) -> None:
-        given = {"output": self.output, "layers": self.layers}
-        refuse("distill", [f"{name} must be at least 0, got {x}" for name, x in given.items() if x < 0])
-
-    def __bool__(self) -> bool:
-        return bool(self.output or self.layers)
-
-
-@dataclass(frozen=True)
-class LoRA:
-    """Low-rank adapters of rank `r`, scaled by alpha / r, on the linear layers whose names end so."""
-
-    r: int = 16
-    alpha: int = 16
-    targets: tuple[str, ...] = ADAPTED
 
 
 class Teacher:
@@ -78,40 +52,44 @@ class LitPretrained(LightningModule):
     of its forward but the timestep, text embeddings among them; and, for films of several shots, "shots", frames of
     tokens of each.
 
-    Args:
-        folder: A pipeline of diffusers, or its transformer, on disk. Nothing is loaded from a hub.
-        attention: {"name": method, **settings}, a schedule among them, or a list for the layers, as `zoo.attach` has.
-        lora: Fields of `LoRA`; None: all weights are trained.
-        flow: Fields of `RectifiedFlow`; `shift` is the scheduler's where it is not given.
-        optim: Fields of `Optim`; the optimizer is AdamW.
-        distill: Fields of `Distill`. With adapters the teacher is the model without them and takes no memory; else it
-            is a copy of the model.
-        seed: Of noise, times and the attention's draws; with the number of the batch it fixes them all.
-        sampling_steps: Euler steps of the films that validation samples.
+    With adapters (LoRA) the teacher of a distillation is the model without them and takes no memory; else it is a
+    frozen copy of the model.
 
     Logs `train/loss`, which is the sum of `train/flow`, `train/distill_output`, `train/distill_layers` and
-    `train/aux/<name>`; in validation `val/loss`, the flow loss at `VALIDATION_TIMES`, and `val/sample_error`: how far
-    the first batch's latents, sampled from noise, are from those of the same weights with dense attention,
-    ‖sparse - dense‖ ÷ ‖dense‖. Raises `NonFiniteLoss` before a bad loss reaches the weights.
+    `train/aux/<name>`, `train/grad_norm` and the scheduled settings in force; in validation `val/loss`, the flow loss
+    at `VALIDATION_TIMES`, and `val/sample_error`: how far the first batch's latents, sampled from noise, are from those
+    of the same weights with dense attention, ‖sparse - dense‖ / ‖dense‖.
+
+    Args:
+        model: Fields of `Pretrained`, or its folder alone.
+        attention: {"name": method, **settings}, a schedule among them, or a list for the layers, as `zoo.attach` has.
+        flow: Fields of `RectifiedFlow`; `shift` is the scheduler's where it is not given. Films are noised as a whole
+            and keep their text: `per_shot`, `history` and `drop_text` are refused.
+        optim: Fields of `Optim`; the optimizer is AdamW.
+        seed: Of noise, times and the attention's draws; with the number of the batch it fixes them all.
+        sampling: Fields of `Sampling`; only `steps`, Euler steps, and `every`, how often films are sampled, apply.
+
+    Raises:
+        ZooError: for a folder that does not load, a family or scheduler without a flow, and settings that do not apply.
+        NonFiniteLoss: in training, before a bad loss or gradient reaches the weights.
     """
 
     def __init__(
         self,
-        folder: str | Path,
+        model: Mapping[str, Any] | str | Path,
         attention: Mapping[str, Any] | Sequence[Any],
-        lora: Mapping[str, Any] | None = None,
         flow: Mapping[str, Any] | None = None,
         optim: Mapping[str, Any] | None = None,
-        distill: Mapping[str, Any] | None = None,
         seed: int = 0,
-        sampling_steps: int = 8,
+        sampling: Mapping[str, Any] | None = None,
     ) -> None:
         super().__init__()
-        flow, optim, distill = (_plain(part) for part in (flow, optim, distill))
-        folder = str(folder)
+        model = {"folder": str(model)} if isinstance(model, str | Path) else model
+        model, flow, optim, sampling = (_plain(part) for part in (model, flow, optim, sampling))
+        attention = dict(attention) if isinstance(attention, Mapping) else list(attention)
         self.save_hyperparameters()
-        parts = {"flow": (RectifiedFlow, flow), "optim": (Optim, optim), "distill": (Distill, distill)}
-        parts |= {"lora": (LoRA, dict(lora))} if lora is not None else {}
+        parts = {"model": (Pretrained, model), "flow": (Flow, flow), "optim": (Optim, optim)}
+        parts |= {"sampling": (Sampling, sampling)}
         refuse(
             "LitPretrained",
             [
@@ -121,36 +99,38 @@ class LitPretrained(LightningModule):
                 for key in given
                 if key not in known
             ]
-            + [f"sampling_steps must be at least 1, got {sampling_steps}" if sampling_steps < 1 else ""],
+            + inapplicable(flow, optim, sampling),
         )
-        self.seed, self.sampling_steps = seed, sampling_steps
-        self.model, scheduler = load_transformer(Path(folder))
+        self.seed = seed
+        self.settings, self.sampling, self.optim = Pretrained(**model), Sampling(**sampling), Optim(**optim)
+        self.film_outcomes: dict[str, list[float]] = {}
+        self._validations = 0
+        folder = Path(self.settings.folder)
+        self.flow = RectifiedFlow(**{"drop_text": 0.0, "shift": flow_shift(folder), **flow})
+        self.model = load_transformer(folder)
         self.model.train()
-        self.flow = RectifiedFlow(**{"shift": flow_shift(scheduler), **flow})
-        self.optim, self.distill = Optim(**optim), Distill(**distill)
-        refuse("LitPretrained", ["its optimizer is 'adamw', got 'muon'"] if self.optim.optimizer != "adamw" else [])
-        self.lora = None if lora is None else LoRA(**lora)
-        self.teacher = Teacher(copy.deepcopy(self.model)) if self.distill and self.lora is None else None
-        if self.lora is not None:
-            self._adapt(self.lora)
-        layers = dict(attention) if isinstance(attention, Mapping) else list(attention)
-        self.bridge = (
-            zoo.attach(self.model, layers.pop("name"), **layers)
-            if isinstance(layers, dict)
-            else zoo.attach(self.model, layers)
-        )
+        adapted = self.settings.lora_rank > 0
+        copied = self.settings.distills and not adapted
+        self.teacher = Teacher(copy.deepcopy(self.model)) if copied else None
+        if adapted:
+            self._adapt()
+        self.bridge = attach_layers(self.model, attention)
         family = self.bridge.family.name
         refuse(
             "LitPretrained",
             [unknown("family with a flow loss", family, FLOW_FAMILIES)] if family not in FLOW_FAMILIES else [],
         )
 
-    def _adapt(self, lora: LoRA) -> None:
+    def _adapt(self) -> None:
         peft = importlib.import_module("peft")
         self.model.requires_grad_(False)
-        config = peft.LoraConfig(r=lora.r, lora_alpha=lora.alpha, target_modules=list(lora.targets))
+        own = self.settings
+        config = peft.LoraConfig(r=own.lora_rank, lora_alpha=own.lora_alpha, target_modules=list(own.lora_targets))
         adapt: Any = self.model.add_adapter
-        adapt(config)
+        try:
+            adapt(config)
+        except ValueError as error:  # no layer has such a name
+            raise ZooError(f"model.lora_targets: {error}") from error
 
     @override
     def configure_callbacks(self) -> list[Callback]:
@@ -170,32 +150,24 @@ class LitPretrained(LightningModule):
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: optim.rate(step, total))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
-    def velocity(self, model: nn.Module, noisy: Tensor, time: Tensor, arguments: Mapping[str, Any]) -> Tensor:
-        """What a transformer predicts for latents with noise of times (B,)."""
-        out: Any = model(hidden_states=noisy, timestep=1000 * time, **{**arguments, "return_dict": False})
-        found: Tensor = out[0] if isinstance(out, tuple) else out
-        return found
-
     def losses(self, batch: Mapping[str, Any], time: Tensor, draws: torch.Generator, *, seed: int) -> dict[str, Tensor]:
         """Every part of the loss at times (B,), weighted."""
         clean, arguments = batch["latents"], batch["arguments"]
-        noise = torch.randn(clean.shape, generator=draws).to(clean)
-        t = time.to(clean).reshape(-1, *[1] * (clean.dim() - 1))
-        noisy = (1 - t) * clean + t * noise
+        noisy, noise = noised(clean, time, draws)
         wanted: Tensor | None = None
         targets: list[Tensor] = []
-        if self.distill:
+        if self.settings.distills:
             with torch.no_grad(), self._dense_teacher() as (teacher, modules), attended(modules) as targets:
-                wanted = self.velocity(teacher, noisy, time, arguments)
+                wanted = predict(teacher, noisy, time, arguments)
         self.bridge.film(batch.get("shots"), step=self.global_step, seed=seed)
         with attended([site.module for site in self.bridge.sites]) as found:
-            predicted = self.velocity(self.model, noisy, time, arguments).float()
+            predicted = predict(self.model, noisy, time, arguments).float()
         losses = {"flow": (predicted - (noise - clean).float()).square().mean()}
-        if self.distill.output and wanted is not None:
-            losses["distill_output"] = self.distill.output * (predicted - wanted.float()).square().mean()
-        if self.distill.layers:
+        if self.settings.distill_output and wanted is not None:
+            losses["distill_output"] = self.settings.distill_output * (predicted - wanted.float()).square().mean()
+        if self.settings.distill_layers:
             losses["distill_layers"] = (
-                self.distill.layers
+                self.settings.distill_layers
                 * torch.stack(
                     [
                         (own.float() - dense.float()).square().sum() / dense.float().square().sum().clamp(min=1e-12)
@@ -238,7 +210,20 @@ class LitPretrained(LightningModule):
         size = len(batch["latents"])
         self.log("train/loss", loss, prog_bar=True, batch_size=size)
         self.log_dict({f"train/{name}": part for name, part in losses.items()}, batch_size=size)
+        self.log_dict(scheduled_settings(self.bridge.methods(), self.global_step), batch_size=size)
         return {"loss": loss, "flow": losses["flow"].detach(), "results": list(self.bridge.results.values())}
+
+    @override
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        log_gradient_norm(self)
+
+    @override
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint["validations"] = self._validations
+
+    @override
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        self._validations = checkpoint["validations"]
 
     @override
     def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
@@ -248,26 +233,93 @@ class LitPretrained(LightningModule):
             time = torch.full((len(batch["latents"]),), at, device=self.device)
             parts.append(self.losses(batch, time, draws, seed=self.seed)["flow"])
         size = len(batch["latents"])
-        self.log("val/loss", torch.stack(parts).mean(), prog_bar=True, batch_size=size)
-        if batch_idx == 0 and not self.trainer.sanity_checking:
+        loss = torch.stack(parts).mean()
+        if not torch.isfinite(loss):
+            raise NonFiniteLoss(self.global_step, {"val/loss": float(loss)})
+        self.log("val/loss", loss, prog_bar=True, batch_size=size)
+        if batch_idx or self.trainer.sanity_checking:
+            return
+        self._validations += 1
+        if self._validations % self.sampling.every == 0:
             sparse = self.sample(batch, seed=self.seed)
             with self.bridge.original():
                 dense = self.sample(batch, seed=self.seed)
             self.log("val/sample_error", (sparse - dense).norm() / dense.norm(), batch_size=size)
+
+    def export(self, folder: str | Path) -> list[Path]:
+        """Write what was trained beside the checkpoint, for use without Lightning.
+
+        `methods.pt`, which `Bridge.load` reads, where methods have parameters; `lora`, a folder with the file that
+        diffusers' `load_lora_adapter` reads, where there are adapters. Returns what was written.
+        """
+        folder, written = Path(folder), []
+        if any(True for _ in self.bridge.parameters()):
+            written.append(self.bridge.save(folder / "methods.pt"))
+        if self.settings.lora_rank:
+            save: Any = self.model.save_lora_adapter
+            told = logging.getLogger("diffusers.models.modeling_utils")
+            level = told.level
+            told.setLevel(logging.ERROR)  # it warns of a cast that saving does not make
+            try:
+                save(folder / "lora")
+            finally:
+                told.setLevel(level)
+            written.append(folder / "lora")
+        return written
 
     @torch.no_grad()
     def sample(self, batch: Mapping[str, Any], *, seed: int) -> Tensor:
         """Latents like the batch's from noise of a seed, by Euler steps at the scheduler's shift, without guidance."""
         like: Tensor = batch["latents"]
         x = torch.randn(like.shape, generator=generator("sample", seed)).to(like)
-        times = self.flow.warp(torch.linspace(1, 0, self.sampling_steps + 1, device=like.device))
+        times = self.flow.warp(torch.linspace(1, 0, self.sampling.steps + 1, device=like.device))
         self.bridge.film(batch.get("shots"), step=self.global_step, seed=seed)
         was_training = self.model.training
         self.model.eval()
         for now, then in pairwise(times):
-            x = x + (then - now) * self.velocity(self.model, x, now.expand(len(x)), batch["arguments"])
+            x = x + (then - now) * predict(self.model, x, now.expand(len(x)), batch["arguments"])
         self.model.train(was_training)
         return x
+
+
+def inapplicable(flow: Mapping[str, Any], optim: Mapping[str, Any], sampling: Mapping[str, Any]) -> list[str]:
+    """Why settings that a model of our own has do not apply to a pretrained one."""
+    return [
+        "flow.per_shot: a pretrained model is told one noise time for a film" if flow.get("per_shot") else "",
+        "flow.history: a pretrained model is told one noise time for a film" if flow.get("history") else "",
+        f"flow.drop_text must be 0, got {flow['drop_text']}; leave captions out when text is encoded"
+        if flow.get("drop_text")
+        else "",
+        f"optim.optimizer must be adamw for a pretrained model, got {optim['optimizer']}"
+        if optim.get("optimizer", "adamw") != "adamw"
+        else "",
+        f"sampling.guidance must be 1 in training, got {sampling['guidance']}; zoo sample --model has --guidance"
+        if sampling.get("guidance", 1) != 1
+        else "",
+        "sampling.order must be film for a pretrained model" if sampling.get("order", "film") != "film" else "",
+    ]
+
+
+def attach_layers(model: nn.Module, attention: Mapping[str, Any] | Sequence[Any]) -> Bridge:
+    """Attach a config's `attention`: a method with its settings, or a list for the layers."""
+    if isinstance(attention, Mapping):
+        own = dict(attention)
+        return zoo.attach(model, own.pop("name"), **own)
+    return zoo.attach(model, attention)
+
+
+def noised(clean: Tensor, time: Tensor, draws: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Latents with noise of times (B,), and the noise; both of the shape of `clean`."""
+    noise = torch.randn(clean.shape, generator=draws).to(clean)
+    t = time.to(clean).reshape(-1, *[1] * (clean.dim() - 1))
+    return (1 - t) * clean + t * noise, noise
+
+
+def predict(model: nn.Module, noisy: Tensor, time: Tensor, arguments: Mapping[str, Any]) -> Tensor:
+    """The velocity, noise - clean, that a transformer predicts for latents with noise of times (B,)."""
+    out: Any = model(hidden_states=noisy, timestep=1000 * time, **{**arguments, "return_dict": False})
+    found: Tensor = out[0] if isinstance(out, tuple) else out
+    return found
 
 
 @contextmanager
@@ -286,8 +338,29 @@ def attended(modules: Sequence[nn.Module]) -> Iterator[list[Tensor]]:
             hook.remove()
 
 
-def load_transformer(folder: Path) -> tuple[nn.Module, dict[str, Any]]:
-    """The transformer of a folder that diffusers wrote, and its scheduler's config ({} where there is none)."""
+@lru_cache(maxsize=8)
+def outline(folder: str) -> Outline:
+    """The self-attentions of the transformer in a folder, of which no weights are read."""
+    kind, inner = _transformer_class(Path(folder))
+    accelerate = importlib.import_module("accelerate")
+    with accelerate.init_empty_weights():
+        model = kind.from_config(kind.load_config(inner))
+    bridge = zoo.attach(model, "dense")
+    return Outline(len(bridge.sites), *bridge.family.shape(bridge.sites[0].module))
+
+
+def load_transformer(folder: Path) -> nn.Module:
+    """The transformer of a folder that diffusers wrote."""
+    kind, inner = _transformer_class(folder)
+    try:
+        model: nn.Module = kind.from_pretrained(inner, local_files_only=True, dtype=torch.float32)
+    except (OSError, ValueError, RuntimeError) as error:
+        raise ZooError(f"model {folder}: it does not load: {str(error).splitlines()[0]}") from error
+    return model
+
+
+def _transformer_class(folder: Path) -> tuple[Any, Path]:
+    """The class of diffusers that a folder names, and where its config is."""
     inner = folder / "transformer" if (folder / "transformer").is_dir() else folder
     refuse(
         f"model {folder}",
@@ -299,23 +372,27 @@ def load_transformer(folder: Path) -> tuple[nn.Module, dict[str, Any]]:
         diffusers = importlib.import_module("diffusers")
     except ImportError as error:
         raise ZooError(f"model {folder}: {error}. pip install 'sparse-attention-zoo[pretrained]'") from error
-    name = json.loads((inner / "config.json").read_text(encoding="utf-8")).get("_class_name")
+    name = _json(inner / "config.json").get("_class_name")
     kind = getattr(diffusers, str(name), None)
     refuse(f"model {folder}", [f"diffusers {diffusers.__version__} has no class {name!r}"] if kind is None else [])
+    return kind, inner
+
+
+def _json(path: Path) -> dict[str, Any]:
     try:
-        model: nn.Module = kind.from_pretrained(inner, local_files_only=True)  # type: ignore[union-attr]
-    except (OSError, ValueError, RuntimeError) as error:
-        raise ZooError(f"model {folder}: it does not load: {str(error).splitlines()[0]}") from error
-    scheduler = folder / "scheduler" / "scheduler_config.json"
-    return model, json.loads(scheduler.read_text(encoding="utf-8")) if scheduler.is_file() else {}
+        return dict(json.loads(path.read_text(encoding="utf-8")))
+    except ValueError as error:
+        raise ZooError(f"{path} is not a JSON object: {error}") from error
 
 
-def flow_shift(scheduler: Mapping[str, Any]) -> float:
-    """The shift towards noise of a scheduler's times; refuses one that does not predict a flow."""
+def flow_shift(folder: Path) -> float:
+    """The shift towards noise of a folder's scheduler, 1 where it has none; refuses one that predicts no flow."""
+    path = folder / "scheduler" / "scheduler_config.json"
+    scheduler = _json(path) if path.is_file() else {}
     kind = str(scheduler.get("_class_name", "FlowMatchEulerDiscreteScheduler"))
     flows = kind.startswith("FlowMatch") or scheduler.get("use_flow_sigmas") is True
     refuse(
-        "LitPretrained",
+        f"model {folder}",
         [f"scheduler {kind} is not one of a flow; known: FlowMatch…, and others with use_flow_sigmas"]
         if not flows
         else [],

@@ -36,6 +36,51 @@ class Model:
 
 
 @dataclass(frozen=True)
+class Outline:
+    """The self-attentions of a model: how many, their heads, and the width that they read."""
+
+    depth: int
+    heads: int
+    head_dim: int
+    dim: int
+
+
+@dataclass(frozen=True)
+class Pretrained:
+    """A pretrained video transformer: where it is, what of it trains, and towards what beside the data."""
+
+    folder: str
+    """Folder of a diffusers pipeline, or of its transformer, on disk; nothing is downloaded."""
+    lora_rank: int = 0
+    """Rank of the low-rank adapters (LoRA) that train with the methods' own parameters; 0 trains all weights."""
+    lora_alpha: int = 16
+    """What the adapters add is multiplied by lora_alpha / lora_rank."""
+    lora_targets: tuple[str, ...] = ("to_q", "to_k", "to_v", "to_out.0")
+    """Ends of the names of the linear layers that get adapters."""
+    distill_output: float = 0.0
+    """Weight of the mean square distance to the velocity that the dense model predicts."""
+    distill_layers: float = 0.0
+    """Weight of the mean over layers of ‖attention - dense attention‖² / ‖dense attention‖², projected out."""
+
+    def __post_init__(self) -> None:
+        weights = {"distill_output": self.distill_output, "distill_layers": self.distill_layers}
+        refuse(
+            "model",
+            [f"{name} must be at least 0, got {weight}" for name, weight in weights.items() if weight < 0]
+            + [
+                f"lora_rank must be at least 0, got {self.lora_rank}" if self.lora_rank < 0 else "",
+                f"lora_alpha must be at least 1, got {self.lora_alpha}" if self.lora_alpha < 1 else "",
+                "lora_targets must name at least one layer" if not self.lora_targets else "",
+            ],
+        )
+
+    @property
+    def distills(self) -> bool:
+        """Whether the dense model is a teacher."""
+        return bool(self.distill_output or self.distill_layers)
+
+
+@dataclass(frozen=True)
 class Flow:
     """How training times are chosen; they are then moved: t -> shift·t / (1 + (shift - 1)·t)."""
 

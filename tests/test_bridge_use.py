@@ -3,6 +3,7 @@
 import copy
 import json
 import warnings
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,7 @@ from experiments.inspection.replay import replay
 from experiments.tools.paper_ledger import WAN_CLIP, WAN_MOC, count
 from experiments.tools.tiny_models import inputs, transformer
 from sparse_zoo.bridge import bridge_of
+from sparse_zoo.errors import ZooError
 from sparse_zoo.ladder import ladder
 
 MOGA = dict(zoo.get("moga").small)
@@ -48,6 +50,28 @@ def test_guidance_keeps_the_memory_of_its_two_calls_apart():
     again = [sample(model, ("cond", "uncond")) for _ in range(2)]
     assert all(map(torch.equal, again[0]["uncond"], again[1]["uncond"]))  # noise rises: a new film
     assert len(bridge_of(model)._memories) == 2
+
+
+@torch.no_grad()
+def test_guidance_is_told_apart_by_the_names_of_its_calls():
+    """The order of the calls, and further calls at one noise time, do not mix them up; a copy has its own names."""
+    prompts = {name: inputs("wan", seed=seed) for seed, name in enumerate(("cond", "uncond"))}
+
+    def call(model: nn.Module, name: str, time: float) -> torch.Tensor:
+        with model.cache_context(name):
+            return run(model, {**prompts[name], "timestep": torch.tensor([time])})
+
+    alone = attached("svg2")
+    want = {name: [call(alone, name, time) for time in (900.0, 600.0)] for name in prompts}
+    for model in (attached("svg2"), copy.deepcopy(attached("svg2"))):
+        call(model, "cond", 900.0)
+        call(model, "uncond", 900.0)
+        second = call(model, "uncond", 600.0), call(model, "cond", 600.0)  # the other way round
+        assert second[0].equal(want["uncond"][1])
+        assert second[1].equal(want["cond"][1])
+        assert set(bridge_of(model)._memories) == {"cond", "uncond"}
+        bridge_of(model).detach()
+        assert "cache_context" not in model.__dict__
 
 
 @torch.no_grad()
@@ -95,6 +119,24 @@ def test_checkpointed_activations_change_no_gradient():
     wanted = dict(plain.named_parameters())
     for name, parameter in lean.named_parameters():
         assert (parameter.grad - wanted[name].grad).abs().max() <= 1e-6 * wanted[name].grad.abs().max(), name
+
+
+def test_reentrant_checkpointing_works_but_for_auxiliary_losses():
+    reentrant = partial(torch.utils.checkpoint.checkpoint, use_reentrant=True)
+    plain, given = attached("moc", top_k=1).train(), inputs("wan")
+    lean = copy.deepcopy(plain)
+    lean.enable_gradient_checkpointing(reentrant)
+    for model in (plain, lean):
+        run(model, given).square().mean().backward()
+    wanted = dict(plain.named_parameters())
+    for name, parameter in lean.named_parameters():
+        assert (parameter.grad - wanted[name].grad).abs().max() <= 1e-6 * wanted[name].grad.abs().max(), name
+    with_loss = attached("moga").train()
+    with_loss.enable_gradient_checkpointing(reentrant)
+    with pytest.raises(ZooError, match="moga has auxiliary losses, which reentrant activation checkpointing"):
+        run(with_loss, given)
+    with torch.no_grad():
+        run(with_loss, given)
 
 
 @pytest.mark.parametrize("family", ["wan", "cogvideox"])

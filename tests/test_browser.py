@@ -8,8 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from made_up import SECTIONS, write_full_sweep
 
+from experiments.inspection.pretrained import Compared, Request, write_page, write_video
 from experiments.reporting.html import write
 from experiments.reporting.report import build_report
 
@@ -77,6 +79,39 @@ def test_the_page_fits_and_is_whole(browser: Any, report: Path, tmp_path: Path, 
     ink = page.evaluate("getComputedStyle(document.querySelector('.plots svg text')).fill")
     assert ink == {"light": "rgb(27, 31, 36)", "dark": "rgb(232, 234, 236)"}[scheme]  # plots follow the page
     page.close()
+
+
+@pytest.mark.slow
+def test_the_videos_of_a_comparison_play(browser: Any, tmp_path: Path) -> None:
+    """In the page, at both widths: a picture of the right size, time that goes on, no error of the decoder."""
+    draws = torch.Generator().manual_seed(0)
+    rows = []
+    for name in ("dense", "moc"):
+        (tmp_path / name).mkdir()
+        write_video(torch.rand(17, 3, 64, 96, generator=draws), tmp_path / name / "0.mp4")
+        measured = {"psnr": 40.0, "ssim": 0.9, "frame_consistency": 0.9} if name == "moc" else {}
+        rows.append(Compared(name, {"top_k": 1, "anchors": ["text", "shot"]}, [f"{name}/0.mp4"], 0.5, 1.0, **measured))
+    path = write_page(rows, ["a red ball " * 20], Request(17, 64, 96), tmp_path, ["LPIPS is left out: " + "x" * 200])
+    for width in (DESKTOP, PHONE):
+        page = browser.new_page(viewport={"width": width, "height": 900})
+        said: list[str] = []
+        page.on("console", lambda message, said=said: said.append(message.text))
+        page.goto(path.as_uri())
+        page.wait_for_function("[...document.querySelectorAll('video')].every(one => one.readyState >= 2)")
+        page.screenshot(path=tmp_path / f"{width}.png", full_page=True)
+        assert page.evaluate("document.documentElement.scrollWidth") <= width
+        assert wider_than(page, width) == []
+        playing = page.evaluate(
+            """() => Promise.all([...document.querySelectorAll("video")].map(async one => {
+                await one.play();
+                const start = one.currentTime;
+                await new Promise(done => setTimeout(done, 400));
+                return [one.videoWidth, one.videoHeight, one.currentTime !== start, one.error && one.error.message];
+            }))"""
+        )
+        assert playing == [[96, 64, True, None]] * 2
+        assert said == []
+        page.close()
 
 
 def test_paper_is_light_and_cuts_no_table(browser: Any, report: Path) -> None:

@@ -54,7 +54,9 @@ def fit(module: LitPretrained, tmp_path: Path, steps: int = 3, family: str = "wa
 @pytest.mark.parametrize("family", ["wan", "hunyuan_video"])
 def test_lora_trains_adapters_and_routers_alone(models: Path, tmp_path: Path, family):
     module = LitPretrained(
-        models / family, MOGA, lora={"r": 2}, distill={"output": 1.0, "layers": 0.5}, optim={"ema_decay": 0.5}
+        {"folder": str(models / family), "lora_rank": 2, "distill_output": 1.0, "distill_layers": 0.5},
+        MOGA,
+        optim={"ema_decay": 0.5},
     )
     before = {name: x.clone() for name, x in module.model.named_parameters()}
     trainer = fit(module, tmp_path, family=family)
@@ -71,7 +73,7 @@ def test_lora_trains_adapters_and_routers_alone(models: Path, tmp_path: Path, fa
 
 
 def test_full_fine_tuning_moves_all_and_leaves_the_teacher(models: Path, tmp_path: Path):
-    module = LitPretrained(models / "wan", MOGA, distill={"layers": 1.0}, optim={"ema_decay": 0.0})
+    module = LitPretrained({"folder": str(models / "wan"), "distill_layers": 1.0}, MOGA, optim={"ema_decay": 0.0})
     assert module.teacher is not None
     original = transformer("wan").state_dict()
     fit(module, tmp_path)
@@ -82,18 +84,17 @@ def test_full_fine_tuning_moves_all_and_leaves_the_teacher(models: Path, tmp_pat
 
 
 def test_a_dense_student_is_its_own_teacher(models: Path):
-    for lora in ({"r": 2}, None):
-        module = LitPretrained(models / "wan", {"name": "dense"}, lora=lora, distill={"output": 1.0, "layers": 1.0})
-        own = module.losses(batch(), torch.tensor([0.3, 0.8]), torch.Generator().manual_seed(0), seed=0)
-        assert own["distill_output"] <= 1e-12
-        assert own["distill_layers"] <= 1e-12
-        sparse = LitPretrained(
-            models / "wan", {"name": "moc", "top_k": 1}, lora=lora, distill={"output": 1.0, "layers": 1.0}
-        )
+    for rank in (2, 0):
+        own = {"folder": str(models / "wan"), "lora_rank": rank, "distill_output": 1.0, "distill_layers": 1.0}
+        module = LitPretrained(own, {"name": "dense"})
+        alike = module.losses(batch(), torch.tensor([0.3, 0.8]), torch.Generator().manual_seed(0), seed=0)
+        assert alike["distill_output"] <= 1e-12
+        assert alike["distill_layers"] <= 1e-12
+        sparse = LitPretrained(own, {"name": "moc", "top_k": 1})
         far = sparse.losses(batch(), torch.tensor([0.3, 0.8]), torch.Generator().manual_seed(0), seed=0)
         assert far["distill_output"] > 1e-6
         assert far["distill_layers"] > 1e-6
-        assert far["flow"] != own["flow"]
+        assert far["flow"] != alike["flow"]
 
 
 def test_the_flow_loss_is_that_of_its_definition(models: Path):
@@ -114,7 +115,8 @@ def test_the_flow_loss_is_that_of_its_definition(models: Path):
 
 def test_a_schedule_goes_by_the_optimizer_step(models: Path, tmp_path: Path):
     module = LitPretrained(
-        models / "wan", {"name": "dense", "schedule": {"name": {2: "moga"}}, **zoo.get("moga").small}, lora={"r": 2}
+        {"folder": str(models / "wan"), "lora_rank": 2},
+        {"name": "dense", "schedule": {"name": {2: "moga"}}, **zoo.get("moga").small},
     )
     densities: list[float] = []
     module.on_train_batch_end = lambda *_: densities.append(module.bridge.cost().density)  # type: ignore[method-assign]
@@ -128,15 +130,30 @@ def test_what_does_not_fit_is_refused(models: Path, tmp_path: Path):
         LitPretrained(tmp_path, {"name": "dense"})
     with pytest.raises(ZooError, match="scheduler CogVideoXDDIMScheduler is not one of a flow"):
         LitPretrained(models / "cogvideox", {"name": "dense"})
-    with pytest.raises(ZooError, match="did you mean 'output'"):
-        LitPretrained(models / "wan", {"name": "dense"}, distill={"outputs": 1.0})
+    own = {"folder": str(models / "wan")}
+    with pytest.raises(ZooError, match="did you mean 'distill_output'"):
+        LitPretrained({**own, "distill_outputs": 1.0}, {"name": "dense"})
+    with pytest.raises(ZooError, match="lora_rank must be at least 0"):
+        LitPretrained({**own, "lora_rank": -1}, {"name": "dense"})
+    with pytest.raises(ZooError, match=r"model\.lora_targets: .*no_such_layer"):
+        LitPretrained({**own, "lora_rank": 2, "lora_targets": ["no_such_layer"]}, {"name": "dense"})
+    for part, given in (
+        ("flow", {"per_shot": True}),
+        ("flow", {"history": 0.5}),
+        ("flow", {"drop_text": 0.1}),
+        ("optim", {"optimizer": "muon"}),
+        ("sampling", {"guidance": 2.0}),
+        ("sampling", {"order": "shots"}),
+    ):
+        with pytest.raises(ZooError, match=f"{part}.{next(iter(given))}"):
+            LitPretrained(own, {"name": "dense"}, **{part: given})
     (tmp_path / "config.json").write_text('{"_class_name": "NoSuchModel"}')
     with pytest.raises(ZooError, match="has no class 'NoSuchModel'"):
         LitPretrained(tmp_path, {"name": "dense"})
 
 
 def test_the_teacher_is_the_original(models: Path):
-    module = LitPretrained(models / "wan", MOGA, lora={"r": 2}, distill={"output": 1.0})
+    module = LitPretrained({"folder": str(models / "wan"), "lora_rank": 2, "distill_output": 1.0}, MOGA)
     for name, parameter in module.model.named_parameters():
         if "lora_" in name:
             nn.init.normal_(parameter)

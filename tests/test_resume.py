@@ -18,10 +18,12 @@ import torch
 from tiny import BASE
 from torch.utils._pytree import tree_leaves
 
+import sparse_zoo as zoo
 from experiments.config.resolve import load
 from experiments.execution import checkpointing
 from experiments.execution.checkpointing import Saving, saved_step
 from experiments.execution.train import RESUME, _begin, run
+from experiments.tools.tiny_models import write
 from experiments.tracking import store
 from experiments.tracking.mlflow_logger import Tracker, uri
 from experiments.tracking.store import Cell, Result
@@ -155,6 +157,32 @@ def test_a_run_that_was_killed_ends_like_one_that_was_not(batches: int, accumula
     assert all(len(dict(found)) == len(found) for found in points(str(parts.mlflow_run)).values())
     client = mlflow.MlflowClient(uri())
     assert len(client.search_runs([client.get_run(str(parts.mlflow_run)).info.experiment_id])) == 1
+
+
+def test_a_pretrained_run_that_was_killed_ends_like_one_that_was_not(tmp_path: Path) -> None:
+    """Adapters, routers, averages, noise and the interval of sampling go on from where they were."""
+    model = {"folder": str(write(tmp_path / "models", ["wan"])[0]), "lora_rank": 2, "distill_output": 1.0}
+    long = {
+        "model": model,
+        "data": f"{Path(__file__).parent / 'toy_latents.py'}:ToyLatents",
+        "attention": {"name": "moga", **zoo.get("moga").small},
+        "optim": {"ema_decay": 0.5},
+        "trainer": {"max_steps": 5, "val_check_interval": 2, "accelerator": "cpu"},
+        "sampling": {"every": 2, "steps": 2},
+    }
+    cell = Cell("moga", load([long]))
+    assert killed_or_done(cell, "whole", 0) == 0
+    codes = list(iter(lambda: killed_or_done(cell, "killed", 3), 0))
+    assert codes == [-signal.SIGKILL] * 2
+    whole, parts = (store.read(cell, sweep) for sweep in ("whole", "killed"))
+    assert [part["step"] for part in parts.resumed] == [2, 4]
+    assert end_state(parts) == end_state(whole)
+    one, other = (torch.load(str(result.checkpoint), weights_only=True) for result in (whole, parts))
+    for state in ("state_dict", "optimizer_states"):
+        pairs = list(zip(tree_leaves(one[state]), tree_leaves(other[state]), strict=True))
+        assert all(x.equal(y) if isinstance(x, torch.Tensor) else x == y for x, y in pairs)
+        assert pairs
+    assert points(str(parts.mlflow_run)) == points(str(whole.mlflow_run))
 
 
 def test_a_run_that_was_killed_in_a_validation_validates_again(monkeypatch: pytest.MonkeyPatch) -> None:

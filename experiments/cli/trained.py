@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.table import Table
 
-from experiments.cli.pretrained import captured_pretrained
+from experiments.cli.pretrained import captured_pretrained, requested, sampled_pretrained
 from experiments.cli.shell import AsJson, Plugin, app, console, errors, load_plugins
 from experiments.config.names import misspelt_choices, misspelt_match, misspelt_methods, parse, parse_method
 from experiments.escape import for_terminal as escape
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     epilog="Example: [bold]zoo sample runs/train/moc-0123456789ab data.returns=9 --order shots --context 3[/bold]"
 )
 def sample(
-    run: Annotated[Path, typer.Argument(help="A run's folder, or a .ckpt in one.")],
+    run: Annotated[Path | None, typer.Argument(help="A run's folder, or a .ckpt in one; or give --model.")] = None,
     overrides: Annotated[
         list[str] | None, typer.Argument(help="data.key=value over the run's config: other films, longer ones.")
     ] = None,
@@ -35,18 +35,42 @@ def sample(
     context: Annotated[
         int | None, typer.Option(min=0, help="Draw by shots, beside so many earlier ones, chosen by their means.")
     ] = None,
-    steps: Annotated[int | None, typer.Option(min=1, help="Euler steps.")] = None,
+    steps: Annotated[
+        int | None, typer.Option(min=1, help="Euler steps; for a pretrained model noise steps, 50 by default.")
+    ] = None,
+    model: Annotated[Path | None, typer.Option(help="Instead of RUN: folder of a diffusers pipeline.")] = None,
+    prompts: Annotated[
+        Path | None, typer.Option(help="With --model, or a RUN that trained a pretrained model: one prompt a line.")
+    ] = None,
+    method: Annotated[
+        str | None, typer.Option(help="With --model: METHOD[:key=value,...]; dense if not given.")
+    ] = None,
+    size: Annotated[str, typer.Option(help="With --prompts: frames x height x width.")] = "81x480x832",
+    guidance: Annotated[float, typer.Option(help="With --prompts: classifier-free guidance; 1 is none.")] = 5.0,
+    seed: Annotated[int, typer.Option(help="With --prompts: seed of the noise.")] = 0,
+    shots: Annotated[str | None, typer.Option(help="With --prompts: latent frames of each shot: 6,6,9.")] = None,
     out: Annotated[
-        Path | None, typer.Option(help="Folder for strips and videos; a new one in the run if not given.")
+        Path | None,
+        typer.Option(help="Folder for strips and videos; one in the run if not given, with --model `samples`."),
     ] = None,
     plugin: Plugin = [],  # noqa: B006
     as_json: AsJson = False,
 ) -> None:
     """Draw films with a trained model, of more shots than it was trained on if the data has them, and judge them.
 
+    With --prompts, write MP4 videos of a pretrained model, with a method as its attention (--model) or as a run has
+    fine-tuned it (RUN).
+
     What is not asked for is as in the run's config. Measures that begin with whole_ ask whether a film of which no shot
     was given agrees with itself, the others compare drawn shots with the true film.
     """
+    if model is not None or prompts is not None or run is None:
+        given_too = {"key=value": bool(overrides), "--films": films != 4, "--given": given > 0}
+        given_too |= {"--order": order is not None, "--context": context is not None}
+        not_for_it = [name for name, there in given_too.items() if there]
+        request = requested(size, steps or 50, guidance, seed, shots)
+        sampled_pretrained(run, model, prompts, method, request, out, not_for_it, plugin, as_json)
+        return
     refuse("zoo sample", misspelt_choices(bool(plugin), order=order))
     find("zoo sample", run, overrides or [], plugin)
     load_plugins(plugin, data=True)

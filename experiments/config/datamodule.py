@@ -18,7 +18,8 @@ from experiments.config.sections import DATA
 from sparse_zoo.errors import refuse, unknown
 from sparse_zoo.registry import import_file, importing
 
-ASKED = ("channels", "patch", "vocabulary", "summary", "sample_metrics", "train_dataloader", "val_dataloader")
+OF_LATENTS = ("summary", "train_dataloader", "val_dataloader")  # what a run of a pretrained model asks for
+ASKED = ("channels", "patch", "vocabulary", "sample_metrics", *OF_LATENTS)
 
 
 class FilmData(Protocol):
@@ -51,6 +52,7 @@ class FilmData(Protocol):
         ...
 
 
+CLIPS = ("shot_world", "video_films")  # what of ours is no data for a pretrained model
 PATHS = ("folder", "captions", "cache", "vae")  # settings of ours that name files
 OURS: dict[str, Callable[..., FilmData]] = {
     "shot_world": ShotWorld,
@@ -102,14 +104,15 @@ def absolute(settings: Mapping[str, Any], films: Callable[..., FilmData]) -> dic
     made = dict(settings)
     for key, value in settings.items():
         if key in ours or types.get(key) is Path or Path in get_args(types.get(key)):
-            made[key] = [_absolute(one) for one in value] if isinstance(value, list) else _absolute(value)
+            made[key] = [absolute_path(one) for one in value] if isinstance(value, list) else absolute_path(value)
     place, colon, wanted = str(settings["name"]).rpartition(":")
     if place.endswith(".py"):
-        made["name"] = f"{_absolute(place)}{colon}{wanted}"
+        made["name"] = f"{absolute_path(place)}{colon}{wanted}"
     return made
 
 
-def _absolute(place: Any) -> Any:
+def absolute_path(place: Any) -> Any:
+    """A path made absolute, links followed; what is no path on this machine's disk stays as it is."""
     if not isinstance(place, str) or place.startswith("package:") or "://" in place or "${" in place:
         return place
     return os.path.realpath(os.path.expanduser(place))
@@ -121,8 +124,11 @@ def shape(data: FilmData) -> dict[str, Any]:
     return {"channels": data.channels, "patch": list(data.patch), "vocabulary": data.vocabulary, **text}
 
 
-def build(settings: Mapping[str, Any]) -> FilmData:
-    """The datamodule of a config's `data`; raises `ZooError` if it lacks what a run asks of it."""
+def build(settings: Mapping[str, Any], *, pretrained: bool = False) -> FilmData:
+    """The datamodule of a config's `data`; raises `ZooError` if it lacks what a run asks of it.
+
+    A pretrained model trains on batches as `LitPretrained` describes them, which clips of pixels are not.
+    """
     name = settings["name"]
     made = find(name)(**{key: value for key, value in settings.items() if key != "name"})
 
@@ -130,5 +136,13 @@ def build(settings: Mapping[str, Any]) -> FilmData:
         own, base = (getattr_static(cls, asked, None) for cls in (type(made), LightningDataModule))
         return own is not base or asked in vars(made)  # Lightning's own loaders only raise
 
-    refuse(f"data {name!r}", [f"{type(made).__name__} has no {asked!r}" for asked in ASKED if not has(asked)])
+    refuse(
+        f"data {name!r}",
+        [f"{type(made).__name__} has no {asked!r}" for asked in (OF_LATENTS if pretrained else ASKED) if not has(asked)]
+        + (
+            [f"{name} has clips of pixels; a pretrained model=DIR needs latents and text embeddings"]
+            if pretrained and name in CLIPS
+            else []
+        ),
+    )
     return made

@@ -19,7 +19,7 @@ import yaml  # type: ignore[import-untyped]
 
 from experiments.config import yaml12
 from experiments.config.declared import misfits
-from experiments.config.sections import DATA, SECTIONS, Match, without_result
+from experiments.config.sections import DATA, Match, sections_of, without_result
 from sparse_zoo.errors import ZooError, refuse, unknown, unknown_setting
 
 CONFIGS = Path(__file__).parents[1] / "configs"
@@ -35,6 +35,11 @@ CHOICES = {
 SHAPE = {"heads", "head_dim", "dim"}  # of attention: the model's
 
 Override = str | Mapping[str, Any]
+
+
+def is_pretrained(model: Any) -> bool:
+    """Whether a `model`, a section or what is given for it, is a pretrained one: a folder, or a mapping with one."""
+    return isinstance(model, str) or (isinstance(model, Mapping) and "folder" in model)
 
 
 def parse(override: str) -> tuple[str, Any]:
@@ -56,6 +61,25 @@ def parse_method(text: str) -> tuple[str, dict[str, Any]]:
     return name.strip(), dict(parse(part) for part in re.split(r",(?=\s*\w+=)", rest) if rest)
 
 
+def parse_methods(texts: Sequence[str]) -> list[tuple[str, dict[str, Any]]]:
+    """Methods as --methods has them, "moc:top_k=2,causal=null,sta": `parse_method` of each.
+
+    A comma before key= or inside brackets belongs to a method's settings, any other separates two methods.
+    """
+    found: list[str] = []
+    for text in texts:
+        whole = ""
+        for piece in text.split(","):
+            inside = any(whole.count(a) > whole.count(b) for a, b in ("[]", "{}"))
+            if whole and (inside or re.match(r"\s*\w+\s*=", piece)):
+                whole += f",{piece}"
+            else:
+                found += [whole] if whole else []
+                whole = piece
+        found.append(whole)
+    return [parse_method(text) for text in found]
+
+
 def misspelt(overrides: Sequence[Override], *, plugins: bool) -> list[str]:
     """Return why overrides cannot be right: unknown names, and values of a wrong type.
 
@@ -68,6 +92,7 @@ def misspelt(overrides: Sequence[Override], *, plugins: bool) -> list[str]:
     """
     base = _yaml("base.yaml")
     reasons: list[str] = []
+    pretrained = False
     named = {"attention": base["attention"], "data": base["data"]}
     inside: dict[str, dict[str, Any]] = {section: {} for section in base}
     for key, value in _pairs(overrides, reasons):
@@ -83,9 +108,11 @@ def misspelt(overrides: Sequence[Override], *, plugins: bool) -> list[str]:
             named[section] = {"name": value} if isinstance(value, str) else named[section] if merged else value
             if section == "attention" or (isinstance(value, Mapping) and "name" in value):
                 inside[section] = {}
+        elif section == "model" and is_pretrained(value):
+            pretrained, inside[section] = True, {}
         if section in base and not below and isinstance(value, Mapping):
             inside[section] |= value
-    for section, declared in {**SECTIONS, "match": Match}.items():
+    for section, declared in {**sections_of(pretrained=pretrained), "match": Match}.items():
         reasons += misfits(section, inside[section], declared, partial=True)
     reasons += without_result(inside["trainer"])
     reasons += _data(named["data"], inside["data"]) + _attention(named["attention"], inside["attention"], plugins)

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from copy import deepcopy
 from functools import cache, lru_cache, partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,14 +23,15 @@ from experiments.analysis.metrics import TOLERANCE
 from experiments.config import datamodule
 from experiments.config.budget import Budget
 from experiments.config.declared import as_declared, declared_types, fits, misfit, misfits, parameters
-from experiments.config.names import CONFIGS, Override, parse
+from experiments.config.names import CONFIGS, Override, is_pretrained, parse
 from experiments.config.names import methods as shipped_methods
-from experiments.config.sections import PRECISIONS, SECTIONS, Match, without_result
+from experiments.config.sections import PRECISIONS, Match, sections_of, without_result
 from experiments.config.yaml12 import read_yaml
 from experiments.redact import hide
 from experiments.tracking.identity import identity
 from experiments.tracking.store import Cell, config_id, home
 from lit_modules.precision import default_precision
+from lit_modules.settings import Outline
 from sparse_zoo.errors import ZooError, refuse, unknown
 from sparse_zoo.layers import per_layer
 from sparse_zoo.schedule import phases as phases_of
@@ -53,6 +55,7 @@ def load(overrides: Sequence[Override] = ()) -> Config:
 
     An override is "dotted.key=value" (the value is YAML) or a mapping, whose keys may be dotted too. `attention=moc`
     replaces the node by {"name": "moc"}, and a list gives each layer its own (`layers.per_layer` has its short forms);
+    `model=DIR` replaces the node by a pretrained model in a folder, whose flow has the shift of its scheduler;
     `data=shot_world` replaces the node by that preset of `configs/data.yaml`, `data=file.py:Class` by a datamodule of
     one's own. Mappings are merged, but `attention` and `match` are always replaced as a whole. Raises `ZooError`.
     """
@@ -74,8 +77,10 @@ def merge(overrides: Sequence[Override]) -> tuple[Config, list[str]]:
         for key, value in sorted(group, key=lambda pair: str(pair[0]).count(".")):
             reasons += filter(None, [_assign(config, str(key).split("."), deepcopy(value))])
     config = _storable(config, resolve(config))
+    if is_pretrained(config["model"]):
+        reasons += refusals(lambda: _settle_pretrained(config))
     if isinstance(config["attention"], list):
-        config["attention"], misfits = per_layer(config["attention"], config["model"].get("depth"))
+        config["attention"], misfits = per_layer(config["attention"], _depth(config["model"]))
         reasons += misfits
     if not config["match"]:
         del config["match"]  # so that a run has one id, whether or not a sweep around it matches budgets
@@ -89,7 +94,7 @@ def _canonical(config: Config) -> Config:
     absolute, a precision has Lightning's full name. What does not fit stays as it is, for `check` to refuse.
     """
     made = dict(config)
-    for section, build in SECTIONS.items():
+    for section, build in _sections(config["model"]).items():
         if isinstance(config[section], Mapping):
             made[section] = _declared(config[section], declared_types(build))
     if isinstance(made["trainer"], Mapping) and "precision" in made["trainer"]:
@@ -110,6 +115,38 @@ def _canonical(config: Config) -> Config:
             for key, value in config["match"].items()
         }
     return made
+
+
+def _settle_pretrained(config: Config) -> None:
+    """Make a pretrained model's folder absolute, and write down what its files decide: the shift of its flow."""
+    from lit_modules.pretrained import flow_shift
+
+    folder = datamodule.absolute_path(config["model"]["folder"])
+    config["model"] = {**config["model"], "folder": folder}
+    if isinstance(folder, str) and isinstance(config["flow"], Mapping):
+        config["flow"] = {"drop_text": 0.0, "shift": flow_shift(Path(folder)), **config["flow"]}
+
+
+def _depth(model: Mapping[str, Any]) -> Any:
+    """The layers of a model; None where it does not say how many."""
+    if not is_pretrained(model):
+        return model.get("depth")
+    with suppress(ZooError):  # `check` says why there is no such model
+        return attention_shape(model).depth
+    return None
+
+
+def attention_shape(model: Mapping[str, Any]) -> Outline:
+    """The self-attentions of a config's model: how many, their heads and their width.
+
+    Raises:
+        ZooError: if a pretrained model's folder has no model of a known family.
+    """
+    if is_pretrained(model):
+        from lit_modules.pretrained import outline
+
+        return outline(str(model["folder"]))
+    return Outline(model["depth"], model["heads"], model["dim"] // model["heads"], model["dim"])
 
 
 def _is_method(name: Any) -> bool:
@@ -145,7 +182,7 @@ NONE_MEANS = {
 def _complete(config: Config) -> Config:
     """The config with every default of its classes written out, and a method for each layer."""
     made = dict(config)
-    for section, build in SECTIONS.items():
+    for section, build in _sections(config["model"]).items():
         made[section] = _defaults(build) | config[section]
     made["trainer"] |= {key: value for key, value in NONE_MEANS.items() if made["trainer"].get(key) is None}
     if is_default_precision(made["trainer"]):
@@ -154,7 +191,9 @@ def _complete(config: Config) -> Config:
     made["data"] = datamodule.absolute(_defaults(datamodule.declares(films)) | config["data"], films)
     layers = config["attention"] if isinstance(config["attention"], list) else [config["attention"]]
     layers = [_default_settings(layer["name"]) | layer for layer in layers]
-    made["attention"] = layers * config["model"]["depth"] if isinstance(config["attention"], dict) else layers
+    made["attention"] = (
+        layers * attention_shape(config["model"]).depth if isinstance(config["attention"], dict) else layers
+    )
     if "match" in config:
         made["match"] = {"within": TOLERANCE, "also": {}} | config["match"]
     return made
@@ -287,6 +326,11 @@ def _at(part: Any, key: Any) -> Any:
     return part[key] if isinstance(part, Mapping | list) else None
 
 
+def _sections(model: Any) -> dict[str, type]:
+    """The dataclass of each section of a config with this model."""
+    return sections_of(pretrained=is_pretrained(model))
+
+
 @cache
 def _shipped(name: str) -> dict[str, Any]:
     """A file of `configs`, read once for all cells of a sweep; callers copy what they change."""
@@ -297,18 +341,19 @@ def check(config: Config) -> list[str]:
     """Every reason why this config cannot run; none when it can."""
     config = resolve(config)
     from lit_modules import VideoDiT
+    from lit_modules.settings import Pretrained
 
     model, films = config["model"], {key: value for key, value in config["data"].items() if key != "name"}
     # What has the right names and types may still be out of range: the parts themselves know.
     parts: dict[str, Callable[[], object]] = {
-        section: partial(SECTIONS[section], **config[section]) for section in ("flow", "optim", "sampling")
+        section: partial(_sections(model)[section], **config[section]) for section in ("flow", "optim", "sampling")
     }
     try:
         reasons = misfits("data", films, datamodule.declares(datamodule.find(str(config["data"].get("name")))))
     except ZooError as error:
         reasons = [str(error)]
-    reasons = reasons or refusals(lambda: datamodule.build(config["data"]))
-    for section, build in SECTIONS.items():
+    reasons = reasons or refusals(lambda: datamodule.build(config["data"], pretrained=is_pretrained(model)))
+    for section, build in _sections(model).items():
         wrong = [] if section == "model" else misfits(section, config[section], build)
         reasons += wrong or refusals(parts.get(section, lambda: None))
         if section == "trainer":
@@ -317,20 +362,36 @@ def check(config: Config) -> list[str]:
         reasons.append(f"seed must be a whole number from 0 to 2³² - 1, got {config['seed']!r}")
     if "match" in config:
         reasons += refusals(lambda: Budget.of(config["match"]))
-    wrong = misfits("model", model, SECTIONS["model"])
+    if is_pretrained(model):
+        return reasons + (misfits("model", model, Pretrained) or _pretrained(config))
+    wrong = misfits("model", model, _sections(model)["model"])
     if not wrong and (model["heads"] < 1 or model["dim"] % model["heads"]):
         wrong = [f"model.heads {model['heads']} must divide model.dim {model['dim']}"]
     # Where the model's shape is wrong, the attention is still judged, in one that is right.
-    attention = _attention(config, *((64, 1) if wrong else (model["dim"], model["heads"])))
+    attention = _attention(config, Outline(1, 1, 64, 64) if wrong else attention_shape(model))
     if not wrong and not attention:
         shape: dict[str, Any] = {"channels": 3, "patch": (1, 1, 1), "vocabulary": 1, "attention": {"name": "dense"}}
         wrong = refusals(lambda: VideoDiT(**{**model, "depth": min(model["depth"], 1)}, **shape))
     return reasons + wrong + attention
 
 
+def _pretrained(config: Config) -> list[str]:
+    """Every reason against a pretrained model's settings, its folder, and what cannot apply to one."""
+    from lit_modules.pretrained import inapplicable
+    from lit_modules.settings import Pretrained
+
+    reasons = refusals(lambda: Pretrained(**config["model"]))
+    reasons += filter(None, inapplicable(config["flow"], config["optim"], config["sampling"]))
+    try:
+        shape = attention_shape(config["model"])
+    except ZooError as error:
+        return [*reasons, str(error)]
+    return [*reasons, *_attention(config, shape)]
+
+
 def known(config: Config) -> set[str]:
     """The dotted keys, at most two deep, that the parts of a config know; they need not be set."""
-    inside = {section: [*parameters(build)] for section, build in SECTIONS.items()}
+    inside = {section: [*parameters(build)] for section, build in _sections(config["model"]).items()}
     inside |= {
         "match": [key for key in parameters(Match) if key != "set"],
         "attention": ["name", "schedule"],
@@ -483,14 +544,14 @@ def refusals(build: Callable[[], object]) -> list[str]:
     return []
 
 
-def _attention(config: Config, dim: int, heads: int) -> list[str]:
+def _attention(config: Config, shape: Outline) -> list[str]:
     """Build every layer's method and let it attend in a small film, where and as precisely as the trainer will."""
     layers = config["attention"] if isinstance(config["attention"], list) else [config["attention"]]
     distinct = [layer for i, layer in enumerate(layers) if layer not in layers[:i]]
-    return [reason for layer in distinct for reason in _attends(layer, dim, heads, config["trainer"])]
+    return [reason for layer in distinct for reason in _attends(layer, shape, config["trainer"])]
 
 
-def _attends(settings: Mapping[str, Any], dim: int, heads: int, trainer: Mapping[str, Any]) -> list[str]:
+def _attends(settings: Mapping[str, Any], shape: Outline, trainer: Mapping[str, Any]) -> list[str]:
     """Why a layer's method cannot be built or attend, in every phase where its settings are scheduled."""
     own = {key: value for key, value in settings.items() if key != "schedule"}
     try:
@@ -506,13 +567,13 @@ def _attends(settings: Mapping[str, Any], dim: int, heads: int, trainer: Mapping
     dtype = torch.bfloat16 if "bf16" in precision else torch.float16 if "16" in precision else torch.float32
     device = "cuda" if cuda else "cpu"
     try:
-        attention = zoo.build(**settings, heads=heads, head_dim=dim // heads, dim=dim).to(device)
+        attention = zoo.build(**settings, heads=shape.heads, head_dim=shape.head_dim, dim=shape.dim).to(device)
     except ZooError as error:
         return [str(error)]
 
     def attend(step: int) -> None:
-        x = torch.zeros(1, heads, len(layout), dim // heads, device=device, dtype=dtype)
-        hidden = torch.zeros(1, len(layout), dim, device=device)
+        x = torch.zeros(1, shape.heads, len(layout), shape.head_dim, device=device, dtype=dtype)
+        hidden = torch.zeros(1, len(layout), shape.dim, device=device)
         with torch.no_grad():
             attention(x, x, x, layout, hidden=hidden, step=step)
 
@@ -547,6 +608,9 @@ def _assign(config: Config, path: list[str], value: Any) -> str:
     value = keyed_by_text(value)
     if path == ["attention"]:
         return _assign_attention(config, value)
+    if path == ["model"] and is_pretrained(value):
+        config["model"] = {"folder": value} if isinstance(value, str) else value
+        return ""
     if path == ["match"]:
         if value is not None and not isinstance(value, dict):
             return f"match must be a mapping or null, got {value!r}"

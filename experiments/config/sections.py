@@ -28,7 +28,7 @@ from typing import Any, Literal
 
 from datamodules.settings import LatentFilmsSettings, ShotWorldSettings, VideoFilmsSettings
 from experiments.analysis.metrics import TOLERANCE
-from lit_modules.settings import Flow, Model, Optim, Sampling
+from lit_modules.settings import Flow, Model, Optim, Pretrained, Sampling
 
 Precision = Literal[
     "32-true",
@@ -158,6 +158,13 @@ SECTIONS: dict[str, type] = {
     "sampling": Sampling,
 }
 """Section of a config that is always there -> the dataclass of its settings."""
+
+
+def sections_of(*, pretrained: bool) -> dict[str, type]:
+    """Return `SECTIONS`, with the settings of a pretrained model in the place of `model` where `pretrained` is set."""
+    return SECTIONS | ({"model": Pretrained} if pretrained else {})
+
+
 DATA: dict[str, type] = {
     "shot_world": ShotWorldSettings,
     "video_films": VideoFilmsSettings,

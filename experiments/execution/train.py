@@ -22,7 +22,8 @@ from lightning.fabric.plugins.environments.lightning import LightningEnvironment
 from lightning.pytorch.callbacks import Callback, LearningRateMonitor, ModelCheckpoint
 from typing_extensions import override
 
-from experiments.config.datamodule import build, shape
+from experiments.config.datamodule import FilmData, build, shape
+from experiments.config.names import is_pretrained
 from experiments.config.resolve import Config, resolve
 from experiments.execution import signals
 from experiments.execution.checkpointing import Saving, WholeCheckpoints, saved_step
@@ -32,7 +33,7 @@ from experiments.tracking.identity import flatten
 from experiments.tracking.mlflow_logger import Log, Tracker, figures
 from experiments.tracking.provenance import provenance
 from experiments.tracking.store import Cell, Result, home, read
-from lit_modules import AttentionCost, LitVideoDiT, RoutingWatch, SampleFilms, StepTimer
+from lit_modules import AttentionCost, LitPretrained, LitVideoDiT, RoutingWatch, SampleFilms, StepTimer
 from lit_modules.precision import default_precision
 from sparse_zoo.errors import ZooError
 
@@ -255,27 +256,20 @@ class History(Callback):
 def _train(stored: Config, folder: Path, result: Result, log: Log, observer: Observer, *, resume: bool) -> None:
     config = resolve(stored)  # the environment's values are for the parts alone
     pl.seed_everything(config["seed"], workers=True, verbose=False)
-    data = build(config["data"])
+    pretrained = is_pretrained(config["model"])
+    data = build(config["data"], pretrained=pretrained)
     assert isinstance(data, pl.LightningDataModule)
     data.prepare_data()
     data.setup("fit")
     result.data = redact_all(data.summary())
-    sampling = {key: value for key, value in config["sampling"].items() if key != "every"}
-    module = LitVideoDiT(
-        {**config["model"], **shape(data), "attention": config["attention"]},
-        config["flow"],
-        config["optim"],
-        seed=config["seed"],
-        sample_metrics=data.sample_metrics(),
-        sampling=sampling,
-        whole_metrics=getattr(data, "whole_metrics", dict)(),
-    )
-    module.hparams["model"] |= {"attention": stored["attention"]}  # which checkpoints keep
+    module = _pretrained(config) if pretrained else _own(config, stored, data)
     log.data(stored["data"]["name"], stored["data"], result.data)
     history, cost, timer = History(result, observer), AttentionCost(every=10), StepTimer()
-    decode, routing = getattr(data, "decoder", None), RoutingWatch(folder)
-    films = SampleFilms(folder, decode=decode, **config["sampling"])
-    shown = [films] if decode is not None or data.channels in (1, 3) else []  # latents without their VAE are not
+    decode = getattr(data, "decoder", None)
+    films = None if pretrained else SampleFilms(folder, decode=decode, **config["sampling"])
+    routing = None if pretrained else RoutingWatch(folder)
+    # Latents without their VAE are not shown.
+    shown = films if decode is not None or pretrained or data.channels in (1, 3) else None
     # After validation, which raises on a loss that is not finite: what is kept is good.
     # A run that goes on may write one anew that it had written when it was killed: over it, not beside it.
     keep = ModelCheckpoint(
@@ -288,7 +282,11 @@ def _train(stored: Config, folder: Path, result: Result, log: Log, observer: Obs
         **{"devices": 1, "precision": precision, **config["trainer"]},
         logger=log,
         default_root_dir=folder,
-        callbacks=[history, cost, timer, routing, *shown, LearningRateMonitor("step"), keep, saving],
+        callbacks=[
+            *(history, cost, timer),
+            *(one for one in (routing, shown) if one is not None),
+            *(LearningRateMonitor("step"), keep, saving),
+        ],
         # Lightning would take a SLURM allocation of several tasks for one run of several processes.
         plugins=[WholeCheckpoints(), LightningEnvironment()],
         enable_progress_bar=False,
@@ -304,7 +302,9 @@ def _train(stored: Config, folder: Path, result: Result, log: Log, observer: Obs
         if not validated or "val/loss" not in trainer.callback_metrics:
             trainer.validate(module, datamodule=data, verbose=False)
         _keep_last(trainer, keep, folder / "checkpoints")
-        if getattr(data, "test_films", 0):
+        if isinstance(module, LitPretrained):
+            module.export(folder)
+        elif getattr(data, "test_films", 0):
             trainer.test(module, datamodule=data, verbose=False)
     finally:
         history.write()
@@ -318,13 +318,35 @@ def _train(stored: Config, folder: Path, result: Result, log: Log, observer: Obs
             for key, value in trainer.callback_metrics.items()
             if (name := key.partition("/")[2]) and key.startswith(("val/", "test/")) and not name.startswith("loss")
         }
-        guessing = [getattr(metric, "chance", {}) for metric in module.sample_metrics.values()]
-        result.chance = {name: score for scores in guessing for name, score in scores.items()}
-        result.films = module.film_outcomes
-        result.diagnostics = routing.summary()
-        result.pictures = save_plans(cost.results, folder) + save_picks(routing.layers, folder)
-        last = max((path.name.rpartition("_film_")[0] for path in films.paths), default="")
-        result.strips = [path.name for path in films.paths if path.name.rpartition("_film_")[0] == last]
+        result.pictures = save_plans(cost.results, folder)
+        if isinstance(module, LitVideoDiT):
+            guessing = [getattr(metric, "chance", {}) for metric in module.sample_metrics.values()]
+            result.chance = {name: score for scores in guessing for name, score in scores.items()}
+            result.films = module.film_outcomes
+        if routing is not None:
+            result.diagnostics = routing.summary()
+            result.pictures += save_picks(routing.layers, folder)
+        if films is not None:
+            last = max((path.name.rpartition("_film_")[0] for path in films.paths), default="")
+            result.strips = [path.name for path in films.paths if path.name.rpartition("_film_")[0] == last]
+
+
+def _own(config: Config, stored: Config, data: FilmData) -> LitVideoDiT:
+    module = LitVideoDiT(
+        {**config["model"], **shape(data), "attention": config["attention"]},
+        config["flow"],
+        config["optim"],
+        seed=config["seed"],
+        sample_metrics=data.sample_metrics(),
+        sampling={key: value for key, value in config["sampling"].items() if key != "every"},
+        whole_metrics=getattr(data, "whole_metrics", dict)(),
+    )
+    module.hparams["model"] |= {"attention": stored["attention"]}  # which checkpoints keep
+    return module
+
+
+def _pretrained(config: Config) -> LitPretrained:
+    return LitPretrained(**{key: config[key] for key in ("model", "attention", "flow", "optim", "seed", "sampling")})
 
 
 def _keep_last(trainer: pl.Trainer, keep: ModelCheckpoint, folder: Path) -> None:

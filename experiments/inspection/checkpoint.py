@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from experiments.config.names import misspelt
+from experiments.config.names import is_pretrained, misspelt
 from experiments.config.sections import DATA
 from experiments.tracking.schema import read_result
 from sparse_zoo.errors import ZooError, refuse
@@ -20,9 +20,24 @@ def find(
     Raises `ZooError` where there is none, where overrides cannot be laid over the config, or where its data is a class
     that the user did not name.
     """
+    path, config = locate(command, run)
+    refuse(
+        command,
+        [f"{run} trained a pretrained model, which has no films of pixels; zoo sample {run} --prompts FILE generates"]
+        if is_pretrained(config.get("model"))
+        else [],
+    )
+    data = config["data"]
     foreign = [x for x in overrides if x.partition("=")[0].strip().split(".")[0] != "data"]
     reasons = [f"only data can be changed, the rest is the checkpoint's; got {x!r}" for x in foreign]
-    refuse(command, reasons + ([] if run.exists() else [f"no such run or checkpoint: {run}"]))
+    refuse(command, reasons)
+    refuse(command, [_foreign_class(data, overrides, plugins), *misspelt([{"data": data}, *overrides], plugins=True)])
+    return path, config
+
+
+def locate(command: str, run: Path) -> tuple[Path, dict[str, Any]]:
+    """The latest checkpoint of a run's folder, or the one named, and the run's config; `ZooError` if there is none."""
+    refuse(command, [] if run.exists() else [f"no such run or checkpoint: {run}"])
     checkpoints = sorted(run.glob("checkpoints/*.ckpt"), key=lambda path: path.stat().st_mtime)
     if run.is_file():
         checkpoints = [run]
@@ -32,10 +47,9 @@ def find(
     refuse(command, [] if result.is_file() else [f"{path} lies in no run: there is no {result} with its config"])
     try:
         config: dict[str, Any] = read_result(path.parent.parent)["config"]
-        data = config["data"]
+        _ = config["data"]
     except (ValueError, KeyError, OSError) as error:
         raise ZooError(f"{command}: {result} cannot be read ({type(error).__name__}: {error})") from error
-    refuse(command, [_foreign_class(data, overrides, plugins), *misspelt([{"data": data}, *overrides], plugins=True)])
     return path, config
 
 

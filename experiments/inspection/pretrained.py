@@ -7,9 +7,10 @@ import json
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from fractions import Fraction
 from functools import reduce
+from importlib.util import find_spec
 from operator import add
 from pathlib import Path
 from statistics import fmean
@@ -21,8 +22,14 @@ from torch import Tensor, nn
 import sparse_zoo as zoo
 from experiments.analysis.formatting import settings
 from experiments.config.budget import Budget
+from experiments.config.names import is_pretrained
+from experiments.execution.checkpointing import load_plain
+from experiments.inspection import video_quality
 from experiments.inspection.capture import Captured
+from experiments.inspection.checkpoint import locate
 from experiments.sweep.budget import solve_knob
+from sparse_zoo.bridge import Bridge
+from sparse_zoo.bridge.family import find_family
 from sparse_zoo.errors import ZooError, refuse
 from sparse_zoo.simulate import simulate
 
@@ -45,10 +52,11 @@ class Request:
 
 @dataclass(frozen=True)
 class Compared:
-    """One method. `videos` are files by prompt, beside the page; psnr and ssim are of all frames, against dense.
+    """One method. `videos` are files by prompt, relative to the page; psnr, ssim and lpips are against dense attention.
 
     density: all pairs that ran, of dense attention's, over layers, steps and prompts. psnr is None where every video is
-    the dense one. seconds are of a prompt, decoding of the latents included.
+    the dense one. seconds are of a prompt, decoding of the latents included. frame_consistency and shot_consistency are
+    similarities of EfficientNet-Lite0's features, `vbench` scores by dimension; see `inspection.video_quality`.
     """
 
     method: str
@@ -58,6 +66,10 @@ class Compared:
     seconds: float
     psnr: float | None = None
     ssim: float | None = None
+    lpips: float | None = None
+    frame_consistency: float | None = None
+    shot_consistency: float | None = None
+    vbench: dict[str, float] = field(default_factory=dict)
     failed: str | None = None
 
     @property
@@ -78,7 +90,11 @@ def load_pipeline(folder: Path) -> Any:
     """The pipeline of a folder that diffusers wrote, in bfloat16 on a GPU; nothing comes from a hub."""
     refuse(
         f"model {folder}",
-        ["model_index.json is missing; give the folder of a whole diffusers pipeline on disk"]
+        [
+            "model_index.json is missing"
+            + (", it has a transformer alone" if (folder / "transformer").is_dir() else "")
+            + "; give the folder of a whole diffusers pipeline on disk, with its VAE, text encoder and scheduler"
+        ]
         if not (folder / "model_index.json").is_file()
         else [],
     )
@@ -87,12 +103,20 @@ def load_pipeline(folder: Path) -> Any:
     except ImportError as error:
         raise ZooError(f"model {folder}: {error}. pip install 'sparse-attention-zoo[pretrained]'") from error
     cuda = torch.cuda.is_available()
+    for library in (diffusers, importlib.import_module("transformers")):
+        library.utils.logging.disable_progress_bar()
     try:
         pipe = diffusers.DiffusionPipeline.from_pretrained(
-            folder, local_files_only=True, torch_dtype=torch.bfloat16 if cuda else torch.float32
+            folder, local_files_only=True, dtype=torch.bfloat16 if cuda else torch.float32
         )
     except (OSError, ValueError, RuntimeError) as error:
         raise ZooError(f"model {folder}: it does not load: {str(error).splitlines()[0]}") from error
+    refuse(
+        f"model {folder}",
+        [f"{type(pipe).__name__} needs the package ftfy. pip install 'sparse-attention-zoo[pretrained]'"]
+        if type(pipe).__name__.startswith("SkyReels") and find_spec("ftfy") is None
+        else [],
+    )
     pipe.set_progress_bar_config(disable=True)
     return pipe.to("cuda") if cuda else pipe
 
@@ -100,17 +124,25 @@ def load_pipeline(folder: Path) -> Any:
 @torch.no_grad()
 def sample(pipe: Any, prompt: str, request: Request) -> Tensor:
     """A video (F, 3, H, W) in [0, 1], on the CPU."""
-    video: Tensor = pipe(
-        prompt=prompt,
-        negative_prompt="",
-        height=request.height,
-        width=request.width,
-        num_frames=request.frames,
-        num_inference_steps=request.steps,
-        guidance_scale=request.guidance,
-        generator=torch.Generator().manual_seed(request.seed),
-        output_type="pt",
-    ).frames[0]
+    guidance: dict[str, Any] = {"guidance_scale": request.guidance}
+    if getattr(pipe, "guider", None) is not None:  # of HunyuanVideo 1.5, which is told by a component
+        pipe.guider = pipe.guider.new(**guidance)
+        guidance = {}
+    try:
+        found: Any = pipe(
+            prompt=prompt,
+            negative_prompt="",
+            height=request.height,
+            width=request.width,
+            num_frames=request.frames,
+            num_inference_steps=request.steps,
+            generator=torch.Generator().manual_seed(request.seed),
+            output_type="pt",
+            **guidance,
+        )
+    except ValueError as error:  # of a size that the model does not take
+        raise ZooError(f"{type(pipe).__name__}: {error}") from error
+    video: Tensor = found.frames[0]
     return video.float().cpu()
 
 
@@ -154,37 +186,84 @@ def compare(
     folder: Path,
     budget: Budget | None = None,
     note: Note = lambda _: None,
-) -> list[Compared]:
+) -> tuple[list[Compared], list[str]]:
     """Sample every prompt with every method from the same noise, dense attention first; write the videos.
 
-    With a budget every method's knob is first solved for that density. A method that fails has its reason.
+    With a budget every method's knob is first solved for that density. A method that fails has its reason. Second come
+    the lines that say which measures were left out, and why.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    dense, reference, layout = _sampled(pipe, prompts, "dense", {}, request, folder, 0, note)
-    rows = [dense]
+    dense, reference, layout = sample_method(pipe, prompts, "dense", {}, request, folder / "0-dense", note)
+    shots = video_quality.pixel_shots(_latent_shots(pipe.transformer, layout), len(reference[0]))
+    notes = [video_quality.lpips_missing(), video_quality.consistency_missing()]
+
+    def judged(row: Compared, videos: Sequence[Tensor]) -> Compared:
+        scores, missing = video_quality.vbench(folder / Path(row.videos[0]).parent, row.method, folder / "vbench")
+        notes.append(missing)
+        alike: dict[str, Any] = video_quality.consistency(videos, shots)
+        return replace(row, vbench=scores, **alike)
+
+    rows = [judged(_beside(dense, folder), reference)]
     for number, (name, given) in enumerate(((name, given) for name, given in methods if name != "dense"), 1):
         try:
             own = dict(given)
             if budget is not None:
                 own |= _solved(pipe.transformer, layout, name, own, budget)
-            row, videos, _ = _sampled(pipe, prompts, name, own, request, folder, number, note)
-            rows.append(replace(row, **_judged(videos, reference)))
+            row, videos, _ = sample_method(pipe, prompts, name, own, request, folder / f"{number}-{name}", note)
+            fidelity: dict[str, Any] = video_quality.fidelity(videos, reference)
+            rows.append(judged(replace(_beside(row, folder), **fidelity), videos))
         except ZooError as error:
             rows.append(Compared(name, dict(given), [], math.nan, math.nan, failed=str(error)))
-    return rows
+    return rows, [line for line in dict.fromkeys(notes) if line]
 
 
-def _sampled(
+def _beside(row: Compared, page: Path) -> Compared:
+    return replace(row, videos=[Path(name).relative_to(page.absolute()).as_posix() for name in row.videos])
+
+
+def _latent_shots(model: nn.Module, layout: zoo.Layout) -> list[int]:
+    """Latent frames of each shot of a film."""
+    patch = find_family(model).patch(model)
+    return [shot.frames * patch[0] for shot in layout.films[0].shots]
+
+
+def sample_method(
     pipe: Any,
     prompts: Sequence[str],
     method: str,
     given: Mapping[str, Any],
     request: Request,
     folder: Path,
-    number: int,
-    note: Note,
+    note: Note = lambda _: None,
 ) -> tuple[Compared, list[Tensor], zoo.Layout]:
+    """Sample every prompt with a method in the transformer, which is detached afterwards; write the videos.
+
+    Args:
+        pipe: As `load_pipeline` gives it.
+        prompts: One for each video.
+        method: The method's name.
+        given: Its settings.
+        request: Sizes, steps, guidance, seed, shots.
+        folder: Gets `0.mp4`, `1.mp4`, … in the order of the prompts.
+        note: Called with a line before each video.
+
+    Returns:
+        What it took, with absolute paths of the videos; the videos (F, 3, H, W) in [0, 1]; the stream's layout.
+    """
     bridge = zoo.attach(pipe.transformer, method, **given)
+    try:
+        return sample_attached(pipe, bridge, prompts, request, folder, note)
+    finally:
+        bridge.detach()
+
+
+def sample_attached(
+    pipe: Any, bridge: Bridge, prompts: Sequence[str], request: Request, folder: Path, note: Note = lambda _: None
+) -> tuple[Compared, list[Tensor], zoo.Layout]:
+    """The same with the methods that a bridge has attached to the pipeline's transformer."""
+    names = list(dict.fromkeys(str(layer["name"]) for layer in bridge.layers))
+    method = "-".join(names)
+    given = {key: value for key, value in bridge.layers[0].items() if key != "name"} if len(names) == 1 else {}
+    folder.mkdir(parents=True, exist_ok=True)
     costs: list[zoo.Cost] = []
     counted = pipe.transformer.register_forward_hook(lambda *_: costs.append(bridge.cost()))
     videos, seconds = [], []
@@ -198,11 +277,43 @@ def _sampled(
         layout = bridge.results[0].layout
     finally:
         counted.remove()
-        bridge.detach()
-    names = [f"{number}-{method}-{i}.mp4" for i in range(len(prompts))]
-    for name, video in zip(names, videos, strict=True):
-        write_video(video, folder / name)
-    return Compared(method, dict(given), names, reduce(add, costs).density, fmean(seconds)), videos, layout
+    files = [str(write_video(video, folder / f"{i}.mp4").absolute()) for i, video in enumerate(videos)]
+    return Compared(method, given, files, reduce(add, costs).density, fmean(seconds)), videos, layout
+
+
+def load_trained(run: Path) -> tuple[Any, Bridge, int]:
+    """The pipeline of a run that trained a pretrained model, with the run's averaged weights and its methods attached.
+
+    Args:
+        run: The run's folder, or a checkpoint in one.
+
+    Returns:
+        The pipeline; the bridge; the step of the checkpoint.
+
+    Raises:
+        ZooError: if it is no such run, or the folder of its pretrained model is no whole pipeline.
+    """
+    from lit_modules import LitPretrained
+
+    path, config = locate("zoo sample", run)
+    refuse(
+        "zoo sample",
+        [] if is_pretrained(config.get("model")) else [f"{run} trained no pretrained model; leave --prompts out"],
+    )
+    folder = Path(config["model"]["folder"])
+    pipe = load_pipeline(folder)
+    try:
+        state = load_plain(path)
+        module = LitPretrained(**state["hyper_parameters"])
+        module.load_state_dict(state["state_dict"])
+        step = int(state["global_step"])
+    except (ValueError, KeyError, TypeError, RuntimeError) as error:
+        raise ZooError(f"{path} is no checkpoint of a run: {type(error).__name__}: {error}") from error
+    like = next(pipe.transformer.parameters())
+    pipe.transformer = module.model.eval().to(like.device)
+    if like.dtype != torch.float32:
+        pipe.transformer = pipe.transformer.to(like.dtype)
+    return pipe, module.bridge, step
 
 
 def _solved(
@@ -220,15 +331,6 @@ def _solved(
     return solve_knob(method, dict(given), budget, size, measure)
 
 
-def _judged(videos: Sequence[Tensor], reference: Sequence[Tensor]) -> dict[str, Any]:
-    from torchmetrics.functional.image import peak_signal_noise_ratio, structural_similarity_index_measure
-
-    own, dense = torch.cat(list(videos)), torch.cat(list(reference))
-    noise = float(peak_signal_noise_ratio(own, dense, data_range=1.0))
-    likeness = structural_similarity_index_measure(own, dense, data_range=1.0)
-    return {"psnr": noise if math.isfinite(noise) else None, "ssim": float(likeness)}  # type: ignore[arg-type]
-
-
 def write_video(video: Tensor, path: Path) -> Path:
     """Write (F, 3, H, W) in [0, 1] as H.264 in MP4, which browsers play."""
     import av
@@ -244,13 +346,18 @@ def write_video(video: Tensor, path: Path) -> Path:
     return path
 
 
-def write_page(rows: Sequence[Compared], prompts: Sequence[str], request: Request, folder: Path) -> Path:
+def write_page(
+    rows: Sequence[Compared], prompts: Sequence[str], request: Request, folder: Path, notes: Sequence[str] = ()
+) -> Path:
     """The page with the videos side by side, and its figures as JSON beside it."""
     from jinja2 import Environment, PackageLoader
 
     environment = Environment(loader=PackageLoader("experiments.reporting"), autoescape=True)
-    page = environment.get_template("compare.html").render(rows=rows, prompts=prompts, request=request)
+    page = environment.get_template("compare.html").render(
+        rows=rows, prompts=prompts, request=request, notes=notes, network=video_quality.CONSISTENCY
+    )
     plain = {"request": asdict(request), "prompts": list(prompts), "rows": [_plain(row) for row in rows]}
+    plain["notes"] = list(notes)
     (folder / "compare.json").write_text(json.dumps(plain, indent=1, allow_nan=False) + "\n", encoding="utf-8")
     path = folder / "index.html"
     path.write_text(page, encoding="utf-8")

@@ -14,7 +14,7 @@ from typing import Any
 import sparse_zoo as zoo
 from experiments.analysis.metrics import TOLERANCE
 from experiments.config.budget import Budget
-from experiments.config.resolve import Config, refusals, resolve
+from experiments.config.resolve import Config, attention_shape, refusals, resolve
 from experiments.sweep.preflight import layer_settings, run_preflight, step_seconds
 from experiments.tracking.identity import identity
 from lit_modules.flops import ModelShape, inner
@@ -252,8 +252,8 @@ class _Search:
         return sum(costs[i] for i in self.layers) / len(self.layers)
 
     def accepts(self, settings: Settings) -> bool:
-        dim, heads = self.config["model"]["dim"], self.config["model"]["heads"]
-        shape = {"heads": heads, "head_dim": dim // heads, "dim": dim}
+        own = attention_shape(self.config["model"])
+        shape: dict[str, Any] = {"heads": own.heads, "head_dim": own.head_dim, "dim": own.dim}
         return not refusals(lambda: zoo.build(**self.entry, **settings, **shape))
 
     @property

@@ -9,15 +9,18 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import islice
+from pathlib import Path
 from typing import Any, cast
 
 import torch
 from lightning.fabric.utilities import move_data_to_device
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
 import sparse_zoo as zoo
 from experiments.config import datamodule
-from experiments.config.resolve import Config, resolve
+from experiments.config.names import is_pretrained
+from experiments.config.resolve import Config, attention_shape, resolve
 from experiments.tracking.store import Cell
 from lit_modules import FlowLoss, RectifiedFlow, VideoDiT
 from lit_modules.callbacks import synchronize
@@ -25,6 +28,7 @@ from lit_modules.dit import Block
 from lit_modules.flops import ModelShape, caption_flops, linear_flops
 from lit_modules.flow import generator
 from lit_modules.precision import default_precision
+from lit_modules.pretrained import ONE_TIME, LitPretrained, attach_layers, load_transformer, noised, predict
 from sparse_zoo.errors import ZooError, refuse
 
 BATCHES, ITEMS = 4, 2  # training batches tried, and items of each; packed films are one item
@@ -113,9 +117,12 @@ class Planning(nn.Module):
 def run_preflight(config: Config) -> Preflight:
     """Build a config's data and model and let it plan; made once for configs alike in what matters here.
 
-    Weights, films and noise times are drawn as in the first steps of the run; of each of `BATCHES` batches, `ITEMS`
-    items. Raises `ZooError` with whatever the parts refuse; what else they raise comes through.
+    A pretrained model runs forward as it is in its folder, without adapters. Of a model of our own, weights, films and
+    noise times are drawn as in the first steps of the run; of each of `BATCHES` batches, `ITEMS` items. Raises
+    `ZooError` with whatever the parts refuse; what else they raise comes through.
     """
+    if is_pretrained(config["model"]):
+        return _run_pretrained(*_model_key(config))
     return _run_preflight(*_model_key(config))
 
 
@@ -130,7 +137,7 @@ def _model_key(config: Config) -> tuple[str, str, tuple[type, ...]]:
 def layer_settings(config: Config) -> list[dict[str, Any]]:
     """The attention of each layer, as settings with a name."""
     given = config["attention"]
-    return given if isinstance(given, list) else [given] * config["model"]["depth"]
+    return given if isinstance(given, list) else [given] * attention_shape(config["model"]).depth
 
 
 @lru_cache(maxsize=KEPT)
@@ -171,6 +178,61 @@ def _run_preflight(settings: str, device: str, _classes: tuple[type, ...]) -> Pr
     )
 
 
+@lru_cache(maxsize=KEPT)
+def _run_pretrained(settings: str, device: str, _classes: tuple[type, ...]) -> Preflight:
+    """The same for a pretrained model: FLOPs outside attention are those of its linear layers and convolutions."""
+    config = json.loads(settings)
+    _, batches = _data(json.dumps(config["data"]), pretrained=True)
+    model, linear = _transformer(config["model"]["folder"], device), 0.0
+    entries = [json.dumps(layer) for layer in layer_settings(config)]
+    costs, told = [zoo.Cost(0, 0, 0, 0)] * len(entries), dict[tuple[str, int, zoo.Layout], set[int]]()
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        torch.manual_seed(config["seed"])
+        bridge = attach_layers(model, config["attention"])
+        try:
+            for number, batch in enumerate(batches):
+                moved = move_data_to_device(batch, torch.device(device))
+                purpose = (config["seed"], 0, number)
+                draws = generator("train", *purpose)
+                time = RectifiedFlow(**config["flow"]).draw_times(len(batch["latents"]), ONE_TIME, draws)[:, 0]
+                bridge.film(batch.get("shots"), step=0, seed=generator("attention", *purpose).initial_seed())
+                noisy = noised(moved["latents"], time.to(device), draws)[0]
+                model.train()
+                predict(model, noisy, time.to(device), moved["arguments"])
+                for i, result in bridge.results.items():
+                    costs[i] += result.cost()
+                    for branch, plan in enumerate(result.plans):
+                        plan.validate()
+                        told.setdefault((entries[i], branch, result.layout), set()).update(
+                            plan.pairs.flatten().tolist()
+                        )
+                with bridge.original(), FlopCounterMode(display=False) as counter:
+                    predict(model, noisy, time.to(device), moved["arguments"])
+                counts = counter.get_flop_counts()["Global"]
+                linear += sum(count for op, count in counts.items() if "attention" not in str(op))
+            tokens, items = len(bridge.results[0].layout), max(len(batch["latents"]) for batch in batches)
+            parameters = sum(p.numel() for p in (bridge if config["model"].get("lora_rank") else model).parameters())
+        finally:
+            bridge.detach()
+    share = 1 / len(batches)
+    attention = [LayerCost(c.density, share * (c.flops + c.flops_backward + c.routing_flops)) for c in costs]
+    backward = 1 if config["model"].get("lora_rank") else 2  # frozen weights have no gradient, what they read has
+    return Preflight(
+        tokens,
+        items,
+        tuple(attention),
+        any(len(pairs) > 1 for pairs in told.values()),
+        share * (1 + backward) * linear + sum(layer.flops for layer in attention),
+        parameters,
+    )
+
+
+@lru_cache(maxsize=1)
+def _transformer(folder: str, device: str) -> nn.Module:
+    """A pretrained transformer; methods are attached to it and detached, which leaves it as it was."""
+    return load_transformer(Path(folder)).to(device)
+
+
 def step_seconds(config: Config) -> float | None:
     """Median seconds of `TIMED` training steps (forward and backward) after one; None where its device is not here.
 
@@ -187,18 +249,23 @@ def step_seconds(config: Config) -> float | None:
 @lru_cache(maxsize=KEPT)
 def _step_seconds(settings: str, device: str, precision: str, _classes: tuple[type, ...]) -> float:
     config = json.loads(settings)
-    made, batches = _data(json.dumps(config["data"]))
+    pretrained = is_pretrained(config["model"])
+    made, batches = _data(json.dumps(config["data"]), pretrained=pretrained)
     dtype = torch.bfloat16 if "bf16" in precision else torch.float16
     half = torch.autocast(device, dtype, enabled="16" in precision and (device != "cpu" or "bf16" in precision))
     seconds = []
     with torch.random.fork_rng(devices=[]):
-        model = _model(config, made).to(device)
+        if pretrained:
+            parts = {key: config[key] for key in ("model", "attention", "flow", "seed")}
+            model: nn.Module = LitPretrained(**parts).to(device)
+        else:
+            model = _model(config, made).to(device)
         for number in range(TIMED + 1):
             synchronize(torch.device(device))
             start = time.perf_counter()
             with half:
-                found = _loss(config, model, batches[number % len(batches)], number, device)
-            torch.stack([found.loss, *found.output.losses.values()]).sum().backward()
+                losses = _losses(config, model, batches[number % len(batches)], number, device)
+            torch.stack(losses).sum().backward()
             synchronize(torch.device(device))
             seconds.append(time.perf_counter() - start)
             model.zero_grad()
@@ -239,9 +306,9 @@ def _device(trainer: Mapping[str, Any]) -> str:
 
 
 @lru_cache(maxsize=2)
-def _data(settings: str) -> tuple[datamodule.FilmData, Sequence[Batch]]:
+def _data(settings: str, *, pretrained: bool = False) -> tuple[datamodule.FilmData, Sequence[Batch]]:
     """A datamodule, set up as a run does it, and its first training batches."""
-    made: Any = datamodule.build(json.loads(settings))
+    made: Any = datamodule.build(json.loads(settings), pretrained=pretrained)
     made.prepare_data()
     made.setup("fit")
     return made, list(islice(made.train_dataloader(), BATCHES))
@@ -250,6 +317,16 @@ def _data(settings: str) -> tuple[datamodule.FilmData, Sequence[Batch]]:
 def _model(config: Config, made: datamodule.FilmData) -> VideoDiT:
     torch.manual_seed(config["seed"])
     return VideoDiT(**config["model"], **datamodule.shape(made), attention=config["attention"])
+
+
+def _losses(config: Config, model: nn.Module, batch: Batch, number: int, device: str) -> list[Tensor]:
+    """The parts of the training loss of batch `number`."""
+    if not isinstance(model, LitPretrained):
+        found = _loss(config, cast("VideoDiT", model), batch, number, device)
+        return [found.loss, *found.output.losses.values()]
+    draws = generator("train", config["seed"], 0, number)
+    at = model.flow.draw_times(len(batch["latents"]), ONE_TIME, draws)[:, 0].to(device)
+    return list(model.losses(move_data_to_device(batch, torch.device(device)), at, draws, seed=number).values())
 
 
 def _loss(config: Config, model: VideoDiT, batch: Batch, number: int, device: str) -> FlowLoss:

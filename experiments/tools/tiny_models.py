@@ -2,8 +2,8 @@
 
     python -m experiments.tools.tiny_models FOLDER [FAMILY …]
 
-writes a folder a family as diffusers has them: the transformer; for wan, ltx and cogvideox also the VAE, text encoder,
-tokenizer and scheduler of a whole pipeline. Nothing is loaded from a hub. Weights are random, biases and gates too, so
+writes a folder a family as diffusers has them: the transformer and, for those in `PIPELINES`, the VAE, text encoders,
+tokenizers and scheduler of a whole pipeline. Nothing is loaded from a hub. Weights are random, biases and gates too, so
 that no part of a model is silent.
 """
 
@@ -124,6 +124,10 @@ CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
 """The config classes and sizes; the first name of each is what `transformer` and `inputs` know it by."""
 
 
+PIPELINES = ("wan", "skyreels_v2", "hunyuan_video", "ltx", "cogvideox")
+"""Models that are written as whole pipelines; of the others there is the transformer."""
+
+
 def transformer(family: str) -> nn.Module:
     """A tiny random transformer, ready for evaluation; what is zero at the start is random too."""
     refuse("tiny models", [unknown("model", family, CONFIGS)] if family not in CONFIGS else [])
@@ -188,21 +192,33 @@ def inputs(family: str, frames: int = 6, *, batch: int = 1, seed: int = 0) -> di
 
 def pipeline(family: str) -> Any:
     """A whole tiny pipeline with random weights, or None where only the transformer is built here."""
-    if family not in ("wan", "ltx", "cogvideox"):
+    if family not in PIPELINES:
         return None
     diffusers = installed("diffusers")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         # Stages of each VAE: four, as the real ones have, of 8 channels or fewer.
         four = (8,) * 4
-        if family == "wan":
+        more: dict[str, Any] = {}
+        if family in ("wan", "skyreels_v2"):
             vae = diffusers.AutoencoderKLWan(
                 base_dim=4, z_dim=4, num_res_blocks=1, latents_mean=[0.0] * 4, latents_std=[1.0] * 4
             )
             scheduler = diffusers.UniPCMultistepScheduler(
                 prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0
             )
-            make, encoder = diffusers.WanPipeline, text_encoder("UMT5")
+            make = diffusers.WanPipeline if family == "wan" else diffusers.SkyReelsV2Pipeline
+            encoder = text_encoder("UMT5")
+        elif family == "hunyuan_video":
+            vae = diffusers.AutoencoderKLHunyuanVideo(
+                latent_channels=4, block_out_channels=four, layers_per_block=1, norm_num_groups=2
+            )
+            scheduler, make, encoder = (
+                diffusers.FlowMatchEulerDiscreteScheduler(shift=7.0),
+                diffusers.HunyuanVideoPipeline,
+                llama_encoder(),
+            )
+            more = {"text_encoder_2": clip_encoder(), "tokenizer_2": tokenizer()}
         elif family == "ltx":
             halves = {"spatio_temporal_scaling": (True, True, False, False)}
             vae = diffusers.AutoencoderKLLTXVideo(
@@ -229,21 +245,30 @@ def pipeline(family: str) -> Any:
                 diffusers.CogVideoXPipeline,
                 text_encoder("T5"),
             )
-    return make(
-        tokenizer=tokenizer(), text_encoder=encoder, vae=vae, scheduler=scheduler, transformer=transformer(family)
-    )
+    words = tokenizer(hunyuan_prefix() if family == "hunyuan_video" else "")
+    parts = {"tokenizer": words, "text_encoder": encoder, "vae": vae, "scheduler": scheduler}
+    return make(**parts, **more, transformer=transformer(family))
 
 
-def tokenizer() -> Any:
-    """One token a byte, and the end."""
+def hunyuan_prefix() -> str:
+    """What HunyuanVideo's pipeline puts before a prompt, but for as many bytes as it drops tokens, less one."""
+    module = importlib.import_module("diffusers.pipelines.hunyuan_video.pipeline_hunyuan_video")
+    template = module.DEFAULT_PROMPT_TEMPLATE
+    return str(template["template"].split("{}")[0][template["crop_start"] - 1 :])
+
+
+def tokenizer(one_token: str = "") -> Any:
+    """One token a byte, and the end; and one for a whole text where that is given."""
     tokenizers, transformers = installed("tokenizers"), installed("transformers")
     special = ["<pad>", "</s>", "<unk>"]
     words = {word: i for i, word in enumerate(special + sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet()))}
     made = tokenizers.Tokenizer(tokenizers.models.BPE(vocab=words, merges=[], unk_token=special[2]))
+    if one_token:
+        made.add_special_tokens([one_token])
     made.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
     made.post_processor = tokenizers.processors.TemplateProcessing(single="$A </s>", special_tokens=[(special[1], 1)])
     return transformers.PreTrainedTokenizerFast(
-        tokenizer_object=made, pad_token=special[0], eos_token=special[1], unk_token=special[2], model_max_length=64
+        tokenizer_object=made, pad_token=special[0], eos_token=special[1], unk_token=special[2], model_max_length=512
     )
 
 
@@ -254,6 +279,23 @@ def text_encoder(kind: str) -> Any:
         vocab_size=259, d_model=16, d_kv=8, d_ff=32, num_layers=1, num_heads=2
     )
     return getattr(transformers, f"{kind}EncoderModel")(config).eval()
+
+
+def llama_encoder() -> Any:
+    """A tiny random Llama of 16 channels; HunyuanVideo reads its third hidden state from the end."""
+    transformers = installed("transformers")
+    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 3, "num_attention_heads": 2}
+    return transformers.LlamaModel(transformers.LlamaConfig(vocab_size=260, **sizes)).eval()
+
+
+def clip_encoder() -> Any:
+    """A tiny random CLIP text encoder, whose pooled output has 8 channels."""
+    transformers = installed("transformers")
+    sizes = {"hidden_size": 8, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = transformers.CLIPTextConfig(
+        vocab_size=259, max_position_embeddings=77, bos_token_id=1, eos_token_id=1, **sizes
+    )
+    return transformers.CLIPTextModel(config).eval()
 
 
 def write(folder: Path, families: Sequence[str] = tuple(CONFIGS)) -> list[Path]:

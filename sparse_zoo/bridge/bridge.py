@@ -89,9 +89,11 @@ class Bridge:
         self._losses: dict[int, dict[str, Tensor]] = {}
         self._streams: dict[Any, Stream] = {}
         self._masks: list[tuple[Tensor, Tensor | None]] = []
-        self._memories: dict[int, dict[Any, Any]] = {}
+        self._memories: dict[int | str, dict[Any, Any]] = {}
         self._memory: dict[Any, Any] | None = None
         self._last: tuple[float, int] | None = None
+        self._call: str | None = None  # the name that a pipeline gives a call, "cond" or "uncond"
+        self._trains = False
         self._captures: list[tuple[frozenset[int] | None, list[Captured]]] = []
         self._routers_train = True
         self._bypassed = False
@@ -249,6 +251,7 @@ class Bridge:
             del site.module.zoo
             site.module.__dict__.pop(SITE)
         self.model.__dict__.pop(ATTRIBUTE)
+        self.model.__dict__.pop("cache_context", None)
         self.sites, self._handles = [], []
         self._forget()
         return self.model
@@ -262,6 +265,8 @@ class Bridge:
 
     def _install(self) -> None:
         self.model.__dict__[ATTRIBUTE] = self
+        if hasattr(type(self.model), "cache_context"):
+            self.model.__dict__["cache_context"] = _NamedCalls(self)
         self._handles.append(self.model.register_forward_pre_hook(_before_model, with_kwargs=True))
         for site in self.sites:
             site.module.__dict__[SITE] = site
@@ -280,7 +285,8 @@ class Bridge:
         self.results, self._losses, self._masks = {}, {}, []
         time = self._film.noise if self._film.noise is not None else self.family.noise(self.model, arguments)
         self._noise = None if time is None else torch.as_tensor(time, dtype=torch.float32).reshape(-1).detach()
-        sampling = not self.model.training and not torch.is_grad_enabled()
+        self._trains = torch.is_grad_enabled()
+        sampling = not self.model.training and not self._trains
         self._memory = self._branch_memory() if sampling and self._remembers() else None
         self._thaw()
 
@@ -288,14 +294,17 @@ class Bridge:
         return self._noise is not None and self._noise.device.type != "meta"
 
     def _branch_memory(self) -> dict[Any, Any]:
-        """The memory of this call of a sampler. Calls at one noise time, as classifier-free guidance makes, have one
-        each; where noise rises, a new film begins."""
+        """The memory of this call of a sampler.
+
+        The calls of classifier-free guidance have one each: by the names that the pipeline gives them, or, where it
+        gives none, by their order at one noise time. Where noise rises, a new film begins.
+        """
         noise = float(cast(Tensor, self._noise).max())
         if self._last is not None and noise > self._last[0]:
             self._memories.clear()
         number = self._last[1] + 1 if self._last is not None and noise == self._last[0] else 0
         self._last = noise, number
-        return self._memories.setdefault(number, {})
+        return self._memories.setdefault(number if self._call is None else self._call, {})
 
     def _thaw(self) -> None:
         """Adapters freeze all but themselves, routers too: undo that, and say so."""
@@ -382,7 +391,18 @@ class Bridge:
             name: getattr(call, name) for name in ("hidden", "layer", "layers", "noise", "step", "seed", "memory")
         }
         result: Result = method(call.q, call.k, call.v, call.layout, **context)
-        if torch._C._current_graph_task_id() == -1:  # a checkpoint that recomputes within backward has been counted
+        recomputes = torch._C._current_graph_task_id() != -1
+        refuse(
+            "attached attention",
+            [
+                f"{self.layers[site.layer]['name']} has auxiliary losses, which reentrant activation checkpointing "
+                "computes without a gradient. Pass use_reentrant=False to torch.utils.checkpoint.checkpoint, as "
+                "model.enable_gradient_checkpointing() does, or set the weight of the loss to 0"
+            ]
+            if self._trains and result.losses and not torch.is_grad_enabled() and not recomputes
+            else [],
+        )
+        if not recomputes:  # a checkpoint that recomputes within backward has been counted
             self._losses[site.layer] = result.losses
             self.results[site.layer] = replace(
                 result,
@@ -485,6 +505,27 @@ def _on_cpu(call: Call) -> Call:
     held = {name: getattr(call, name) for name in ("q", "k", "v", "hidden", "noise")}
     copies: dict[str, Any] = {name: x.detach().cpu().clone() for name, x in held.items() if isinstance(x, Tensor)}
     return replace(call, layout=call.layout.to("cpu"), memory=None, **copies)
+
+
+class _NamedCalls:
+    """A model's `cache_context`, by which pipelines of diffusers name the calls of guidance, told to the bridge too.
+
+    An object, not a function: a deep copy of the model gets one that holds the copy's bridge.
+    """
+
+    def __init__(self, bridge: Bridge) -> None:
+        self.bridge = bridge
+
+    @contextmanager
+    def __call__(self, name: str, **told: Any) -> Iterator[None]:
+        bridge = self.bridge
+        own: Any = type(bridge.model)
+        before, bridge._call = bridge._call, name
+        try:
+            with own.cache_context(bridge.model, name, **told):
+                yield
+        finally:
+            bridge._call = before
 
 
 # Hooks are given the module that runs, so those of a deep copy serve the copy. Dynamo does not look into them.
