@@ -289,8 +289,8 @@ def _at(part: Any, key: Any) -> Any:
     return part[key] if isinstance(part, Mapping | list) else None
 
 
-def _sections(model: Any) -> dict[str, Callable[..., Any]]:
-    """The class that each section of a config with this model is made into."""
+def _sections(model: Any = None) -> dict[str, Callable[..., Any]]:
+    """The class that each section of a config is made into; `model`, its model, tells a pretrained one apart."""
     own = {"model": PRETRAINED} if is_pretrained(model) else {}
     places = {section: place.split(":") for section, place in (SECTIONS | own).items()}
     return {section: getattr(import_module(module), name) for section, (module, name) in places.items()}
