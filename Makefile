@@ -36,8 +36,8 @@ lint: install
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-coverage: install  ## the tests of sparse_zoo, and which of its lines they run (at least 95 %)
-	$(BIN)/pytest --numprocesses 2 --cov sparse_zoo --cov-report term:skip-covered
+coverage: install  ## fast and slow tests, and which lines of sparse_zoo they run (at least 95 %)
+	$(BIN)/pytest --numprocesses 2 -m '' --cov sparse_zoo --cov-report term:skip-covered
 
 gpu:  ## what only a GPU can tell: checks, speed, a training step; ten minutes, with the system's torch
 	$(GPU_PYTHON) -m experiments.tools.gpu

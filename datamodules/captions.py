@@ -1,4 +1,4 @@
-"""Captions of videos: read from JSON, matched to the files that were found."""
+"""Captions of videos: read from JSON and matched to the video files."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ class Caption:
     shots: Sequence[str] | None = None
 
     def texts(self) -> list[str]:
-        """Those that are not blank."""
+        """The texts that are not blank."""
         return [text for text in (self.whole, *(self.shots or ())) if text.strip()]
 
 
 @dataclass(frozen=True)
 class Captions:
-    """Captions by the name of their video; keys that match none; lines about what was left out."""
+    """Captions by the name of their video, keys that match none, and lines about what was left out."""
 
     by_video: dict[str, Caption]
     unmatched: list[str] = field(default_factory=list)
@@ -42,10 +42,10 @@ def read_captions(files: Sequence[Path], videos: Collection[str]) -> Captions:
     """Read `files` and match their keys to the names of `videos`.
 
     A key is a video's name, with or without its suffix, in any Unicode normal form, with "/" or a backslash between
-    folders, and with or without "./" in front. Letters' case must agree.
+    folders, and with or without a leading "./". Upper and lower case must agree.
 
     Raises:
-        ZooError: for files that are no captions, keys that fit several videos, and videos that several keys fit.
+        ZooError: For files that are not captions, keys that fit several videos, and videos that several keys fit.
     """
     given, notes = list[tuple[Path, str, Caption]](), list[str]()
     for path in files:
@@ -96,7 +96,7 @@ def _normal(name: str) -> str:
 
 
 def _read(path: Path) -> tuple[dict[str, Caption], set[str]]:
-    """The entries of one file, and the names of settings in them that mean nothing."""
+    """The entries of one file, and the unknown keys in them."""
     try:
         entries = json.loads(path.read_bytes(), object_pairs_hook=_distinct)  # in any UTF, byte-order mark or not
     except (OSError, ValueError, RecursionError) as error:

@@ -1,4 +1,4 @@
-"""Decoded videos: frames in a file that is mapped into memory, kept in a cache that processes share."""
+"""Decoded videos: frames in a memory-mapped file, in a cache that processes share."""
 
 from __future__ import annotations
 
@@ -28,10 +28,17 @@ _PIECE = 2**22  # bytes of an entry that are read at a time to check it
 
 @dataclass(frozen=True)
 class Video:
-    """`frames` uint8 (N, H, W, 3), `source` the number of each in the file, `cuts` the number of each shot's first.
+    """A decoded video.
 
-    Numbers count the frames of the file that decode from 0, at the file's own `rate` (frames a second). `frames` lie in
-    a file and are read as they are asked for. `notes` are lines on what was lost, or not done as the file says.
+    Frames are numbered from 0 over the frames of the file that decode, at the file's own rate. `frames` are in a file
+    and are read on access.
+
+    Attributes:
+        frames: uint8 (N, H, W, 3).
+        source: The number of each frame in the file.
+        cuts: The number of each shot's first frame.
+        rate: Frames a second of the file.
+        notes: Lines on what was lost, or not handled as the file declares.
     """
 
     frames: Frames
@@ -41,18 +48,18 @@ class Video:
     notes: tuple[str, ...] = ()
 
     def shots(self) -> list[tuple[int, int]]:
-        """Bounds [start, stop) of every shot in `frames`; empty where sampling at a low rate stepped over a shot."""
+        """Bounds [start, stop) of every shot in `frames`; empty where sampling at a low rate skipped a shot."""
         starts = np.searchsorted(self.source, self.cuts).tolist()
         return list(zip(starts, [*starts[1:], len(self.source)], strict=True))
 
 
 def load(path: Path, decoding: Decoding, cache: Path | None) -> Video:
-    """Decode `path`, or read what an earlier call with the same file and settings left in the folder `cache`.
+    """Decode `path`, or read the entry of an earlier call with the same file and settings from the folder `cache`.
 
-    One process decodes, others that want the same wait for it. What a killed one left is written over.
+    One process decodes; others that want the same entry wait for it. What a killed process left is overwritten.
 
     Raises:
-        ZooError: with the path and the reason, if the file cannot be decoded.
+        ZooError: With the path and the reason, if the file cannot be decoded.
     """
     if cache is None:
         return decode(path, decoding)
@@ -78,11 +85,11 @@ def load(path: Path, decoding: Decoding, cache: Path | None) -> Video:
 def decode(path: Path, decoding: Decoding, file: IO[bytes] | None = None) -> Video:
     """Decode the whole file once, finding cuts at its own rate and keeping frames at `decoding.fps`.
 
-    No frame is kept twice: a video slower than `fps` keeps its own rate. Frames go into `file` in NumPy's format, by
-    default into a temporary one that vanishes with the last use of them.
+    No frame is kept twice: a video slower than `fps` keeps its own rate. Frames are written to `file` in NumPy's
+    format, by default a temporary file that is deleted with its last use.
 
     Raises:
-        ZooError: with the path and the reason.
+        ZooError: With the path and the reason.
     """
     if file is None:
         with TemporaryFile(prefix="zoo-frames-") as temporary:  # the mapping outlives it
@@ -106,7 +113,7 @@ def _write_header(file: IO[bytes], frames: int, shape: tuple[int, ...]) -> int:
 
 @contextmanager
 def _locked(path: Path) -> Iterator[IO[bytes]]:
-    """The empty file at `path`, locked; gone at the end, unless it was moved. A killed process loses its lock."""
+    """The empty file at `path`, locked; deleted at the end unless it was moved. A killed process loses its lock."""
     while True:
         with os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT, 0o666), "r+b") as file:
             fcntl.flock(file, fcntl.LOCK_EX)
@@ -130,7 +137,7 @@ def _lies_at(file: IO[bytes], path: Path) -> bool:
 
 
 def _read(entry: Path) -> Video | None:
-    """None where there is no whole entry: nothing yet, cut short, or damaged."""
+    """The entry, or None if it is missing, truncated or damaged."""
     try:
         facts = json.loads(entry.with_suffix(".json").read_text(encoding="utf-8"))
         with entry.with_suffix(".npy").open("rb") as file:
@@ -143,7 +150,7 @@ def _read(entry: Path) -> Video | None:
 
 
 def _checksum(file: IO[bytes]) -> int:
-    """Of a whole file, read in pieces: a mapped file would count as memory in use."""
+    """The checksum of a whole file, read in pieces, because a mapped file would count as memory in use."""
     file.seek(0)
     found = 0
     while piece := file.read(_PIECE):

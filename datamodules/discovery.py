@@ -1,4 +1,4 @@
-"""Which video files a folder holds, and what in it is left out."""
+"""The video files of a folder, and what in it is left out."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ _SHOWN = 5  # names in a line; the others are counted
 
 @dataclass(frozen=True)
 class Discovery:
-    """Video files by their name, which is their path inside the given folder, and lines about what was left out."""
+    """Video files by name, which is their path inside the given folder, and lines about what was left out."""
 
     files: dict[str, Path]
     notes: list[str]
@@ -91,27 +91,27 @@ def resolve(place: str | Path) -> Path:
 
 
 def printable(name: str) -> str:
-    """A file's name as text that every screen and encoding can show: odd characters as backslash escapes."""
+    """A file's name as text that every screen and encoding can show, with odd characters as backslash escapes."""
     return "".join(
         sign if sign.isprintable() else sign.encode("unicode_escape", "surrogatepass").decode("ascii") for sign in name
     )
 
 
 def listed(names: Iterable[str]) -> str:
-    """The first few names in order, and how many more there are."""
+    """The first few names in order, and the number of further names."""
     ordered = sorted(names)
     more = len(ordered) - _SHOWN
     return ", ".join(map(printable, ordered[:_SHOWN])) + (f" and {more} more" if more > 0 else "")
 
 
 def find_videos(places: Sequence[str], used: Iterable[Path] = ()) -> Discovery:
-    """The videos in `places` (folders, searched with all their folders, or files).
+    """The videos in `places` (folders, searched recursively, or files).
 
     A linked folder is searched like any other, but each folder once. Hidden files and folders are left out, as are
-    files without a video's suffix; `used` are such files that serve another purpose and are not reported.
+    files without a video suffix; `used` are files of the latter kind that serve another purpose and are not reported.
 
     Raises:
-        ZooError: for every place that is missing or without a video, and for names that two videos share.
+        ZooError: For every place that is missing or without a video, and for names that two videos share.
     """
     files: dict[str, Path] = {}
     notes: list[str] = []

@@ -1,4 +1,4 @@
-"""One pass over a video file: its frames, upright and of one size, and where its shots begin."""
+"""One pass over a video file: its frames, upright and of one size, and the cuts between shots."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ def read_footage(path: Path, decoding: Decoding, keep: Callable[[Frames], Any]) 
     Only a few frames are in memory at a time. What cannot be decoded is left out, up to the next key frame.
 
     Raises:
-        ZooError: with the path and the reason, if there is no frame to be had.
+        ZooError: With the path and the reason, if no frame can be decoded.
     """
     try:
         if path.stat().st_size == 0:
@@ -134,7 +134,7 @@ def probe(path: Path) -> Header:
 
 
 def _best_stream(path: Path, where: str) -> int:
-    """Index of the video stream to take: films before pictures, then the file's default one, then the largest."""
+    """Index of the video stream to use: films before pictures, then the file's default stream, then the largest."""
     with av.open(where, metadata_errors="replace") as container:
         videos = container.streams.video
         films = [stream for stream in videos if not stream.disposition & _PICTURES]
@@ -223,7 +223,7 @@ class _Pass:
         )
 
     def _frames(self) -> Iterator[Any]:
-        """Frames that are whole, with `now` set to the time of each."""
+        """Complete frames, with `now` set to the time of each."""
         broken = ""
         for item in self._decoded():
             damage = item.strerror if isinstance(item, av.FFmpegError) else "damaged" if item.is_corrupt else ""
@@ -243,7 +243,7 @@ class _Pass:
             self.lost.append((max(0.0, self.now + self.period), None, broken))
 
     def _decoded(self) -> Iterator[Any]:
-        """Frames, and errors in the place of what could not be decoded."""
+        """Frames, and errors in place of what could not be decoded."""
         packets, failures = self.container.demux(self.stream), 0
         while failures < _MOST_ERRORS:
             try:
@@ -267,7 +267,7 @@ class _Pass:
             yield from frames
 
     def _advance(self, frame: Any) -> None:
-        """Set `now` for the next frame. It always moves on, so that no frame is lost where times repeat or go back."""
+        """Set `now` for the next frame. It always increases, so that repeated or falling timestamps lose no frame."""
         following = self.now + self.period
         if frame.time is None:
             self.now = following
@@ -284,7 +284,7 @@ class _Pass:
         self.ends = self.now + max(own, self.period)
 
     def _shown(self, frame: Any) -> Frames:
-        """The frame upright and with square pixels, covering `size`, cut to it around the centre."""
+        """The frame upright and with square pixels, covering `size`, cropped to it around the centre."""
         # Looking at side data makes a cycle that keeps the frame until garbage is collected: only where it may differ.
         if self.rotation != frame.rotation:
             self.rotation, self.turn = frame.rotation, self._turn(frame)
@@ -302,7 +302,7 @@ class _Pass:
         return cut[:: -1 if up else 1, :: -1 if left else 1]
 
     def _turn(self, frame: Any) -> tuple[bool, bool, bool]:
-        """What to do to show a frame as its display matrix says: swap rows and columns, then mirror rows, columns."""
+        """How to show a frame as its display matrix says: swap rows and columns, then mirror rows, columns."""
         side = frame.side_data.get(SideData.DISPLAYMATRIX)
         if side is None:
             return False, False, False
@@ -321,7 +321,7 @@ class _Pass:
         return (True, bool(b < 0), bool(c < 0)) if swapped else (False, bool(d < 0), bool(a < 0))
 
     def _take_stock(self, count: int, interlaced: int, transfer: str | None) -> None:
-        """Turn what was counted into notes."""
+        """Turn the counts into notes."""
         others = [
             stream
             for stream in self.container.streams.video

@@ -1,4 +1,4 @@
-"""What a ShotWorld subject looks like, and which one a clip shows."""
+"""The appearance of ShotWorld subjects, and which subject a clip shows."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ BACKGROUNDS = {
 
 @dataclass(frozen=True)
 class Identities:
-    """The first so many of the shapes, colours and textures, on the first so many backgrounds, `pixels` wide and high.
+    """The first `shapes`, `colours` and `textures`, on the first `backgrounds`, `pixels` wide and high.
 
     Identity number = (shape · colours + colour) · textures + texture.
     """
@@ -73,7 +73,7 @@ class Identities:
 
     @cached_property
     def outlines(self) -> Tensor:
-        """Where each identity covers its background, bool (identities, 1, pixels, pixels)."""
+        """The pixels of its background that each identity covers, bool (identities, 1, pixels, pixels)."""
         place = (torch.arange(self.pixels) + 0.5) / self.pixels * 2 - 1
         y, x = torch.meshgrid(place, place, indexing="ij")
         radius = (x**2 + y**2).sqrt()
@@ -132,9 +132,9 @@ class Identities:
         return seen.permute(0, 3, 1, 2).reshape(*clip.shape[:2], 3, self.pixels, self.pixels)
 
     def locate(self, clip: Tensor, background: Tensor, places: Tensor) -> Tensor:
-        """Where a clip (B, F, 3, H, W) on known backgrounds (B,) shows a subject: one of `places` (P, 2) in each frame.
+        """The position of a subject in a clip (B, F, 3, H, W) on known backgrounds (B,), one of `places` (P, 2).
 
-        The place, int64 (B, F, 2), at which the nearest rendering of any identity in squared error has it.
+        It is the position of the nearest rendering of any identity in squared error, int64 (B, F, 2).
         """
         batch, frames = clip.shape[:2]
         places = places.to(clip.device)

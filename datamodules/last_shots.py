@@ -1,4 +1,4 @@
-"""The generated shots that metrics judge: the last of each film, with the truth about it."""
+"""The generated shots that metrics judge: the last shot of each film, with the truth about it."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class Shown:
 class LastShot:
     """The last shot of B films of one shape, and the shots before it.
 
-    Of all N shots the true subjects, numbers within a film, and identities: int64 (B, N).
+    The true subjects, numbers within a film, and identities of all N shots are int64 (B, N).
     """
 
     shot: Shown
@@ -32,18 +32,18 @@ class LastShot:
 
     @property
     def introduction(self) -> Tensor:
-        """int64 (B,): number of the first shot that shows the last one's subject."""
+        """The number of the first shot that shows the last shot's subject: int64 (B,)."""
         return (self.subjects == self.subjects[:, -1:]).int().argmax(-1)
 
     @property
     def source(self) -> Tensor:
-        """int64 (B,): number of the nearest earlier shot that shows the last one's subject."""
+        """The number of the nearest earlier shot that shows the last shot's subject: int64 (B,)."""
         same = (self.subjects[:, :-1] == self.subjects[:, -1:]).int()
         return same.shape[1] - 1 - same.flip(-1).argmax(-1)
 
 
 def last_shots(clips: list[Tensor], batch: dict[str, Any]) -> Iterator[LastShot]:
-    """Of `clips`, shaped as those of the `ShotWorld` batch, film after film of its layout."""
+    """The last shots of `clips`, shaped as those of the `ShotWorld` batch, film after film of its layout."""
     truth = batch["truth"]
     places = truth["position"].split([clip.shape[1] for clip in clips], dim=1)
     shown = [Shown(*shot) for shot in zip(clips, places, truth["background"].unbind(1), strict=True)]

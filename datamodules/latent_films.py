@@ -8,7 +8,7 @@ import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -20,15 +20,15 @@ from torchmetrics import Metric
 
 from datamodules.discovery import listed, resolve
 from datamodules.loading import Batch, ResumableLoader, train_loader, val_loader
+from datamodules.settings import LatentFilmsSettings
 from datamodules.shards import Index
-from sparse_zoo.errors import refuse, unknown
+from sparse_zoo.errors import refuse
 from sparse_zoo.layout import Layout, Shot
 
 if TYPE_CHECKING:
     from datamodules.encoders import VideoVAE
 
 _log = logging.getLogger(__name__)
-BATCHES = ("packed", "pretrained")
 
 
 @dataclass(frozen=True)
@@ -74,17 +74,7 @@ class LatentFilms(LightningDataModule):
 
     Args:
         folder: What `zoo encode` wrote.
-        patch: (frames, rows, cols) of latents in one token.
-        batches: "packed" or "pretrained".
-        films_per_batch: Films in a batch; those that are left over make smaller ones.
-        shots_per_film: Shots of one film at most.
-        frames_per_shot: Latent frames of a shot at most, its first ones; None: all.
-        max_tokens: Tokens of a caption at most; with "pretrained" the length of the text.
-        drop_captions: In training, share of the captions, a film's and each shot's apart, that are left out.
-        val_fraction: Share of the videos that are for validation; one at least.
-        vae: Folder of the VAE that made the latents, to decode what a model samples; None: samples stay latents.
-        num_workers: Processes that load batches.
-        seed: Of the split, the order and the captions that are left out.
+        **settings: Further fields of `LatentFilmsSettings`.
 
     Raises:
         ZooError: for settings out of range, a folder without films, and sizes that are not in whole patches.
@@ -92,45 +82,16 @@ class LatentFilms(LightningDataModule):
 
     vocabulary = 0  # text is embeddings, `text_dim` wide, not ids
 
-    def __init__(
-        self,
-        folder: str,
-        *,
-        patch: Sequence[int] = (1, 2, 2),
-        batches: Literal["packed", "pretrained"] = "packed",
-        films_per_batch: int = 1,
-        shots_per_film: int = 8,
-        frames_per_shot: int | None = None,
-        max_tokens: int = 512,
-        drop_captions: float = 0.0,
-        val_fraction: float = 0.1,
-        vae: str | None = None,
-        num_workers: int = 0,
-        seed: int = 0,
-    ) -> None:
+    def __init__(self, folder: str, **settings: Any) -> None:
         super().__init__()
-        counts = {"films_per_batch": films_per_batch, "shots_per_film": shots_per_film, "max_tokens": max_tokens}
-        counts |= {} if frames_per_shot is None else {"frames_per_shot": frames_per_shot}
-        refuse(
-            "LatentFilms",
-            [f"{name} must be at least 1, got {value}" for name, value in counts.items() if value < 1]
-            + [
-                f"{name} must be at least 0, got {value}"
-                for name, value in (("seed", seed), ("num_workers", num_workers))
-                if value < 0
-            ]
-            + [
-                f"patch must be 3 lengths of at least 1, got {[*patch]}" if len(patch) != 3 or min(patch) < 1 else "",
-                unknown("batches", batches, BATCHES) if batches not in BATCHES else "",
-                f"drop_captions must be in [0, 1], got {drop_captions}" if not 0 <= drop_captions <= 1 else "",
-                f"val_fraction must be between 0 and 1, got {val_fraction}" if not 0 < val_fraction < 1 else "",
-            ],
-        )
-        self.folder, self.patch, self.batches = resolve(folder), (patch[0], patch[1], patch[2]), batches
-        self.films_per_batch, self.shots_per_film = films_per_batch, shots_per_film
-        self.frames_per_shot, self.max_tokens, self.drop_captions = frames_per_shot, max_tokens, drop_captions
-        self.val_fraction, self.num_workers, self.seed = val_fraction, num_workers, seed
-        self.vae_folder = None if vae is None else resolve(vae)
+        given = LatentFilmsSettings(folder=folder, **settings)
+        patch = given.patch
+        self.folder, self.patch, self.batches = resolve(folder), (patch[0], patch[1], patch[2]), given.batches
+        self.films_per_batch, self.shots_per_film = given.films_per_batch, given.shots_per_film
+        self.frames_per_shot, self.max_tokens = given.frames_per_shot, given.max_tokens
+        self.drop_captions, self.val_fraction = given.drop_captions, given.val_fraction
+        self.num_workers, self.seed = given.num_workers, given.seed
+        self.vae_folder = None if given.vae is None else resolve(given.vae)
         about = self.folder / "latents.json"
         refuse(
             f"LatentFilms {self.folder}",

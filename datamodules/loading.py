@@ -11,8 +11,8 @@ from torch.utils.data import DataLoader, Dataset, DistributedSampler
 Batch = dict[str, Any]
 
 
-class Films(Protocol):
-    """A split: `len` films to an epoch; film numbers go on counting from epoch to epoch."""
+class FilmSplit(Protocol):
+    """A split: `len` films to an epoch; film numbers continue from epoch to epoch."""
 
     def __len__(self) -> int: ...
     def __getitem__(self, number: int) -> Batch: ...
@@ -22,7 +22,7 @@ class Films(Protocol):
 
 
 class Order(DistributedSampler[int]):
-    """Shuffled film numbers: epoch e draws from e·n to (e + 1)·n - 1, so a film's draws can be seeded by its number."""
+    """Shuffled film numbers: epoch e has e·n to (e + 1)·n - 1, so that a film can be seeded by its number."""
 
     def __init__(self, films: Sized, seed: int, replicas: int, rank: int) -> None:
         super().__init__(films, num_replicas=replicas, rank=rank, shuffle=True, seed=seed)  # type: ignore[arg-type]
@@ -36,7 +36,7 @@ class Order(DistributedSampler[int]):
 
 
 class ResumableLoader(DataLoader[Batch]):
-    """Goes on, after a restart, with the batch after the last one it gave; Lightning saves and loads its state."""
+    """A loader that resumes after a restart with the batch after its last one; Lightning saves and loads its state."""
 
     served = 0
     resume_at = 0
@@ -50,26 +50,28 @@ class ResumableLoader(DataLoader[Batch]):
             yield batch
 
     def state_dict(self) -> dict[str, int]:
+        """The number of batches that were returned in this epoch."""
         return {"served": self.served}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
+        """Resume after the batch that `state` describes."""
         # A finished epoch is followed by a whole one.
         self.resume_at = state["served"] % len(self)
 
 
-def train_loader(films: Films, batch: int, seed: int, workers: int, trainer: Trainer | None) -> ResumableLoader:
-    """Shuffled batches of `batch` films (the last of an epoch may be smaller), shared out among the trainer's ranks."""
+def train_loader(films: FilmSplit, batch: int, seed: int, workers: int, trainer: Trainer | None) -> ResumableLoader:
+    """Shuffled batches of `batch` films (the last of an epoch may be smaller), divided among the trainer's ranks."""
     replicas, rank = (trainer.world_size, trainer.global_rank) if trainer else (1, 0)
     order = Order(films, seed, replicas, rank)
     return ResumableLoader(_dataset(films), batch, sampler=order, num_workers=workers, collate_fn=_as_it_is)
 
 
-def val_loader(films: Films, batch: int, workers: int) -> DataLoader[Batch]:
+def val_loader(films: FilmSplit, batch: int, workers: int) -> DataLoader[Batch]:
     """The same batches in the same order, always."""
     return DataLoader(_dataset(films), batch, num_workers=workers, collate_fn=_as_it_is)
 
 
-def _dataset(films: Films) -> Dataset[Batch]:
+def _dataset(films: FilmSplit) -> Dataset[Batch]:
     return films  # type: ignore[return-value]  # DataLoader asks for `__len__` and `__getitems__`, not for the base class
 
 

@@ -1,4 +1,4 @@
-"""How consistent a generated shot is, with its film and in itself, and how its subject moves: no network is asked."""
+"""How consistent a generated shot is with its film and within itself, and how its subject moves, without a network."""
 
 from __future__ import annotations
 
@@ -24,7 +24,8 @@ MEASURES = (
 def pixel_similarity(a: Tensor, b: Tensor, where: Tensor | None = None) -> Tensor:
     """1 - half the mean absolute difference of pixels (..., 3, h, w) clamped to [-1, 1], of shape (...).
 
-    1 is identical, 0 black against white. `where`, bool (..., 1, h, w): the pixels that count; NaN if there are none.
+    1 is identical, 0 black against white. `where`, bool (..., 1, h, w), are the pixels that count; NaN if there are
+    none.
     """
     apart = (a.float().clamp(-1, 1) - b.float().clamp(-1, 1)).abs() / 2
     weight = (torch.ones_like(apart[..., :1, :, :]) if where is None else where.to(apart)).expand_as(apart)
@@ -37,31 +38,31 @@ def over_time(similarity: Tensor, first: Tensor) -> Tensor:
 
 
 class ShotQuality(Metric):
-    """Means over films of measures of the last shot; names are VBench's where the meaning is, "similar" is of pixels.
+    """Means over films of measures of the last shot, named after VBench's where the meaning is the same.
 
-    VBench (arXiv 2311.17982) compares features of networks (DINO, CLIP, an interpolator, optical flow); here the truth
-    about the film takes their place, so figures do not compare with VBench's, and orders may. "Similar" is
+    VBench (arXiv 2311.17982) compares features of networks (DINO, CLIP, an interpolator, optical flow). Here the truth
+    about the film replaces them, so that values do not compare with VBench's, although rankings may. "Similar" is
     `pixel_similarity`, 1 for identical.
 
-    - "cross_shot_consistency" (no measure of VBench's; MoGA has the same between features of two shots): the subject as
-      this shot shows it, in the window where it should be, against the subject as its introduction shows it, cut out
-      there along the outline of the identity decoded there and put on this shot's background. Mean over frames.
-    - "subject_consistency", as VBench's: how similar the subject's window is to that of the frame before and of the
-      first frame, averaged. VBench takes DINO features of whole frames.
-    - "background_consistency", as VBench's: the same for the pixels outside the subject's window in both frames. VBench
-      takes CLIP features of whole frames.
-    - "motion_smoothness", as VBench's: how similar a frame is to an interpolation of its neighbours. The interpolation
-      here is their mean, every inner frame is judged; VBench's is a network's, of every second frame. Subjects move by
-      whole patches, so even real films stay below 1.
-    - "dynamic_degree", as VBench's: the share of shots that move. A shot moves if its subject, located by the nearest
+    - "cross_shot_consistency" (not in VBench; MoGA has the same between features of two shots): the subject as this
+      shot shows it, in the window where it should be, against the subject as its introduction shows it, cut out along
+      the outline of the identity decoded there and put on this shot's background. Mean over frames.
+    - "subject_consistency", as in VBench: how similar the subject's window is to that of the frame before and of the
+      first frame, averaged. VBench uses DINO features of whole frames.
+    - "background_consistency", as in VBench: the same for the pixels outside the subject's window in both frames.
+      VBench uses CLIP features of whole frames.
+    - "motion_smoothness", as in VBench: how similar a frame is to an interpolation of its neighbours. The interpolation
+      here is their mean, and every inner frame is judged; VBench's is a network's, of every second frame. Subjects move
+      by whole patches, so that even real films stay below 1.
+    - "dynamic_degree", as in VBench: the share of shots that move. A shot moves if its subject, located by the nearest
       of all identities at all places, is not always where it is in the first frame; VBench thresholds optical flow.
       More is not better: real films have a share of their own, and noise is located anywhere, so it moves.
-    - "motion_accuracy" (ours): the share of frames whose subject is located where the caption has it.
+    - "motion_accuracy" (ours): the share of frames whose subject is located where the caption says.
 
-    The second to fifth need two frames, smoothness three; a measure that no film allowed is left out of `compute`.
+    The second to fifth need two frames, smoothness three. `compute` leaves out a measure that no film allowed.
 
     Args:
-        identities: What subjects look like.
+        identities: The appearance of subjects.
         places: int64 (P, 2): top left pixels at which a subject can be.
     """
 
@@ -79,7 +80,7 @@ class ShotQuality(Metric):
         self.add_state("films", torch.zeros(len(MEASURES), dtype=torch.int64), dist_reduce_fx="sum")
 
     def update(self, clips: list[Tensor], batch: dict[str, Any]) -> None:
-        """`clips`, generated, are shaped as `batch["clips"]`; the batch is one of `ShotWorld`'s."""
+        """Add generated clips, shaped as `batch["clips"]`; the batch is one of `ShotWorld`'s."""
         for last in last_shots(clips, batch):
             found = {"cross_shot_consistency": self._cross_shot(last)} | self._over_frames(last)
             # Not in place: states that a run in inference mode left could not be updated by one outside of it.
@@ -88,6 +89,7 @@ class ShotQuality(Metric):
             self.films = self.films + torch.stack([(~value.isnan()).sum() for value in values])
 
     def compute(self) -> dict[str, Tensor]:
+        """The mean of each measure over films, as scalars."""
         return {name: self.total[i] / self.films[i] for i, name in enumerate(MEASURES) if self.films[i]}
 
     def _cross_shot(self, last: LastShot) -> Tensor:
@@ -124,7 +126,7 @@ class ShotQuality(Metric):
         return found
 
     def _outside(self, clip: Tensor, position: Tensor) -> Tensor:
-        """bool (B, F, 1, H, W): pixels that the subject's window does not cover."""
+        """The pixels that the subject's window does not cover: bool (B, F, 1, H, W)."""
         row, col = (torch.arange(size, device=clip.device) for size in clip.shape[-2:])
         top, left = position[..., 0, None], position[..., 1, None]
         rows = (row >= top) & (row < top + self.identities.pixels)

@@ -1,4 +1,4 @@
-"""Does a generated shot show the subject that an earlier shot introduced?"""
+"""The share of generated shots that show the subject that an earlier shot introduced."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ PARTS = ("shape", "colour", "texture")
 class IdentityRecall(Metric):
     """Shares of films whose last shot shows the right subject, by `Identities.decode`.
 
-    Right is the true identity; of whole films, of which no caption tells it, the one that the nearest earlier shot of
-    the same subject shows as the model drew it.
+    The right identity is the true one. In whole films, whose captions do not name it, it is the one that the nearest
+    earlier shot of the same subject shows as the model generated it.
 
-    `compute` gives scalars: "identity_recall"; "shape_recall", "colour_recall", "texture_recall"; "wrong_subject", the
-    share that shows another identity of the film instead: a model that remembers, but the wrong subject; and
-    "identity_recall_back_<d>" over the films whose subject was last seen d shots before, for each d there is.
+    `compute` returns scalars: "identity_recall"; "shape_recall", "colour_recall", "texture_recall"; "wrong_subject",
+    the share that shows another identity of the film instead, which is memory of the wrong subject; and
+    "identity_recall_back_<d>" over the films whose subject was last seen d shots before, for each d that occurs.
 
     Args:
-        identities: What subjects look like.
+        identities: The appearance of subjects.
         whole: Whether whole films are judged. The names then begin with "whole_", and "whole_identity_chance" is added:
-            what would be right if last shots were dealt out to the films at random. A model that draws one subject
-            everywhere has a recall of 1, and so has its chance.
+            the score if last shots were exchanged at random between films. A model that generates one subject
+            everywhere has a recall of 1, and this chance too.
     """
 
     full_state_update = False
@@ -48,13 +48,13 @@ class IdentityRecall(Metric):
 
     @property
     def chance(self) -> dict[str, float]:
-        """What guessing an identity at random scores, where that is known without looking: not for whole films."""
+        """The score of guessing an identity at random, where it is known beforehand: not for whole films."""
         of = self.identities
         kinds = {"identity": len(of), "shape": of.shapes, "colour": of.colours, "texture": of.textures}
         return {} if self.whole else {f"{name}_recall": 1 / kind for name, kind in kinds.items()}
 
     def update(self, clips: list[Tensor], batch: dict[str, Any]) -> None:
-        """`clips`, generated, are shaped as `batch["clips"]`; the batch is one of `ShotWorld`'s."""
+        """Add generated clips, shaped as `batch["clips"]`; the batch is one of `ShotWorld`'s."""
         for last in last_shots(clips, batch):
             seen, source = self._seen(last.shot), last.source
             earlier = torch.stack([*map(self._seen, last.earlier)], 1) if self.whole else last.identities[:, :-1]
@@ -63,16 +63,17 @@ class IdentityRecall(Metric):
             self.scored.append(torch.stack([seen, true, wrong.long(), len(last.earlier) - source], dim=-1))
 
     def _seen(self, shot: Shown) -> Tensor:
-        """int64 (B,)"""
+        """The identity that a shot shows: int64 (B,)."""
         return self.identities.decode(shot.clip, shot.position, shot.background)
 
     def film_outcomes(self) -> dict[str, list[float]]:
-        """{"identity_recall": 1 or 0 of every film since the last reset, in order}."""
+        """{"identity_recall": 1 or 0 for every film since the last reset, in order}."""
         with self.sync_context():
             seen, true = dim_zero_cat(self.scored)[:, :2].unbind(-1)
             return {self._name("identity_recall"): (seen == true).float().tolist()}
 
     def compute(self) -> dict[str, Tensor]:
+        """The shares over all films since the last reset, as scalars."""
         seen, true, wrong, back = dim_zero_cat(self.scored).unbind(-1)
         right = (seen == true).float()
         saw, is_ = self.identities.attributes(seen), self.identities.attributes(true)

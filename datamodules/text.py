@@ -36,8 +36,8 @@ def words(caption: str) -> list[str]:
     """The words of a caption, in NFC and case-folded.
 
     - A word is a run of letters, digits and underscores with their combining marks.
-    - A script without spaces (Chinese, Japanese, Thai, Lao, Khmer, Burmese, Tibetan, …) gives a word per character.
-    - An emoji is a word, together with its skin tone and whatever it is joined to; so is any other pictorial symbol.
+    - A script without spaces (Chinese, Japanese, Thai, Lao, Khmer, Burmese, Tibetan, …) gives one word per character.
+    - An emoji is a word, together with its skin tone and what it is joined to; so is any other pictorial symbol.
     - Punctuation separates words. Invisible characters (joiners, directions, variations) are dropped.
     """
     found: list[str] = []
@@ -68,8 +68,9 @@ def words(caption: str) -> list[str]:
 def tokenize(caption: str, vocabulary: int, max_words: int) -> Tensor:
     """Ids in [0, vocabulary) of the first `max_words` words, int64 (n,); an empty caption gives (0,).
 
-    Words are hashed, so the same word has the same id in every run and on every machine, and two words may share one.
-    A learned tokenizer would have to be downloaded, and the model's text embedding is trained from nothing anyway.
+    Words are hashed, so that the same word has the same id in every run and on every machine, and two words may share
+    an id. A learned tokenizer would have to be downloaded, and the model's text embedding is trained from scratch
+    anyway.
     """
     # A lone surrogate, which JSON can hold, has no UTF-8.
     ids = [crc32(word.encode("utf-8", "surrogatepass")) % vocabulary for word in words(caption)[:max_words]]

@@ -1,4 +1,4 @@
-"""Callbacks: averaged weights, what attention cost, how long a step took, films drawn at validation."""
+"""Callbacks: averaged weights, cost of attention, step time, films generated in validation."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
+import numpy as np
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback, WeightAveraging
@@ -21,6 +22,7 @@ from typing_extensions import override
 import sparse_zoo as zoo
 from lit_modules.sampling import Euler
 from lit_modules.settings import Sampling
+from lit_modules.strips import film_rows
 from sparse_zoo.errors import refuse
 
 if TYPE_CHECKING:
@@ -28,8 +30,11 @@ if TYPE_CHECKING:
 
 
 class _Average(AveragedModel):
-    """A copy of a model that follows its weights. It counts its updates on the CPU, where asking for the number does
-    not make the host wait for the GPU, as torch's own counter does in every step."""
+    """A copy of a model that follows its weights.
+
+    It counts its updates on the CPU, where reading the number does not make the host wait for the GPU, as torch's own
+    counter does in every step.
+    """
 
     def __init__(self, model: nn.Module, decay: float, device: torch.device) -> None:
         super().__init__(model)
@@ -38,6 +43,7 @@ class _Average(AveragedModel):
 
     @override
     def update_parameters(self, model: nn.Module) -> None:
+        """Move the averaged weights towards those of `model`."""
         n = int(self.n_averaged)
         with torch.no_grad():
             means: list[Tensor] = list(self.module.parameters())
@@ -50,7 +56,7 @@ class _Average(AveragedModel):
 
 
 class EMA(WeightAveraging):
-    """Exponential moving average of the weights: validation, test and the `state_dict` of checkpoints use it.
+    """Exponential moving average of the weights, used by validation, test and the `state_dict` of checkpoints.
 
     The decay of update n is min(decay, (1 + n) / (10 + n)), so that a short run is not judged by its first weights.
     """
@@ -76,11 +82,11 @@ class EMA(WeightAveraging):
 
 
 class AttentionCost(Callback):
-    """Counts what attention costs from the plans that ran, at the first training batch and every `every` batches.
+    """Counts the cost of attention from the plans that ran, at the first training batch and every `every` batches.
 
-    Logs `attention/density`, `attention/flops` (forward, routing apart, of one batch over all layers) and
-    `attention/density/layer_<i>`. `results` are those of the last counted batch, for pictures; after a resumption those
-    of the first batch, until one is counted.
+    Logs `attention/density`, `attention/flops` (forward, without routing, of one batch over all layers) and
+    `attention/density/layer_<i>`. `results` are those of the last counted batch, for pictures; after a resume they are
+    those of the first batch, until one is counted.
     """
 
     def __init__(self, every: int = 50) -> None:
@@ -118,7 +124,7 @@ class AttentionCost(Callback):
         self._counted = state_dict["counted"]
 
     def summary(self) -> dict[str, Any]:
-        """Means over the counted batches, JSON-able: per batch over all layers, and `layers`, the density of each.
+        """Means over the counted batches, ready for JSON: per batch over all layers, and `layers`, the density of each.
 
         Empty before the first training batch.
         """
@@ -145,11 +151,10 @@ def _sum(costs: Sequence[zoo.Cost]) -> zoo.Cost:
 
 
 class StepTimer(Callback):
-    """Seconds of each training batch, from its start to its end, loading of data and validation not included.
+    """Measures seconds per training batch, from its start to its end, without loading of data and validation.
 
-    On a GPU these are its own: the host does not wait for the end of a batch.
-
-    The first `skip` batches, which compile and allocate, are left out, after each resumption anew.
+    On a GPU these are the GPU's seconds: the host does not wait for the end of a batch. The first `skip` batches, which
+    compile and allocate, are not counted, also after each resume.
     """
 
     def __init__(self, skip: int = 2) -> None:
@@ -182,7 +187,7 @@ class StepTimer(Callback):
         self._read(wait=False)
 
     def _read(self, *, wait: bool) -> None:
-        """Take down the batches that the GPU has ended, or `wait` for all of them."""
+        """Record the batches that the GPU has finished; with `wait`, wait for all of them."""
         while self._running and (wait or self._running[0][1].query()):
             start, end = self._running.pop(0)
             end.synchronize()
@@ -204,7 +209,7 @@ class StepTimer(Callback):
         return max(self._peak_before, self._memory.read())
 
     def summary(self) -> dict[str, Any]:
-        """Median seconds (None with no more than `skip` batches), how many were timed, peak memory and its meaning."""
+        """Median seconds (None with at most `skip` batches), number of timed batches, peak memory and its meaning."""
         timed = self._timed()
         return {
             "seconds_per_step": statistics.median(timed) if timed else None,
@@ -215,7 +220,7 @@ class StepTimer(Callback):
 
 
 def _now(device: torch.device) -> float | torch.cuda.Event:
-    """The time; on a GPU an event, which passes when the work before it has ended and makes nobody wait."""
+    """The current time; on a GPU an event, which completes when earlier work has finished and never blocks the host."""
     if device.type != "cuda":
         return time.perf_counter()
     event = torch.cuda.Event(enable_timing=True)
@@ -224,12 +229,13 @@ def _now(device: torch.device) -> float | torch.cuda.Event:
 
 
 def synchronize(device: torch.device) -> None:
+    """Wait until the device has finished; does nothing on the CPU."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
 
 class _PeakMemory:
-    """Peak memory since this was made, or, where the system cannot reset its peak, since the process began."""
+    """Peak memory since construction, or since the process began where the system cannot reset its peak."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
@@ -245,6 +251,7 @@ class _PeakMemory:
             self.meaning = "resident memory of the process since it began"
 
     def read(self) -> int:
+        """Bytes."""
         if self.device.type == "cuda":
             return torch.cuda.max_memory_allocated(self.device)
         if self.meaning.endswith("this run"):
@@ -255,30 +262,31 @@ class _PeakMemory:
 
 
 class SampleFilms(Callback):
-    """Draws the films of the first validation batch, every `every` validations, as PNG strips in `folder`.
+    """Samples the films of the first validation batch, every `every` validations, and stores them in `folder`.
 
-    A strip shows a film's shots from left to right with gaps at the cuts, at most four frames of a shot, in three
-    rows: the real film; the model's guess of it in one step from noise of time `GUESS_FROM`, which shows early in
-    training what was learnt; the film generated from its captions alone, as `Euler` does. Weights are the averaged
-    ones. `on_image` is called with each path, to hand it to a logger. `decode` makes pixels of the
+    A film is a `.npz` file of three rows of frames, uint8 (H, W, 3) each, with gaps at the cuts and at most four frames
+    of a shot: `real`, the film of the data; `guess`, the model's guess of it in one step from noise of time
+    `GUESS_FROM`, which shows early in training what was learnt; `generated`, the film that `Euler` makes of its
+    captions alone. Weights are the averaged ones. `on_film` is called with each path. `decode` makes pixels of the
     clips of a model of latents. `sampling`: fields of `Sampling`.
     """
 
     GUESS_FROM = 0.5
+    VERSIONS = ("real", "guess", "generated")
 
     def __init__(
         self,
         folder: str | Path,
         *,
         seed: int = 0,
-        on_image: Callable[[Path], object] | None = None,
+        on_film: Callable[[Path], object] | None = None,
         decode: Callable[[Sequence[Tensor]], list[Tensor]] | None = None,
         **sampling: Any,
     ) -> None:
         asked = Sampling(**sampling)
         self.decode = decode
         self.folder, self.euler = Path(folder), Euler(asked.steps, asked.guidance, asked.order, asked.context)
-        self.every, self.seed, self.on_image = asked.every, seed, on_image
+        self.every, self.seed, self.on_film = asked.every, seed, on_film
         self.paths: list[Path] = []
         self._validations = 0
 
@@ -295,7 +303,8 @@ class SampleFilms(Callback):
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._validations = state_dict["validations"]
-        self.paths = [self.folder / name for name in state_dict["names"]]
+        # Earlier versions stored PNG files, which nothing reads now.
+        self.paths = [self.folder / name for name in state_dict["names"] if name.endswith(".npz")]
 
     # Within the validation epoch, not at its end: by then the averaged weights are put back.
     @override
@@ -320,80 +329,20 @@ class SampleFilms(Callback):
             drawn = self.euler.sample(trained.model, trained.flow, batch, step=step, seed=self.seed)
         rows = [batch["clips"], guessed, drawn]
         rows = rows if self.decode is None else [self.decode(clips) for clips in rows]
-        for number, picture in enumerate(film_pictures(batch["layout"], rows)):
-            path = write_picture(self.folder / f"step_{step:06d}_film_{number}.png", picture)
+        for number, film in enumerate(film_rows(batch["layout"], rows)):
+            path = self.folder / f"step_{step:06d}_film_{number}.npz"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            arrays = {name: row.numpy() for name, row in zip(self.VERSIONS, film, strict=True)}
+            np.savez_compressed(path, allow_pickle=False, **arrays)
             self.paths.append(path)
-            if self.on_image is not None:
-                self.on_image(path)
-
-
-FRAMES = 4  # of a shot that a strip shows at most
-ROW_GAP = 2  # pixels between the rows of a film, before they are zoomed
-
-
-def film_pictures(layout: zoo.Layout, rows: Sequence[Sequence[Tensor]], item: int = 0) -> list[Tensor]:
-    """For each film of a stream its strips, one under the other, uint8 (H, W, 3).
-
-    `rows`: clips (B, F, C, H, W), one per shot in stream order, in versions of equal sizes; `item` of each is shown.
-    """
-    pictures, shot = [], 0
-    for film in layout.films:
-        shots = slice(shot, shot + len(film.shots))
-        shot = shots.stop
-        pictures.append(_stack([film_strip([clip[item] for clip in clips[shots]], FRAMES) for clips in rows]))
-    return pictures
+            if self.on_film is not None:
+                self.on_film(path)
 
 
 def write_picture(path: Path, picture: Tensor) -> Path:
-    """Write uint8 (H, W, 3) as PNG, its folder too, and return the path."""
+    """Write uint8 (H, W, 3) as PNG, create its folder, and return the path."""
     path.parent.mkdir(parents=True, exist_ok=True)
     from matplotlib import image  # here: only pictures need it
 
     image.imsave(path, picture.numpy())
     return path
-
-
-def film_strip(clips: Sequence[Tensor], frames: int) -> Tensor:
-    """Clips (F, C, H, W) in [-1, 1], one per shot -> one row of frames, uint8 (H, W, 3), with a wide gap at each cut.
-
-    At most `frames` frames of a shot, evenly spaced, its first and last among them.
-    """
-    height = max(clip.shape[2] for clip in clips)
-    row: list[Tensor] = []
-    for i, clip in enumerate(clips):
-        chosen = torch.linspace(0, len(clip) - 1, min(frames, len(clip))).round().long()
-        for j, frame in enumerate(clip.detach().float().cpu()[chosen]):
-            if i or j:
-                row.append(_gap(height, 1 if j else max(3, height // 16)))
-            pixels = ((frame.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).expand(3, -1, -1).permute(1, 2, 0)
-            row.append(torch.cat([pixels, _gap(height - len(pixels), pixels.shape[1])]))
-    return torch.cat(row, dim=1)
-
-
-def _stack(rows: Sequence[Tensor]) -> Tensor:
-    gap = _gap(ROW_GAP, rows[0].shape[1])
-    stacked = torch.cat([part for row in rows for part in (row, gap)][:-1])
-    zoom = _zoom(len(rows[0]))
-    return stacked.repeat_interleave(zoom, dim=0).repeat_interleave(zoom, dim=1)
-
-
-def _zoom(height: int) -> int:
-    return max(1, 64 // height)  # films of a few pixels would be drawn too small to see
-
-
-def picture_rows(picture: Tensor, rows: int = 3) -> list[Tensor]:
-    """The rows that `film_pictures` stacked into one uint8 (H, W, 3): (h, W, 3) each, still zoomed."""
-    for height in range(1, len(picture) + 1):
-        zoom = _zoom(height)
-        # Where two heights give one H, the larger zoom is right if the picture is made of blocks of its size.
-        if zoom * (rows * height + (rows - 1) * ROW_GAP) == len(picture):
-            blocks = picture[::zoom, ::zoom].repeat_interleave(zoom, dim=0).repeat_interleave(zoom, dim=1)
-            if torch.equal(blocks, picture):
-                step = zoom * (height + ROW_GAP)
-                return [picture[i * step : i * step + zoom * height] for i in range(rows)]
-    refuse("picture_rows", [f"a picture {len(picture)} pixels high is no stack of {rows} rows"])
-    return []
-
-
-def _gap(height: int, width: int) -> Tensor:
-    return torch.full((height, width, 3), 255, dtype=torch.uint8)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
+from itertools import accumulate, pairwise
 from typing import Any, cast
 
 import torch
@@ -15,8 +17,10 @@ from torch.utils.checkpoint import checkpoint
 import sparse_zoo as zoo
 from lit_modules.settings import Model
 from lit_modules.stream import Stream, stream, video_only
+from sparse_zoo.bounded import bounded
 from sparse_zoo.errors import refuse, unknown
 from sparse_zoo.gather import add_at, take
+from sparse_zoo.parallel import Ulysses, split_sizes
 from sparse_zoo.remember import remembered
 
 TEXT = ("joint", "cross")
@@ -28,10 +32,16 @@ ROPE_BASE = (1000.0, 50.0, 50.0)  # of time, rows, columns: films are long, fram
 
 @dataclass(frozen=True)
 class DiTOutput:
-    """velocity (B, Nv, P); losses by name, summed over layers, already weighted; one result per layer.
+    """The output of one forward pass.
 
-    The results hold what is needed to say what ran, not the graph: `out` is on the meta device (a shape without
-    data), losses are detached. `past` is the given one and what this pass adds to it, None if none was given.
+    The results describe what ran and hold no graph: `out` is on the meta device (a shape without data), losses are
+    detached.
+
+    Attributes:
+        velocity: (B, Nv, P).
+        losses: By name, summed over layers, already weighted.
+        results: One per layer.
+        past: The given one with what this pass adds; None if none was given.
     """
 
     velocity: Tensor
@@ -42,10 +52,10 @@ class DiTOutput:
 
 @dataclass(frozen=True, eq=False)
 class Past:
-    """What later tokens need of the first `tokens` tokens of a stream, `video` of them video, layer by layer.
+    """The cache that later tokens need of the first `tokens` tokens of a stream, `video` of them video, layer by layer.
 
-    Each layer keeps keys and values (B, H, tokens, D) and the hidden state (B, tokens, dim) that they were projected
-    from, by which some methods route. Empty at the start.
+    Each layer keeps keys and values (B, H, tokens, D) and the hidden state (B, tokens, dim) from which they were
+    projected, because some methods route by it. Empty at the start.
     """
 
     tokens: int = 0
@@ -55,7 +65,7 @@ class Past:
 
 @dataclass(frozen=True, eq=False)
 class Captions:
-    """What cross-attention reads."""
+    """The inputs of cross-attention."""
 
     words: Tensor  # (B, Nt, dim)
     rotation: tuple[Tensor, Tensor]  # cos, sin: (Nt, head_dim / 2)
@@ -64,7 +74,7 @@ class Captions:
 
 @dataclass(frozen=True, eq=False)
 class Context:
-    """What every block of one forward pass reads."""
+    """The inputs that all blocks of one forward pass share."""
 
     layout: zoo.Layout  # of the stream that the blocks see
     rows: Tensor | None  # (Lq,) the tokens of it that run; None: all
@@ -72,6 +82,7 @@ class Context:
     condition: Tensor  # (B, S + F, dim)
     rotation: tuple[Tensor, Tensor]  # cos, sin: (Lq, head_dim / 2)
     captions: Captions | None  # with cross-attention only
+    sequence: Ulysses | None  # the ranks that share the stream
     noise: Tensor  # (B, S)
     step: int | None
     seed: int
@@ -82,13 +93,6 @@ class Context:
 class VideoDiT(nn.Module):
     """Predicts the velocity of video patches from noisy patches, captions and one noise time per shot.
 
-    attention: {"name": method, **settings}, for all blocks, or a list of them, one per layer.
-    model: fields of `Model`. With text "cross" each video token reads its own shot's caption and its film's global
-        caption by cross-attention, whose cost is not in `results`: they are of the registered attention alone. With
-        pooled_text "adaln" the embeddings of the same captions are summed into the shot's condition; "tokens" adds a
-        projection of that sum to the shot's video tokens too. From a "clean" prediction the velocity follows as
-        (x_t - film) / t: the noise of patches of more numbers than `dim` cannot pass through the model.
-
     Each token is conditioned (adaLN-zero) by the time and pooled captions of its shot; a global caption, which is
     always clean, by time 0 and its own pooled words. So no token depends on later shots but through attention.
     Positions are rotary, see `stream`; of head_dim / 2 rotated pairs a third each (rounded down) tells rows and
@@ -98,8 +102,23 @@ class VideoDiT(nn.Module):
     `text_dim`, embeddings of that width from a text encoder, which are normalised and projected, and a learned null
     embedding stands for each token of a dropped caption.
 
-    Raises ZooError for sizes that do not fit together, and whatever `sparse_zoo.build` refuses.
+    Where several ranks share a film, `sequence` holds them: each is given the whole film and embeds, modulates and maps
+    its own tokens, and the velocity is gathered, so that every rank returns the whole of it. A pass with `past` is not
+    shared: every rank computes it.
+
+    Args:
+        attention: {"name": method, **settings} for all blocks, or a list of these, one per layer.
+        model: Fields of `Model`. With text "cross" each video token attends to its own shot's caption and its film's
+            global caption by cross-attention, whose cost is not in `results`: they hold the registered attention alone.
+            With pooled_text "adaln" the embeddings of the same captions are summed into the shot's condition; "tokens"
+            adds a projection of that sum to the shot's video tokens too. From a "clean" prediction the velocity is (x_t
+            - film) / t, because the noise of patches with more numbers than `dim` cannot pass through the model.
+
+    Raises:
+        ZooError: For sizes that do not fit together, and whatever `sparse_zoo.build` refuses.
     """
+
+    sequence: Ulysses | None = None
 
     def __init__(
         self,
@@ -184,7 +203,11 @@ class VideoDiT(nn.Module):
         return torch.where(dropped[..., None], self.null_text.to(text.dtype), text)
 
     def patchify(self, clips: Sequence[Tensor]) -> Tensor:
-        """Clips (B, F, C, H, W), one per shot in stream order -> patches (B, Nv, P). Raises ZooError if they misfit."""
+        """Clips (B, F, C, H, W), one per shot in stream order -> patches (B, Nv, P).
+
+        Raises:
+            ZooError: If the clips do not fit the layout.
+        """
         f, h, w = self.patch
         refuse("patchify", self._bad_clips(clips))
         tokens = []
@@ -207,21 +230,31 @@ class VideoDiT(nn.Module):
 
     @property
     def strict(self) -> bool:
-        """Whether no token reads later shots in any layer: the shots so far are what they are in the whole film."""
+        """Whether no token attends to later shots in any layer, so that shots do not change when later ones follow."""
         return all(cast(Block, block).attention.causality == "strict" for block in self.blocks)
 
-    def embed(self, video: Tensor, words: Tensor, layout: zoo.Layout) -> tuple[Tensor, zoo.Layout]:
+    def embed(
+        self, video: Tensor, words: Tensor, layout: zoo.Layout, sequence: Ulysses | None = None
+    ) -> tuple[Tensor, zoo.Layout]:
         """What enters the first block, (B, L, dim), and its layout: the given one, or with "cross" that of the video.
 
-        video (B, Nv, P), words (B, Nt, dim) as `self.words` embeds them.
+        video (B, Nv, P), words (B, Nt, dim) as `self.words` embeds them. With `sequence`, of this rank's tokens alone.
         """
         table = stream(layout)
+        inner = video_only(layout) if self.text == "cross" else layout
+        shot_of_video, merge, own_words = table.shot_of_video, table.merge, words
+        if sequence is not None:
+            own = sequence.own(len(inner))
+            tokens = _video_before(inner, own)
+            video, shot_of_video = video[:, tokens], shot_of_video[tokens]
+            own_words = words[:, own.start - tokens.start : own.stop - tokens.stop]
+            merge = torch.cat([inner.is_text[own].nonzero()[:, 0], (~inner.is_text[own]).nonzero()[:, 0]]).argsort()
         x = self.patches(video)  # (B, Nv, dim)
         if self.pooled is not None:
-            x = x + self.pooled(take(_pool(words, table), 1, table.shot_of_video))
+            x = x + self.pooled(take(_pool(words, table), 1, shot_of_video))
         if self.text == "cross":
-            return x, video_only(layout)
-        return take(torch.cat([words, x], dim=1), 1, table.merge), layout
+            return x, inner
+        return take(torch.cat([own_words, x], dim=1), 1, merge), layout
 
     def forward(
         self,
@@ -237,10 +270,19 @@ class VideoDiT(nn.Module):
     ) -> DiTOutput:
         """video (B, Nv, P), text int64 (B, Nt) or (B, Nt, text_dim), time in [0, 1] (B, S), one a shot, or (B,).
 
-        `layout` is the joint one, captions included. `step` (of training, by which schedules go), `seed` and `memory`
-        go to the attention. With `past`, of the first tokens of this stream in earlier passes, only the tokens after
-        them run, and the velocity is that of their video; this is the same where the model is `strict`. Raises
-        ZooError where a tensor does not match the layout, or the model is not strict and `past` is given.
+        Args:
+            video: Noisy patches (B, Nv, P).
+            text: Token ids, int64 (B, Nt).
+            time: Noise times in [0, 1], (B, S), one per shot of the stream, or (B,).
+            layout: The joint layout, captions included.
+            step: Step of training, for schedules.
+            seed: Seed of the attention's random numbers.
+            memory: Cache of the attention between noise steps.
+            past: Cache of the first tokens of this stream from earlier passes. With it only the tokens after them run,
+                and the velocity is that of their video. The result is the same if the model is `strict`.
+
+        Raises:
+            ZooError: If a tensor does not match the layout, or `past` is given and the model is not strict.
         """
         layout = layout.to(video.device)
         table = stream(layout)
@@ -249,17 +291,27 @@ class VideoDiT(nn.Module):
         refuse("VideoDiT", self._mismatches(video, text, time, table, past))
 
         words = self.words(text)  # (B, Nt, dim)
-        x, inner = self.embed(video, words, layout)  # (B, L, dim)
+        sequence = self.sequence if past is None else None
+        x, inner = self.embed(video, words, layout, sequence)  # (B, L, dim)
         clean = time.new_zeros(len(time), len(layout.films))  # a film's global caption
         condition = self.time(_sinusoid(torch.cat([time, clean], dim=1), self.dim).to(words.dtype))  # (B, S + F, dim)
         if self.pooled_text != "none":
             condition = condition + _pool(words, table)
         seen = table if inner is layout else stream(inner)
 
-        start, first_video = (0, 0) if past is None else (past.tokens, past.video)
-        row_of = seen.row_of[start:]
-        own_video = seen.video[first_video:] - start  # (Nv', ): of the tokens that run
-        rows = None if past is None else torch.arange(start, len(inner), device=inner.device)
+        # The tokens that run here, `own` of the stream, and which video tokens those are.
+        if sequence is not None:
+            own = sequence.own(len(inner))
+            own_tokens = _video_before(inner, own)
+        else:
+            own, own_tokens = (
+                slice(0 if past is None else past.tokens, len(inner)),
+                slice(0 if past is None else past.video, len(seen.video)),
+            )
+        row_of = seen.row_of[own]
+        own_video = seen.video[own_tokens] - own.start  # (Nv', ): of the tokens that run
+        every = past is None and sequence is None
+        rows = None if every else torch.arange(own.start, own.stop, device=inner.device)
         captions = None
         if self.text == "cross" and len(table.text):
             plan = own_captions(layout, inner)
@@ -267,18 +319,19 @@ class VideoDiT(nn.Module):
             captions = Captions(words, rotation, plan if rows is None else plan.narrow(rows))
         context = Context(
             layout=inner,
-            rows=rows,
+            rows=rows if sequence is None else None,
             row_of=row_of,
             condition=F.silu(condition),
-            rotation=_rotation(seen.positions[start:], self.head_dim),
+            rotation=_rotation(seen.positions[own], self.head_dim),
             captions=captions,
+            sequence=sequence,
             noise=time,
             step=step,
             seed=seed,
             memory=memory,
             past=past,
         )
-        x = x[:, start:]
+        x = x if sequence is not None else x[:, own]
         losses: dict[str, Tensor] = {}
         results, kept = [], []
         for i, block in enumerate(self.blocks):
@@ -297,7 +350,9 @@ class VideoDiT(nn.Module):
         out = self.final(_modulate(x, scale, shift))  # (B, Nv', P)
         if self.predicts == "clean":
             t = time[:, shot_of_video, None].clamp(min=LEAST_TIME).to(video.dtype)
-            out = (video[:, first_video:] - out) / t
+            out = (video[:, own_tokens] - out) / t
+        if sequence is not None:
+            out = sequence.gather(out, 1, _video_on_ranks(inner, sequence.size))
         grown = None if past is None else Past(len(inner), len(seen.video), tuple(kept))
         return DiTOutput(out, losses, results, grown)
 
@@ -334,7 +389,7 @@ class VideoDiT(nn.Module):
 
 
 class Block(nn.Module):
-    """adaLN-zero block: registered self-attention, cross-attention to captions where asked for, MLP."""
+    """An adaLN-zero block: registered self-attention, optional cross-attention to captions, MLP."""
 
     def __init__(self, *, dim: int, heads: int, hidden: int, attention: zoo.Attention, cross: bool) -> None:
         super().__init__()
@@ -350,7 +405,7 @@ class Block(nn.Module):
         nn.init.zeros_(self.modulation.bias)
 
     def matrices(self) -> list[Tensor]:
-        """What maps tokens to tokens: the weights of attention and MLP, not of the modulation."""
+        """The matrices that map tokens to tokens: the weights of attention and MLP, not of the modulation."""
         maps: list[nn.Module] = [self.qkv, self.out, *self.mlp]
         if self.captions is not None:
             maps += [self.captions.q, self.captions.kv, self.captions.out]
@@ -359,7 +414,7 @@ class Block(nn.Module):
     def forward(
         self, x: Tensor, context: Context, layer: int, layers: int
     ) -> tuple[Tensor, zoo.Result, tuple[Tensor, Tensor, Tensor] | None]:
-        """x (B, Lq, dim) after this block, what attention did, and, where there is a past, this layer of the next."""
+        """The hidden state (B, Lq, dim) after this block, the attention's result and, with a past, its cache."""
         modulation = take(self.modulation(context.condition), 1, context.row_of)  # (B, Lq, 6·dim)
         scale_a, shift_a, gate_a, scale_m, shift_m, gate_m = modulation.chunk(6, dim=-1)
 
@@ -373,7 +428,8 @@ class Block(nn.Module):
                 before = context.past.layers[layer]
                 k, v, hidden = (torch.cat(pair, dim=-2) for pair in zip(before, (k, v, hidden), strict=True))
             kept = k, v, hidden
-        result = self.attention(
+        attend = self.attention if context.sequence is None else partial(context.sequence.run, self.attention)
+        result = attend(
             q,
             k,
             v,
@@ -395,7 +451,7 @@ class Block(nn.Module):
 
 
 class CaptionAttention(nn.Module):
-    """Video tokens (B, Nv, dim) read the words that the captions' plan gives them; where there are none they gain 0."""
+    """Attention of video tokens (B, Nv, dim) to the words that the captions' plan gives them; 0 without words."""
 
     def __init__(self, dim: int, heads: int) -> None:
         super().__init__()
@@ -407,6 +463,7 @@ class CaptionAttention(nn.Module):
         nn.init.zeros_(self.out.weight)
 
     def forward(self, x: Tensor, rotation: tuple[Tensor, Tensor], captions: Captions) -> Tensor:
+        """The update (B, Nv, dim) of the video tokens."""
         q = self.q(F.layer_norm(x, x.shape[-1:])).unflatten(-1, (self.heads, -1)).transpose(1, 2)  # (B, H, Nv, D)
         k, v = self.kv(captions.words).unflatten(-1, (2, self.heads, -1)).permute(2, 0, 3, 1, 4)  # (B, H, Nt, D) each
         q = _rotate(self.q_norm(q), rotation).to(v.dtype)
@@ -464,7 +521,7 @@ def _sinusoid(time: Tensor, dim: int) -> Tensor:
 
 
 def _rotation(positions: Tensor, head_dim: int) -> tuple[Tensor, Tensor]:
-    """cos and sin, float32 (L, head_dim / 2), of positions (L, 3)."""
+    """Cosine and sine, float32 (L, head_dim / 2), of positions (L, 3)."""
     pairs = head_dim // 2
     angles = []
     for axis, (base, count) in enumerate(
@@ -483,9 +540,10 @@ def _rotate(x: Tensor, rotation: tuple[Tensor, Tensor]) -> Tensor:
 
 
 def _pool(words: Tensor, table: Stream) -> Tensor:
-    """(B, Nt, dim) -> (B, S + F, dim): sums of words.
+    """Sums of words: (B, Nt, dim) -> (B, S + F, dim).
 
-    For each shot of its caption's and its film's global caption's; then for each film of the global caption's alone.
+    The first S are, for each shot, of its caption and its film's global caption; the last F, for each film, of the
+    global caption alone.
     """
     shots, films = len(table.film_of_shot), len(table.shots_of_film)
     total = words.new_zeros(words.shape[0], shots + films, words.shape[2])
@@ -494,9 +552,28 @@ def _pool(words: Tensor, table: Stream) -> Tensor:
     return torch.cat([total[:, :shots] + take(film, 1, table.film_of_shot), film], dim=1)
 
 
+def _video_before(layout: zoo.Layout, own: slice) -> slice:
+    """Which of the stream's video tokens, counted among themselves, are those of a rank's tokens `own`."""
+    before = _video_counts(layout)
+    return slice(before[own.start], before[own.stop])
+
+
+def _video_on_ranks(layout: zoo.Layout, ranks: int) -> list[int]:
+    """How many video tokens each rank holds."""
+    before = _video_counts(layout)
+    ends = [0, *accumulate(split_sizes(len(layout), ranks))]
+    return [before[last] - before[first] for first, last in pairwise(ends)]
+
+
+@bounded(32)
+def _video_counts(layout: zoo.Layout) -> list[int]:
+    """How many video tokens lie before each token of the stream, and in all."""
+    return [0, *(~layout.to("cpu").is_text).cumsum(0).tolist()]
+
+
 @remembered(32)
 def own_captions(layout: zoo.Layout, video: zoo.Layout) -> zoo.Plan:
-    """Video tokens × text tokens: each shot reads its own caption and its film's global caption."""
+    """The plan (video × text) in which each shot attends to its own caption and its film's global caption."""
     shots = video.partition("shot")
     captions = layout.partition("shot", where=layout.is_text)
     own = (shots.shot[:, None] == captions.shot) | (captions.shot == -1)

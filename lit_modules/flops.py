@@ -1,4 +1,4 @@
-"""FLOPs of a VideoDiT apart from its registered attention, from its shape alone."""
+"""FLOPs of a VideoDiT without its registered attention, from its shape alone."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from sparse_zoo.errors import refuse, unknown
 
 @dataclass(frozen=True)
 class Flops:
-    """Floating point operations, a multiply and an add being two; they add."""
+    """Floating-point operations, a multiply and an add counted as two; they can be added."""
 
     forward: int
     backward: int
@@ -22,12 +22,13 @@ class Flops:
 
     @property
     def both(self) -> int:
+        """Forward plus backward."""
         return self.forward + self.backward
 
 
 @dataclass(frozen=True)
 class ModelShape:
-    """What of a `VideoDiT` decides its FLOPs: its arguments of these names; `patch_size` numbers in a patch."""
+    """The arguments of a `VideoDiT` that determine its FLOPs; `patch_size` is the number of values in a patch."""
 
     dim: int = 1536
     depth: int = 30
@@ -52,6 +53,7 @@ class ModelShape:
 
     @property
     def head_dim(self) -> int:
+        """Channels of a head."""
         return self.dim // self.heads
 
 
@@ -61,10 +63,10 @@ def inner(shape: ModelShape, layout: zoo.Layout) -> zoo.Layout:
 
 
 def linear_flops(shape: ModelShape, layout: zoo.Layout, batch: int) -> Flops:
-    """Every linear layer of the model, 2 · rows · in · out forward; `layout` is the joint one, captions included.
+    """FLOPs of every linear layer, 2 · rows · in · out forward; `layout` is the joint one, captions included.
 
-    Backward takes as much for the weights and as much for the input, which two layers do without: that of the patches
-    and the first of the noise time.
+    Backward takes as much for the weights and as much for the input. Two layers need no gradient of the input: that of
+    the patches and the first of the noise time.
     """
     dim, hidden = shape.dim, int(shape.mlp_ratio * shape.dim)
     table = stream(layout)
@@ -89,7 +91,7 @@ def linear_flops(shape: ModelShape, layout: zoo.Layout, batch: int) -> Flops:
 
 
 def caption_flops(shape: ModelShape, layout: zoo.Layout, batch: int) -> Flops:
-    """Cross-attention to captions, its linear layers apart: 4 and 10 · pairs · dim; nothing in a joint stream."""
+    """FLOPs of cross-attention to captions, without its linear layers: 4 and 10 · pairs · dim; 0 in a joint stream."""
     if shape.text == "joint" or not bool(layout.is_text.any()):
         return Flops(0, 0)
     pairs = int(own_captions(layout, inner(shape, layout)).pairs.sum())

@@ -1,7 +1,7 @@
-"""Rectified flow: what the model learns; `sampling` draws films from it.
+"""Rectified flow: the training objective. `sampling` generates films from the model.
 
-x_t = (1 - t)·x + t·noise, velocity = noise - x; t = 0 is the clean film, t = 1 is noise.
-Every draw comes from a generator seeded by what it is for, so that a resumed run repeats it.
+x_t = (1 - t)·x + t·noise, velocity = noise - x; t = 0 is the clean film, t = 1 is noise. Every random number comes from
+a generator seeded by its purpose, so that a resumed run repeats it.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from sparse_zoo.remember import copy_to
 
 
 def generator(*purpose: object) -> torch.Generator:
-    """A generator on the CPU, whatever the device, that is a function of `purpose` (printed, then hashed) alone."""
+    """A CPU generator, whatever the device, that is a function of `purpose` (printed, then hashed) alone."""
     digest = hashlib.blake2b(repr(purpose).encode(), digest_size=4).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest, "little"))
 
@@ -38,10 +38,10 @@ class FlowLoss:
 
 @dataclass(frozen=True)
 class RectifiedFlow(Flow):
-    """The loss of a rectified flow, by the training times that the fields of `Flow` choose."""
+    """The loss of a rectified flow, at the training times that the fields of `Flow` choose."""
 
     def warp(self, time: Tensor) -> Tensor:
-        """Times in [0, 1], moved towards noise by `shift`."""
+        """Times in [0, 1], shifted towards noise by `shift`."""
         return self.shift * time / (1 + (self.shift - 1) * time)
 
     def draw_times(self, batch: int, layout: zoo.Layout, draws: torch.Generator) -> Tensor:
@@ -66,7 +66,7 @@ class RectifiedFlow(Flow):
     def training_loss(
         self, model: VideoDiT, batch: Mapping[str, Any], draws: torch.Generator, *, step: int | None, seed: int
     ) -> FlowLoss:
-        """The loss of a batch at drawn times, noise and dropped captions."""
+        """The loss of a batch at random times, noise and dropped captions."""
         text: Tensor = batch["text"]
         layout = batch["layout"].to(text.device)
         time = self.draw_times(text.shape[0], layout, draws)
@@ -89,8 +89,8 @@ class RectifiedFlow(Flow):
     ) -> FlowLoss:
         """The loss of clips at given times (B, S).
 
-        Every token weighs the same, but for those at time 0: of a clean token nothing tells the velocity, so they are
-        left out of the mean.
+        Every token has the same weight, except those at time 0: nothing determines the velocity of a clean token, so
+        they are left out of the mean.
         """
         clean = model.patchify(clips)
         noise = copy_to(torch.randn(clean.shape, generator=draws), clean.device).to(clean.dtype)
@@ -104,7 +104,7 @@ class RectifiedFlow(Flow):
     def denoise(
         self, model: VideoDiT, batch: Mapping[str, Any], at: float, *, step: int | None = None, seed: int = 0
     ) -> list[Tensor]:
-        """The model's guess of the batch's clips in one step, from themselves with noise of time `at` in (0, 1]."""
+        """The model's one-step prediction of the batch's clips from themselves with noise of time `at` in (0, 1]."""
         text: Tensor = batch["text"]
         layout = batch["layout"].to(text.device)
         clean = model.patchify(batch["clips"])

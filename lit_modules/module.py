@@ -29,7 +29,7 @@ VALIDATION_TIMES = (0.125, 0.375, 0.625, 0.875)  # the middles of four equal str
 
 
 class NonFiniteLoss(RuntimeError):
-    """At `step`, before its update, `what` (losses or gradients by name) was NaN or infinite."""
+    """Raised when `what` (losses or gradients by name) is NaN or infinite at `step`, before its update."""
 
     def __init__(self, step: int, what: Mapping[str, float]) -> None:
         super().__init__(f"step {step}: " + ", ".join(f"{name} is {value}" for name, value in what.items()))
@@ -40,7 +40,9 @@ class NonFiniteLoss(RuntimeError):
 class KeepsFilms(Protocol):
     """A metric that keeps its outcome for every film: by measure, in the order of the films."""
 
-    def film_outcomes(self) -> dict[str, list[float]]: ...
+    def film_outcomes(self) -> dict[str, list[float]]:
+        """The outcomes of all films since the last reset, by measure."""
+        ...
 
 
 class LitVideoDiT(LightningModule):
@@ -55,19 +57,13 @@ class LitVideoDiT(LightningModule):
         flow: Fields of `RectifiedFlow`.
         optim: Fields of `Optim`.
         sampling: Fields of `Euler`, for `sample_metrics`.
-        seed: Of noise, times and the attention's draws; with the number of the batch it fixes them all.
+        seed: Seed of noise, times and the attention's random numbers; with the number of the batch it fixes them all.
         sample_metrics: Metrics by name, whose `update(clips, batch)` judges films that are generated in validation and
             test: the last shot of each film, the earlier ones given. Not kept in checkpoints.
         whole_metrics: The same for films of which every shot is generated, in test alone.
 
-    Attention is told the number of optimizer steps taken, by which schedules go, in training, validation and sampling
-    alike; its seed differs between batches and ranks.
-
-    Logs `train/loss` = `train/flow` + every `train/aux/<name>`, `train/grad_norm`, the scheduled settings in force
-    (see `schedules`), and in validation, with EMA weights, `val/loss`: the flow loss at `VALIDATION_TIMES` with noise
-    that depends on the number of the validation batch alone, so that it compares between steps, methods and seeds;
-    `val/loss_t<time>` are its parts. What metrics give is `val/<name>` and `test/<name>`. Raises `NonFiniteLoss` before
-    a bad loss or gradient reaches the weights; a step that float16's gradient scaler skips has no `train/grad_norm`.
+    Raises:
+        NonFiniteLoss: Before a non-finite loss or gradient reaches the weights.
     """
 
     def __init__(
@@ -183,7 +179,7 @@ class LitVideoDiT(LightningModule):
         self._judge(self.whole_metrics, batch, batch_idx, None)
 
     def _judge(self, metrics: MetricCollection, batch: dict[str, Any], seed: int, known: Tensor | None) -> None:
-        """Let metrics see the batch's films, drawn but for the `known` shots."""
+        """Update metrics with the batch's films, generated except for the `known` shots."""
         if len(metrics):
             clips = self.sampling.sample(self.model, self.flow, batch, seed=seed, known=known, step=self.global_step)
             metrics.update(clips, batch)
@@ -205,7 +201,7 @@ class LitVideoDiT(LightningModule):
         self._tell(self.test_metrics, self.whole_metrics)
 
     def _tell(self, *judges: MetricCollection) -> None:
-        """Log what metrics found, keep what they know of each film, and reset them."""
+        """Log the values of metrics, keep their outcomes for each film, and reset them."""
         self.film_outcomes = {}
         for metrics in judges:
             if len(metrics):
@@ -217,9 +213,9 @@ class LitVideoDiT(LightningModule):
 
 
 def schedules(model: VideoDiT, step: int) -> dict[str, float]:
-    """What is scheduled, as it stands at a step: `schedule/phase`, from 0, and `schedule/<setting>` for numbers.
+    """The scheduled settings at a step: `schedule/phase`, from 0, and `schedule/<setting>` for numbers.
 
-    `schedule/layer_<i>/...` where layers have schedules of their own.
+    `schedule/layer_<i>/...` if layers have schedules of their own.
     """
     attentions = [cast(Block, block).attention for block in model.blocks]
     planned = {i: layer for i, layer in enumerate(attentions) if isinstance(layer, zoo.Scheduled)}

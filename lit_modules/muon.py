@@ -14,12 +14,13 @@ from typing_extensions import override
 class MuonAdamW(Optimizer):
     """torch's Muon on the first parameter group, its AdamW on the others; one step, one state, one schedule.
 
-    Lightning's automatic optimisation takes one optimizer, and clips, schedules and saves it as a whole. The groups and
-    the state lie here, where the checkpoint finds them; each of the two is lent its share at every step.
+    Lightning's automatic optimization takes one optimizer, and clips, schedules and saves it as a whole. The groups and
+    the state are kept here, where the checkpoint finds them; each of the two optimizers is given its share at every
+    step.
 
     Args:
-        matrices: parameters of two dimensions, for Muon with weight decay `weight_decay` at rate `muon_lr`.
-        groups: parameter groups of AdamW, at rate `lr`.
+        matrices: Parameters of two dimensions, for Muon with weight decay `weight_decay` at rate `muon_lr`.
+        groups: Parameter groups of AdamW, at rate `lr`.
     """
 
     def __init__(
@@ -39,6 +40,7 @@ class MuonAdamW(Optimizer):
     @override
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+        """One step of both optimizers."""
         loss = None
         if closure is not None:
             with torch.enable_grad():

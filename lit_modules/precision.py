@@ -1,4 +1,4 @@
-"""The precision of training where none is asked for."""
+"""The default precision of training."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ import torch
 
 
 def default_precision(accelerator: str = "auto") -> str:
-    """Lightning's name of it: bf16-mixed on a GPU that has bfloat16, 16-mixed on an older one, 32-true elsewhere.
+    """Lightning's name for the default: bf16-mixed on a GPU with bfloat16, 16-mixed on an older one, 32-true elsewhere.
 
-    Flash attention takes half precision alone; float32 has to be asked for there. `accelerator` is the Trainer's.
+    Flash attention supports half precision alone, so float32 must be asked for there. `accelerator` is the Trainer's.
     """
     if accelerator not in ("auto", "gpu", "cuda") or not torch.cuda.is_available():
         return "32-true"

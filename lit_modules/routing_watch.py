@@ -1,4 +1,4 @@
-"""What routing does while a model trains: one probe, diagnosed now and then."""
+"""Diagnostics of routing during training, on one fixed probe."""
 
 from __future__ import annotations
 
@@ -41,16 +41,16 @@ KEPT = ("layers", "_figures", "_plans", "_batch", "_step", "_own", "_training") 
 class RoutingWatch(Callback):
     """Diagnoses every layer's routing after the first optimizer step and then every `every` steps.
 
-    The probe is the first item of the batch that made the first step this callback sees, with noise of its own, the
-    same always, at two noise times, 0.5 and 0.9; the model is in eval mode, with the weights that are being trained,
-    not their average. Nothing is changed by it, neither weights nor random state. Of several processes only the first
-    probes. A resumed run keeps the probe, and what was written of steps that it repeats is taken back.
+    The probe is the first item of the batch of the first step that this callback sees, with fixed noise at the noise
+    times 0.5 and 0.9. The model is in eval mode, with the weights in training, not their average. Neither weights nor
+    random state are changed. Of several processes only the first one probes. A resumed run keeps the probe, and removes
+    what was written for steps that it repeats.
 
-    Logs the figures of `sparse_zoo.diagnostics` at time 0.5, averaged over heads: `diagnostics/<figure>`, the mean over
-    layers, and `diagnostics/<figure>/layer_<i>`; of the routed branches where a layer has any, else of all. Besides
-    them `churn_steps`, the share of picks that changed since the last probe; `churn_times`, from time 0.5 to 0.9; and
-    `share_of_time`, what all this took so far ÷ what the training batches took. `<folder>/diagnostics.jsonl` gets a
-    line a probe, with every figure by head, loads, picks by shot, and loops.
+    It logs the figures of `sparse_zoo.diagnostics` at time 0.5, averaged over heads: `diagnostics/<figure>`, the mean
+    over layers, and `diagnostics/<figure>/layer_<i>`; of the routed branches if a layer has any, else of all. Also
+    `churn_steps`, the share of picks that changed since the last probe; `churn_times`, the share that changed from time
+    0.5 to 0.9; and `share_of_time`, the time of all probes ÷ the time of the training batches.
+    `<folder>/diagnostics.jsonl` gets one line per probe, with every figure by head, loads, picks by shot, and loops.
     """
 
     def __init__(self, folder: str | Path, *, every: int = 40) -> None:
@@ -116,15 +116,18 @@ class RoutingWatch(Callback):
             self.path.write_text("".join(whole), encoding="utf-8")
 
     def summary(self) -> dict[str, Any]:
-        """The last probe, JSON-able: its step, figures by name as logged, `share_of_time` up to the end of it, and
-        `loops` by layer, routed branch and head. Empty before the first probe."""
+        """The last probe, ready for JSON; empty before the first one.
+
+        Its step, figures by name as logged, `share_of_time` up to its end, and `loops` by layer, routed branch and
+        head.
+        """
         if not self._figures:
             return {}
         loops = [[found.routing.loops()[0] for found in layer if found.routing] for layer in self.layers]
         return {"step": self._step, **self._figures, "share_of_time": self._own / self._training, "loops": loops}
 
     def _probe(self, trained: LitVideoDiT, step: int) -> list[dict[str, float]]:
-        """Figures by name of each layer."""
+        """The figures of each layer, by name."""
         layers = each_attention(
             trained, self._batch, TIMES[0], step, lambda _, call, result: (result.plans, diagnose(call, result.plans))
         )
@@ -158,10 +161,9 @@ def each_attention(
     step: int,
     look: Callable[[zoo.Attention, zoo.Call, zoo.Result], T],
 ) -> list[T]:
-    """What `look` makes of each layer's attention, on a batch with noise of time `at`, always the same noise.
+    """The values of `look` for each layer's attention, on a batch with fixed noise of time `at`.
 
-    The model runs in eval mode; neither its mode nor any random state is changed. Gradients are the caller's to turn
-    off.
+    The model runs in eval mode; its mode and all random state are restored. The caller turns gradients off.
     """
     seen: list[T] = []
 
@@ -187,7 +189,7 @@ def each_attention(
 
 
 def _churn(before: Sequence[zoo.Plan], after: Sequence[zoo.Plan]) -> float:
-    """Mean over branches and heads; NaN where nothing is routed or the pieces are no longer the same."""
+    """Mean over branches and heads; NaN where nothing is routed or the pieces have changed."""
 
     def pieces(plan: zoo.Plan) -> list[int]:
         return [part.keys.count for part in plan.parts if part.routed]
@@ -202,7 +204,7 @@ def _mean(values: Sequence[float]) -> float:
 
 
 def _means(found: Sequence[Mapping[str, float]]) -> dict[str, float]:
-    """Means by name; what is not known anywhere is left out."""
+    """Means by name, without names that have no value anywhere."""
     names = dict.fromkeys(name for figures in found for name in figures)
     means = {name: _mean([figures[name] for figures in found if name in figures]) for name in names}
     return {name: value for name, value in means.items() if not math.isnan(value)}

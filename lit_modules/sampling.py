@@ -1,4 +1,4 @@
-"""How films are drawn from a flow: all shots at once, or one after the other as they follow in the film."""
+"""Sampling of films from a flow: all shots together, or shot by shot."""
 
 from __future__ import annotations
 
@@ -21,28 +21,30 @@ from sparse_zoo.routing import top_shots
 
 
 @dataclass(frozen=True)
-class Drawn:
-    """Clips (B, F, C, H, W), one per shot in stream order.
+class Generated:
+    """Generated clips (B, F, C, H, W), one per shot in stream order.
 
-    taken: with order "shots", for each film of the stream and each batch item: {drawn shot: earlier shots it was drawn
-        beside}, numbers within the film; empty otherwise.
+    Attributes:
+        clips: The clips.
+        context: With order "shots", for each film of the stream and each batch item: {generated shot: earlier shots in
+            its context}, numbered within the film; empty otherwise.
     """
 
     clips: list[Tensor]
-    taken: list[list[dict[int, list[int]]]]
+    context: list[list[dict[int, list[int]]]]
 
 
 @dataclass(frozen=True)
 class Euler(Sampler):
-    """Sampler: `steps` Euler steps from noise to film, evenly spaced before the flow's shift.
+    """Samples films in `steps` Euler steps from noise to film, evenly spaced before the flow's shift.
 
-    With order "shots" a film may have more shots than those trained on. Where the model is strictly causal, what the
-    earlier shots pass on is computed once for each shot; elsewhere they are recomputed in every step. Both are exact.
+    With order "shots" a film may have more shots than in training. If the model is strictly causal, the keys of earlier
+    shots are computed once per shot and cached; otherwise they are recomputed in every step. Both are exact.
 
-    `context` is MoC's outer loop: the earlier shots that enter are those whose mean input to the first block has the
-    largest product with the new shot's, still noise. They, the global caption and the new shot are a film of their own
-    for the model, so that positions stay within what was trained. The paper's: scores by means, before any attention.
-    Ours: they are chosen once for each shot, at the start of its drawing.
+    `context` is MoC's outer loop: the earlier shots whose mean input to the first block has the largest product with
+    the new shot's, still noise, are the context. They, the global caption and the new shot are a film of their own for
+    the model, so that positions stay within the trained range. Scores by means, before any attention, are the paper's;
+    the choice once per shot, at the start of its sampling, is ours.
     """
 
     def sample(
@@ -55,11 +57,11 @@ class Euler(Sampler):
         known: Tensor | None = None,
         step: int | None = None,
     ) -> list[Tensor]:
-        """The clips that `draw` gives."""
-        return self.draw(model, flow, batch, seed=seed, known=known, step=step).clips
+        """The clips that `generate` returns."""
+        return self.generate(model, flow, batch, seed=seed, known=known, step=step).clips
 
     @torch.no_grad()
-    def draw(
+    def generate(
         self,
         model: VideoDiT,
         flow: RectifiedFlow,
@@ -68,14 +70,23 @@ class Euler(Sampler):
         seed: int = 0,
         known: Tensor | None = None,
         step: int | None = None,
-        told: Callable[[], object] = lambda: None,
-    ) -> Drawn:
-        """Draw films for the batch's layout and captions.
+        on_step: Callable[[], object] = lambda: None,
+    ) -> Generated:
+        """Generate films for the batch's layout and captions.
 
-        `known`: bool (S,), shots that are given: they keep the batch's clips, clean and at time 0, throughout. `step`
-        is the model's step of training, by which schedules go. `told` is called `count` times in all, once for each
-        Euler step. The noise of a token is the same in either order. Raises ZooError for a `known` of wrong size;
-        warns where `context` is no smaller than what there is.
+        The noise of a token is the same in either order. Warns if `context` is at least the number of earlier shots.
+
+        Args:
+            model: The model; it is in eval mode meanwhile.
+            flow: Its flow.
+            batch: A batch with "layout" and "text", and "clips" for known shots.
+            seed: Seed of the noise.
+            known: bool (S,), shots that are given: they keep the batch's clips, clean and at time 0, throughout.
+            step: The model's step of training, for schedules.
+            on_step: Progress callback, called once per Euler step, `count` times in all.
+
+        Raises:
+            ZooError: If `known` has the wrong size.
         """
         text: Tensor = batch["text"]
         layout = batch["layout"].to(text.device)
@@ -93,8 +104,8 @@ class Euler(Sampler):
         )
         if known is not None:
             x = torch.where(given[table.shot_of_video][:, None], model.patchify(batch["clips"]).to(x), x)
-        taken: list[list[dict[int, list[int]]]] = []
-        run = _Run(self, model, flow, step, seed, told)
+        contexts: list[list[dict[int, list[int]]]] = []
+        run = _Run(self, model, flow, step, seed, on_step)
         was_training = model.training
         model.eval()
         if self.order == "film":
@@ -105,12 +116,12 @@ class Euler(Sampler):
                 # Where there is a choice, each batch item has its own.
                 rows = [slice(None)] if self.context is None else [slice(i, i + 1) for i in range(len(text))]
                 chosen = [run.shot_by_shot(x[row], text[row], film, given.tolist()) for row in rows]
-                taken.append(chosen * len(text) if self.context is None else chosen)
+                contexts.append(chosen * len(text) if self.context is None else chosen)
         model.train(was_training)
-        return Drawn(model.unpatchify(x, layout), taken)
+        return Generated(model.unpatchify(x, layout), contexts)
 
     def count(self, batch: Mapping[str, Any], known: Tensor | None = None) -> int:
-        """How many Euler steps drawing this batch takes."""
+        """The number of Euler steps that sampling this batch takes."""
         if self.order == "film":
             return self.steps
         shots = len(batch["clips"]) - (0 if known is None else int(known.sum()))
@@ -127,7 +138,7 @@ class Euler(Sampler):
 
 @dataclass(frozen=True)
 class _Part:
-    """Some shots of a film as a film of their own, and which tokens of the stream's video and text they are."""
+    """Some shots of a film as a film of their own, and their tokens in the stream's video and text."""
 
     layout: zoo.Layout
     video: Tensor
@@ -136,7 +147,7 @@ class _Part:
 
 @dataclass(frozen=True)
 class _Film:
-    """Where a film's shots lie in the stream's video and in its text, its global caption in the latter."""
+    """The positions of a film's shots in the stream's video and in its text, with its global caption."""
 
     film: zoo.Film
     first: int  # the number of its first shot in the stream
@@ -172,17 +183,17 @@ def _films(layout: zoo.Layout) -> list[_Film]:
 
 @dataclass(frozen=True)
 class _Run:
-    """One drawing: the sampler, and what all its passes have in common."""
+    """One sampling run: the sampler, and what all its passes share."""
 
     euler: Euler
     model: VideoDiT
     flow: RectifiedFlow
     step: int | None
     seed: int
-    told: Callable[[], object]
+    on_step: Callable[[], object]
 
     def at_once(self, x: Tensor, text: Tensor, layout: zoo.Layout, given: Tensor) -> Tensor:
-        """Patches (B, Nv, P) of all shots, drawn together; those that are given stay."""
+        """Patches (B, Nv, P) of all shots, generated together; given shots stay."""
         held = given[stream(layout).shot_of_video][:, None]  # (Nv, 1)
         texts = self.texts(text)
         memories: list[dict[Any, Any]] = [{} for _ in texts]
@@ -194,7 +205,7 @@ class _Run:
         return self.solve(x, velocity)
 
     def shot_by_shot(self, x: Tensor, text: Tensor, film: _Film, given: Sequence[bool]) -> dict[int, list[int]]:
-        """Draw a film's shots into x (B, Nv, P), in place; which earlier shots each was drawn beside."""
+        """Generate a film's shots into x (B, Nv, P), in place; returns the context shots of each."""
         texts, taken = self.texts(text), {}
         pasts: list[Past | None] = []
         held: list[int] = []  # the shots whose keys the pasts hold
@@ -212,7 +223,7 @@ class _Run:
         return taken
 
     def choose(self, x: Tensor, text: Tensor, film: _Film, shot: int) -> list[int]:
-        """The earlier shots that enter, in film order; where there is a choice, x is of one batch item."""
+        """The earlier shots that are the context, in film order; where there is a choice, x has one batch item."""
         if self.euler.context is None or self.euler.context >= shot:
             return list(range(shot))
         part = film.part(range(shot + 1))
@@ -222,7 +233,7 @@ class _Run:
         return chosen
 
     def remember(self, x: Tensor, texts: list[Tensor], clean: _Part, pasts: list[Past | None]) -> list[Past | None]:
-        """The pasts, grown by the clean shots that they do not yet hold."""
+        """The caches, extended by the clean shots that they do not yet hold."""
         time = x.new_zeros(len(x), len(clean.layout.films[0].shots))
         context = {"step": self.step, "seed": self.seed}
         return [
@@ -249,7 +260,7 @@ class _Run:
         grid = self.flow.warp(torch.linspace(1, 0, self.euler.steps + 1, dtype=torch.float32)).tolist()
         for now, then in pairwise(grid):
             x = x + (then - now) * velocity(x, now)
-            self.told()
+            self.on_step()
         return x
 
     def texts(self, text: Tensor) -> list[Tensor]:

@@ -1,4 +1,4 @@
-"""What a layout means to the model: where text and video lie in the stream, and which shot conditions which token."""
+"""Index tables of a layout for the model: text and video in the stream, and the shot that conditions each token."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ SHOT_GAP = 2  # empty frames between shots on the time axis of positions
 class Stream:
     """Index tables of a layout of L tokens (Nv video, Nt text), S shots in all and F films, all on its device.
 
-    Shots are numbered through the stream, film after film. `row_of` tells which row of a table of S + F conditions a
-    token reads: its shot's, or for a global caption that of its film (rows S …).
+    Shots are numbered through the stream, film after film. `row_of` is the row of a table of S + F conditions for each
+    token: that of its shot, or for a global caption that of its film (rows S …).
     """
 
     video: Tensor  # (Nv,) int64: tokens of the stream that are video
@@ -33,23 +33,23 @@ class Stream:
 
     @property
     def shot_of_video(self) -> Tensor:
-        """(Nv,) int64: the shot of each video token, 0 … S - 1."""
+        """The shot of each video token, 0 … S - 1: int64 (Nv,)."""
         return self.row_of[self.video]
 
     @property
     def last_shots(self) -> Tensor:
-        """(S,) bool: the last shot of each film."""
+        """Whether a shot is the last of its film: bool (S,)."""
         ends = self.shots_of_film.cumsum(0)[self.shots_of_film > 0] - 1
         return torch.zeros_like(self.film_of_shot, dtype=torch.bool).index_fill(0, ends, True)
 
 
 @remembered(32)
 def stream(layout: Layout) -> Stream:
-    """The tables of a layout, made once.
+    """The tables of a layout, built once.
 
-    Positions: a video token's time is its frame in the film plus `SHOT_GAP` per cut before it, so that tokens across
-    a cut are further apart than neighbouring frames and no two shots share a time. A caption lies one step before its
-    shot's first frame, the global caption one step before the place of a shot -1; word i of a caption has row i and
+    Positions: a video token's time is its frame in the film plus `SHOT_GAP` per cut before it, so that tokens across a
+    cut are further apart than neighbouring frames and no two shots share a time. A caption is one step before its
+    shot's first frame, the global caption one step before the position of a shot -1; word i of a caption has row i and
     column i.
     """
     device = layout.device

@@ -1,7 +1,7 @@
 """Sparse attention for long-video diffusion transformers: methods say who attends to whom, kernels compute it."""
 
 from sparse_zoo import methods as _methods  # noqa: F401  importing registers them
-from sparse_zoo.attention import Attention, Branch, Call, Card, Knob, Limit, Result, Term
+from sparse_zoo.attention import Attention, Branch, Call, Card, Knob, Limit, Result, Segment, Term
 from sparse_zoo.bridge import Bridge, attach
 from sparse_zoo.cost import Cost
 from sparse_zoo.errors import ZooError
@@ -33,6 +33,7 @@ __all__ = [
     "Plan",
     "Result",
     "Scheduled",
+    "Segment",
     "Setting",
     "Shot",
     "Term",

@@ -1,8 +1,8 @@
-"""Steps that block-sparse methods share: text beside video, blocks on a grid, choosing key blocks by score."""
+"""Steps that block-sparse methods share: text beside video, blocks on a grid, pooling, products of pooled tokens."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from itertools import pairwise
 from typing import Literal
 
@@ -18,14 +18,20 @@ from sparse_zoo.remember import remembered
 SLICE = 1 << 22
 """Scores held at once while blocks are chosen."""
 
-Rule = Callable[[Tensor, Tensor], Tensor]
-
 
 def joint(layout: Layout, *video: Part, q_rows: Tensor | None = None) -> Plan:
-    """Parts that join video to video, and text as the methods for video have it: read by all, and reading all.
+    """Join parts between video tokens with text, as methods for video treat it.
 
-    The papers speak of streams without text, or leave it dense; so do all methods here that do not say otherwise.
-    Where the queries are those at `q_rows`, int64 (Lq,), alone, the parts given are theirs already.
+    Every token attends to the text of its film, and text attends to the whole film. The papers describe streams without
+    text, or leave text dense; all methods here do the same unless they say otherwise.
+
+    Args:
+        layout: The stream.
+        video: Parts that join video to video.
+        q_rows: int64 (Lq,), the tokens that q holds, None for all. With it, `video` must already be for these queries.
+
+    Returns:
+        The plan of all parts.
     """
     text = _text(layout)
     if q_rows is not None:
@@ -47,13 +53,16 @@ def _text(layout: Layout) -> tuple[Part, ...]:
 
 
 def same_film(queries: Partition, keys: Partition) -> Tensor:
-    """Whether two pieces are of one sample: bool (Q, K)."""
+    """Whether two pieces belong to one film: bool (Q, K)."""
     return queries.sample[:, None] == keys.sample
 
 
 @remembered(64)
 def stretches(layout: Layout, tokens: int) -> Partition:
-    """The video of each film, cut every `tokens` tokens, blind to shots and frames; the last may be shorter."""
+    """The video of each film in blocks of `tokens` consecutive tokens, blind to shots and frames.
+
+    The last block of a film may be shorter.
+    """
     video = ~layout.is_text
     first = torch.nn.functional.pad(torch.bincount(layout.sample[video], minlength=len(layout.films)).cumsum(0), (1, 0))
     return layout.partition((video.cumsum(0) - 1 - first[layout.sample]) // tokens, where=video)
@@ -61,7 +70,7 @@ def stretches(layout: Layout, tokens: int) -> Partition:
 
 @remembered(64)
 def film_by_film(pieces: Partition) -> list[slice]:
-    """The pieces of each film that has any; pieces of a layout lie in the order of the stream, so film by film."""
+    """The slice of pieces of each film that has any. Pieces of a layout follow the order of the stream."""
     return [
         slice(first, last)
         for first, last in pairwise([0, *torch.bincount(pieces.sample).cumsum(0).tolist()])
@@ -70,10 +79,12 @@ def film_by_film(pieces: Partition) -> list[slice]:
 
 
 def grid(layout: Layout, tile: tuple[int, ...], *, stop_at_shots: bool) -> list[tuple[Tensor, Tensor]]:
-    """For each axis (frames, rows, cols) the place of each token's tile, int64 (L,), and how many places it has there.
+    """The position of each token's tile on each axis (frames, rows, cols), and the number of positions there.
 
-    Tiles are those of `layout.tiles`. Places in time count them through the film; rows and columns are numbered in each
-    frame. Values at text tokens have no meaning.
+    Tiles are those of `layout.tiles`. Time counts tiles through the film; rows and columns are counted in each frame.
+
+    Returns:
+        For each axis two tensors int64 (L,); values at text tokens have no meaning.
     """
     video = ~layout.is_text
     within = layout.shot_frame if stop_at_shots else layout.frame
@@ -86,9 +97,12 @@ def grid(layout: Layout, tile: tuple[int, ...], *, stop_at_shots: bool) -> list[
 
 
 def products(queries: Tensor, keys: Tensor) -> Iterator[tuple[slice, Tensor]]:
-    """Products of queries (B, H, Q, D) and pooled keys (B, Hk, K, D): some rows, and float32 (B, H, rows, K) for them.
+    """Products of queries (B, H, Q, D) and pooled keys (B, Hk, K, D), slice by slice.
 
-    No whole table is held.
+    The whole table is never held.
+
+    Yields:
+        A slice of query rows, and their products, float32 (B, H, rows, K).
     """
     keys = keys.float().repeat_interleave(queries.shape[1] // keys.shape[1], dim=1).transpose(-1, -2)
     rows = max(1, SLICE // max(1, queries.shape[0] * queries.shape[1] * keys.shape[-1]))
@@ -100,15 +114,15 @@ def products(queries: Tensor, keys: Tensor) -> Iterator[tuple[slice, Tensor]]:
 
 
 def pooled(pieces: Partition, x: Tensor) -> Tensor:
-    """Means over the tokens of each piece, (B, H, L, D) -> (B, H, P, D), in float32 at least. Differentiable."""
+    """Means over the tokens of each piece, (B, H, L, D) -> (B, H, P, D), in float32 or wider. Differentiable."""
     return pieces.mean(x.to(torch.promote_types(x.dtype, torch.float32)))
 
 
 @remembered(64)
 def whole_film(layout: Layout, keys: Partition, queries: Partition | None = None) -> Plan:
-    """A coarse branch's plan: every token, or every piece of `queries`, reads all pieces of `keys` of its film.
+    """The plan of a coarse branch: each token, or each piece of `queries`, attends to all pieces of `keys` of its film.
 
-    It is for a `Branch` with k, v (and q) of its own, pooled over these pieces.
+    Use it in a `Branch` with its own k, v (and q), pooled over these pieces.
     """
     readers = layout.sample if queries is None else queries.sample
     return Plan.groups(readers, keys.sample, count=len(layout.films))
@@ -118,7 +132,7 @@ def whole_film(layout: Layout, keys: Partition, queries: Partition | None = None
 def members(pieces: Partition) -> Tensor:
     """The tokens of each piece in stream order: int64 (P, size of the largest), -1 where a piece has fewer.
 
-    For pieces shared by all batch items and heads.
+    The pieces must be shared by all batch items and heads.
     """
     starts, sizes = pieces.offsets[0, 0, :-1, None].long(), pieces.sizes[0, 0, :, None]
     number = torch.arange(int(sizes.max()) if len(sizes) else 0, device=pieces.device)
@@ -140,12 +154,16 @@ def windowed(
     edge: Literal["shift", "cut"] = "shift",
     stop_at_shots: bool = True,
 ) -> Tensor:
-    """Which tiles a window of `window` tiles around each holds: bool (T, T) over the tiles of `layout.tiles`.
+    """The tiles in a window of `window` tiles around each tile: bool (T, T) over the tiles of `layout.tiles`.
 
-    Sizes of a window are odd; its tiles differ from the middle one by at most (window - 1) / 2 places on each axis. At
-    the edges the window is pushed inside ("shift"), so that it stays as large as there is room, or cut off ("cut").
-    Places in time count tiles through the film, across cuts; rows and columns are compared by number where shots differ
-    in size.
+    Args:
+        layout: The stream.
+        tile: Tokens of a tile along (frames, rows, cols).
+        window: Odd sizes; tiles differ from the middle one by at most (window - 1) / 2 positions on each axis. Time
+            counts tiles through the film, across cuts; rows and columns are compared by index where shots differ in
+            size.
+        edge: At the edges the window is shifted inside ("shift"), so that it keeps its size, or cut off ("cut").
+        stop_at_shots: Whether tiles restart at each shot.
     """
     tiles = layout.tiles(tile, stop_at_shots=stop_at_shots)
     near = same_film(tiles, tiles)
@@ -155,48 +173,3 @@ def windowed(
         middle = at.clamp(min=reach).minimum((last - reach).clamp(min=reach)) if edge == "shift" else at
         near &= (at - middle[:, None]).abs() <= reach
     return near
-
-
-@torch.no_grad()
-def chosen(queries: Tensor, keys: Tensor, legal: Tensor, rule: Rule) -> Tensor:
-    """What `rule` keeps of the products of pooled queries and keys: bool (B, H, Q, K), never illegal ones.
-
-    queries (B, H, Q, D), keys (B, Hk, K, D), products in float32; legal, bool, broadcasts to (B, H, Q, K). `rule` maps
-    some rows of scores, with -inf where not legal, and of legal to what it keeps of them. No whole table of scores is
-    held.
-    """
-    shape = (*queries.shape[:3], keys.shape[2])
-    legal = legal.expand(shape)
-    kept = torch.empty(shape, dtype=torch.bool, device=queries.device)
-    for some, scores in products(queries, keys):
-        scores = scores.masked_fill(~legal[:, :, some], -torch.inf)
-        kept[:, :, some] = rule(scores, legal[:, :, some]) & legal[:, :, some]
-    return kept
-
-
-def largest(scores: Tensor, count: int | Tensor) -> Tensor:
-    """The `count` largest of each row, ties to the earlier, none at -inf: bool, shaped as scores (..., K).
-
-    `count` is one number, or a tensor (..., 1) with one for each row.
-    """
-    order = scores.argsort(dim=-1, descending=True, stable=True)
-    taken = torch.arange(scores.shape[-1], device=scores.device) < count
-    kept = torch.zeros_like(scores, dtype=torch.bool).scatter_(-1, order, taken.expand(order.shape))
-    return kept & (scores > -torch.inf)
-
-
-def heaviest(weights: Tensor, share: float, first: Tensor | None = None) -> Tensor:
-    """The fewest of each row, largest first and ties to the earlier, that hold `share` of its sum: bool (..., K).
-
-    weights (..., K) of at least 0. Of a row that sums to 0 nothing is kept; with a share of 1 everything is. `first`,
-    bool (..., K), are kept whatever they weigh, and the rest only fills up the share.
-    """
-    if share >= 1:
-        return torch.ones_like(weights, dtype=torch.bool)
-    weights = weights.double()
-    ranks = weights if first is None else weights.masked_fill(first, torch.inf)
-    order = ranks.argsort(dim=-1, descending=True, stable=True)
-    ordered = weights.gather(-1, order)
-    enough = ordered.cumsum(-1) - ordered < share * ordered.sum(-1, keepdim=True)
-    kept = torch.zeros_like(weights, dtype=torch.bool).scatter_(-1, order, enough)
-    return kept if first is None else kept | first

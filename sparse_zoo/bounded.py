@@ -1,4 +1,4 @@
-"""A cache of the latest results, bounded by their number and, all such caches together, by their bytes."""
+"""A cache of recent results, bounded by their number and, over all such caches, by their bytes."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ _lock = RLock()
 
 
 def bounded(most: int) -> Callable[[F], F]:
-    """Decorator: cache the results of the `most` latest arguments, which must be hashable.
+    """Decorate a function to cache the results of its `most` latest arguments, which must be hashable.
 
-    Results and arguments count with all tensors that they hold, lazily computed ones too. Where all caches together
-    exceed `BYTES`, the cache that has just grown drops its oldest entries, but keeps the newest.
+    Results and arguments count with all tensors that they hold, lazily computed ones too. If all caches together exceed
+    `BYTES`, the cache that has just grown drops its oldest entries, and keeps the newest.
 
-    Entries grow when their lazy properties are asked for. All of a cache are counted again once an eighth of them is
-    new, or once the bytes seem too many.
+    Entries grow when their lazy properties are computed. All entries of a cache are counted again once an eighth of
+    them is new, or once the bytes seem too many.
     """
 
     def wrap(function: F) -> F:
@@ -66,7 +66,7 @@ def bounded(most: int) -> Callable[[F], F]:
 
 
 def tensor_bytes(x: Any, seen: set[int]) -> int:
-    """Bytes of the tensors that an object holds; those whose storage or object is in `seen` count no more."""
+    """Bytes of the tensors that an object holds; a storage or object in `seen` is not counted again."""
     total, todo = 0, [x]
     while todo:
         x = todo.pop()

@@ -1,4 +1,4 @@
-"""Choosing under one budget from more scores than memory holds: no sort, exact in whole numbers."""
+"""Selection under one budget from more scores than memory holds: no sort, exact in whole numbers."""
 
 from __future__ import annotations
 
@@ -15,21 +15,27 @@ Slices = Callable[[], Iterator[tuple[Tensor, Tensor]]]
 
 
 def weights(scores: Tensor, low: Tensor, high: Tensor) -> Tensor:
-    """Scores on a scale from `low`, 0, to `high`, `ONE`: int64, as scores are shaped; `ONE` where the two are equal."""
+    """Scores on a scale from 0 at `low` to `ONE` at `high`: int64, shaped as scores; `ONE` where the two are equal."""
     return (((scores - low) / (high - low)).nan_to_num(nan=1.0).clamp(0, 1) * ONE).round().long()
 
 
 def within_budget(slices: Slices, *, share: float | None = None, count: int = 0) -> Iterator[Tensor]:
-    """The largest of each row that fit a budget, given and answered in slices.
+    """The largest entries of each row that fit a budget, read and returned in slices.
 
-    `slices()` gives, anew each time and the same each time, scores, float32 (R, n), and `first`, bool (R, n): what is
-    kept whatever it scores. Row r of all slices together has one budget: a `share` in (0, 1] of the sum of its
-    `weights`, or, without one, `count` places. `first` spends of it before all others, which follow from the largest
-    down, ties to the earlier, as long as the budget is not yet reached. Yields what is kept, bool (R, n), of slice
-    after slice. With a share of 1 that is everything.
+    Row r of all slices together has one budget: a `share` in (0, 1] of the sum of its `weights`, or `count` entries.
+    Entries in `first` use the budget before all others. The others follow from the largest down, ties to the earlier,
+    until the budget is reached. With a share of 1 everything is kept.
 
-    The least weight that is kept is found digit by digit, in histograms: sums of whole numbers, so that the order of
-    addition does not matter. Four passes over the slices.
+    The smallest kept weight is found digit by digit, in histograms: sums of whole numbers, so that the order of
+    addition does not matter. This takes four passes over the slices.
+
+    Args:
+        slices: Returns an iterator over scores, float32 (R, n), and `first`, bool (R, n), the same in every call.
+        share: Share of the weights, or None for `count`.
+        count: Number of entries.
+
+    Yields:
+        bool (R, n), the kept entries of each slice.
     """
     if share == 1:
         yield from (torch.ones_like(first) for _, first in slices())
@@ -69,9 +75,9 @@ def within_budget(slices: Slices, *, share: float | None = None, count: int = 0)
 
 
 def _reach(spending: Tensor, spent: Tensor, budget: Tensor) -> tuple[Tensor, Tensor]:
-    """The digit at which the budget is reached, from the largest down, and what is spent before it: int64 (R, 1) each.
+    """The digit at which the budget is reached, from the largest down, and what is used before it: int64 (R, 1) each.
 
-    spending (R, digits), by digit. Where `spent` is the budget already, the digit is one too high to exist.
+    `spending` is (R, digits). Where `spent` already equals the budget, the digit is one above the highest.
     """
     before = torch.cat([spent + spending.sum(-1, keepdim=True) - spending.cumsum(-1), spent], dim=-1)
     digit = (before[:, :-1] >= budget).sum(-1, keepdim=True)

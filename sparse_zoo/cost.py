@@ -1,4 +1,4 @@
-"""The ledger: what an attention costs, counted from the plan that ran."""
+"""Cost of attention, counted from the plan that ran."""
 
 from __future__ import annotations
 
@@ -7,13 +7,14 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Cost:
-    """Exact counts of one or more attentions; they add.
+    """Exact counts of one or more attention calls; they can be added.
 
-    pairs: (query, key) pairs, summed over batch, heads and branches.
-    dense_pairs: what one dense branch would take, batch · heads · Σ (sample length)².
-    flops, flops_backward: 4 and 10 · pairs · head dim (two and five products), and once and twice what terms outside
-    any softmax took; routing apart.
-    routing_flops: what it took to decide who attends to whom.
+    Attributes:
+        pairs: Query-key pairs, summed over batch items, heads and branches.
+        dense_pairs: Pairs of one dense branch, batch · heads · Σ (sample length)².
+        flops: Forward FLOPs without routing: 4 · pairs · head dim (two products), plus terms outside any softmax.
+        flops_backward: Backward FLOPs: 10 · pairs · head dim (five products), plus twice the terms.
+        routing_flops: FLOPs of deciding who attends to whom.
     """
 
     pairs: int
@@ -24,12 +25,13 @@ class Cost:
 
     @staticmethod
     def of(pairs: int, dense_pairs: int, head_dim: int, routing_flops: int = 0, term_flops: int = 0) -> Cost:
+        """The cost of a number of pairs."""
         forward, backward = 4 * pairs * head_dim + term_flops, 10 * pairs * head_dim + 2 * term_flops
         return Cost(pairs, dense_pairs, forward, backward, routing_flops)
 
     @property
     def density(self) -> float:
-        """pairs ÷ dense pairs; with several branches it may pass 1."""
+        """`pairs` ÷ `dense_pairs`; with several branches it may exceed 1."""
         return self.pairs / self.dense_pairs
 
     @property

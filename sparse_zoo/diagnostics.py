@@ -1,12 +1,12 @@
-"""What routing did: how much of the softmax it kept, how evenly it chose, how far it reached, whether shots form loops.
+"""Figures of routing: kept softmax mass, balance, distance, and loops between shots.
 
     result = attention.run(call)
     for found in diagnose(call, result.plans):
         print(found.branch, found.scalars())
 
-Everything is counted from plans, and from q and k at a few sampled queries: no L × L. The papers print no such
-figures; the definitions are ours, except for the loop between two shots, which MoC's causal routing is there to break
-(arXiv 2508.21058, its figure 2: shots 9 and 11 choose each other and lose the earlier ones).
+Everything is computed from plans, and from q and k at a few sampled queries: no L × L table. The papers print no such
+figures, and the definitions are ours, except for the loop between two shots, which MoC's causal routing prevents (arXiv
+2508.21058, figure 2: shots 9 and 11 choose each other and lose the earlier shots).
 """
 
 from __future__ import annotations
@@ -31,21 +31,22 @@ BLOCK = 1 << 24  # numbers in one table of sampled queries × keys: 64 MB in flo
 
 @dataclass(frozen=True, eq=False)
 class Routing:
-    """What one routed part of a plan did, per batch item and head.
+    """Figures of one routed part of a plan, per batch item and head.
 
     A pick is one query token that chose one piece of keys. A piece is counted if some pick took it, if a sampled query
-    could have (it holds a key of the query's film that the rest of the plan does not give), or if it is empty, as a
-    group without tokens is. Whether a method allows it is not known to a plan: the last shot's chunks starve under
-    causal routing, and that is so reported.
+    could have taken it (it holds a key of the query's film that the rest of the plan does not give), or if it is empty,
+    as a group without tokens is. A plan does not know what a method allows: under causal routing the last shot's chunks
+    starve, and are reported so.
 
-    mass_best_pieces, mass_random_pieces: as `Diagnosis.mass`, had each query, beside what the rest of the plan gives,
-        taken as many pieces as it did, but the best, or at random (in the mean). What the method forbids was open to
-        both, so the first also shows what causality costs. (B, H)
-    load: picks of each piece, int64 (B, H, C); for MoGA's groups, their sizes.
-    counted: which pieces are counted, bool (B, H, C).
-    shots: picks by shot of the query × shot of the piece, float64 (B, H, S, S); a piece that lies in several shots is
-        shared out by its tokens. Shots are numbered through the stream, film after film; the global caption is in none.
-    distance_frames: mean over picks of |frame of the query − frame of the piece's tokens|, video only. (B, H)
+    Attributes:
+        mass_best_pieces: As `Diagnosis.mass`, if each query had taken equally many pieces besides the rest of the plan,
+            but the best ones, also those that the method forbids: it shows what causality costs. (B, H)
+        mass_random_pieces: The same for random pieces, in the mean. (B, H)
+        load: Picks of each piece, int64 (B, H, C); for MoGA's groups, their sizes.
+        counted: Pieces that are counted, bool (B, H, C).
+        shots: Picks by shot of the query × shot of the piece, float64 (B, H, S, S). A piece in several shots is shared
+            out by its tokens. Shots are numbered through the stream, film after film; the global caption is in none.
+        distance_frames: Mean over picks of |frame of the query − frame of the piece's tokens|, video only. (B, H)
     """
 
     mass_best_pieces: Tensor
@@ -57,9 +58,9 @@ class Routing:
 
     @property
     def load_entropy(self) -> Tensor:
-        """Entropy of the load over the counted pieces ÷ log of their number: 1 even, 0 all on one; (B, H).
+        """Entropy of the load over the counted pieces ÷ log of their number, (B, H): 1 even, 0 all on one piece.
 
-        NaN where nothing was picked or there was one piece only.
+        NaN where nothing was picked or there was only one piece.
         """
         share = self.load.double() / self.load.sum(-1, keepdim=True)
         entropy: Tensor = torch.special.entr(share).sum(-1)
@@ -67,7 +68,7 @@ class Routing:
 
     @property
     def starved(self) -> Tensor:
-        """The share of counted pieces that nobody picked, (B, H)."""
+        """The share of counted pieces that no query picked, (B, H)."""
         return (self.counted & (self.load == 0)).sum(-1) / self.counted.sum(-1)
 
     @property
@@ -76,16 +77,18 @@ class Routing:
         return _distance(self.shots)
 
     def loops(self, share: float = SHARE) -> list[list[list[list[int]]]]:
-        """`loops` of each batch item and head."""
+        """The `loops` of each batch item and head."""
         return [[loops(head, share) for head in item] for item in self.shots]
 
 
 @dataclass(frozen=True, eq=False)
 class Diagnosis:
-    """What one branch kept of the softmax, and what its routing did (None: no part of it was chosen from values).
+    """The softmax mass that one branch kept, and the figures of its routing.
 
-    mass: how much of the softmax over the whole film lies on the plan's keys, mean over sampled queries, (B, H).
-    mass_best: the same had each query taken as many keys, but the best: no plan of this budget holds more. (B, H)
+    Attributes:
+        mass: Share of the softmax over the whole film that falls on the plan's keys, mean over sampled queries. (B, H)
+        mass_best: The same for the best choice of equally many keys: no plan of this budget keeps more. (B, H)
+        routing: Figures of the routed part, or None if no part was chosen from values.
     """
 
     branch: int
@@ -105,12 +108,12 @@ class Diagnosis:
         return found
 
     def scalars(self) -> dict[str, float]:
-        """Means over batch items and heads by name; what could not be measured anywhere is left out."""
+        """Means over batch items and heads by name; figures that could not be measured are left out."""
         means = {name: float(values.double().nanmean()) for name, values in self.by_head().items()}
         return {name: value for name, value in means.items() if not math.isnan(value)}
 
     def to_json(self) -> dict[str, Any]:
-        """Every figure by batch item and head, with loads, shots and loops: plain lists, null for NaN."""
+        """Every figure by batch item and head, with loads, shots and loops, as plain lists with null for NaN."""
         plain: dict[str, Any] = {name: _plain(values.tolist()) for name, values in self.by_head().items()}
         if self.routing is not None:
             plain |= {"load": self.routing.load.tolist(), "shots": self.routing.shots.tolist()}
@@ -120,18 +123,18 @@ class Diagnosis:
 
 @torch.no_grad()
 def diagnose(call: Call, plans: Sequence[Plan], *, rows: int = ROWS) -> list[Diagnosis]:
-    """One diagnosis a plan, or one a routed part where a plan has several, in order.
+    """Compute one diagnosis per plan, or one per routed part where a plan has several, in order.
 
-    `plans` are those of a `Result` of this call. A plan over pooled queries or keys is left out: the call's q and k are
-    not its. The masses are means over `rows` queries, the middles of as many equal stretches of q (all, where it holds
-    fewer). Raises ZooError for rows < 1.
+    `plans` are those of a `Result` of this call. A plan over pooled queries or keys is left out, pooled segments of a
+    plan too: the call's q and k are not theirs. The masses are means over `rows` queries, the middles of as many equal
+    stretches of q (all, where it holds fewer). Raises ZooError for rows < 1.
     """
     refuse("diagnose", [f"rows must be at least 1, got {rows}"] if rows < 1 else [])
     length = call.q.shape[2]
     rows = min(rows, length)
     at = (2 * torch.arange(rows, device=call.q.device) + 1) * length // (2 * rows)
     found: list[Diagnosis] = []
-    for branch, plan in enumerate(plans):
+    for branch, plan in enumerate(plan.first_segment for plan in plans):
         if plan.shape == (length, call.k.shape[2]):
             parts: list[Part | None] = [part for part in plan.parts if part.routed]
             found += [_diagnose(call, plan, part, branch, at) for part in parts or [None]]
@@ -141,8 +144,12 @@ def diagnose(call: Call, plans: Sequence[Plan], *, rows: int = ROWS) -> list[Dia
 def churn(before: Plan, after: Plan) -> Tensor:
     """The share of the picks of `after` that `before` had not made, (B|1, H|1); NaN where `after` made none.
 
-    Of two plans of one method and layout: of two steps, two noise times. Raises ZooError where their routed parts
-    differ in number, queries or pieces.
+    Args:
+        before: A plan of the same method and layout, at another step or noise time.
+        after: The later plan.
+
+    Raises:
+        ZooError: If the routed parts differ in number, queries or pieces.
     """
     pairs = [[part for part in plan.parts if part.routed] for plan in (before, after)]
     sizes = [[(part.queries.length, part.keys.count) for part in parts] for parts in pairs]
@@ -172,11 +179,17 @@ def churn(before: Plan, after: Plan) -> Tensor:
 
 
 def loops(shots: Tensor, share: float = SHARE) -> list[list[int]]:
-    """Shots that choose each other in a circle, from the picks (S, S) of one head: [[9, 11]], each from its first shot.
+    """Cycles of shots that choose each other, from the picks (S, S) of one head: [[9, 11]], each from its first shot.
 
-    Shot a leads to b if b gets at least `share` (0.5 unless told) of a's picks of other shots; the loops are the
-    elementary cycles of two shots or more. Causal routing has none. Raises ZooError unless 0.5 <= share <= 1: below it
-    a shot leads to many, and cycles say little.
+    Shot a leads to b if b gets at least `share` of a's picks of other shots. The loops are the elementary cycles of two
+    shots or more. Causal routing has none.
+
+    Args:
+        shots: Picks by shot of the query × shot of the piece.
+        share: In [0.5, 1]. Below one half a shot leads to many others, and cycles say little.
+
+    Raises:
+        ZooError: If `share` is out of range.
     """
     refuse("loops", [f"share must be in [0.5, 1], got {share}"] if not 0.5 <= share <= 1 else [])
     others = _others(shots)
@@ -196,8 +209,11 @@ def loops(shots: Tensor, share: float = SHARE) -> list[list[int]]:
 
 
 def trapped(shots: Tensor, found: Sequence[Sequence[int]], share: float = SHARE) -> list[int]:
-    """Shots of the loops `found` that lose what came before: of their picks of other shots, fewer than 1 − share are of
-    earlier shots outside the loop, though there are such."""
+    """Shots of the loops `found` that lose what came before.
+
+    Fewer than 1 − `share` of their picks of other shots are of earlier shots outside the loop, although there are such
+    shots.
+    """
     others = _others(shots)
     lost = set()
     for loop in found:
@@ -209,7 +225,7 @@ def trapped(shots: Tensor, found: Sequence[Sequence[int]], share: float = SHARE)
 
 
 def _others(shots: Tensor) -> Tensor:
-    """The picks without those of the own shot, float64 (S, S) on the CPU."""
+    """The picks of other shots than the own one, float64 (S, S) on the CPU."""
     return shots.double().cpu() * ~torch.eye(len(shots), dtype=torch.bool)
 
 
@@ -230,8 +246,10 @@ def _diagnose(call: Call, plan: Plan, part: Part | None, branch: int, at: Tensor
 
 
 def _masses(call: Call, plan: Plan, part: Part | None, at: Tensor) -> tuple[Tensor, Tensor]:
-    """Of the queries `at`, (n,): the masses of plan, best keys, best pieces and random pieces, (2 or 4, B, H, n); and
-    which pieces of the part some of them could have picked, bool (B, H, C)."""
+    """The masses of plan, best keys, best pieces and random pieces at the queries `at`, (n,): (2 or 4, B, H, n).
+
+    Also returns which pieces of the part some of these queries could have picked, bool (B, H, C).
+    """
     scores, same_film = scores_of(call, at)
     softmax = scores.softmax(-1)
     mask = plan.narrow(at).dense_mask().expand_as(softmax)
@@ -252,8 +270,10 @@ def _masses(call: Call, plan: Plan, part: Part | None, at: Tensor) -> tuple[Tens
 
 
 def scores_of(call: Call, at: Tensor) -> tuple[Tensor, Tensor]:
-    """Of the queries `at`, (n,): q · k / √D, float32 at least (B, H, n, L), -inf outside their film; the keys of their
-    film, bool (n, L)."""
+    """The scores q · k / √D of the queries `at`, (n,): (B, H, n, L), -inf outside their film, in float32 or wider.
+
+    Also returns the keys of their film, bool (n, L).
+    """
     q, k = call.q[:, :, at], call.k.repeat_interleave(call.q.shape[1] // call.k.shape[1], dim=1)
     wide = torch.promote_types(q.dtype, torch.float32)
     token = at if call.q_rows is None else call.q_rows[at]
@@ -297,7 +317,7 @@ def _flow(part: Part, call: Call, labels: Tensor, count: int) -> Tensor:
 
 
 def _picks(part: Part, labels: Tensor, count: int) -> Tensor:
-    """How many query tokens of each label (Lq,), -1 for none, picked each piece: int64 (B|1, H|1, count, C)."""
+    """Query tokens of each label (Lq,), -1 for none, that picked each piece: int64 (B|1, H|1, count, C)."""
     if part.by_table:
         queries = _tally(part.queries.piece_of, part.queries.count, labels, count)
         return (queries.double() @ part.table.double()).long()
@@ -310,7 +330,7 @@ def _picks(part: Part, labels: Tensor, count: int) -> Tensor:
 
 
 def _tally(pieces: Tensor, count: int, labels: Tensor, most: int) -> Tensor:
-    """How many tokens of each label (L,) are in each of `count` pieces (B|1, H|1, L): int64 (B|1, H|1, most, count)."""
+    """Tokens of each label (L,) in each of `count` pieces (B|1, H|1, L): int64 (B|1, H|1, most, count)."""
     place = (labels + 1) * (count + 1) + pieces + 1
     table = place.new_zeros(*pieces.shape[:2], (most + 1) * (count + 1))
     table.scatter_add_(-1, place, torch.ones_like(place))

@@ -1,7 +1,7 @@
-"""Random numbers that are a function of what they are for: no generator, no state, no order of calls.
+"""Random numbers that are a function of their purpose: no generator, no state, no order of calls.
 
-Each number is a hash of (seed, step, layer, purpose, head, token, index), so recomputation, some of the queries and
-some of the heads draw what all draw together, on every device alike. All batch items draw the same numbers.
+Each number is a hash of (seed, step, layer, purpose, head, token, index). Recomputation, some of the queries and some
+of the heads therefore see the same numbers as all together, on every device. All batch items share the numbers.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ FACTORS = (-0x40A7_B892_E31B_1A47, -0x6B2F_B644_ECCE_EE15)
 
 
 def uniform(call: Call, purpose: str, n: int, rows: slice = slice(None)) -> Tensor:
-    """`n` draws from [0, 1) for each head and each query token of `rows`: float32 (H, rows, n), multiples of 2^-24.
+    """`n` uniform numbers in [0, 1) for each head and each query token of `rows`: float32 (H, rows, n).
 
-    They depend on call.seed, step, layer, head_offset + head and the token's place in the stream (q_rows), and on
-    `purpose`, a name that tells one use of draws from another; nothing else, not the number of draws either.
+    They are multiples of 2^-24. They depend on call.seed, step, layer, head_offset + head, the token's place in the
+    stream (q_rows), and `purpose`, a name that separates one use from another; nothing else, not even `n`.
     """
     device = call.q.device
     heads = call.head_offset + torch.arange(call.q.shape[1], device=device)
@@ -33,9 +33,9 @@ def uniform(call: Call, purpose: str, n: int, rows: slice = slice(None)) -> Tens
 
 
 def numbers(of: object, heads: Tensor, tokens: Tensor, n: int) -> Tensor:
-    """`n` draws from [0, 1) for each of `heads` and `tokens`, int64: float32 (heads, tokens, n), multiples of 2^-24.
+    """`n` uniform numbers in [0, 1) for each of `heads` and `tokens`, int64: float32 (heads, tokens, n).
 
-    A function of `of` (printed, then hashed), head, token and index alone.
+    They are multiples of 2^-24, and a function of `of` (printed, then hashed), head, token and index alone.
     """
     named = hashlib.blake2b(repr(of).encode(), digest_size=8).digest()
     key = _mix(heads * GAMMA + int.from_bytes(named, "little", signed=True))
@@ -55,5 +55,5 @@ def _mix(x: Tensor) -> Tensor:
 
 
 def _right(x: Tensor, bits: int) -> Tensor:
-    """Shift without the sign, which int64 would carry along."""
+    """Shift right without copying the sign bit of int64."""
     return (x >> bits) & ((1 << (64 - bits)) - 1)

@@ -1,4 +1,4 @@
-"""One way to refuse: every reason at once, with the nearest allowed name where a name is wrong."""
+"""Error messages: every reason at once, and the nearest allowed name where a name is wrong."""
 
 from collections.abc import Collection, Iterable
 from difflib import get_close_matches
@@ -15,7 +15,15 @@ class ZooError(ValueError):
 
 
 def refuse(what: str, reasons: Iterable[str]) -> None:
-    """Raise `ZooError` if there is any reason to; return otherwise."""
+    """Raise `ZooError` if there is any reason; empty reasons do not count.
+
+    Args:
+        what: What failed, the head of the message.
+        reasons: One sentence each.
+
+    Raises:
+        ZooError: With all reasons.
+    """
     found = [reason for reason in reasons if reason]
     if len(found) == 1:
         raise ZooError(f"{what}: {found[0]}")
@@ -24,7 +32,7 @@ def refuse(what: str, reasons: Iterable[str]) -> None:
 
 
 def unknown(kind: str, name: object, allowed: Iterable[str]) -> str:
-    """The reason to give for a name that is not in `allowed`: the nearest one, then the whole list."""
+    """The reason for a name that is not in `allowed`: the nearest name, then the whole list."""
     names = sorted(allowed)
     near = get_close_matches(str(name), names, n=1, cutoff=0.5)
     hint = f"did you mean {near[0]!r}? " if near else ""

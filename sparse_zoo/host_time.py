@@ -1,7 +1,7 @@
-"""The host's share of attention: what Python and torch's dispatch take, without a device.
+"""The host's share of attention: the time of Python and torch's dispatch, without a device.
 
-Tensors are on torch's `meta` device, which has shapes and no values, and plays a GPU: kernels are recorded instead of
-launched. What would make the host wait for a value fails there, and what would run on the GPU takes no time.
+Tensors are on torch's `meta` device, which has shapes and no values, in place of a GPU: kernel launches are recorded
+instead of made. An operation that would make the host wait for a value fails there, and GPU work takes no time.
 """
 
 from __future__ import annotations
@@ -37,9 +37,15 @@ class Launch(NamedTuple):
 
 @contextmanager
 def record_launches() -> Iterator[list[Launch]]:
-    """Within, `kernel="triton"` takes meta tensors as an H100 takes CUDA's, and its launches are listed, not made.
+    """In this context `kernel="triton"` accepts meta tensors as an H100 accepts CUDA's, and records its launches.
 
-    Dense rectangles go to cuDNN's operators, of which torch knows the shapes. Raises `ZooError` without Triton.
+    Dense rectangles go to cuDNN's operators, whose shapes torch knows.
+
+    Yields:
+        The launches, in order.
+
+    Raises:
+        ZooError: Without Triton.
     """
     refuse("recording launches", ["needs the package triton"] if find_spec("triton") is None else [])
     from triton.runtime.jit import JITFunction
@@ -73,6 +79,8 @@ def record_launches() -> Iterator[list[Launch]]:
 
 
 class _Recorder:
+    """Stands in for a Triton kernel and records its launches."""
+
     def __init__(self, name: str, kernel: Any, launches: list[Launch]) -> None:
         self.name, self.kernel, self.launches = name, kernel, launches
 
@@ -87,7 +95,7 @@ _real_autocast = torch.autocast
 
 
 def _autocast(device_type: str, *args: Any, **named: Any) -> Any:
-    """torch.autocast, which knows no meta device."""
+    """torch.autocast for the meta device, which it does not know."""
     return nullcontext() if device_type == "meta" else _real_autocast(device_type, *args, **named)
 
 
@@ -99,10 +107,19 @@ def host_seconds(
     dtype: torch.dtype = torch.bfloat16,
     repeats: int = 5,
 ) -> Mapping[str, float]:
-    """Seconds of the host's work for one call of `attention`, built for kernel "triton": medians of `repeats` calls.
+    """Seconds of the host's work for one call of `attention`, built for kernel "triton".
 
-    "forward" is without gradients, "forward+backward" with them. Tables that follow from the layout are made before;
-    "first" is the first call, which makes them. `attention.dim` is the width of the hidden state that it is given.
+    Args:
+        attention: The method; its `dim` is the width of the hidden state that it receives.
+        layout: The stream.
+        heads: Query heads.
+        head_dim: Channels of a head.
+        dtype: Of q, k and v.
+        repeats: Calls; medians are returned.
+
+    Returns:
+        "forward" without gradients, "forward+backward" with them, both with the layout's tables already built, and
+        "first", the first call, which builds them.
     """
     found: dict[str, float] = {}
     attention = attention.to(META)

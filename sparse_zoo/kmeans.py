@@ -1,4 +1,4 @@
-"""K-means (Lloyd's rounds, Euclidean) of tokens, apart for each batch item and head, without random numbers."""
+"""K-means (Lloyd's algorithm, Euclidean) of tokens, separate for each batch item and head, without random numbers."""
 
 from __future__ import annotations
 
@@ -14,12 +14,18 @@ SCORES = 1 << 24
 def clusters(
     x: Tensor, films: Sequence[Tensor], count: int, rounds: int, start: Sequence[Tensor] | None = None
 ) -> tuple[Tensor, list[Tensor]]:
-    """Cluster the tokens of each film, `count` clusters or as many as it has tokens, in float32.
+    """Cluster the tokens of each film, in float32.
 
-    x (B, H, L, D); `films` are tokens of the stream, int64 (n,) with n at least 1. `start` are centroids to go on from,
-    else tokens spread evenly over the film. Returns the cluster of each token, int64 (B, H, L), counted through the
-    films, -1 for tokens of none; and each film's centroids, float32 (B, H, clusters, D), which are the means of its
-    clusters. Clusters may be empty.
+    Args:
+        x: (B, H, L, D).
+        films: Tokens of the stream for each film, int64 (n,) with n at least 1.
+        count: Clusters per film, or as many as it has tokens.
+        rounds: Rounds of Lloyd's algorithm.
+        start: Centroids to start from; None for tokens spread evenly over the film.
+
+    Returns:
+        The cluster of each token, int64 (B, H, L), counted through the films, -1 for tokens of none; and each film's
+        centroids, float32 (B, H, clusters, D), the means of its clusters. Clusters may be empty.
     """
     labels = torch.full(x.shape[:3], -1, device=x.device)
     found: list[Tensor] = []
@@ -36,9 +42,9 @@ def clusters(
 def kmeans(x: Tensor, tokens: Tensor, centroids: Tensor, rounds: int) -> tuple[Tensor, Tensor]:
     """The nearest centroid of each of `tokens` of x (B, H, L, D), int64 (B, H, n), and the means that follow from it.
 
-    centroids: float32 (B, H, C, D); an empty cluster's stays. Sums are products with one-hot tables, which give the
-    same bits every time on a GPU too, where adding by index does not. On the CPU, where looking costs nothing, rounds
-    after one in which no token moved are left out: they would change no bit.
+    `centroids` is float32 (B, H, C, D); an empty cluster keeps its centroid. Sums are products with one-hot tables,
+    which give the same bits every time, also on a GPU, where adding by index does not. On the CPU, where reading a
+    value costs nothing, rounds after one in which no token moved are skipped: they would change no bit.
     """
     batch, heads, count, _ = centroids.shape
     step = max(1, SCORES // (batch * heads * count))

@@ -1,23 +1,23 @@
-"""Is the router wrong or the budget small? What a plan keeps of dense attention, beside other choices of its size.
+"""Compare a plan's softmax mass with other choices of its size: is the router wrong, or the budget too small?
 
     found = ladder(attention, call)
     print({name: float(rung.mass.mean()) for name, rung in found.rungs.items()}, found.verdict())
 
-Everything follows from q, k, v and the plans; the papers print no such figures, and the definitions are ours.
+Everything is computed from q, k, v and the plans. The papers print no such figures; the definitions are ours.
 
-- The rungs: "method", as it chose; "best", the pieces of most softmax mass; "pooled", those of largest product of mean
-  query and mean key, the rule of Mixture of Contexts (arXiv 2508.21058); "random". Of a method whose layout decides all
-  there are the first two.
+- The rungs: "method", its own choice; "best", the pieces of most softmax mass; "pooled", those of largest product of
+  mean query and mean key, the rule of Mixture of Contexts (arXiv 2508.21058); "random". A method whose layout decides
+  everything has the first two alone.
 - The same budget: each piece of queries takes as many non-empty pieces of keys as the method gave it. Pieces are cut as
-  the plan cuts them, those that straddle an anchor at its bounds. They may differ in size, so each rung tells its own
-  pairs.
-- Parts that nobody chose (anchors) stay. Of a method that chooses nothing every part is exchanged. Several parts are
-  exchanged one after the other, each beside all others as they then stand: so the best keeps at least what the method
-  does.
-- Candidates are the pieces of the query's film with a key that the other parts of their plan leave; under causality
-  those that end before the query's own piece begins (before the query itself, where it is in none). A plan does not
-  know all that a method forbids: what it took is a candidate in any case, what it may not take can be one too.
-- Groups cut queries and keys at once, so there are no other groups to choose: the queries stay in theirs, and each
+  the plan cuts them; those that overlap an anchor are cut at its bounds. They may differ in size, so each rung has its
+  own number of pairs.
+- Parts that nobody chose (anchors) stay. In a method that chooses nothing every part is exchanged. Several parts are
+  exchanged one after the other, each beside all others as they then are, so that the best keeps at least as much as the
+  method.
+- Candidates are the pieces of the query's film with a key that the other parts of their plan leave. Under causality
+  they are those that end before the query's own piece begins (before the query itself, where it is in none). A plan
+  does not know all that a method forbids: what it chose is always a candidate, and what it may not choose can be one.
+- Groups cut queries and keys together, so there are no other groups to choose: queries stay in their group, and each
   group takes as many single keys as it has. Another grouping of the queries may keep more than this best.
 """
 
@@ -35,6 +35,7 @@ from torch.nn.functional import pad
 from sparse_zoo.attention import Attention, Branch, Call, Term
 from sparse_zoo.diagnostics import per_piece, scores_of
 from sparse_zoo.errors import refuse, unknown
+from sparse_zoo.gather import take_rows
 from sparse_zoo.partition import Partition
 from sparse_zoo.plan import Part
 from sparse_zoo.schedule import Scheduled
@@ -56,9 +57,11 @@ Rule = Callable[[Call, Partition], Score]
 class Rung:
     """One choice, float64 (B, H) each.
 
-    mass: share of the softmax over the film that lies on the keys, of all branches together, mean over queries.
-    error: ‖out − dense‖ ÷ ‖dense‖ of the attention's outputs, over all queries.
-    pairs: (query, key) pairs of all branches, those of pooled queries or keys left out; density: ÷ those of dense.
+    Attributes:
+        mass: Share of the softmax over the film that falls on the keys, of all branches together, mean over queries.
+        error: ‖out − dense‖ ÷ ‖dense‖ of the attention's outputs, over all queries.
+        pairs: Query-key pairs of all branches, without those of pooled queries or keys.
+        density: `pairs` ÷ the pairs of dense attention.
     """
 
     mass: Tensor
@@ -81,7 +84,7 @@ class Ladder:
         }
 
     def verdict(self) -> Verdict:
-        """`verdict` of the mean masses."""
+        """The `verdict` of the mean masses."""
         return verdict({name: float(rung.mass.mean()) for name, rung in self.rungs.items()})
 
 
@@ -89,10 +92,10 @@ Verdict = Literal["enough", "router", "budget"]
 
 
 def verdict(mass: Mapping[str, float]) -> Verdict:
-    """What to mend first, from the masses by rung.
+    """What to improve first, from the masses by rung.
 
-    "enough": the method keeps at least 95 % of the softmax. Else "router": a better choice of the same size would bring
-    back a third or more of what is missing; "budget": it would not, only more keys would. Both bounds are ours.
+    "enough": the method keeps at least 95 % of the softmax. Otherwise "router": a better choice of the same size would
+    recover a third or more of what is missing; or "budget": only more keys would. Both bounds are ours.
     """
     if mass["method"] >= ENOUGH:
         return "enough"
@@ -100,18 +103,25 @@ def verdict(mass: Mapping[str, float]) -> Verdict:
 
 
 def chance(mass: Mapping[str, float]) -> bool:
-    """Whether a router is as good as none: under a tenth of the way from random to best choice."""
+    """Whether a router is no better than random: less than a tenth of the way from the random to the best choice."""
     return "random" in mass and mass["method"] - mass["random"] < 0.1 * (mass["best"] - mass["random"])
 
 
 @torch.no_grad()
 def ladder(attention: Attention, call: Call, *, draws: int = DRAWS, rungs: Sequence[str] = RUNGS) -> Ladder:
-    """What a method's plans of a call keep of dense attention, beside the other choices of their size.
+    """Compare a method's plans of a call with the other choices of their size.
 
-    Of the `rungs` those beside "method" and "best" may be left out; they take more than half of the time. "random" is a
-    mean over `draws`, which are functions of the call's seed and layer. Computed in float32 at least, in slices of
-    queries. Put the method into eval mode first, unless what it drops in training is meant. Raises ZooError where the
-    method cannot plan the call.
+    Computed in float32 or wider, in slices of queries. Put the method into eval mode first, unless what it drops in
+    training is meant.
+
+    Args:
+        attention: The method.
+        call: Its call.
+        draws: Number of random choices of which "random" is the mean; they are functions of the call's seed and layer.
+        rungs: The rungs to compute. All but "method" and "best" may be left out; they take more than half of the time.
+
+    Raises:
+        ZooError: If the method cannot plan the call.
     """
     refuse(
         "ladder",
@@ -121,17 +131,21 @@ def ladder(attention: Attention, call: Call, *, draws: int = DRAWS, rungs: Seque
     if isinstance(attention, Scheduled):  # its features are named by phase; the phase makes its own again
         attention, call = attention.at(call.step), replace(call, features=None)
     call = attention.ready(call)
-    branches = [
-        x if isinstance(x, Term) else replace(x, plan=attention.attended(x, call)) for x in attention.branches(call)
-    ]
+    branches = [x if isinstance(x, Term) else _as_run(attention, x, call) for x in attention.branches(call)]
     with torch.autocast(call.q.device.type, enabled=False):  # would narrow what is widened here
         return _climbed(attention, call, branches, draws, rungs)
+
+
+def _as_run(attention: Attention, branch: Branch, call: Call) -> Branch:
+    """A branch with the plan that runs, over all its segments at once."""
+    _, k, v = branch.tensors(call) if branch.segments else (None, branch.k, branch.v)
+    return replace(branch, plan=attention.attended(branch, call), k=k, v=v, log_weight=None, segments=())
 
 
 def _climbed(
     attention: Attention, call: Call, branches: Sequence[Branch | Term], draws: int, rungs: Sequence[str]
 ) -> Ladder:
-    own = [x for x in branches if isinstance(x, Branch) and x.q is x.k is x.rows is None]
+    own = [x for x in branches if isinstance(x, Branch) and x.q is x.k is x.rows is None and not x.plan.weighs_keys]
     rest = _rest(attention, call, [x for x in branches if not any(x is y for y in own)])
     plans: list[Parts] = [branch.plan.parts for branch in own]
     chosen = any(part.routed for parts in plans for part in parts)
@@ -151,7 +165,7 @@ def _climbed(
 
 
 def _exchanged(call: Call, plans: Sequence[Parts], rule: Rule, *, routed: bool, causal: bool) -> list[Parts]:
-    """The plans, one a branch, with what was routed (or, unless `routed`, with every part) chosen by a rule instead."""
+    """The plans, one per branch, with what was routed (or, unless `routed`, every part) chosen by a rule instead."""
     found = [list(parts) for parts in plans]
     for parts in found:
         elsewhere = [part for others in found if others is not parts for part in others]
@@ -162,7 +176,7 @@ def _exchanged(call: Call, plans: Sequence[Parts], rule: Rule, *, routed: bool, 
 
 
 def _chosen(call: Call, part: Part, beside: Parts, elsewhere: Parts, rule: Rule, causal: bool) -> Part:
-    """A part of the same budget, chosen by a rule among what the parts `beside` it in its plan leave."""
+    """A part of the same budget, chosen by a rule among the keys that the parts `beside` it in its plan leave."""
     by_token = part.routed and part.grouping
     keys = Partition.singles(part.keys.length, call.q.device) if by_token else part.keys
     score, bars = rule(call, keys), _bars(call, keys) if causal else None
@@ -186,7 +200,7 @@ def _chosen(call: Call, part: Part, beside: Parts, elsewhere: Parts, rule: Rule,
 
 
 def _slabs(call: Call, queries: Partition) -> Iterator[tuple[Tensor, list[Tensor]]]:
-    """Pieces of queries that choose together, with the tokens that are in them, in slices."""
+    """Pieces of queries that choose together, with the tokens in them, in slices."""
     if queries.is_singles:
         yield from ((at, [at]) for at in _slices(call))
     else:
@@ -202,7 +216,7 @@ def _largest(scores: Tensor, candidates: Tensor, number: Tensor) -> Tensor:
 
 
 def _mass(call: Call, keys: Partition) -> Score:
-    """By what softmax mass they add."""
+    """Score pieces by the softmax mass that they add."""
 
     def score(at: Tensor, new: Tensor) -> Tensor:
         return per_piece(scores_of(call, at)[0].softmax(-1) * new, keys.piece_of, keys.count)
@@ -211,14 +225,14 @@ def _mass(call: Call, keys: Partition) -> Score:
 
 
 def _means(call: Call, keys: Partition) -> Score:
-    """By query · mean key; summed over a piece of queries it ranks as their mean does."""
+    """Score pieces by query · mean key; summed over a piece of queries it ranks as their mean does."""
     wide = torch.promote_types(call.q.dtype, torch.float32)
     means = keys.mean(_by_query_head(call.k, call).to(wide)).transpose(-1, -2)
     return lambda at, new: call.q[:, :, at].to(wide) @ means  # noqa: ARG005
 
 
 def _random(draw: int) -> Rule:
-    """By random numbers; summed over a piece of queries they rank at random too."""
+    """Score pieces by random numbers; summed over a piece of queries they rank at random too."""
 
     def rule(call: Call, keys: Partition) -> Score:
         # A tuple of whole numbers has one hash in all processes.
@@ -233,7 +247,7 @@ def _random(draw: int) -> Rule:
 
 
 def _bars(call: Call, keys: Partition) -> Callable[[Tensor], Tensor]:
-    """Which pieces causality forbids to the queries `at`: those that end no earlier than their own piece begins."""
+    """The pieces that causality forbids to the queries `at`: those that end no earlier than their own piece begins."""
     token = torch.arange(keys.length, device=call.q.device)
     pieces = keys.piece_of
     place = (pieces + 1, token.expand(pieces.shape))
@@ -251,7 +265,7 @@ def _bars(call: Call, keys: Partition) -> Callable[[Tensor], Tensor]:
 def _measured(
     call: Call, branches: Sequence[Branch], rest: Tensor, choices: Mapping[str, Sequence[Sequence[Parts]]]
 ) -> dict[str, Rung]:
-    """Each rung over the mean of its choices, which hold the parts of each branch."""
+    """Each rung as the mean over its choices, which hold the parts of each branch."""
     wide = torch.promote_types(call.q.dtype, torch.float32)
     values = [_by_query_head(call.v if x.v is None else x.v, call).to(wide) for x in branches]
     v = _by_query_head(call.v, call).to(wide)
@@ -285,7 +299,7 @@ def _measured(
 
 
 def _rest(attention: Attention, call: Call, branches: Sequence[Branch | Term]) -> Tensor:
-    """What the same is in every rung: terms, and branches on queries or keys of their own. (B, H, Lq, D)"""
+    """The output that all rungs share: terms, and branches with queries or keys of their own; (B, H, Lq, D)."""
     wide = torch.promote_types(call.q.dtype, torch.float32)
     total = torch.zeros(*call.q.shape[:3], call.v.shape[-1], dtype=wide, device=call.q.device)
     is_text = call.layout.is_text if call.q_rows is None else call.layout.is_text[call.q_rows]
@@ -294,21 +308,25 @@ def _rest(attention: Attention, call: Call, branches: Sequence[Branch | Term]) -
         if isinstance(branch, Term):
             total = total + branch.value.to(wide).masked_fill(silent[:, None], 0)
             continue
-        q, k, v = (getattr(branch, x) if getattr(branch, x) is not None else getattr(call, x) for x in "qkv")
+        q, k, v = branch.tensors(call)
         k, v = (_by_query_head(x, call).to(wide) for x in (k, v))
         outs = []
         for at in _slices(call, q.shape[2]):
             scores = q[:, :, at].to(wide) @ k.transpose(-1, -2) / math.sqrt(q.shape[-1])
-            outs.append(_attended(scores, scores.softmax(-1), branch.plan.narrow(at).dense_mask().to(wide), v))
+            plan = branch.plan.narrow(at)
+            for part in plan.parts:
+                if part.log_weight is not None:
+                    scores = scores + part.log_weight[:, :, None] * part.mask()
+            outs.append(_attended(scores, scores.softmax(-1), plan.dense_mask().to(wide), v))
         out = torch.cat(outs, dim=2)
         if branch.rows is not None:
-            out = pad(out, (0, 0, 1, 0))[:, :, branch.rows.masked_fill(silent, -1) + 1]
+            out = take_rows(out, branch.rows.masked_fill(silent, -1) if branch.pools_queries else branch.rows)
         total = total + branch.weight * out
     return total
 
 
 def _attended(scores: Tensor, softmax: Tensor, mask: Tensor, v: Tensor) -> Tensor:
-    """What queries get of v where the mask (1 or 0) holds, from their scores and softmax over all keys (B, H, n, L).
+    """The outputs of queries where the mask (1 or 0) holds, from their scores and softmax over all keys (B, H, n, L).
 
     0 for a query without keys.
     """
@@ -333,13 +351,13 @@ def _slices(call: Call, length: int | None = None) -> list[Tensor]:
 
 
 def _same_film(call: Call, at: Tensor) -> Tensor:
-    """bool (n, L)"""
+    """Whether keys are of the film of the queries `at`: bool (n, L)."""
     token = at if call.q_rows is None else call.q_rows[at]
     return call.layout.sample[token][:, None] == call.layout.sample
 
 
 def _mask(parts: Parts, at: Tensor, call: Call, known: dict[Part, Tensor] | None = None) -> Tensor:
-    """What the parts hold of the queries `at`, bool (B|1, H|1, n, L); a part's mask is looked up in `known` first."""
+    """The pairs that the parts hold of the queries `at`, bool (B|1, H|1, n, L); masks in `known` are reused."""
     known = {} if known is None else known
     mask = torch.zeros(1, 1, len(at), call.k.shape[2], dtype=torch.bool, device=at.device)
     for part in parts:

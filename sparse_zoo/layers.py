@@ -1,4 +1,4 @@
-"""Which layer has which method: a short list written out, one entry a layer."""
+"""The assignment of methods to layers: a short list, expanded to one entry per layer."""
 
 from __future__ import annotations
 
@@ -12,13 +12,15 @@ Layer = dict[str, Any]
 
 
 def per_layer(entries: Sequence[Any], depth: object) -> tuple[list[Layer], list[str]]:
-    """A list of `attention` written out for `depth` layers, a mapping with a name each, and why it cannot be.
+    """Expand a list of `attention` to `depth` layers, and collect the reasons why it cannot be.
 
-    An entry is a method (its name, or a mapping with a name) or {cycle: [methods]}, which take turns. `layers`, beside
-    a name or a cycle, is how many layers the entry fills: a whole number, or "rest", in one entry at most, for all that
-    the others leave. Without it a method fills one layer, a cycle one for each of its methods.
+    An entry is a method (its name, or a mapping with a name) or {cycle: [methods]}, whose methods alternate. `layers`,
+    beside a name or a cycle, is the number of layers that the entry fills: a whole number, or "rest", in at most one
+    entry, for all that the others leave. Without it a method fills one layer, and a cycle one layer per method.
 
-    Where there are reasons, each method that could be read comes once, for whoever has more to say of them.
+    Returns:
+        One mapping with a name per layer, and the reasons. If there are reasons, each method that could be read is
+        listed once, so that it can be checked further.
     """
     reasons: list[str] = []
     read = [_read(entry, f"attention[{i}]", reasons) for i, entry in enumerate(entries)]
@@ -35,7 +37,7 @@ def per_layer(entries: Sequence[Any], depth: object) -> tuple[list[Layer], list[
 
 
 def _read(entry: Any, where: str, reasons: list[str]) -> tuple[list[Layer], Any]:
-    """The methods that take turns in an entry, and how many layers they fill; adds what is wrong to `reasons`."""
+    """The methods of an entry and the number of layers that they fill; adds errors to `reasons`."""
     beside = dict(entry) if isinstance(entry, Mapping) else {"name": entry}
     layers = beside.pop("layers", None)
     if "cycle" not in beside:

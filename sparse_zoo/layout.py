@@ -1,8 +1,8 @@
-"""What each token of the stream is: its film, shot, frame, row, column, and whether it is text.
+"""The tokens of a stream: film, shot, frame, row and column of each, and whether it is text.
 
-A film's stream is: the global caption, then for each shot its caption and its video tokens, frame by frame, row by
-row. A layout is described by its films alone, so layouts compare, hash and print by content, and whatever follows
-from a layout (its tensors, a method's static plan) is computed once and remembered.
+The stream of a film is the global caption, then for each shot its caption and its video tokens, frame by frame, row by
+row. A layout is defined by its films alone, so that layouts compare, hash and print by content, and everything that
+follows from a layout (its tensors, a method's static plan) is computed once and cached.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ class Shot:
 
 @dataclass(frozen=True)
 class Film:
-    """`caption` tokens of global caption, then the shots."""
+    """One film: `caption` tokens of global caption, then the shots."""
 
     caption: int
     shots: tuple[Shot, ...]
@@ -58,10 +58,8 @@ class Film:
 class Layout:
     """The tokens of one stream of one or more films, which never attend to each other.
 
-    `sample`, `shot`, `frame`, `row`, `col`, `shot_frame`, `frames`, `rows`, `cols` are int64 and `is_text` is bool,
-    all of shape (L,), on `device`. `frame` counts through the film, `shot_frame` from the start of its shot; `frames`,
-    `rows` and `cols` are the size of the token's shot. The global caption has shot -1; text has -1 for all that is
-    not its own.
+    `sample`, `shot`, `frame`, `row`, `col`, `shot_frame`, `frames`, `rows`, `cols` are int64 and `is_text` is bool, all
+    of shape (L,), on `device`. The global caption has shot -1; text has -1 in every field that it does not have.
     """
 
     # No dataclass: training frameworks take those in a batch apart to move and cast what is inside.
@@ -83,7 +81,7 @@ class Layout:
 
     @staticmethod
     def film(shots: Iterable[Shot], caption: int = 0) -> Layout:
-        """One film; a film without any token is refused."""
+        """A layout of one film; a film without any token is refused."""
         film = Film(caption, tuple(shots))
         refuse(
             "Layout.film",
@@ -96,11 +94,12 @@ class Layout:
 
     @staticmethod
     def pack(layouts: Sequence[Layout]) -> Layout:
-        """Several films in one stream: sample numbers follow the order given."""
+        """Several films in one stream; sample numbers follow the given order."""
         refuse("Layout.pack", ["needs at least one layout"] if not layouts else [])
         return Layout(tuple(film for layout in layouts for film in layout.films), layouts[0].device)
 
     def to(self, device: torch.device | str) -> Layout:
+        """The same layout with its tensors on `device`."""
         return Layout(self.films, torch.device(device))
 
     def __len__(self) -> int:
@@ -108,53 +107,70 @@ class Layout:
 
     @property
     def sample(self) -> Tensor:
+        """The film of each token, counted through the stream."""
         return _tokens(self.films, self.device)["sample"]
 
     @property
     def shot(self) -> Tensor:
+        """The shot of each token within its film; -1 for the global caption."""
         return _tokens(self.films, self.device)["shot"]
 
     @property
     def frame(self) -> Tensor:
+        """The frame of each token, counted through its film; -1 for text."""
         return _tokens(self.films, self.device)["frame"]
 
     @property
     def row(self) -> Tensor:
+        """The row of each token in its frame; -1 for text."""
         return _tokens(self.films, self.device)["row"]
 
     @property
     def col(self) -> Tensor:
+        """The column of each token in its frame; -1 for text."""
         return _tokens(self.films, self.device)["col"]
 
     @property
     def shot_frame(self) -> Tensor:
+        """The frame of each token, counted from the start of its shot; -1 for text."""
         return _tokens(self.films, self.device)["shot_frame"]
 
     @property
     def frames(self) -> Tensor:
+        """The number of frames of the token's shot; -1 for text."""
         return _tokens(self.films, self.device)["frames"]
 
     @property
     def rows(self) -> Tensor:
+        """The number of rows of the token's shot; -1 for text."""
         return _tokens(self.films, self.device)["rows"]
 
     @property
     def cols(self) -> Tensor:
+        """The number of columns of the token's shot; -1 for text."""
         return _tokens(self.films, self.device)["cols"]
 
     @property
     def is_text(self) -> Tensor:
+        """Whether each token is text."""
         return _tokens(self.films, self.device)["is_text"]
 
     @property
+    def video_tokens(self) -> int:
+        """Number of tokens that are not text; counted without the device."""
+        return sum(len(shot) - shot.text for film in self.films for shot in film.shots)
+
+    @property
     def dense_pairs(self) -> int:
-        """Σ (sample length)²: what dense attention multiplies per batch item and head."""
+        """Σ (sample length)²: the pairs of dense attention per batch item and head."""
         return sum(len(film) ** 2 for film in self.films)
 
     def partition(self, *keys: str | Tensor, where: Tensor | None = None) -> Partition:
-        """Pieces of equal keys (and equal sample, always), in the order of their first tokens.
+        """Pieces of tokens with equal keys (and always equal sample), in the order of their first tokens.
 
-        Keys are names of token fields or int tensors (L,); `where`, bool (L,), keeps some tokens only.
+        Args:
+            keys: Names of token fields, or int tensors (L,).
+            where: bool (L,), the tokens that are in a piece; None for all.
         """
         refuse(
             "Layout.partition", [unknown("field", k, FIELDS) for k in keys if isinstance(k, str) and k not in FIELDS]
@@ -187,12 +203,15 @@ class Layout:
     ) -> Partition:
         """Cut the whole stream into chunks, in stream order.
 
-        "shot": one chunk per shot. "frame": `frames` frames each, restarting at each shot. "tokens": each shot in the
-        fewest chunks of whole frames that hold at most `tokens` tokens each (but at least one frame), as even as whole
-        frames allow: frame f of F is in chunk f·n // F, so 24 frames, of which 11 would fit, make 8 + 8 + 8. All three
-        keep captions as chunks of their own, or, with `captions="inside"` (shots only), join each caption to its shot.
-        "fixed": every `tokens` tokens, blind to shots, frames and text, restarting at each sample. More frames or
-        tokens than there are make one chunk.
+        Args:
+            by: "shot": one chunk per shot. "frame": `frames` frames each, restarting at each shot. "tokens": each shot
+                in the fewest chunks of whole frames that hold at most `tokens` tokens (but at least one frame), as even
+                as possible: frame f of F is in chunk f·n // F, so that 24 frames, of which 11 would fit, make 8 + 8 +
+                8. "fixed": every `tokens` tokens, blind to shots, frames and text, restarting at each sample.
+            frames: Frames of a chunk by "frame". More than there are make one chunk.
+            tokens: Tokens of a chunk by "tokens" or "fixed". More than there are make one chunk.
+            captions: "apart" makes captions chunks of their own; "inside" (by "shot" only) joins each caption to its
+                shot.
         """
         refuse(
             "Layout.chunks",
@@ -209,16 +228,16 @@ class Layout:
         return _chunks(self, by, frames, tokens, captions)
 
     def tiles(self, tile: Sequence[int], *, stop_at_shots: bool = True) -> Partition:
-        """Video tokens in tiles of (frames, rows, cols); edges may be ragged; text is in no tile.
+        """Video tokens in tiles of (frames, rows, cols). Tiles at the edges may be partial; text is in no tile.
 
-        Tiles of frames restart at each shot, or with `stop_at_shots=False` run through the film.
+        Tiles restart at each shot, or with `stop_at_shots=False` run through the film.
         """
         refuse("Layout.tiles", [f"tile must be three sizes of at least 1, got {tile}"] if not _three(tile) else [])
         return _tiles(self, tuple(tile), stop_at_shots)
 
 
 def _folded(columns: list[Tensor]) -> Tensor:
-    """int64 columns (n,) -> one (n,) that tells the same rows apart: sorting numbers is faster than sorting rows."""
+    """Combine int64 columns (n,) into one that separates the same rows: sorting numbers is faster than sorting rows."""
     key, size = torch.zeros_like(columns[0]), 1
     for column in columns:
         low, high = (int(x) for x in column.aminmax())

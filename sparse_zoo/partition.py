@@ -21,8 +21,8 @@ class Partition(Cached):
     """Ragged pieces of a stream of `length` tokens, possibly different for each batch item and head.
 
     Piece p of batch item b and head h holds the tokens `order[b, h, offsets[b, h, p] : offsets[b, h, p + 1]]`, in
-    stream order. `order` is int32 (B|1, H|1, n), or None where that slice of the stream is meant itself; `offsets` is
-    int32 (B|1, H|1, P + 1). A piece may be empty.
+    stream order. `order` is int32 (B|1, H|1, n), or None where pieces are consecutive tokens of the stream; `offsets`
+    is int32 (B|1, H|1, P + 1). A piece may be empty.
     """
 
     order: Tensor | None
@@ -46,7 +46,7 @@ class Partition(Cached):
 
     @staticmethod
     def singles(length: int, device: torch.device | str = "cpu") -> Partition:
-        """Every token a piece of its own."""
+        """A partition in which every token is a piece."""
         return _singles(length, torch.device(device))
 
     @property
@@ -59,6 +59,7 @@ class Partition(Cached):
 
     @property
     def device(self) -> torch.device:
+        """The device of the pieces."""
         return self.offsets.device
 
     @property
@@ -98,9 +99,9 @@ class Partition(Cached):
         return labels.scatter_(2, order.expand(*shape, -1), piece.expand(*shape, -1))
 
     def of(self, values: Tensor) -> Tensor:
-        """What the tokens of each piece have in common: int64 (P,), -1 where they differ or the piece is empty.
+        """The value that the tokens of each piece share: int64 (P,), -1 where they differ or the piece is empty.
 
-        `values`: int or bool (L,). For pieces shared by batch items and heads.
+        `values` is int or bool (L,). The pieces must be shared by batch items and heads.
         """
         self._require_shared("of")
         piece, values = self.piece_of[0, 0], values.long()
@@ -125,10 +126,15 @@ class Partition(Cached):
         return total / self.sizes.clamp(min=1)[..., None].to(x.dtype)
 
     def narrow(self, tokens: Tensor) -> Partition:
-        """The same pieces on some tokens of the stream only: token i of the result is `tokens[i]`, int64 (n,)."""
+        """The same pieces of some tokens of the stream: token i of the result is `tokens[i]`, int64 (n,)."""
         if self.is_singles:
             return Partition.singles(len(tokens), self.device)
         return Partition.from_labels(self.piece_of[:, :, tokens], self.count)
+
+    def placed(self, before: int, length: int) -> Partition:
+        """The same pieces in a stream of `length` tokens, `before` of which come before the first of this one."""
+        order = None if self.order is None else self.order + before
+        return Partition(order, self.offsets + (before if order is None else 0), length)
 
     def labels(self, name: str) -> Tensor:
         """A token field of the layout, per piece (P,), -1 where mixed."""
@@ -138,14 +144,17 @@ class Partition(Cached):
 
     @lazy
     def sample(self) -> Tensor:
+        """The film of each piece, int64 (P,); -1 where mixed."""
         return self.labels("sample")
 
     @lazy
     def shot(self) -> Tensor:
+        """The shot of each piece, int64 (P,); -1 where mixed."""
         return self.labels("shot")
 
     @lazy
     def frame(self) -> Tensor:
+        """The frame of each piece, int64 (P,); -1 where mixed."""
         return self.labels("frame")
 
     @lazy
@@ -165,11 +174,14 @@ def _singles(length: int, device: torch.device) -> Partition:
 
 @dataclass(frozen=True, eq=False)
 class Refinement(Cached):
-    """a's pieces cut at b's bounds, tokens in no piece of a staying in none.
+    """The pieces of a, cut at the bounds of b's pieces; tokens in no piece of a stay in none.
 
-    `of_a` and `of_b`, int64 (B|1, H|1, P), tell which piece of a and of b each lies in (-1: none). `parents` is the
-    number of a's pieces, of which empty ones have no children. `meets` is False only if a and b are known to share no
-    token.
+    Attributes:
+        pieces: The cut pieces.
+        of_a: The piece of a that each piece is in, int64 (B|1, H|1, P).
+        of_b: The piece of b that each piece is in, or -1.
+        parents: The number of a's pieces; empty ones have no children.
+        meets: False only if a and b are known to share no token.
     """
 
     pieces: Partition
@@ -182,8 +194,7 @@ class Refinement(Cached):
     def children(self) -> Tensor | None:
         """The pieces that each piece of a was cut into: int64 (parents, most), -1 where there are fewer.
 
-        None where what the pieces lie in differs by batch item or head, or is known to a GPU alone, which would have
-        to tell how many there are.
+        None where the parents differ by batch item or head, or where only a GPU knows how many there are.
         """
         if not self.of_a.shape[:2] == self.of_b.shape[:2] == (1, 1) or self.of_a.device.type != "cpu":
             return None
@@ -197,7 +208,7 @@ class Refinement(Cached):
 
 
 def refine(a: Partition, b: Partition) -> Refinement:
-    """Cut a's pieces at b's bounds. Remembered for pieces that all batch items and heads share and the host knows."""
+    """Cut a's pieces at b's bounds. Cached for pieces that batch items and heads share and the host knows."""
     counted = all(x.shared and (x.device.type == "cpu" or origin(x) is not None) for x in (a, b))
     return _refine_shared(a, b) if counted else _refine_each(a, b)
 

@@ -34,7 +34,7 @@ Method = TypeVar("Method", bound=type[Attention])
 
 @dataclass(frozen=True)
 class Setting:
-    """One setting of a method: its default (None and `required` if there is none), type and line of documentation."""
+    """One setting of a method: default (None and `required` if there is none), type and line of documentation."""
 
     name: str
     default: Any
@@ -53,9 +53,10 @@ SCHEDULE = Setting(
 
 
 def register(name: str) -> Callable[[Method], Method]:
-    """Class decorator: make a method known by `name`.
+    """Decorate a class to register it as the method `name`.
 
-    Raises `ZooError` if the name is taken by another class or the class is not an `Attention`.
+    Raises:
+        ZooError: If the name is taken by another class, or the class is not an `Attention`.
     """
 
     def add(cls: Method) -> Method:
@@ -83,13 +84,17 @@ def register(name: str) -> Callable[[Method], Method]:
 
 
 def names() -> list[str]:
-    """All registered methods, plug-ins too."""
+    """The names of all registered methods, plug-ins included."""
     _load_entry_points()
     return sorted(_methods)
 
 
 def get(name: str) -> type[Attention]:
-    """The class of a method; raises `ZooError` with the nearest name and the list."""
+    """The class of a method.
+
+    Raises:
+        ZooError: For an unknown name, with the nearest name and the list.
+    """
     if name not in _methods:
         _load_entry_points()  # looks through all that is installed: 20 ms
     refuse("sparse_zoo", [unknown("method", name, _methods)] if name not in _methods else [])
@@ -102,7 +107,7 @@ def summary(name: str) -> str:
 
 
 def settings(name: str) -> dict[str, Setting]:
-    """A method's settings, its own first, `schedule` last; the model's shape (heads, head_dim, dim) is left out."""
+    """A method's settings, its own first, `schedule` last, without the model's shape (heads, head_dim, dim)."""
     found: dict[str, Setting] = {}
     for cls in get(name).__mro__:
         if not issubclass(cls, Attention):
@@ -128,11 +133,19 @@ def settings(name: str) -> dict[str, Setting]:
 def build(
     name: str, *, heads: int, head_dim: int, dim: int | None = None, schedule: Schedule | None = None, **given: Any
 ) -> Attention:
-    """Make a method; with a `schedule`, {setting: {step: value}}, one whose settings change at these training steps.
+    """Build a method, or with a `schedule` one whose settings change at given training steps.
 
-    A scheduled setting has its value of `given`, or its default, before its first step. The "name" may be scheduled
-    too: each phase takes those settings that its method knows. Raises `ZooError` for an unknown name or setting and for
-    values out of range, in any phase.
+    Args:
+        name: A registered method.
+        heads: Query heads.
+        head_dim: Channels of a head.
+        dim: Width of the hidden state, for methods with a router or gates.
+        schedule: {setting: {step: value}}. Before its first step a scheduled setting has its value in `given`, or its
+            default. "name", the method, may be scheduled too: each phase takes the settings that its method has.
+        given: The method's settings (`settings(name)`).
+
+    Raises:
+        ZooError: For an unknown name or setting, and for values out of range, in any phase.
     """
     if schedule is not None:
         return _scheduled({"name": name, **given}, schedule, heads=heads, head_dim=head_dim, dim=dim)
@@ -177,7 +190,7 @@ def _scheduled(given: Mapping[str, Any], schedule: Schedule, **shape: Any) -> Sc
 
 
 def _in_force(own: Mapping[str, Any], schedule: Schedule, known: Mapping[str, Setting]) -> dict[str, Any]:
-    """The scheduled settings that a phase's method knows, its defaults too."""
+    """The scheduled settings that a phase's method has, with its defaults."""
     return {key: own[key] if key in own else known[key].default for key in schedule if key in known or key == "name"}
 
 

@@ -1,10 +1,10 @@
-"""Things computed once and used again: on the host, then copied to the device that asks for them.
+"""Caches of values computed on the host and copied to the device that asks for them.
 
-What follows from a layout alone depends on counts (how many chunks, how large), and a GPU would make the host wait for
-each of them. So it is computed on the CPU, whatever device the arguments are on, and copied once, without waiting.
+What follows from a layout depends on counts (how many chunks, how large), and a GPU would make the host wait for each
+of them. It is therefore computed on the CPU, whatever device the arguments are on, and copied once, without waiting.
 
-Whatever is remembered is made outside of inference mode: what validation asked for first must serve training too, and
-a tensor of inference mode cannot be saved for a backward pass.
+Everything cached is computed outside inference mode: what validation computed first must serve training too, and a
+tensor of inference mode cannot be saved for a backward pass.
 """
 
 from __future__ import annotations
@@ -26,24 +26,24 @@ CPU = torch.device("cpu")
 
 
 class Origin(NamedTuple):
-    """What a copy on a device was made from, on the CPU, and that device."""
+    """The CPU object that a copy on a device was made from, and that device."""
 
     host: Any
     device: torch.device
 
 
 def origin(x: object) -> Origin | None:
-    """Where a partition, part or plan was copied from; None for what was made where it is."""
+    """The origin of a partition, part or plan; None if it was made on its device."""
     found: Origin | None = vars(x).get("_origin") if hasattr(x, "__dict__") else None
     return found
 
 
 def remembered(most: int) -> Callable[[F], F]:
-    """Decorator: remember the results of the `most` latest arguments, which must be hashable.
+    """Decorate a function to cache the results of its `most` latest arguments, which must be hashable.
 
-    Arguments on a device (a `Layout`, a `torch.device`, a copy made by `on_device`) are replaced by what they are on
-    the CPU, and the result is copied to their device. Only where one has no such origin does the function see the
-    device: its pieces were made there, from values.
+    Arguments on a device (a `Layout`, a `torch.device`, a copy made by `on_device`) are replaced by their CPU origins,
+    and the result is copied to their device. An argument without such an origin, whose pieces were made on the device
+    from values, is passed as it is.
     """
 
     def wrap(function: F) -> F:
@@ -69,9 +69,9 @@ def remembered(most: int) -> Callable[[F], F]:
 
 
 class Cached:
-    """Base of dataclasses that results are cached on: a pickle or copy holds their fields alone.
+    """Base of dataclasses on which results are cached: a pickle or copy holds their fields alone.
 
-    What is cached may be large (copies on devices, a kernel's tables) or hold functions, which no pickle takes.
+    Cached results may be large (copies on devices, a kernel's tables) or hold functions, which cannot be pickled.
     """
 
     def __getstate__(self) -> dict[str, Any]:
@@ -79,7 +79,7 @@ class Cached:
 
 
 class lazy(cached_property[T]):
-    """A property computed at first use; of a copy on a device it is computed from the origin, then copied."""
+    """A property computed at first use. On a copy on a device it is computed from the origin, then copied."""
 
     def __init__(self, function: Callable[[Any], T]) -> None:
         @torch.inference_mode(False)
@@ -94,10 +94,9 @@ class lazy(cached_property[T]):
 
 
 def on_device(x: Any, device: torch.device) -> Any:
-    """A tensor, or whatever holds tensors (dataclasses, layouts, tuples, lists, dicts), copied from the CPU.
+    """Copy a tensor, or an object that holds tensors (dataclass, layout, tuple, list, dict), from the CPU.
 
-    A dataclass is copied once for each device, so that what is remembered by it (its lazy properties, a kernel's
-    tables) is found again.
+    A dataclass is copied once per device, so that results cached on it (lazy properties, a kernel's tables) are reused.
     """
     if isinstance(x, Tensor):
         return copy_to(x, device)
@@ -122,7 +121,7 @@ def on_device(x: Any, device: torch.device) -> Any:
 
 
 def copy_to(x: Tensor, device: torch.device | str) -> Tensor:
-    """A tensor on a device, without making the host wait: by way of pinned memory, where the device is a GPU."""
+    """Copy a tensor to a device without making the host wait: through pinned memory, if the device is a GPU."""
     device = torch.device(device)
     if x.device == device:
         return x

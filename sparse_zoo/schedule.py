@@ -1,4 +1,4 @@
-"""Settings that change as training goes: one built method for each phase, picked by the step of the call."""
+"""Settings that change during training: one built method per phase, chosen by the step of the call."""
 
 from __future__ import annotations
 
@@ -20,21 +20,21 @@ Schedule = Mapping[str, Mapping[int | str, Any]]
 class Scheduled(Attention):
     """A method whose settings change at given steps; `sparse_zoo.build(name, ..., schedule=...)` makes one.
 
-    Which phase attends is a function of `call.step` alone, so that resuming and recomputing activations meet the phase
-    that was there before. Without a step (None, a bare call of the library) it is the first one.
+    The phase is a function of `call.step` alone, so that resumed runs and recomputed activations use the same phase as
+    before. Without a step (None, a bare call of the library) it is the first phase.
 
     Phases of one class share their parameters; a phase of another class keeps its own. What is declared holds in every
-    phase: the weakest `causality`, the `anchors` that all have, `may_be_empty`, `pools_queries`, `own_heads` and
-    `reads_values` where any has them. `text_reads` is "text" where any phase's is. `features` are those of all phases,
-    since they are asked for without a step.
+    phase: the weakest `causality`, the `anchors` that all have, `may_be_empty`, `pools_queries`, `own_heads`,
+    `reads_values` and `needs_all_heads` where any has them. `text_reads` is "text" where any phase's is. `features` are
+    those of all phases, since they are asked for without a step.
 
     Args:
-        phases: Built methods of one shape by the step at which they begin, rising from 0. Parameters of the later ones
-            are replaced by those they share.
-        settings: The scheduled settings of each phase, for people to see.
+        phases: Built methods of one shape by the step at which they begin, rising from 0. Parameters of later phases
+            are replaced by those that they share.
+        settings: The scheduled settings of each phase, for display.
 
     Raises:
-        ZooError: if phases of one class have parameters of different names or shapes.
+        ZooError: If phases of one class have parameters of different names or shapes.
     """
 
     def __init__(self, phases: Mapping[int, Attention], settings: Sequence[Mapping[str, Any]]) -> None:
@@ -60,19 +60,23 @@ class Scheduled(Attention):
         self.pools_queries = any(phase.pools_queries for phase in built)
         self.own_heads = next((phase.own_heads for phase in built if phase.own_heads is not None), None)
         self.reads_values = next((phase.reads_values for phase in built if phase.reads_values is not None), None)
+        whole = (phase.needs_all_heads for phase in built if phase.needs_all_heads is not None)
+        self.needs_all_heads = next(whole, None)
 
     def phase(self, step: int | None) -> int:
-        """The number of the phase that attends at a step: the last one that has begun, the first one for None."""
+        """The number of the phase at a step: the last one that has begun; the first one for None."""
         return 0 if step is None else max(0, bisect_right(self.starts, step) - 1)
 
     def at(self, step: int | None) -> Attention:
-        """The method that attends at a step."""
+        """The method at a step."""
         return cast(Attention, self.phases[self.phase(step)])
 
     def plan(self, q: Tensor, k: Tensor, layout: Layout) -> Plan:
+        """The plan of the first phase."""
         return self.at(None).plan(q, k, layout)
 
     def features(self, hidden: Tensor) -> dict[str, Tensor]:
+        """The features of all phases, prefixed by phase."""
         return {
             f"{i}.{name}": values
             for i, phase in enumerate(self.phases)
@@ -80,19 +84,23 @@ class Scheduled(Attention):
         }
 
     def branches(self, call: Call) -> list[Branch | Term]:
+        """The branches of the call's phase."""
         return self.at(call.step).branches(self._of_phase(call))
 
     def losses(self, call: Call) -> dict[str, Tensor]:
+        """The auxiliary losses of the call's phase."""
         return self.at(call.step).losses(self._of_phase(call))
 
     def routing_flops(self, call: Call) -> int:
+        """The routing FLOPs of the call's phase."""
         return self.at(call.step).routing_flops(self._of_phase(call))
 
     def run(self, call: Call) -> Result:
+        """Attend as the call's phase does."""
         return self.at(call.step).run(self._of_phase(call))
 
     def _of_phase(self, call: Call) -> Call:
-        """The call with those of its features that are of its phase."""
+        """The call with the features of its phase alone."""
         if call.features is None:
             return call
         mine = f"{self.phase(call.step)}."
@@ -101,10 +109,14 @@ class Scheduled(Attention):
 
 
 def phases(settings: Mapping[str, Any], schedule: Schedule) -> dict[int, dict[str, Any]]:
-    """The settings in force from each step on, rising from 0: what holds always, changed by what has been scheduled.
+    """The settings from each step on, rising from 0: the constant ones, changed by those that are scheduled.
 
-    `schedule` is {setting: {step: value}}; before its first step a setting has the value of `settings`, if any. Steps
-    are whole numbers from 0, as numbers or text. Raises `ZooError` with everything that is wrong with them.
+    Args:
+        settings: Constant settings, also the values of scheduled ones before their first step.
+        schedule: {setting: {step: value}}; steps are whole numbers from 0, as numbers or text.
+
+    Raises:
+        ZooError: With everything that is wrong with the steps.
     """
     reasons, changes = [], {}
     if not isinstance(schedule, Mapping) or not schedule:
@@ -144,7 +156,7 @@ def _whole(step: object) -> int | None:
 
 
 def _share_parameters(phases: Mapping[int, Attention]) -> list[str]:
-    """Give every phase the parameters of the first one of its class; why some cannot be shared."""
+    """Give every phase the parameters of the first one of its class; returns why some cannot be shared."""
     reasons = []
     owners: dict[type[Attention], Attention] = {}
     for start, phase in phases.items():

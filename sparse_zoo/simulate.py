@@ -1,4 +1,4 @@
-"""What a method would cost at a real size, from its plan on random values: no weights, no attention, no L × L."""
+"""The cost of a method at a real size, from its plan on random values: no weights, no attention, no L × L."""
 
 from __future__ import annotations
 
@@ -24,12 +24,13 @@ SLAB = 1 << 14
 class Simulated:
     """One layer's counts, for the whole batch and all heads.
 
-    cost: as `Result.cost()` would give it, routing included.
-    branch_pairs: the pairs of each softmax.
-    term_flops: forward FLOPs of outputs outside any softmax.
-    plan_bytes: the index tables of the plans, as held.
-    executed: pairs that the kernel's tiles multiply, None without a kernel.
-    simulated: (batch items, heads) whose plans were built; the others are counted as alike.
+    Attributes:
+        cost: As `Result.cost()` would return it, routing included.
+        branch_pairs: The pairs of each softmax.
+        term_flops: Forward FLOPs of outputs outside any softmax.
+        plan_bytes: Bytes of the plans' index tables.
+        executed: Pairs that the kernel's tiles multiply; None without a kernel.
+        simulated: (batch items, heads) whose plans were built; the others are counted as equal to them.
     """
 
     cost: Cost
@@ -89,7 +90,7 @@ def simulate(
 
 
 def random_call(attention: Attention, layout: Layout, some: tuple[int, int], seed: int) -> Call:
-    """Random q, k for `some` (batch items, heads), v being k; random hidden, and the features that the method makes."""
+    """A call with random q, k and hidden for `some` (batch items, heads), v equal to k, and the method's features."""
     draws = torch.Generator().manual_seed(seed)
     q, k = (torch.randn(*some, len(layout), attention.head_dim, generator=draws) for _ in range(2))
     hidden = _windows(some[0], len(layout), attention.dim or some[1] * attention.head_dim, draws)
@@ -99,13 +100,13 @@ def random_call(attention: Attention, layout: Layout, some: tuple[int, int], see
 
 
 def shape_only(layout: Layout, batch: int, heads: int, head_dim: int, dim: int) -> Call:
-    """A call of this shape that holds nothing: for `routing_flops`, which reads shapes."""
+    """A call of this shape without values, for `routing_flops`, which reads shapes alone."""
     q = torch.zeros(1).expand(batch, heads, len(layout), head_dim)
     return Call(q, q, q, layout, hidden=torch.zeros(1).expand(batch, len(layout), dim), step=0)
 
 
 def plan_bytes(plans: list[Plan], some: tuple[int, int], batch: int, heads: int) -> int:
-    """Bytes of the index tables that plans of `some` (batch items, heads) hold, for `batch` and `heads` of them.
+    """Bytes of the index tables of plans of `some` (batch items, heads), scaled to `batch` and `heads`.
 
     A table that plans or parts share counts once; one that batch items or heads share counts once for them.
     """
@@ -128,6 +129,6 @@ def _windows(batch: int, length: int, dim: int, draws: torch.Generator) -> Tenso
 
 
 def _scaled(count: int, plan: Plan, batch: int, heads: int) -> int:
-    """A sum over what a plan tells apart, for all batch items and heads."""
-    told = plan.batch_heads[0] * plan.batch_heads[1]
-    return count * batch * heads // told
+    """A sum over the batch items and heads in which a plan differs, scaled to all of them."""
+    counted = plan.batch_heads[0] * plan.batch_heads[1]
+    return count * batch * heads // counted

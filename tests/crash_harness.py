@@ -33,7 +33,7 @@ from rich.console import Console
 from datamodules import ShotWorld, VideoFilms
 from experiments.execution.progress import Bar
 from experiments.execution.scheduler import execute
-from experiments.reporting.report import Report
+from experiments.reporting.report import build_report
 from experiments.sweep.expand import Sweep, read
 from experiments.tracking import store
 from experiments.tracking.address import sqlite_file
@@ -210,11 +210,11 @@ def _bytes(sweep: Sweep, name: str) -> bytes:
 
 
 def _results(sweep: Sweep, whole: list[store.Result], found: Found) -> list[str]:
-    report = Report.of(sweep.name)
-    names = Counter(result.name for result in report.results)
+    report = build_report(sweep.name)
+    names = Counter(result.name for result in report.sweep.results)
     wrong = [f"the report has {names[cell.name]} of {cell.name}" for cell in sweep.cells if names[cell.name] != 1]
-    wrong += [f"{result.name} is {result.status}: {result.reason}" for result in report.unfinished]
-    by_name = {result.name: result for result in report.results}
+    wrong += [f"{result.name} is {result.status}: {result.reason}" for result in report.sweep.unfinished]
+    by_name = {result.name: result for result in report.sweep.results}
     for other in whole:
         one = by_name[other.name.replace("whole", sweep.name)]
         found.resumed += len(one.resumed)

@@ -8,12 +8,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
 import sparse_zoo as zoo
-from experiments.reporting import pictures
-from experiments.tracking.store import Asked, Cell, Result, write_sweep
-from lit_modules.callbacks import film_pictures, write_picture
+from experiments.tracking.arrays import write_arrays
+from experiments.tracking.store import Cell, Result, SweepRequest, write_sweep
+from lit_modules.strips import film_rows
 
 # Of the page of the full sweep, in order.
 SECTIONS = [
@@ -33,17 +32,31 @@ COMMAND = "zoo sweep made_up --size gpu"
 LAYOUT = zoo.Layout.film([zoo.Shot(2, 4, 4), zoo.Shot(1, 4, 4)])
 
 
-def strip(drawn: float) -> Tensor:
-    """A film of two shots, of which one value was `drawn`; the real one is the same for all."""
+def film(generated: float) -> dict[str, np.ndarray]:
+    """The rows of a film of two shots, of which one value was generated; the real one is the same for all."""
     real = [torch.linspace(-1, 1, frames * 3 * 12 * 12).view(1, frames, 3, 12, 12) for frames in (2, 1)]
-    return film_pictures(LAYOUT, [real, [clip / 2 for clip in real], [torch.full_like(c, drawn) for c in real]])[0]
+    versions = [real, [clip / 2 for clip in real], [torch.full_like(clip, generated) for clip in real]]
+    (rows,) = film_rows(LAYOUT, versions)
+    return {name: row.numpy() for name, row in zip(("real", "guess", "generated"), rows, strict=True)}
+
+
+def plan() -> dict[str, np.ndarray]:
+    """The map of a plan that attends to a half of all pairs."""
+    starts, share = np.arange(8) == 4, np.full((8, 8), 0.5, np.float32)
+    kind = np.array([0, 1, 1, 1, 2, 2, 2, 2], np.uint8)
+    return {
+        "share": share,
+        "kind": kind,
+        "shot_starts": starts,
+        "film_starts": starts & False,
+    }
 
 
 def finished(cell: Cell, sweep: str, val_loss: float, **more: Any) -> Result:
     """A result whose pictures are there."""
     folder = cell.folder(sweep)
-    pictures.save(torch.zeros(8, 8, 3, dtype=torch.uint8), folder / "plan-1-1.png")
-    write_picture(folder / "film.png", strip(min(1.0, val_loss)))
+    write_arrays(folder / "plan-1-1.npz", plan())
+    write_arrays(folder / "film.npz", film(min(1.0, val_loss)))
     made = Result(
         name=cell.name,
         attention=cell.config["attention"],
@@ -61,8 +74,8 @@ def finished(cell: Cell, sweep: str, val_loss: float, **more: Any) -> Result:
         seconds=3.0,
         peak_memory=2**20,
         curves={"train/flow": [(1, 1.3), (2, 1.2)], "val/loss": [(1, 2 * val_loss), (2, val_loss)]},
-        pictures=[{"file": "plan-1-1.png", "label": "layer 1"}],
-        strips=["film.png"],
+        pictures=[{"file": "plan-1-1.npz", "label": "layer 1"}],
+        strips=["film.npz"],
         folder=str(folder),
         provenance={"commit": "abc", "pid": 1, "host": "here", "changed since": True},
         data={"skipped": [{"path": "bad.mp4", "reason": "no video stream"}]},
@@ -112,7 +125,7 @@ def write_sweep_of(
                     seconds_per_step=0.2 + 0.01 * number + 0.002 * seed,
                 )
             made.write(cell.folder(name))
-    write_sweep(name, Asked("A sweep that was made up: 100 % of it & <more>.", tuple(cells), command=COMMAND))
+    write_sweep(name, SweepRequest("A sweep that was made up: 100 % of it & <more>.", tuple(cells), command=COMMAND))
 
 
 def write_full_sweep(name: str = "full") -> str:

@@ -11,7 +11,7 @@ import pytest
 from made_up import SECTIONS, write_full_sweep
 
 from experiments.reporting.html import write
-from experiments.reporting.report import Report
+from experiments.reporting.report import build_report
 
 sync_api = pytest.importorskip("playwright.sync_api", reason="needs the extra: pip install -e '.[browser]'")
 
@@ -23,7 +23,7 @@ DESKTOP, PHONE, PAPER = 1280, 390, 690  # pixels across; the last is A4 between 
 def report(tmp_path_factory: pytest.TempPathFactory) -> Path:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("ZOO_HOME", str(tmp_path_factory.mktemp("runs")))
-        return write(Report.of(write_full_sweep()))
+        return write(build_report(write_full_sweep()))
 
 
 @pytest.fixture(scope="module")

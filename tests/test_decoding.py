@@ -503,6 +503,7 @@ def peaks(short: Path, long: Path, cache: Path, told: Any) -> None:
     told.send(np.diff(marks).tolist())
 
 
+@pytest.mark.slow
 def test_memory_does_not_grow_with_the_length_of_a_video(tmp_path: Path) -> None:
     short, long = (
         write(tmp_path / f"{seconds}.mp4", plain(RED, 10 * seconds, 240, 320), "mpeg4", rate=10)

@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 from experiments import escape
 from experiments.cli import app
 from experiments.reporting import tables
-from experiments.reporting.report import Report
+from experiments.reporting.report import build_report
 from sparse_zoo import testing
 
 HOSTILE = "[red]x[/red]<script>alert(1)</script>|`_\\input{a}\x1b[31m\r\u202e\udc80'\"&amp;$#% :bomb:"
@@ -111,8 +111,8 @@ def test_names_are_text_in_every_output_of_every_command(here: Path, monkeypatch
     page = (here / "runs" / NAME / "report.html").read_text(encoding="utf-8")
     assert not escape.UNSAFE.search(page)
     assert "<script>alert" not in page
-    assert not re.search(r"(?<!\\)<script", tables.markdown(Report.of(NAME)))
-    assert r"\input{" not in tables.latex(Report.of(NAME))
+    assert not re.search(r"(?<!\\)<script", tables.markdown(build_report(NAME)))
+    assert r"\input{" not in tables.latex(build_report(NAME))
 
     (checkpoints,) = (here / "runs" / NAME).glob("*/checkpoints")
     given = [str(checkpoints.parent), *plugin]

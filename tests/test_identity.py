@@ -6,19 +6,44 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from tiny import BASE, write_sweep
 from typer.testing import CliRunner
 
 from experiments.cli import app
+from experiments.cli.runs import _machine_dependent
 from experiments.config.declared import as_declared
-from experiments.config.resolve import cell, load
+from experiments.config.resolve import cell, load, merge
 from experiments.sweep.expand import read
-from experiments.tracking.store import Asked, read_sweep
+from experiments.tracking.store import Cell, SweepRequest, read_sweep
 from experiments.tracking.store import write_sweep as write_sweep_file
+from lit_modules.precision import default_precision
 
 
 def id_of(*overrides: Any) -> str:
     return cell("any", load([*overrides])).id
+
+
+def test_a_precision_is_the_default_of_its_accelerator_on_its_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a login node nobody knows the GPU of another machine, so a precision for that GPU is never its default."""
+    gpu = "trainer.accelerator=gpu"
+    for there, default in ((False, None), (True, "bf16-mixed")):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda there=there: there)
+        monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **_: True)
+        for precision in ("32-true", "bf16-mixed", "16-mixed"):
+            one, other = (cell("any", merge(own)[0]).id for own in ([gpu], [gpu, f"trainer.precision={precision}"]))
+            assert (one == other) == (precision == default), (there, precision)
+
+
+def test_cells_for_other_machines_name_the_accelerator_of_their_precision(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    for settings, refused in (
+        ({"precision": "32-true"}, True),
+        ({"precision": "bf16-mixed"}, False),
+        ({"precision": "32-true", "accelerator": "cpu"}, False),
+        ({}, False),
+    ):
+        assert bool(_machine_dependent([Cell("a", {"trainer": settings}, id="0")])) == refused, settings
 
 
 @pytest.mark.parametrize(
@@ -63,6 +88,8 @@ def id_of(*overrides: Any) -> str:
         ([], ["trainer.limit_train_batches=1.0"]),
         ([], ["trainer.detect_anomaly=false", "trainer.deterministic=null"]),
         ([], ["sampling.context=null", "sampling.guidance=1"]),
+        (["trainer.accelerator=cpu"], ["trainer.accelerator=cpu", "trainer.precision=32"]),
+        ([], [f"trainer.precision={default_precision()}"]),
         (["match.density=0.5"], ["match.density=5e-1", "match.within=0.02", "match.also={}"]),
     ],
 )  # fmt: skip
@@ -146,7 +173,7 @@ def test_a_sweep_keeps_the_ids_of_its_cells(tmp_path: Path, monkeypatch: pytest.
         for written, own in {"not": {}, "out": {"optim": {"weight_decay": 0.01}}}.items()
     }
     assert cells["not"][0].id == cells["out"][0].id
-    write_sweep_file("s", Asked("", cells["out"]))
+    write_sweep_file("s", SweepRequest("", cells["out"]))
     assert [own.id for own in read_sweep("s").cells] == [cells["out"][0].id]
 
 

@@ -24,7 +24,7 @@ from experiments.execution.progress import Bar
 from experiments.execution.scheduler import Work, _serve, execute, loaded_plugins, varying_params
 from experiments.execution.slurm import Job
 from experiments.reporting.html import html, write
-from experiments.reporting.report import Report
+from experiments.reporting.report import build_report
 from experiments.sweep.expand import Sweep, read
 from experiments.tracking import store
 from experiments.tracking.mlflow_logger import Tracker, uri
@@ -197,7 +197,7 @@ def test_ctrl_c_keeps_what_has_finished(runs: Path) -> None:
     assert states[1].reason == "was interrupted after 1 steps"
     shown = zoo_command("report", "stopped").output
     assert "moc, interrupted: was interrupted after 1 steps" in shown
-    for text in (html(Report.of("stopped")), zoo_command("report", "stopped", "--markdown").output):
+    for text in (html(build_report("stopped")), zoo_command("report", "stopped", "--markdown").output):
         assert "interrupted" in text
         assert "missing" not in text
     again = Silent()
@@ -263,8 +263,8 @@ def test_two_drivers_of_one_sweep_each_show_their_own_cells(runs: Path, monkeypa
 
     def both(sweep: Sweep, bar: Bar, **given: Any) -> list[store.Result]:
         found = execute(sweep, bar, **given)
-        store.write_sweep("twice", store.Asked("other", other.cells, command="zoo sweep twice --max-steps 3"))
-        write(Report.of("twice"))
+        store.write_sweep("twice", store.SweepRequest("other", other.cells, command="zoo sweep twice --max-steps 3"))
+        write(build_report("twice"))
         return found
 
     alone = zoo_command("sweep", file)

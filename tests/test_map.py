@@ -14,6 +14,7 @@ from matplotlib.patches import Rectangle
 import sparse_zoo as zoo
 from experiments.reporting import pictures
 from experiments.reporting.pictures import FILM, HEADS, LOOP, sample_map
+from experiments.reporting.run_pictures import save_picks, save_plans
 from sparse_zoo.diagnostics import diagnose
 
 
@@ -89,9 +90,6 @@ def test_the_matrix_shows_counts_shares_and_loops() -> None:
     assert told == {(1, 3): "30", (3, 1): "20", (3, 0): "10", (2, 2): "5"}
     red = [p for p in axis.patches if isinstance(p, Rectangle) and p.get_edgecolor()[:3] == pictures._rgb(LOOP)]
     assert {(p.get_y() + 0.5, p.get_x() + 0.5) for p in red} == {(1, 3), (3, 1)}
-    plain = Figure().add_subplot()
-    pictures._draw_shots(plain, counts, numbers=False)
-    assert not plain.texts
 
 
 def test_arcs_to_earlier_shots_lie_above_and_loops_are_red() -> None:
@@ -148,7 +146,7 @@ def test_runs_get_a_picture_of_each_routed_branch(tmp_path: Path) -> None:
         torch.manual_seed(0)
         attention = zoo.build(method, heads=HEADS, head_dim=16, dim=16, **settings).eval()
         layers.append(diagnose(call, attention.run(call).plans))
-    written = pictures.of_routing(layers, tmp_path)
+    written = save_picks(layers, tmp_path)
     assert [entry["label"] for entry in written] == [
         "layer 1, picks by shot, loops 9 <-> 11",
         "layer 3, picks by shot",
@@ -166,7 +164,7 @@ def test_plans_over_pooled_tokens_are_counted_and_not_drawn(tmp_path: Path) -> N
     assert rows[0]["density"] == pytest.approx(9 / len(FILM))
     assert "mass" not in rows[0]
     assert image.imread(drawn.save(tmp_path / "nsa.png")).std() > 0
-    written = pictures.of_results([drawn.result], tmp_path)
+    written = save_plans([drawn.result], tmp_path)
     assert [entry["label"] for entry in written] == ["layer 1, branch 2", "layer 1, branch 3"]
 
 

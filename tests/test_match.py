@@ -223,7 +223,14 @@ def test_the_target_is_hit_on_ragged_films(attention: dict[str, Any], target: fl
     assert solved(load([RAGGED, {"attention": attention, "match": {"density": target}}])) == config
 
 
-@pytest.mark.parametrize("name", [name for name in zoo.names() if zoo.get(name).knob is not None])
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=[] if name in ("moc", "moga", "window", "vmoba") else pytest.mark.slow)
+        for name in zoo.names()
+        if zoo.get(name).knob is not None
+    ],
+)
 def test_what_a_knob_can_buy_is_found(name: str) -> None:
     """For every method: the density at a value of its knob is asked for, and reached again."""
     knob = zoo.get(name).knob
@@ -323,7 +330,7 @@ def test_seeds_share_one_solution(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 def test_a_solution_is_kept_as_long_as_it_holds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = write_sweep(tmp_path / "kept.yaml", **BUDGET)
     sweep = read(path)
-    store.write_sweep("kept", store.Asked("", sweep.cells))
+    store.write_sweep("kept", store.SweepRequest("", sweep.cells))
     with monkeypatch.context() as patched:
         patched.setattr(budget, "_solve", lambda *_: pytest.fail("it was solved before"))
         assert read(path) == sweep
@@ -333,7 +340,7 @@ def test_a_solution_is_kept_as_long_as_it_holds(tmp_path: Path, monkeypatch: pyt
     # What a changed method made of it is no answer any more.
     far = [budget.with_settings(cell.config, {"top_k": 1}) for cell in sweep.cells[:3]]
     stale = tuple(store.Cell(cell.name, config, cell.group) for cell, config in zip(sweep.cells, far, strict=False))
-    store.write_sweep("kept", store.Asked("", stale))
+    store.write_sweep("kept", store.SweepRequest("", stale))
     assert read(path) == sweep
 
 

@@ -317,7 +317,7 @@ def test_values_out_of_range_are_refused(name: str, settings: dict[str, Any], sa
 
 
 @pytest.mark.parametrize(("name", "settings"), CASES)
-def test_what_inference_mode_made_first_serves_training(name: str, settings: dict[str, Any]) -> None:
+def test_cache_filled_in_inference_mode_serves_training(name: str, settings: dict[str, Any]) -> None:
     film = Layout.film([Shot(2, 3, 4, 2), Shot(3, 2, 2, 1)], caption=3)
     q, k, v = tensors(film)
     hidden = torch.randn(2, len(film), DIM, dtype=torch.float64)

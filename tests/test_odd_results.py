@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import cProfile
 import io
 import json
+import pstats
 import re
+import subprocess
+import sys
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 from made_up import finished, write_sweep_of
+from matplotlib.axes import Axes
 from rich.console import Console
 from typer.testing import CliRunner
 
@@ -18,13 +24,39 @@ from experiments import escape
 from experiments.cli import app
 from experiments.reporting import tables
 from experiments.reporting.html import html, write
+from experiments.reporting.limits import (
+    MAX_FULL_RESULTS,
+    MAX_LEVELS,
+    MAX_LISTED_PAIRS,
+    MAX_PICTURED_GROUPS,
+    MAX_PLOTTED_GROUPS,
+    MAX_TERMINAL_ROWS,
+)
 from experiments.reporting.record import write_record
-from experiments.reporting.report import MOST_PAIRS, Report
+from experiments.reporting.report import build_report
+from experiments.reporting.report_json import to_json
+from experiments.reporting.terminal import terminal_tables
 from experiments.tracking import schema
-from experiments.tracking.store import Asked, Cell, write_sweep
+from experiments.tracking.arrays import MAX_ARRAY_BYTES, MAX_FILE_BYTES
+from experiments.tracking.store import Cell, SweepRequest, write_sweep
 
 RESULTS = Path(__file__).parent.parent / "experiments" / "results"
 HOSTILE = "[red]x[/red]<script>alert(1)</script>|_\\input{a}\x1b[31m\r\u202e\ud800'\"&amp;$ :bomb:"
+
+
+def test_the_docs_state_the_limits_of_long_reports() -> None:
+    page = (RESULTS.parent.parent / "docs" / "reports.md").read_text()
+    for stated in (
+        f"| {MAX_PLOTTED_GROUPS} groups | plots show the first {MAX_PLOTTED_GROUPS} ",
+        f"films the first {MAX_PICTURED_GROUPS};",
+        f"| {MAX_LISTED_PAIRS} pairs ",
+        f"| {MAX_FULL_RESULTS} cells |",
+        f"at most {MAX_TERMINAL_ROWS} rows",
+        f"more than {MAX_LEVELS} values have no plot",
+        f"over {MAX_FILE_BYTES >> 20} MiB, or over {MAX_ARRAY_BYTES >> 20} MiB when unpacked",
+        f'the key `"version"`, now {schema.VERSION}.',
+    ):
+        assert stated in page
 
 
 @pytest.fixture
@@ -34,7 +66,7 @@ def good(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     cells = tuple(Cell(name, {"attention": {"name": "dense"}, "seed": 0}) for name in ("fine", "odd"))
     for cell in cells:
         finished(cell, "s", 0.5).write(cell.folder("s"))
-    write_sweep("s", Asked("", cells))
+    write_sweep("s", SweepRequest("", cells))
     return cells[1].folder("s") / "result.json"
 
 
@@ -95,9 +127,9 @@ def test_an_odd_cell_is_one_line_and_a_marked_row(good: Path, what: str) -> None
     assert "result.json cannot be read: " in line
     assert re.search(r"odd +unreadable", result.output)
     assert "1 of 2 cells finished" in result.output.replace("\n", " ")
-    for text in (html(Report.of("s")), tables.markdown(Report.of("s")), tables.latex(Report.of("s"))):
+    for text in (html(build_report("s")), tables.markdown(build_report("s")), tables.latex(build_report("s"))):
         assert "unreadable" in text
-    by_name = {cell["name"]: cell for cell in Report.of("s").to_json()["cells"]}
+    by_name = {cell["name"]: cell for cell in to_json(build_report("s"))["cells"]}
     assert [by_name[name]["status"] for name in ("fine", "odd")] == ["finished", "unreadable"]
 
 
@@ -120,7 +152,7 @@ def test_results_of_earlier_versions_are_read(good: Path) -> None:
     assert plain.pop("version") == schema.VERSION
     del plain["resumed"], plain["films"]
     good.write_text(json.dumps(plain | {"metrics": {"a_recall": None}}))  # as it was written before there were versions
-    assert [cell.status for cell in Report.of("s").results] == ["finished"] * 2
+    assert [cell.status for cell in build_report("s").sweep.results] == ["finished"] * 2
     read = {path.stem: schema.read_record(path) for path in RESULTS.glob("*.json") if "cpu" not in path.stem}
     assert all(record["groups"] and record["runs"] for record in read.values())
 
@@ -130,21 +162,21 @@ def test_names_are_text_in_every_output(tmp_path: Path, monkeypatch: pytest.Monk
     name = HOSTILE.replace("/", "-").replace("\ud800", "")  # as the name of a folder
     methods = {"a": {"name": HOSTILE, HOSTILE: HOSTILE}, name: {"name": "moc", "top_k": 1, "note": HOSTILE}}
     write_sweep_of("s", {"a": (0.9, 0.8), name: (0.5, None)}, methods)
-    report = Report.of("s")
-    for result in report.finished:
+    report = build_report("s")
+    for result in report.sweep.finished:
         result.metrics[f"{HOSTILE}_recall"] = 0.5
         result.kernel = HOSTILE
         result.provenance = {HOSTILE: HOSTILE}
         result.write(Path(result.folder))
-    report = Report.of("s")
+    report = build_report("s")
     console = Console(width=200, file=io.StringIO(), emoji=False)
-    console.print(*report.tables(), *report.tables(runs=True))
+    console.print(*terminal_tables(report), *terminal_tables(report, runs=True))
     write_record(report, tmp_path / "record.json")
     outputs = {
         "html": html(report),
         "markdown": tables.markdown(report),
         "latex": tables.latex(report),
-        "json": json.dumps(report.to_json()),
+        "json": json.dumps(to_json(report)),
         "terminal": console.file.getvalue(),  # type: ignore[attr-defined]
         "command": CliRunner().invoke(app, ["report", "s"]).output,
     }
@@ -165,16 +197,31 @@ def test_a_long_report_is_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     names = [f"m{i}" for i in range(100)]
     recalls = {name: (i / 100, i / 100 + 0.001) for i, name in enumerate(names)}
     write_sweep_of("long", recalls, {name: {"name": "moc", "top_k": i} for i, name in enumerate(names)})
-    report = Report.of("long")
+    with cProfile.Profile() as profile:
+        report = build_report("long")
+    calls = pstats.Stats(profile).total_calls / len(report.sweep.results)
+    assert calls < 2000  # 1,200 each; if types were evaluated anew: 3,900
+    scatters: list[object] = []
+    scatter = Axes.scatter
+    monkeypatch.setattr(Axes, "scatter", lambda axis, *of, **how: scatters.append(axis) or scatter(axis, *of, **how))
     page = write(report)
+    assert max(Counter(scatters).values()) <= 2  # of a plot: not one for each of 40 groups
+    assert sum(bool(result.curves) for result in report.sweep.results) == 40 * 2
     assert page.stat().st_size < 1_500_000
     assert page.with_suffix(".json").stat().st_size < 2_000_000
-    assert len(report.tested) == 100 * 99 // 2
-    assert len(report.listed) <= MOST_PAIRS
+    assert len(report.comparison.tested) == 100 * 99 // 2
+    assert len(report.comparison.listed) <= MAX_LISTED_PAIRS
     text = page.read_text()
     assert "This report is long: plots and pictures show the first 40 of 100 groups" in text
     assert text.count("data:image/png") < 150
     assert "m99" in text
+
+
+def test_a_report_does_not_load_what_trains() -> None:
+    loaded = (
+        "import sys, experiments.reporting.html; print(*{'lightning', 'mlflow', 'scipy.stats'} & sys.modules.keys())"
+    )
+    assert subprocess.run([sys.executable, "-c", loaded], capture_output=True, text=True, check=True).stdout == "\n"
 
 
 def test_a_winner_is_named_where_it_is_significant_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -187,12 +234,17 @@ def test_a_winner_is_named_where_it_is_significant_alone(tmp_path: Path, monkeyp
         ),
         "close": ({"a": (0.9, 0.2, 0.5), "b": (0.1, 0.8, 0.3)}, None, "No significant winner: a and b differ by"),
         "none": ({"a": (0.0, 0.0, 0.0), "b": (0.0, 0.0, 0.0)}, None, "No significant winner: a and b differ by +0.000"),
+        "chance": (
+            {"a": (0.0040, 0.0042, 0.0041), "b": (0.0, 0.0001, 0.0001)},
+            None,
+            "a, does not beat chance (0.005)",
+        ),
         "one": ({"a": (0.9,), "b": (0.1,)}, None, "no test is possible, because each method has one seed"),
     }
     for name, (recalls, winner, told) in sweeps.items():
         write_sweep_of(name, recalls, {key: {"name": "moc"} for key in recalls})
-        report = Report.of(name)
-        assert report.to_json()["winner"] == winner
+        report = build_report(name)
+        assert to_json(report)["winner"] == winner
         shown = CliRunner().invoke(app, ["report", name]).output.replace("\n", " ")
         for text in (html(report), shown, tables.markdown(report)):
             assert told in text.replace("\\", "")

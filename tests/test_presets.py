@@ -14,7 +14,7 @@ from experiments.config.resolve import load
 from experiments.config.yaml12 import read_yaml
 from experiments.execution.progress import Bar
 from experiments.execution.scheduler import execute
-from experiments.reporting.report import Report
+from experiments.reporting.report import build_report
 from experiments.sweep.expand import SWEEPS, Sweep, find, read
 from experiments.tracking.store import Cell
 from sparse_zoo import testing
@@ -49,7 +49,9 @@ def once(sweep: Sweep) -> Sweep:
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("name", PRESETS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[] if name == "moc_causal" else pytest.mark.slow) for name in PRESETS]
+)
 def test_every_cell_of_every_preset_runs(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, database: str
 ) -> None:
@@ -66,7 +68,7 @@ def test_every_cell_of_every_preset_runs(
         for outcomes in ("identity_recall", "whole_identity_recall"):
             assert len(result.films[outcomes]) == TINY["data.test_films"]  # each film of the test, once
         assert result.chance["identity_recall"] == 1 / 192
-    assert {group.name for group in Report.of(sweep.name).groups} == {cell.group for cell in sweep.cells}
+    assert {group.name for group in build_report(sweep.name).sweep.groups} == {cell.group for cell in sweep.cells}
     assert all(cell.config["trainer"]["accelerator"] == "cpu" for cell in sweep.cells)
     densities = {round(result.density or 0, 6) for result in results}
     assert len(densities) > 1 or name in ("moc_causal", "moga_balance")

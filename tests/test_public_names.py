@@ -32,6 +32,7 @@ TOP = [
     "register_kernel",
     "load_plugin",
     "Scheduled",
+    "Segment",
     "attach",
 ]
 FILM = zoo.Layout.film([zoo.Shot(frames=2, rows=2, cols=3, text=2), zoo.Shot(frames=1, rows=3, cols=3)], caption=1)

@@ -11,22 +11,22 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-import torch
 from made_up import COMMAND, SECTIONS, finished, write_full_sweep, write_sweep_of
 from rich.console import Console
 from typer.testing import CliRunner, Result
 
-import sparse_zoo as zoo
 from experiments.analysis.formatting import settings, signed
 from experiments.analysis.metrics import CONTROLS, Measure
 from experiments.cli import app
 from experiments.reporting import tables
 from experiments.reporting.html import _points, html, write
+from experiments.reporting.leaderboard import list_distances, rank_groups
 from experiments.reporting.plots import smooth, together
 from experiments.reporting.record import record, write_record
-from experiments.reporting.report import Report
-from experiments.tracking.store import Asked, Cell, write_sweep
-from lit_modules.callbacks import film_pictures, picture_rows
+from experiments.reporting.report import Report, build_report
+from experiments.reporting.report_json import to_json
+from experiments.reporting.terminal import terminal_tables
+from experiments.tracking.store import Cell, SweepRequest, write_sweep
 from sparse_zoo.errors import ZooError
 
 ROOT = Path(__file__).parent.parent
@@ -52,12 +52,12 @@ def sweep(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     replace(broken, status="failed", reason=reason, last_loss=float("nan"), checkpoint="a/step=1.ckpt").write(
         cells[2].folder("s")
     )
-    write_sweep("s", Asked("About <this>.", cells))
+    write_sweep("s", SweepRequest("About <this>.", cells))
     return "s"
 
 
 def test_json_has_what_was_promised(sweep: str) -> None:
-    plain = json.loads(json.dumps(Report.of(sweep).to_json(), allow_nan=False))
+    plain = json.loads(json.dumps(to_json(build_report(sweep)), allow_nan=False))
     assert list(plain)[:3] == ["name", "cells", "groups"]
     assert plain["name"] == "s"
     by_name = {cell["name"]: cell for cell in plain["cells"]}
@@ -72,7 +72,7 @@ def test_json_has_what_was_promised(sweep: str) -> None:
 
 
 def test_page_is_one_file_that_opens_anywhere(sweep: str) -> None:
-    path = write(Report.of(sweep))
+    path = write(build_report(sweep))
     page = path.read_text()
     assert json.loads((path.parent / "report.json").read_text())["name"] == "s"
     named = re.findall(r"""(?:src|href|url|@import)\s*[=(]\s*["']?([^"')\s>]+)""", page)
@@ -84,7 +84,7 @@ def test_page_is_one_file_that_opens_anywhere(sweep: str) -> None:
 
 
 def test_page_names_what_did_not_finish(sweep: str) -> None:
-    page = html(Report.of(sweep))
+    page = html(build_report(sweep))
     assert "2 of 4 cells did not finish" in page
     assert "step 1: &lt;flow&gt; is nan" in page
     assert "a/step=1.ckpt" in page
@@ -95,13 +95,13 @@ def test_page_names_what_did_not_finish(sweep: str) -> None:
 
 def test_page_without_any_finished_cell(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ZOO_HOME", str(tmp_path))
-    write_sweep("none", Asked("", (Cell("a", {"attention": [{"name": "moc"}, {"name": "dense"}], "seed": 0}),)))
-    assert "1 of 1 cells did not finish" in html(Report.of("none"))
+    write_sweep("none", SweepRequest("", (Cell("a", {"attention": [{"name": "moc"}, {"name": "dense"}], "seed": 0}),)))
+    assert "1 of 1 cells did not finish" in html(build_report("none"))
 
 
 def test_table_fits_a_terminal(sweep: str) -> None:
     console = Console(width=80, record=True, file=io.StringIO())
-    console.print(*Report.of(sweep).tables())
+    console.print(*terminal_tables(build_report(sweep)))
     text = console.export_text()
     assert "…" not in text
     assert re.search(r"better +0\.800 +1\.250 +1\.000 +25\.0 % +2 +0\.500 +cpu", text)
@@ -121,15 +121,15 @@ def test_budgets_that_training_left_are_told(tmp_path: Path, monkeypatch: pytest
         cell = Cell(name, {"attention": {"name": "moc"}, "seed": 0, "match": match})
         finished(cell, "budget", 0.5, density=density).write(cell.folder("budget"))
         cells.append(cell)
-    write_sweep("budget", Asked("", tuple(cells)))
-    report = Report.of("budget")
-    moved = "left 30.0 % for 25.0 %, fell 20.0 % for 25.0 %".replace(" %", "\u00a0%")
-    told = f"Budgets were met before training; in training moved {moved}."
-    assert report.drift == report.to_json()["drift"] == told
+    write_sweep("budget", SweepRequest("", tuple(cells)))
+    report = build_report("budget")
+    moved = "left 30.0 % (budget 25.0 %), fell 20.0 % (budget 25.0 %)".replace(" %", "\u00a0%")
+    told = f"Cells met their density budget before training and left it in training: {moved}."
+    assert report.sentences.deviation == to_json(report)["drift"] == told
     assert told in html(report)
     assert told.replace("\u00a0%", r"~\%") in tables.latex(report)
-    write_sweep("budget", Asked("", (cells[0], cells[3])))
-    assert Report.of("budget").drift == ""
+    write_sweep("budget", SweepRequest("", (cells[0], cells[3])))
+    assert build_report("budget").sentences.deviation == ""
 
 
 @pytest.fixture
@@ -149,24 +149,24 @@ def seeded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
                 metrics = {"identity_recall": 1 - loss} if method != "alone" else {}
                 found = replace(finished(cell, "seeded", loss), metrics=metrics, density=loss / 2)
             found.write(cell.folder("seeded"))
-    write_sweep("seeded", Asked("", tuple(cells)))
+    write_sweep("seeded", SweepRequest("", tuple(cells)))
     return "seeded"
 
 
 def test_runs_that_differ_by_seed_alone_are_one_group(seeded: str) -> None:
-    report = Report.of(seeded, by="val_loss")
-    assert [group.name for group in report.groups] == ["alone", "moc", "dense"]
-    alone, moc, dense = report.groups
-    assert [len(group.results) for group in report.groups] == [1, 3, 3]
-    figure = dense.figure("val_loss")
+    report = build_report(seeded, by="val_loss")
+    assert [group.name for group in report.sweep.groups] == ["alone", "moc", "dense"]
+    alone, moc, dense = report.sweep.groups
+    assert [len(group.results) for group in report.sweep.groups] == [1, 3, 3]
+    figure = dense.estimate("val_loss")
     assert figure is not None
     assert (figure.mean, figure.sd, figure.n) == (pytest.approx(0.8), pytest.approx(0.1), 3)  # n - 1 below the line
-    recall = moc.figure("identity_recall")
+    recall = moc.estimate("identity_recall")
     assert recall is not None
     assert (recall.mean, recall.n, recall.low) == (pytest.approx(0.45), 2, 0.0)
     assert alone.values("val_loss") == {0: 0.3}
-    assert alone.figure("identity_recall") is None
-    plain = json.loads(json.dumps(report.to_json(), allow_nan=False))
+    assert alone.estimate("identity_recall") is None
+    plain = json.loads(json.dumps(to_json(report), allow_nan=False))
     assert len(plain["cells"]) == 7
     by_name = {group["name"]: group for group in plain["groups"]}
     assert by_name["dense"]["cells"] == ["dense-s0", "dense-s1", "dense-s2"]
@@ -177,19 +177,23 @@ def test_runs_that_differ_by_seed_alone_are_one_group(seeded: str) -> None:
 
 
 def test_the_headline_is_recall_where_it_is_measured(seeded: str) -> None:
-    report = Report.of(seeded)
-    assert report.headline.name == "identity_recall"
-    assert [group.name for group in report.groups] == ["moc", "dense", "alone"]  # more is better; not measured, last
+    report = build_report(seeded)
+    assert report.sweep.headline.name == "identity_recall"
+    assert [group.name for group in report.sweep.groups] == [
+        "moc",
+        "dense",
+        "alone",
+    ]  # more is better; not measured, last
     for unknown in ("recall", "density"):  # a cost is no measure of quality
         with pytest.raises(ZooError, match=rf"unknown measure '{unknown}'.*identity_recall"):
-            Report.of(seeded, by=unknown)
+            build_report(seeded, by=unknown)
 
 
 def test_a_measure_without_a_better_way_is_no_headline(sweep: str) -> None:
-    cell = Report.of(sweep).groups[0].one
+    cell = build_report(sweep).sweep.groups[0].first
     replace(cell, metrics={"dynamic_degree": 0.5}).write(Path(cell.folder))
-    with pytest.raises(ZooError, match="whether more or less dynamic degree is better is not known"):
-        Report.of(sweep, by="dynamic_degree")
+    with pytest.raises(ZooError, match="dynamic degree cannot rank methods"):
+        build_report(sweep, by="dynamic_degree")
     for name, higher in {
         "identity_recall_film": True,
         "wrong_subject": False,
@@ -203,7 +207,7 @@ def test_a_measure_without_a_better_way_is_no_headline(sweep: str) -> None:
 def test_terminal_shows_intervals_letters_and_single_runs_on_demand(seeded: str) -> None:
     def shown(**options: bool) -> str:
         console = Console(width=80, record=True, file=io.StringIO())
-        console.print(*Report.of(seeded).tables(**options))
+        console.print(*terminal_tables(build_report(seeded), **options))
         return console.export_text()
 
     text = shown()
@@ -224,46 +228,49 @@ def full(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
 
 
 def test_which_differences_hold(full: str) -> None:
-    report = Report.of(full)
-    assert [group.name for group in report.groups][:2] == ["dense", "moc_k2"]
-    tests = {(pair.a, pair.b): pair for pair in report.differences}
+    report = build_report(full)
+    assert [group.name for group in report.sweep.groups][:2] == ["dense", "moc_k2"]
+    tests = {(pair.a, pair.b): pair for pair in report.comparison.differences}
     assert len(tests) == 10
-    assert tests["dense", "own_shot"].holds
-    assert not tests["random_shot", "own_shot"].holds
+    assert tests["dense", "own_shot"].significant
+    assert not tests["random_shot", "own_shot"].significant
     assert tests["dense", "random_shot"].n == 2  # the seeds that both have
-    assert report.letters["dense"] != report.letters["own_shot"]
-    assert f"{sum(pair.holds for pair in report.differences)} of 10 differences in identity recall" in report.verdict
-    assert "over up to 3 seeds" in report.verdict
-    assert "cannot give less than p = 0.25" in report.caution
-    films = {(one.a, one.b): one for one in report.films}
+    assert report.comparison.letters["dense"] != report.comparison.letters["own_shot"]
+    assert (
+        f"{sum(pair.significant for pair in report.comparison.differences)} of 10 differences in identity recall"
+        in report.sentences.verdict
+    )
+    assert "over up to 3 seeds" in report.sentences.verdict
+    assert "smallest possible p is 0.25" in report.sentences.caution
+    films = {(one.a, one.b): one for one in report.comparison.films}
     assert films["dense", "own_shot"].films == 64
     assert films["dense", "own_shot"].better == 64
-    assert films["dense", "own_shot"].holds
+    assert films["dense", "own_shot"].significant
 
 
 def test_films_are_not_compared_where_they_differ(full: str) -> None:
-    one = Report.of(full).groups[0].one
+    one = build_report(full).sweep.groups[0].first
     replace(one, config=one.config | {"data": {"seed": 1}}).write(Path(one.folder))
-    assert Report.of(full).films == []
+    assert build_report(full).comparison.films == []
 
 
 def test_without_pairs_nothing_is_claimed(sweep: str) -> None:
-    report = Report.of(sweep)
-    assert report.tested == []
-    assert report.letters == {}
-    assert "no difference can be told from chance" in html(report)
+    report = build_report(sweep)
+    assert report.comparison.tested == []
+    assert report.comparison.letters == {}
+    assert "no difference can be tested" in html(report)
 
 
 def test_page_shows_what_the_seeds_say(full: str) -> None:
-    page = html(Report.of(full))
+    page = html(build_report(full))
     assert re.findall(r'<section[^>]* id="(\w+)"', page) == SECTIONS
     assert "1 of 15 cells did not finish" in page
     assert "ValueError: out of &lt;memory&gt;_&amp;" in page
-    assert re.findall(r'<span class="tag">(.*?)</span>', page) == ["dense ceiling", "own shot only", "random null"]
-    assert "Dotted: chance, dense ceiling, random null, own shot only." in page
+    assert re.findall(r'<span class="tag">(.*?)</span>', page) == ["dense ceiling", "own shot only", "random baseline"]
+    assert "Dotted: chance, dense ceiling, random baseline, own shot only." in page
     assert "<h3>moc: top_k</h3>" in page
     assert "<h3>method</h3>" in page
-    assert page.count('class="held"') == sum(pair.holds for pair in Report.of(full).differences)
+    assert page.count('class="held"') == sum(pair.significant for pair in build_report(full).comparison.differences)
     assert COMMAND in page
     # Each number says where it comes from.
     assert re.search(r'title="0\.9300  metrics\.identity_recall in moc_k2-s0-\w{12}/result\.json, commit abc\+', page)
@@ -274,7 +281,7 @@ def test_page_shows_what_the_seeds_say(full: str) -> None:
 
 
 def test_page_shows_single_runs(seeded: str) -> None:
-    page = html(Report.of(seeded))
+    page = html(build_report(seeded))
     assert "<th>identity recall</th>" in page
     assert "moc-s0" in page[page.index("single runs") :]
 
@@ -292,40 +299,43 @@ def memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
 def told(report: Report) -> str:
     """What a terminal shows, on one line for each row."""
     console = Console(width=120, record=True, file=io.StringIO())
-    console.print(*report.tables())
+    console.print(*terminal_tables(report))
     return console.export_text()
 
 
 def test_a_test_of_memory_always_has_its_four_lines(memory: str, full: str) -> None:
-    report = Report.of(memory)
-    assert [group.name for group in report.ranked] == [
+    report = build_report(memory)
+    assert [group.name for group in report.leaderboard.ranked] == [
         "moc",
         "text_relay",
         "random_each",
     ]
-    said = {line.label: line.missing or line.title for line in report.lines}
+    said = {line.label: line.missing or line.title for line in report.leaderboard.references}
     assert said == {
         "chance": "chance",
         "dense ceiling": "full (dense ceiling)",
         "own shot only": "did not finish",
-        "random null": "not in this sweep",
+        "random baseline": "not in this sweep",
     }
-    assert [name for name, _ in report.levels] == ["chance", "dense ceiling"]
-    assert len(report.singly().ranked) == 6  # a run is a control where its group is
+    assert [name for name, _ in report.leaderboard.levels] == ["chance", "dense ceiling"]
+    assert len(rank_groups(report.sweep.split_runs()).ranked) == 6  # a run is a control where its group is
     for text in (html(report), told(report), tables.markdown(report), tables.latex(report)):
         plain = re.sub(r"</?\w[^>]*>", " ", text.replace("\\_", "_"))
         assert re.search(r"own shot only\W+did not finish", plain)
-        assert re.search(r"random null\W+not in this sweep", plain)
+        assert re.search(r"random baseline\W+not in this sweep", plain)
         assert re.search(r"chance\W+0\.005", plain)
         assert re.search(r"full\W+(dense ceiling\W+)+(dense\W+)?1\.000", plain)
     assert "relay" in re.findall(r'<span class="tag">(.*?)</span>', html(report))
     assert "<b>own_shot-s0, own_shot-s1</b>, failed: ValueError" in html(report)  # one reason, one line
-    whole = Report.of(full)
-    assert [line.label for line in whole.lines] == ["chance", *CONTROLS.values()]
-    assert not any(line.missing for line in whole.lines)
-    assert whole.best is not None
-    assert whole.best.name == "moc_k2"  # of the methods
-    assert {line.group.name for line in whole.singly().lines if line.group} >= {"dense-s0", "random_shot-s1"}
+    whole = build_report(full)
+    assert [line.label for line in whole.leaderboard.references] == ["chance", *CONTROLS.values()]
+    assert not any(line.missing for line in whole.leaderboard.references)
+    assert whole.leaderboard.rows
+    assert whole.leaderboard.rows[0].name == "moc_k2"  # of the methods
+    assert {line.group.name for line in rank_groups(whole.sweep.split_runs()).references if line.group} >= {
+        "dense-s0",
+        "random_shot-s1",
+    }
 
 
 def test_controls_are_taken_from_a_sweep_of_the_same_films(sweep: str) -> None:  # noqa: ARG001
@@ -334,39 +344,41 @@ def test_controls_are_taken_from_a_sweep_of_the_same_films(sweep: str) -> None: 
     write_sweep_of("lender", {"dense": [0.97, 0.99], "random_shot": [0.02], "own": [None]}, attention, "w")
     write_sweep_of("stranger", {"dense": [0.5], "own": [0.1]}, attention, "v")
     write_sweep_of("borrower", {"moc": [0.4, 0.6], "dense": [0.9]}, attention, "w")
-    report = Report.of("borrower")
-    said = {line.label: line.missing or line.title for line in report.lines}
+    report = build_report("borrower")
+    said = {line.label: line.missing or line.title for line in report.leaderboard.references}
     assert said == {
         "chance": "chance",
         "dense ceiling": "dense ceiling",  # its own comes first
         "own shot only": "not in this sweep",  # the lender's failed, and the stranger's films are others
-        "random null": "random null, of lender",
+        "random baseline": "random baseline, of lender",
     }
-    [null] = [line.group for line in report.lines if line.label == "random null"]
+    [null] = [line.group for line in report.leaderboard.references if line.label == "random baseline"]
     assert null is not None
     assert null.values("identity_recall") == {0: 0.02}
-    assert [group.name for group in report.ranked] == ["moc"]
-    assert "random_shot" not in {name for pair in report.differences for name in (pair.a, pair.b)}  # not tested
+    assert [group.name for group in report.leaderboard.ranked] == ["moc"]
+    assert "random_shot" not in {
+        name for pair in report.comparison.differences for name in (pair.a, pair.b)
+    }  # not tested
     for text in (html(report), told(report), tables.markdown(report)):
-        assert re.search(r"random null, of lender\W", re.sub(r"</?\w[^>]*>", " ", text))
+        assert re.search(r"random baseline, of lender\W", re.sub(r"</?\w[^>]*>", " ", text))
     kept = record(report)
     assert [group.get("sweep") for group in kept["groups"]] == [None, None, "lender"]
     assert {run["name"] for run in kept["runs"]} == {"moc-s0", "moc-s1", "dense-s0"}
 
 
 def test_a_leaderboard_without_recall_is_as_it_was(sweep: str) -> None:
-    report = Report.of(sweep)
-    assert [group.name for group in report.ranked] == ["better", "worse"]
-    assert not report.lines
-    assert not report.beside
+    report = build_report(sweep)
+    assert [group.name for group in report.leaderboard.ranked] == ["better", "worse"]
+    assert not report.leaderboard.references
+    assert not report.columns.beside
     assert "not in this sweep" not in html(report) + told(report) + tables.markdown(report)
 
 
 def test_memory_stands_beside_recall(memory: str) -> None:
-    report = Report.of(memory)
+    report = build_report(memory)
     columns = ["shape", "colour", "texture", "wrong subject", "whole film"]
-    assert [*report.beside.values()] == columns
-    assert [*Report.of(memory, by="shape_recall").beside] == [
+    assert [*report.columns.beside.values()] == columns
+    assert [*build_report(memory, by="shape_recall").columns.beside] == [
         "identity_recall", "colour_recall", "texture_recall", "wrong_subject", "whole_identity_recall"
     ]  # fmt: skip
     text = told(report)
@@ -383,8 +395,10 @@ def test_memory_stands_beside_recall(memory: str) -> None:
 
 
 def test_distances_are_plotted_and_not_listed(memory: str) -> None:
-    report = Report.of(memory)
-    assert report.at_distances("identity_recall") == {back: f"identity_recall_back_{back}" for back in (1, 2, 3, 4, 10)}
+    report = build_report(memory)
+    assert list_distances(report.sweep, "identity_recall") == {
+        back: f"identity_recall_back_{back}" for back in (1, 2, 3, 4, 10)
+    }
     page = html(report)
     (drawn,) = re.findall(r'<section id="distance">(.*?)</section>', page, re.DOTALL)
     plots = re.findall(r"<figure.*?</figure>", drawn, re.DOTALL)
@@ -398,18 +412,18 @@ def test_distances_are_plotted_and_not_listed(memory: str) -> None:
     by_distance = tables.markdown(report).partition("## Identity recall by distance")[2]
     assert re.search(r"\| method \| 1 \| 2 \| 3 \| 4 \| 10 \|$", by_distance, re.MULTILINE)
     assert re.search(r"^\| full \| \.950±\.000 \|.*\| \.500±\.000 \|$", by_distance, re.MULTILINE)
-    assert "identity_recall_back_10" in report.to_json()["groups"][0]["figures"]
-    for result in report.finished:  # measured after true shots alone
+    assert "identity_recall_back_10" in to_json(report)["groups"][0]["figures"]
+    for result in report.sweep.finished:  # measured after true shots alone
         kept = {key: value for key, value in result.metrics.items() if not key.startswith("whole_")}
         replace(result, metrics=kept).write(Path(result.folder))
-    page = html(Report.of(memory))
+    page = html(build_report(memory))
     (drawn,) = re.findall(r'<section id="distance">(.*?)</section>', page, re.DOTALL)
     assert drawn.count("<figure") == 1
     assert "whole film" not in page.lower()
 
 
 def test_recall_is_the_first_curve_and_from_0_to_1(memory: str) -> None:
-    (drawn,) = re.findall(r'<section id="training">(.*?)</section>', html(Report.of(memory)), re.DOTALL)
+    (drawn,) = re.findall(r'<section id="training">(.*?)</section>', html(build_report(memory)), re.DOTALL)
     assert re.findall('aria-label="learning curves, (.*?)"', drawn) == ["val/identity_recall", "train/flow", "val/loss"]
     first = drawn[drawn.index("<figure") : drawn.index("</figure>")]
     assert [tick in first for tick in (">0.0<", ">0.2<", ">1.0<", ">chance<")] == [True] * 4
@@ -426,19 +440,21 @@ def test_rounding_leaves_no_spread_in_the_record(tmp_path: Path, monkeypatch: py
     monkeypatch.setenv("ZOO_HOME", str(tmp_path))
     names = [f"m{i}" for i in range(5)]
     write_sweep_of("alike", dict.fromkeys(names, (1.0, 1.0, 1.0)), {name: {"name": name} for name in names})
-    report = Report.of("alike")
-    assert any(figure.sd for group in report.groups if (figure := group.figure("density")))  # 3e-17, of equal runs
+    report = build_report("alike")
+    assert any(
+        figure.sd for group in report.sweep.groups if (figure := group.estimate("density"))
+    )  # 3e-17, of equal runs
     assert [group["density"][1] for group in record(report)["groups"]] == [0.0] * 5
 
 
 def test_the_record_has_the_figures_of_the_runs(memory: str, tmp_path: Path) -> None:
-    one = Report.of(memory).ranked[0].one
+    one = build_report(memory).leaderboard.ranked[0].first
     here = one.provenance | {"started": "2026-11-21T10:00:00+00:00", "threads": 2}
     replace(one, provenance=here).write(Path(one.folder))
-    write_record(Report.of(memory), tmp_path / "memory.json")
+    write_record(build_report(memory), tmp_path / "memory.json")
     text = (tmp_path / "memory.json").read_text()
     kept = json.loads(text)
-    assert kept == record(Report.of(memory))
+    assert kept == record(build_report(memory))
     assert [*kept][:10] == [
         "name", "command", "commit", "started", "processor", "threads", "torch", "minutes", "steps",
         "films_judged_per_run",
@@ -458,21 +474,8 @@ def test_the_record_has_the_figures_of_the_runs(memory: str, tmp_path: Path) -> 
     assert len([line for line in text.splitlines() if line.startswith("  {")]) == 4 + 8 + 2  # groups, runs, unfinished
 
 
-def test_rows_of_a_strip_come_back() -> None:
-    layout = zoo.Layout.film([zoo.Shot(1, 1, 1)])
-    for height in (12, 22, 32, 40, 70):  # of 12 and 32, stacks have one height
-        rows = [[2 * torch.rand(1, 1, 3, height, 9) - 1] for _ in range(3)]
-        picture = film_pictures(layout, rows)[0]
-        zoom = max(1, 64 // height)
-        for row, clips in zip(picture_rows(picture), rows, strict=True):
-            want = ((clips[0][0, 0] + 1) * 127.5).round().to(torch.uint8).permute(1, 2, 0)
-            assert torch.equal(row[::zoom, ::zoom], want)
-    with pytest.raises(ZooError, match="no stack of 3 rows"):
-        picture_rows(torch.zeros(8, 8, 3, dtype=torch.uint8))
-
-
 def test_markdown_has_whole_tables(full: str) -> None:
-    text = tables.markdown(Report.of(full))
+    text = tables.markdown(build_report(full))
     blocks = re.findall(r"(?:^\|.*\n)+", text, re.MULTILINE)
     assert len(blocks) == 10
     for block in blocks:
@@ -484,7 +487,7 @@ def test_markdown_has_whole_tables(full: str) -> None:
 
 
 def test_latex_compiles(full: str, tmp_path: Path) -> None:
-    text = tables.latex(Report.of(full))
+    text = tables.latex(build_report(full))
     plain = re.sub(r"\\[\\&%$#_{}]|%.*", "", text)
     assert plain.count("{") == plain.count("}")
     assert not re.search(r"[&%$#_^~]", re.sub(r"\$\\\w+\$|& |~", "", plain))
@@ -514,7 +517,7 @@ def test_small_differences_are_not_rounded_away() -> None:
 @pytest.mark.usefixtures("sweep")
 def test_unknown_sweep_is_refused() -> None:
     with pytest.raises(ZooError, match=r"no sweep 't'.*there: s"):
-        Report.of("t")
+        build_report("t")
 
 
 def test_settings_read_well() -> None:
@@ -536,8 +539,10 @@ def zoo_command(*arguments: str) -> Result:
 
 def test_the_commands_of_the_docs_run(full: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    (block,) = re.findall(r"```\n(.*?)```", (ROOT / "docs" / "reports.md").read_text(), flags=re.DOTALL)
-    commands = [line.partition("#")[0].replace("NAME", full).split() for line in block.splitlines()]
+    page = (ROOT / "docs" / "reports.md").read_text()
+    commands = [
+        line.replace("NAME", full).split() for line in re.findall(r"^\| `(zoo report .*?)` \|", page, re.MULTILINE)
+    ]
     assert len(commands) == 6
     assert {name for name, *_ in commands} == {"zoo"}
     results = [zoo_command(*arguments) for _, *arguments in commands]
@@ -546,7 +551,7 @@ def test_the_commands_of_the_docs_run(full: str, tmp_path: Path, monkeypatch: py
     assert "## Differences" in Path("a.md").read_text()
     assert r"\toprule" in Path("a.tex").read_text()
     assert json.loads(Path("a.json").read_text())["name"] == full
-    assert "differences in identity recall hold beyond chance" in said
+    assert "differences in identity recall are significant" in said
     assert "random_shot-s2, failed: ValueError: out of <memory>_&" in said
     assert "±" not in results[-1].output  # single runs
     assert zoo_command("report", full, "--markdown").output.startswith("# full\n")

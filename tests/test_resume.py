@@ -230,7 +230,7 @@ def test_a_full_disk_loses_nothing(runs: Path, monkeypatch: pytest.MonkeyPatch) 
     @contextmanager
     def full(path: Path) -> Iterator[IO[bytes]]:
         saved.append(path.name)
-        with store.whole(path) as file, open("/dev/full", "wb", buffering=0) as no_room:
+        with store.atomic_write(path) as file, open("/dev/full", "wb", buffering=0) as no_room:
             yield no_room if saved.count(RESUME) == 4 else file
 
     watch = Killing()

@@ -11,7 +11,7 @@ import sparse_zoo as zoo
 from lit_modules import Euler, RectifiedFlow, VideoDiT
 from lit_modules.dit import Past
 from lit_modules.flow import generator
-from lit_modules.sampling import Drawn
+from lit_modules.sampling import Generated
 from lit_modules.stream import stream
 
 FLOW = RectifiedFlow(shift=2.0)
@@ -122,14 +122,14 @@ def test_kept_keys_give_the_film_that_recomputing_gives(monkeypatch, attention, 
     known = torch.tensor([True, False, False, True, False])
     model = open_model(attention=STRICT[attention], text=text).double()
     rows = Rows(model)
-    kept = euler.draw(model, FLOW, films, known=known, seed=4)
+    kept = euler.generate(model, FLOW, films, known=known, seed=4)
     ran, rows.counts[:] = sum(rows.counts), []
     with monkeypatch.context() as patched:
         patched.setattr(VideoDiT, "strict", False)
-        recomputed = euler.draw(model, FLOW, films, known=known, seed=4)
+        recomputed = euler.generate(model, FLOW, films, known=known, seed=4)
     for a, b in zip(kept.clips, recomputed.clips, strict=True):
         torch.testing.assert_close(a, b, rtol=0, atol=1e-9)
-    assert kept.taken == recomputed.taken
+    assert kept.context == recomputed.context
     if context == 0:
         assert ran == sum(rows.counts)
     else:
@@ -186,11 +186,11 @@ def test_films_of_a_stream_are_drawn_as_alone():
     packed = double(batch(zoo.Layout.pack([LONG, SECOND, SILENT])))
     known = torch.tensor([True] + [False] * 9)
     euler = Euler(1, 2.0, "shots", 1)
-    found = euler.draw(model, FLOW, packed, known=known, seed=1)
-    assert [list(film[0]) for film in found.taken] == [[1, 2, 3, 4], [0, 1, 2], [0, 1]]
-    assert all(len(before) == min(1, shot) for film in found.taken for shot, before in film[0].items())
+    found = euler.generate(model, FLOW, packed, known=known, seed=1)
+    assert [list(film[0]) for film in found.context] == [[1, 2, 3, 4], [0, 1, 2], [0, 1]]
+    assert all(len(before) == min(1, shot) for film in found.context for shot, before in film[0].items())
     again = {**packed, "clips": [*found.clips[:5], *packed["clips"][5:]]}  # a film drawn does not move the next one
-    later = euler.draw(model, FLOW, again, known=torch.tensor([True] * 5 + [False] * 5), seed=1)
+    later = euler.generate(model, FLOW, again, known=torch.tensor([True] * 5 + [False] * 5), seed=1)
     for a, b in zip(found.clips, later.clips, strict=True):
         torch.testing.assert_close(a, b, rtol=0, atol=1e-12)
 
@@ -207,13 +207,13 @@ def test_the_chosen_shots_make_a_film_of_their_own(monkeypatch):
 
     monkeypatch.setattr("lit_modules.sampling.top_shots", top_shots)
     model.register_forward_pre_hook(lambda _, args: seen.append((args[1], args[3])))
-    drawn = Euler(1, order="shots", context=1).draw(model, FLOW, films)
-    assert drawn.taken == [[{0: []} | {shot: wanted[shot][item] for shot in (1, 2, 3, 4)} for item in range(2)]]
+    drawn = Euler(1, order="shots", context=1).generate(model, FLOW, films)
+    assert drawn.context == [[{0: []} | {shot: wanted[shot][item] for shot in (1, 2, 3, 4)} for item in range(2)]]
     shots, bounds = LONG.films[0].shots, [3, 7, 7, 9, 10, 13]
     for item in range(2):
         for shot in range(5):
             text, layout = seen[5 * item + shot]
-            members = [*drawn.taken[0][item][shot], shot]
+            members = [*drawn.context[0][item][shot], shot]
             assert layout.films == (zoo.Film(3, tuple(shots[i] for i in members)),)
             ids = [films["text"][item, :3], *(films["text"][item, bounds[i] : bounds[i + 1]] for i in members)]
             assert torch.equal(text[0], torch.cat(ids))
@@ -233,21 +233,23 @@ def test_the_chosen_shots_make_a_film_of_their_own(monkeypatch):
 def test_more_context_than_there_is_takes_all_and_says_so_once():
     model, films = open_model(attention=FRAMES), batch(PACKED)
     with pytest.warns(UserWarning, match="context 5 takes every earlier shot; the longest film has 3 shots") as told:
-        some = Euler(1, order="shots", context=5).draw(model, FLOW, films)
+        some = Euler(1, order="shots", context=5).generate(model, FLOW, films)
     assert len(told) == 1
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        every = Euler(1, order="shots").draw(model, FLOW, films)
-        Euler(1, order="shots", context=1).draw(model, FLOW, films)
-    assert some.taken == every.taken == [[{0: [], 1: [0]}], [{0: [], 1: [0], 2: [0, 1]}], [{0: [], 1: [0]}]]
+        every = Euler(1, order="shots").generate(model, FLOW, films)
+        Euler(1, order="shots", context=1).generate(model, FLOW, films)
+    assert some.context == every.context == [[{0: [], 1: [0]}], [{0: [], 1: [0], 2: [0, 1]}], [{0: [], 1: [0]}]]
     for a, b in zip(some.clips, every.clips, strict=True):
         torch.testing.assert_close(a, b, rtol=0, atol=1e-5)
 
 
 def test_a_film_longer_than_any_before_can_be_drawn():
     layout = zoo.Layout.film([zoo.Shot(1, 2, 2, 1)] * 9, caption=1)
-    drawn: Drawn = Euler(1, order="shots", context=2).draw(open_model(attention=FRAMES), FLOW, batch(layout, size=2))
-    for film in drawn.taken[0]:
+    drawn: Generated = Euler(1, order="shots", context=2).generate(
+        open_model(attention=FRAMES), FLOW, batch(layout, size=2)
+    )
+    for film in drawn.context[0]:
         assert [len(film[shot]) for shot in range(9)] == [0, 1, 2, 2, 2, 2, 2, 2, 2]
         assert all(before == sorted(set(before)) and max(before, default=-1) < shot for shot, before in film.items())
 
@@ -258,7 +260,7 @@ def test_it_counts_its_steps(order, context):
     euler, known = Euler(2, order=order, context=context), ~stream(PACKED).last_shots
     for given in (None, known):
         calls.clear()
-        euler.draw(open_model(depth=1), FLOW, films, known=given, told=lambda: calls.append(1))
+        euler.generate(open_model(depth=1), FLOW, films, known=given, on_step=lambda: calls.append(1))
         assert len(calls) == euler.count(films, given)
 
 

@@ -87,8 +87,10 @@ def read(asked: Cell, sweep: str) -> dict[str, Any]:
     return found
 
 
-@pytest.mark.parametrize("number", SIGNALS)
-@pytest.mark.parametrize(("at", "accumulate"), [(1, 1), (3, 1), (1, 2)])
+@pytest.mark.parametrize(
+    ("number", "at", "accumulate"),
+    [*((number, 1, 1) for number in SIGNALS), (signal.SIGTERM, 3, 1), (signal.SIGTERM, 1, 2)],
+)
 def test_signal_ends_training_after_a_checkpoint(number: int, at: int, accumulate: int) -> None:
     asked = cell(accumulate_grad_batches=accumulate)
     whole = go(asked, "whole", Observer())

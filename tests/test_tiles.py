@@ -24,7 +24,7 @@ FAMILY = ("sta", "radial", "svg", "svg2")
 
 
 @pytest.mark.parametrize("method", FAMILY)
-def test_every_method_of_the_family_says_who_made_it(method: str) -> None:
+def test_every_method_of_the_family_has_a_card(method: str) -> None:
     card = zoo.get(method).card
     assert card is not None
     assert all((card.paper, card.granularity, card.trained, card.claim))
@@ -192,7 +192,7 @@ def leaning(layout: zoo.Layout) -> Call:
     return Call(q, k, v, layout)
 
 
-def test_heads_take_the_mask_that_they_lean_to() -> None:
+def test_heads_take_the_mask_that_loses_less() -> None:
     svg = zoo.build("svg", heads=2, head_dim=16, width=0)
     mask = mask_of(svg, leaning(FILM))[0]
     frame, place = FILM.frame, FILM.row * FILM.cols + FILM.col
@@ -256,7 +256,7 @@ def svg2(**settings: Any) -> SVG2:
     return attention
 
 
-def test_k_means_is_lloyds() -> None:
+def test_k_means_equals_lloyds_algorithm() -> None:
     draw = torch.Generator().manual_seed(0)
     x = torch.randn(2, 3, 40, 5, generator=draw)
     tokens = torch.arange(3, 40)

@@ -37,7 +37,7 @@ class Told:
 def test_the_sampler_draws_densely_above_and_by_the_method_below(order):
     model, known = open_model(attention={**MOC, "dense_above": 0.7}), torch.tensor([True] + [False] * 7)
     told = Told(model.blocks[1].attention)
-    Euler(4, guidance=2.0, order=order).draw(
+    Euler(4, guidance=2.0, order=order).generate(
         model, FLOW, batch(PACKED, size=2), known=known[: len(batch(PACKED)["clips"])]
     )
     times, shots = [time for time in TIMES for _ in range(2)], len(batch(PACKED)["clips"]) - 1
@@ -97,7 +97,7 @@ def test_it_may_be_scheduled_and_differ_by_layer():
     assert [cost > 0 for cost in costs] == [False, True, True]
     model = open_model(attention=[{**MOC, "dense_above": 0.7}, MOC])
     told = [Told(block.attention) for block in model.blocks]
-    Euler(2).draw(model, FLOW, batch(FIRST))
+    Euler(2).generate(model, FLOW, batch(FIRST))
     assert [layer.dense for layer in told] == [[True, True], [False, False]]
 
 

@@ -16,14 +16,15 @@ import numpy as np
 
 import sparse_zoo as zoo
 from experiments.analysis.metrics import Measure
-from experiments.analysis.significance import Figure
+from experiments.analysis.significance import Estimate
+from experiments.tracking.identity import flatten
 
 METHOD = "attention"
 NO_SETTINGS = ("seed", "match", METHOD)  # runs are paired by the first; what the second was solved to is in the third
 
 
 @dataclass(frozen=True)
-class Cells:
+class AblationCell:
     """Runs that differ by their seed alone: their config and, by seed, what was measured."""
 
     name: str
@@ -36,13 +37,13 @@ class Level:
     """One value of a setting (of several, where they always change together), the cells that have it, their runs."""
 
     value: tuple[Any, ...]
-    figure: Figure
+    estimate: Estimate
     cells: tuple[str, ...]
     values: tuple[float, ...]
 
 
 @dataclass(frozen=True)
-class Effect:
+class MainEffect:
     """The mean of a measure at each value of a setting, over all else that is found with every one of its values.
 
     `keys` are the dotted settings, more than one where they always change together. `crossed` of `combinations` of the
@@ -63,7 +64,7 @@ class Effect:
         return ", ".join([first, *(other.removeprefix(method) for other in others)])
 
 
-def effects(cells: Sequence[Cells], measure: Measure) -> list[Effect]:
+def main_effects(cells: Sequence[AblationCell], measure: Measure) -> list[MainEffect]:
     """Of every setting with at least two values among these cells, all of which were measured."""
     nodes: dict[str, list[Mapping[str, Any]]] = {}  # the configs of each method
     for cell in cells:
@@ -86,7 +87,8 @@ def _method(name: str, alike: Sequence[Mapping[str, Any]]) -> tuple[list[str], d
 
 def _settings(config: Mapping[str, Any], methods: Mapping[str, tuple[list[str], dict[str, Any]]]) -> dict[str, str]:
     """Dotted key -> value as JSON, without the seed; settings of a method as `attention.METHOD.key`."""
-    plain = _flat({key: value for key, value in config.items() if key not in NO_SETTINGS})
+    asked = flatten({key: value for key, value in config.items() if key not in NO_SETTINGS})
+    plain = {key: _json(value) for key, value in asked.items() if value != {}}
     attention = config[METHOD]
     if isinstance(attention, list):
         return plain | {METHOD: _json(attention)}
@@ -109,13 +111,6 @@ def _readable(key: str) -> str:
     return "method" if key == METHOD else f"{method}: {own}" if key.startswith(f"{METHOD}.") else key
 
 
-def _flat(config: Mapping[str, Any], above: str = "") -> dict[str, str]:
-    found: dict[str, str] = {}
-    for key, value in config.items():
-        found |= _flat(value, f"{above}{key}.") if isinstance(value, Mapping) else {f"{above}{key}": _json(value)}
-    return found
-
-
 def _json(value: Any) -> str:
     return json.dumps(value, sort_keys=True)
 
@@ -135,14 +130,14 @@ def _axes(settings: Mapping[str, Mapping[str, str]]) -> list[tuple[str, ...]]:
 def _effect(
     keys: tuple[str, ...],
     axes: Sequence[tuple[str, ...]],
-    cells: Sequence[Cells],
+    cells: Sequence[AblationCell],
     settings: Mapping[str, Mapping[str, str]],
     measure: Measure,
-) -> Effect:
+) -> MainEffect:
     # What is nested in a method cannot stay the same when the method changes: its variants are averaged.
     inside = f"{METHOD}." if METHOD in keys else None
     others = [axis[0] for axis in axes if axis != keys and not (inside and axis[0].startswith(inside))]
-    levels: dict[tuple[str, ...], dict[tuple[str | None, ...], list[Cells]]] = {}
+    levels: dict[tuple[str, ...], dict[tuple[str | None, ...], list[AblationCell]]] = {}
     for cell in cells:
         own = settings[cell.name]
         if keys[0] in own:
@@ -158,10 +153,10 @@ def _effect(
         seeds = sorted(set.intersection(*(set(cell.values) for cell in of_all)))
         # Each combination counts alike, however many variants of a method it has.
         means = [float(np.mean([np.mean([cell.values[seed] for cell in group]) for group in used])) for seed in seeds]
-        figure = Figure.of(means, measure.bounds)
+        figure = Estimate.of(means, measure.bounds)
         if figure is not None:
             runs = tuple(run for cell in of_all for run in cell.values.values())
             made.append(Level(tuple(map(json.loads, value)), figure, tuple(cell.name for cell in of_all), runs))
     if all(isinstance(part, int | float) for level in made for part in level.value):
         made.sort(key=lambda level: level.value)
-    return Effect(keys, tuple(made), len(crossed), len(combinations))
+    return MainEffect(keys, tuple(made), len(crossed), len(combinations))

@@ -1,11 +1,14 @@
-"""What is measured of a run: how it reads, which way is better, where it ends. The one place that says so."""
+"""The measures of a run: their labels, units and bounds, and whether more or less of one is better."""
 
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 
-HEADLINES = ("identity_recall", "val_loss")  # what a leaderboard goes by: the first that was measured
+from experiments.tracking.store import Result
+
+HEADLINES = ("identity_recall", "val_loss")  # measures that rank a leaderboard: the first that was measured
 COSTS = ("density", "flops", "seconds_per_step")
 TOLERANCE = 0.02  # of a budget, within which a cost meets it
 FIGURES = ("val_loss", "first_loss", "last_loss", *COSTS)  # fields of a `Result`; the others are in its `metrics`
@@ -34,16 +37,17 @@ HIGHER = ("recall", "consistency", "smoothness", "accuracy")
 LOWER = ("loss", "wrong", "error", *COSTS)
 SHARES = (*HIGHER, "wrong", "degree", "density")
 
-# Attention that no method has to beat or to fear: what the others are read against, by name of cell or method.
-CONTROLS = {"dense": "dense ceiling", "own_shot": "own shot only", "random_shot": "random null"}
-# Cells that look like controls and are none: where all captions are read, those that read video relay it from shot to
-# shot, and those that do not show that it was they; draws for each token and head cover the film when taken together.
-NO_CONTROLS = {"text_relay": "relay", "text_alone": "no relay", "random_each": "no null"}
+# Controls of a memory test, by the name of the cell or the method: references that methods are compared with.
+CONTROLS = {"dense": "dense ceiling", "own_shot": "own shot only", "random_shot": "random baseline"}
+# Cells that look like controls and are not. `text_relay` lets captions attend to video, so information can leak between
+# shots; `text_alone` blocks that path. In `random_each` every token and head makes its own random choice, so that
+# together they cover the film.
+NO_CONTROLS = {"text_relay": "relay", "text_alone": "no relay", "random_each": "no baseline"}
 
 
 @dataclass(frozen=True)
 class Measure:
-    """`higher`: whether more is better, None where that is not known. `bounds`: least and most possible values."""
+    """A measure. `higher`: whether more is better, None if unknown. `bounds`: its least and largest possible values."""
 
     name: str
     higher: bool | None
@@ -51,6 +55,8 @@ class Measure:
 
     @staticmethod
     def of(name: str) -> Measure:
+        """Return the measure of that name; words of the name say which way is better."""
+
         def has(words: tuple[str, ...]) -> bool:
             return any(word in name for word in words)
 
@@ -59,23 +65,37 @@ class Measure:
 
     @property
     def label(self) -> str:
+        """The name for people, with its unit."""
         plain = self.name.removeprefix(WHOLE)
         return "whole film, " * (plain != self.name) + LABELS.get(plain, plain.replace("_", " "))
 
     @property
     def distance(self) -> tuple[str, int] | None:
-        """("identity_recall", 4) of "identity_recall_back_4": what is measured at how many shots; None without one."""
+        """Base measure and shots back, ("identity_recall", 4) of "identity_recall_back_4"; None without a distance."""
         found = re.fullmatch(r"(\w+)_back_(\d{1,9})", self.name)
         return (found[1], int(found[2])) if found else None
 
     @property
     def unit(self) -> float:
+        """The factor from a value to the unit of the label."""
         return UNITS.get(self.name, 1.0)
 
     @property
     def better(self) -> str:
+        """Which way is better, in words; empty if unknown."""
         return {True: "higher is better", False: "lower is better", None: ""}[self.higher]
 
     def rank(self, value: float | None) -> float:
-        """Smaller for better, infinite for what was not measured."""
+        """Return a key to sort by: smaller for better values, infinite for None."""
         return float("inf") if value is None else -value if self.higher else value
+
+
+def measures_to_rank_by(results: Iterable[Result]) -> list[str]:
+    """Return the measures that finished runs have and a report can rank by: all but the costs."""
+    finished = [result for result in results if result.status == "finished"]
+    names = dict.fromkeys((*FIGURES, *(name for result in finished for name in result.metrics)))
+
+    def measured(name: str) -> bool:
+        return any((vars(x) if name in FIGURES else x.metrics).get(name) is not None for x in finished)
+
+    return [name for name in names if name not in COSTS and measured(name)]

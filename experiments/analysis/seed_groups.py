@@ -1,4 +1,4 @@
-"""Runs that differ by their seed alone, and what they are read against."""
+"""Runs that differ only by their seed, and the controls that they are compared with."""
 
 from __future__ import annotations
 
@@ -10,79 +10,81 @@ from typing import Any
 
 from experiments.analysis.formatting import number
 from experiments.analysis.metrics import CONTROLS, FIGURES, NO_CONTROLS, Measure
-from experiments.analysis.significance import Figure
+from experiments.analysis.significance import Estimate
 from experiments.tracking.identity import identity
-from experiments.tracking.store import Result, asked_before, home, read
+from experiments.tracking.store import Result, home, last_request, read
 
 
 @dataclass(frozen=True)
 class Group:
-    """Runs of a sweep that differ by their seed alone, by the name that they share; most often there is one run.
+    """Runs of a sweep that differ only by their seed, under the name that they share.
 
-    `of` is the group that a run was taken from to stand alone, `sweep` the other sweep that a control was found in.
+    `split_from` is the group of a run that stands alone. `sweep` is the other sweep that a control was borrowed from.
     """
 
     name: str
     results: tuple[Result, ...]
-    of: str | None = None
+    split_from: str | None = None
     sweep: str | None = None
 
     @cached_property
     def finished(self) -> list[Result]:
+        """The runs that finished."""
         return [result for result in self.results if result.status == "finished"]
 
     @property
-    def one(self) -> Result:
-        """The run that stands for all where one must: the first that finished, or else the first."""
+    def first(self) -> Result:
+        """The run that represents the group: the first that finished, or else the first."""
         return (self.finished or self.results)[0]
 
     @cached_property
     def control(self) -> str | None:
         """Which control the group is, by its name or its method: one of `CONTROLS`, None for a method."""
-        name, attention = self.of or self.name, self.one.attention
+        name, attention = self.split_from or self.name, self.first.attention
         method = attention["name"] if isinstance(attention, dict) else None
         return None if name in NO_CONTROLS else CONTROLS.get(name) or CONTROLS.get(str(method))
 
     @property
     def remark(self) -> str:
-        """What a reader must know beside the name: which control it is, and whence, or that it is none; or nothing."""
-        told = self.control or NO_CONTROLS.get(self.of or self.name, "")
-        return f"{told}, of {self.sweep}" if self.sweep else told
+        """A note beside the name: which control it is and of which sweep, or why it is not a control; or empty."""
+        note = self.control or NO_CONTROLS.get(self.split_from or self.name, "")
+        return f"{note}, of {self.sweep}" if self.sweep else note
 
     @property
     def titled(self) -> str:
-        """The name with the remark, in plain text."""
+        """The name with the remark."""
         return f"{self.name} ({self.remark})" if self.remark else self.name
 
     def values(self, name: str) -> dict[int, float]:
-        """Of a measure, by seed, over the finished runs that have it."""
+        """Return a measure by seed, for the finished runs that have it."""
         found = {r.seed: getattr(r, name) if name in FIGURES else r.metrics.get(name) for r in self.finished}
         return {seed: value for seed, value in found.items() if value is not None}
 
-    def figure(self, name: str) -> Figure | None:
-        """Mean and interval of one of `FIGURES` or of the sample metrics."""
-        if name not in self._figures:
-            self._figures[name] = Figure.of([*self.values(name).values()], Measure.of(name).bounds)
-        return self._figures[name]
+    def estimate(self, name: str) -> Estimate | None:
+        """Return the mean and interval of one of `FIGURES` or of the sample metrics; None if no run has it."""
+        if name not in self._estimates:
+            self._estimates[name] = Estimate.of([*self.values(name).values()], Measure.of(name).bounds)
+        return self._estimates[name]
 
     @cached_property
-    def _figures(self) -> dict[str, Figure | None]:
+    def _estimates(self) -> dict[str, Estimate | None]:
         return {}
 
     def source(self, name: str) -> str:
-        """Where a figure comes from, a line per run: the value, the file that holds it, the commit."""
+        """Return where a mean comes from, one line a run: the value, the file that holds it, the commit."""
         where = name if name in FIGURES else f"metrics.{name}"
         values = self.values(name)
         return "\n".join(
-            f"{number(values[r.seed], 4)}  {where} in {Path(r.folder).name}/result.json, commit {commit(r)[:9]}"
+            f"{number(values[r.seed], 4)}  {where} in {Path(r.folder).name}/result.json, "
+            f"commit {describe_commit(r)[:9]}"
             for r in self.finished
             if r.seed in values
         )
 
 
 @dataclass(frozen=True)
-class Line:
-    """What methods are read against: a group, or chance where there is none, or, if `missing`, why it is not there."""
+class Reference:
+    """What methods are compared with: chance, or a control's group, or the reason why that is `missing`."""
 
     label: str
     group: Group | None = None
@@ -90,27 +92,30 @@ class Line:
 
     @property
     def title(self) -> str:
-        """The label, or the name of a group of another name or of a single run."""
+        """The label, or the name of a group whose name does not say which control it is."""
         if self.group is None:
             return self.label
         if self.group.name in CONTROLS:
             return self.group.remark
-        return self.group.name if self.group.of else self.group.titled
+        return self.group.name if self.group.split_from else self.group.titled
 
 
-def controls_elsewhere(name: str, groups: Sequence[Group]) -> tuple[Group, ...]:
-    """Controls that these groups of sweep `name` lack, finished in another sweep, alike but for their attention."""
-    worlds = [_world(result.config) for group in groups for result in group.finished]
+def borrow_controls(name: str, groups: Sequence[Group]) -> tuple[Group, ...]:
+    """Return the controls that these groups of sweep `name` lack and another sweep finished.
+
+    The other sweep must have the same films, model and training.
+    """
+    setups = [_training_setup(result.config) for group in groups for result in group.finished]
     lacking = {*CONTROLS.values()} - {group.control for group in groups}
-    if not lacking or any(world != worlds[0] for world in worlds):
+    if not lacking or any(setup != setups[0] for setup in setups):
         return ()
     found: dict[str, Group] = {}
     for path in sorted(home().glob("*/sweep.json")):
         other = path.parent.name
-        asked = asked_before(other) if other != name else None
+        request = last_request(other) if other != name else None
         runs: dict[str, list[Result]] = {}
-        for cell in asked.cells if asked else ():
-            if _world(cell.config) == worlds[0] and (result := read(cell, other)).status == "finished":
+        for cell in request.cells if request else ():
+            if _training_setup(cell.config) == setups[0] and (result := read(cell, other)).status == "finished":
                 runs.setdefault(cell.group or cell.name, []).append(result)
         for key, results in runs.items():
             group = Group(key, tuple(results), sweep=other)
@@ -119,12 +124,13 @@ def controls_elsewhere(name: str, groups: Sequence[Group]) -> tuple[Group, ...]:
     return tuple(found.values())
 
 
-def _world(config: Mapping[str, Any]) -> dict[str, Any]:
-    """What a run is apart from its attention and seed."""
+def _training_setup(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A run's config without its attention and seed."""
     config = identity(config)
     data = {key: value for key, value in config.get("data", {}).items() if key != "seed"}
     return {key: value for key, value in config.items() if key not in ("attention", "match", "seed")} | {"data": data}
 
 
-def commit(result: Result) -> str:
+def describe_commit(result: Result) -> str:
+    """Return the commit of a run's code; a plus marks uncommitted changes."""
     return str(result.provenance.get("commit", "unknown")) + ("+" if result.provenance.get("changed since") else "")

@@ -1,8 +1,8 @@
-"""What a few seeds can tell: intervals of means, paired tests between methods, the front of quality against cost.
+"""Statistics over a few seeds: intervals of means, paired tests between methods, the Pareto front of quality and cost.
 
-The seed is the unit of every claim about methods: runs of one seed share their films, their noise and, where shapes are
-alike, their first weights, so methods are compared within seeds. Films are the unit of claims about the trained models
-at hand only: more films make those surer, never the claims about methods.
+The seed is the unit of every claim about methods. Runs of one seed share their films, their noise and, where shapes are
+equal, their initial weights, so methods are compared within seeds. Films are the unit of claims about the trained
+models only: more films sharpen those, never the claims about methods.
 """
 
 from __future__ import annotations
@@ -15,19 +15,19 @@ from itertools import combinations
 from string import ascii_lowercase
 
 import numpy as np
-from scipy import stats
+from scipy.special import bdtr, stdtr, stdtrit  # of scipy.stats, which takes a second to import, all that is used
 
 ALPHA = 0.05
-EXACT, DRAWN = 13, 9999  # signs of so many differences are flipped in all ways, of more in so many that are drawn
-MOST_SETS = 52  # that have letters: two alphabets
+EXACT, DRAWN = 13, 9999  # up to EXACT differences all patterns of signs are tried, beyond it DRAWN random ones
+MOST_SETS = 52  # sets of groups that have letters: two alphabets
 TABLE = 1 << 22  # numbers in one table of pairs × patterns of signs
 
 
 @dataclass(frozen=True)
-class Figure:
-    """Mean over `n` runs, their sample standard deviation (n - 1 below the line), and the mean's 95 % interval.
+class Estimate:
+    """A mean over `n` runs, their sample standard deviation (divided by n - 1), and the mean's 95 % interval.
 
-    The interval is Student's, cut at the measure's bounds. It and `sd` are None of one run.
+    The interval is Student's, cut at the measure's bounds. It and `sd` are None for one run.
     """
 
     mean: float
@@ -39,20 +39,22 @@ class Figure:
     @staticmethod
     def of(
         values: Sequence[float | None], bounds: tuple[float, float] = (-float("inf"), float("inf"))
-    ) -> Figure | None:
-        """Of the runs that measured it; None if none did."""
-        measured = np.array([value for value in values if value is not None])
-        if not measured.size:
+    ) -> Estimate | None:
+        """Return the estimate over the values that are not None; None if there are none."""
+        measured = [value for value in values if value is not None]
+        n = len(measured)
+        if n == 0:
             return None
-        mean, n = float(measured.mean()), len(measured)
+        mean = math.fsum(measured) / n
         if n == 1:
-            return Figure(mean, None, 1)
-        whole = Figure(mean, float(measured.std(ddof=1)), n)
-        return replace(whole, low=max(mean - whole.half, bounds[0]), high=min(mean + whole.half, bounds[1]))
+            return Estimate(mean, None, 1)
+        sd = math.sqrt(math.fsum((value - mean) ** 2 for value in measured) / (n - 1))
+        half = _critical(n) * sd / math.sqrt(n)
+        return Estimate(mean, sd, n, max(mean - half, bounds[0]), min(mean + half, bounds[1]))
 
     @property
     def half(self) -> float:
-        """Half of the interval before it is cut; NaN of one run."""
+        """Half of the interval before it is cut; NaN for one run."""
         if self.sd is None:
             return float("nan")
         return _critical(self.n) * self.sd / math.sqrt(self.n)
@@ -60,8 +62,8 @@ class Figure:
 
 @cache
 def _critical(n: int) -> float:
-    """How many standard errors a 95 % interval of n values reaches to each side."""
-    return float(stats.t.ppf(1 - ALPHA / 2, n - 1))
+    """The half-width of a 95 % interval of n values, in standard errors."""
+    return float(stdtrit(n - 1, 1 - ALPHA / 2))
 
 
 @dataclass(frozen=True)
@@ -84,13 +86,20 @@ class Difference:
     p_holm: float | None = None
 
     @property
-    def holds(self) -> bool:
-        """Whether chance is ruled out at 5 % over all pairs together."""
+    def significant(self) -> bool:
+        """Whether the difference is significant at 5 % after the correction for all pairs."""
         return self.p_holm is not None and self.p_holm < ALPHA
 
 
-def differences(values: Mapping[str, Mapping[int, float]]) -> list[Difference]:
-    """Every pair of methods, in their order, paired by seed; `values` are name -> seed -> value."""
+def paired_differences(values: Mapping[str, Mapping[int, float]]) -> list[Difference]:
+    """Test every pair of methods.
+
+    Args:
+        values: Name -> seed -> value. Only seeds that both methods of a pair have count.
+
+    Returns:
+        The pairs in the order of the names, the first name as `a`.
+    """
     names, seeds = [*values], sorted(set().union(*values.values()))
     table = np.full((len(names), len(seeds)), np.nan)
     for own, name in zip(table, names, strict=True):
@@ -98,44 +107,37 @@ def differences(values: Mapping[str, Mapping[int, float]]) -> list[Difference]:
     first, second = np.triu_indices(len(names), 1)
     gaps = table[first] - table[second]  # (pairs, seeds)
     which, patterns = np.unique(~np.isnan(gaps), axis=0, return_inverse=True)
-    counts, tests = [0] * len(gaps), [NOT_TESTED] * len(gaps)
+    tested = np.full((len(gaps), 6), np.nan)  # what `_paired` gives, and p corrected
     for number, shared in enumerate(which):
         rows = np.flatnonzero(patterns.reshape(-1) == number)
-        for row, tested in zip(rows.tolist(), _paired(gaps[rows][:, shared]), strict=True):
-            counts[row], tests[row] = int(shared.sum()), tested
-    corrected = iter(holm([p for *_, p, _ in tests if p is not None]))
-    pairs = zip(first.tolist(), second.tolist(), counts, tests, strict=True)
-    return [
-        Difference(names[a], names[b], n, *tested, None if tested[3] is None else next(corrected))
-        for a, b, n, tested in pairs
-    ]
+        tested[rows, :5] = _paired(gaps[rows][:, shared])
+    known = ~np.isnan(tested[:, 3])
+    tested[known, 5] = holm(tested[known, 3])
+    counts = (~np.isnan(gaps)).sum(1).tolist()
+    plain = [[None if math.isnan(x) else x for x in row] for row in tested.tolist()]
+    pairs = zip(first.tolist(), second.tolist(), counts, plain, strict=True)
+    return [Difference(names[a], names[b], n, *figures) for a, b, n, figures in pairs]
 
 
-Tested = tuple[float | None, float | None, float | None, float | None, float | None]
-NOT_TESTED: Tested = (None, None, None, None, None)
-
-
-def _paired(gaps: np.ndarray) -> list[Tested]:
-    """Mean, its interval, p and p_exact of each row of differences (pairs, n), as `Difference` has them."""
-    count, n = gaps.shape
+def _paired(gaps: np.ndarray) -> np.ndarray:
+    """Mean, low, high, p and p_exact of each row of differences (pairs, n), as in `Difference`; NaN for None."""
+    n = gaps.shape[1]
     if n < 2:
-        return [NOT_TESTED] * count
-    means, exact = gaps.mean(1), flipped(gaps)
+        return np.full((len(gaps), 5), np.nan)
+    means, exact = gaps.mean(1), sign_flip_p(gaps)
     alike = np.isclose(gaps, gaps[:, :1], rtol=1e-9, atol=1e-15).all(1)
     errors = np.where(alike, 1.0, gaps.std(1, ddof=1) / math.sqrt(n))  # of pairs that are alike t is not defined
-    p = 2 * stats.t.sf(np.abs(means / errors), n - 1)
-    low, high = means - _critical(n) * errors, means + _critical(n) * errors
-    plain = zip(means.tolist(), low.tolist(), high.tolist(), p.tolist(), exact.tolist(), strict=True)
-    return [
-        (float(row[0]), None, None, flip if row[0] else 1.0, flip) if same else (mean, a, b, each, flip)
-        for (mean, a, b, each, flip), same, row in zip(plain, alike, gaps, strict=True)
-    ]
+    p = 2 * stdtr(n - 1, -np.abs(means / errors))
+    means = np.where(alike, gaps[:, 0], means)
+    half = np.where(alike, np.nan, _critical(n) * errors)
+    p = np.where(alike, np.where(means == 0, 1.0, exact), p)
+    return np.stack([means, means - half, means + half, p, exact], axis=1)
 
 
-def flipped(gaps: np.ndarray) -> np.ndarray:
-    """The two-sided p of flipping the signs of each row of differences (pairs, n).
+def sign_flip_p(gaps: np.ndarray) -> np.ndarray:
+    """Return the two-sided p of the sign-flip test for each row of differences (pairs, n).
 
-    All 2^n patterns of signs up to n = 13, beyond it 9999 that are drawn, the same for all rows.
+    All 2^n patterns of signs up to n = 13, beyond it 9999 random ones, the same for all rows.
     """
     n = gaps.shape[1]
     exact = n <= EXACT
@@ -154,7 +156,7 @@ def flipped(gaps: np.ndarray) -> np.ndarray:
 
 
 @dataclass(frozen=True)
-class Films:
+class FilmComparison:
     """How often the models of `a` did better than those of `b` on the same film, and worse; the others are ties.
 
     Of each film the mean over the `seeds` that both have. `p` is the exact sign test's over films, two-sided, which at
@@ -171,12 +173,17 @@ class Films:
     p_holm: float = 1.0
 
     @property
-    def holds(self) -> bool:
+    def significant(self) -> bool:
+        """Whether the trained models differ at 5 % after the correction for all pairs."""
         return self.p_holm < ALPHA
 
 
-def over_films(values: Mapping[str, Mapping[int, Sequence[float]]]) -> list[Films]:
-    """Every pair of methods that judged equally many films; `values` are name -> seed -> a value per film, in order."""
+def compare_films(values: Mapping[str, Mapping[int, Sequence[float]]]) -> list[FilmComparison]:
+    """Compare every pair of methods that judged equally many films.
+
+    Args:
+        values: Name -> seed -> one value a film, in the order of the films.
+    """
     arrays = {name: {seed: np.asarray(each, float) for seed, each in runs.items()} for name, runs in values.items()}
     found = []
     for a, b in combinations(arrays, 2):
@@ -187,7 +194,7 @@ def over_films(values: Mapping[str, Mapping[int, Sequence[float]]]) -> list[Film
             gaps = sum(of_a[seed] - of_b[seed] for seed in seeds)
             better, worse = int(np.count_nonzero(gaps > 0)), int(np.count_nonzero(gaps < 0))
             found.append(
-                Films(a, b, len(seeds), len(of_a[seeds[0]]), better, worse, _sign_test(better, better + worse))
+                FilmComparison(a, b, len(seeds), len(of_a[seeds[0]]), better, worse, _sign_test(better, better + worse))
             )
     corrected = holm([one.p for one in found])
     return [replace(one, p_holm=p) for one, p in zip(found, corrected, strict=True)]
@@ -196,11 +203,11 @@ def over_films(values: Mapping[str, Mapping[int, Sequence[float]]]) -> list[Film
 @cache
 def _sign_test(better: int, unequal: int) -> float:
     """The exact two-sided sign test."""
-    return float(stats.binomtest(better, unequal).pvalue) if unequal else 1.0
+    return min(1.0, 2 * float(bdtr(min(better, unequal - better), unequal, 0.5)))
 
 
-def holm(ps: Sequence[float]) -> list[float]:
-    """p values corrected for each other (Holm 1979), in their order: at 5 %, any false verdict in 5 % of reports."""
+def holm(ps: Sequence[float] | np.ndarray) -> list[float]:
+    """Correct p values for multiple tests (Holm 1979), in their order: at 5 %, 1 report in 20 has a false positive."""
     values = np.asarray(ps, float)
     order = np.argsort(values, kind="stable")
     corrected = np.empty(len(values))
@@ -209,14 +216,14 @@ def holm(ps: Sequence[float]) -> list[float]:
     return [float(p) for p in corrected]
 
 
-def letters(names: Sequence[str], told_apart: Sequence[tuple[str, str]]) -> dict[str, str]:
-    """Letters for each name: two share one exactly if they were not told apart (a compact letter display).
+def compact_letters(names: Sequence[str], significant_pairs: Sequence[tuple[str, str]]) -> dict[str, str]:
+    """Return letters for each name: two names share one exactly if they do not differ significantly.
 
-    By inserting and absorbing: each pair told apart splits every set that holds both; sets within others go. Empty
-    where more than `MOST_SETS` sets are needed, which nobody could read.
+    This is the compact letter display, by insertion and absorption: each significant pair splits every set that holds
+    both, and sets within other sets are dropped. Empty if more than `MOST_SETS` sets are needed, which nobody can read.
     """
     sets = [set(names)]
-    for a, b in told_apart:
+    for a, b in significant_pairs:
         split = [part for one in sets for part in ([one - {a}, one - {b}] if {a, b} <= one else [one])]
         sets = [
             one
@@ -230,13 +237,16 @@ def letters(names: Sequence[str], told_apart: Sequence[tuple[str, str]]) -> dict
     return {name: "".join(mark for mark, one in zip(marks, sets, strict=True) if name in one) for name in names}
 
 
-def detectable(n: int, pairs: int) -> float:
-    """How many standard deviations of the paired differences the mean must pass for the first of `pairs` to hold."""
-    return float(stats.t.ppf(1 - ALPHA / 2 / pairs, n - 1)) / math.sqrt(n)
+def detectable_effect(n: int, pairs: int) -> float:
+    """Return how large the mean of n paired differences must be for the first of `pairs` to be significant.
+
+    In standard deviations of the differences.
+    """
+    return float(stdtrit(n - 1, 1 - ALPHA / 2 / pairs)) / math.sqrt(n)
 
 
-def front(costs: Mapping[str, float], rank: Callable[[str], float]) -> list[str]:
-    """The names that no other beats in cost or in rank (smaller is better) without losing in the other, by cost."""
+def pareto_front(costs: Mapping[str, float], rank: Callable[[str], float]) -> list[str]:
+    """Return the Pareto front, cheapest first: the names that no other beats in cost and rank (smaller is better)."""
     places = sorted((costs[name], rank(name), i, name) for i, name in enumerate(costs))
     kept: list[tuple[float, float, int, str]] = []
     for place in places:

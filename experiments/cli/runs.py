@@ -11,13 +11,14 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.table import Table
 
+from experiments.analysis.metrics import measures_to_rank_by
 from experiments.cli.shell import AsJson, Plugin, app, console, errors, load_plugins
 from experiments.config.names import Override, misspelt, misspelt_choices
 from experiments.config.yaml12 import read_yaml
 from experiments.escape import for_terminal as escape
 from experiments.sweep.schema import Written, find_sized
-from experiments.tracking.store import read_sweep
-from sparse_zoo.errors import refuse
+from experiments.tracking.store import read, read_sweep
+from sparse_zoo.errors import refuse, unknown
 
 if TYPE_CHECKING:
     from experiments.reporting.report import Report
@@ -131,11 +132,11 @@ def sweep(
     from experiments.execution.scheduler import execute
     from experiments.execution.slurm import parameters
     from experiments.reporting.html import write
-    from experiments.reporting.report import Report
+    from experiments.reporting.report import build_report
     from experiments.sweep import preflight
     from experiments.sweep.expand import read
     from experiments.tracking.address import tracking_uri
-    from experiments.tracking.store import Asked, asked_before, home
+    from experiments.tracking.store import SweepRequest, home, last_request
 
     tracking_uri()  # refused before anything is solved or trained
     settings = parameters(slurm) if executor == "slurm" else None
@@ -148,6 +149,8 @@ def sweep(
         preflight.check(loaded.cells)
         if executor == "local" and not dry_run:
             refuse("zoo sweep", _cannot_start(loaded.cells))
+        if executor != "local":
+            refuse(f"zoo sweep --executor {executor}", _machine_dependent(loaded.cells))
         if dry_run:
             from experiments.sweep.dry_run import Forecast
 
@@ -161,8 +164,8 @@ def sweep(
             execute(loaded, bar, fresh=fresh, jobs=jobs, slurm=settings, ray=executor == "ray", wait=wait)
     except KeyboardInterrupt as error:
         interrupted = error
-    report = Report.of(loaded.name, asked=Asked(loaded.about, loaded.cells))
-    last = asked_before(loaded.name)
+    report = build_report(loaded.name, request=SweepRequest(loaded.about, loaded.cells))
+    last = last_request(loaded.name)
     if last is None or last.cells == loaded.cells:
         _show(report, write(report))
     else:  # by another driver, meanwhile: its page stays
@@ -176,7 +179,7 @@ def sweep(
     if interrupted:
         console.print(f"Stopped. Finished cells are kept; go on with: {escape(_again())}", soft_wrap=True)
         raise interrupted
-    if report.unfinished and wait:
+    if report.sweep.unfinished and wait:
         raise typer.Exit(1)
 
 
@@ -204,10 +207,14 @@ def report(
         * (markdown + latex + as_json + (results is not None) > 1)
         + ["--out needs --markdown or --latex"] * (out is not None and not markdown and not latex),
     )
-    read_sweep(name)  # a sweep that is not there is refused before what takes seconds to import
-    from experiments.reporting.report import Report
+    # An unknown sweep or measure is refused before the imports below, which take seconds.
+    request = read_sweep(name)
+    if by is not None:
+        measured = measures_to_rank_by(read(cell, name) for cell in request.cells)
+        refuse(f"report {name}", [unknown("measure", by, measured)] if by not in measured else [])
+    from experiments.reporting.report import build_report
 
-    found = Report.of(name, by)
+    found = build_report(name, by)
     if results is not None:
         from experiments.reporting.record import write_record
 
@@ -226,7 +233,9 @@ def report(
 
     page = write(found)
     if as_json:
-        print(json.dumps(found.to_json()))
+        from experiments.reporting.report_json import to_json
+
+        print(json.dumps(to_json(found)))
         return
     _show(found, page, runs=runs)
 
@@ -234,19 +243,22 @@ def report(
 def _show(report: Report, page: Path | None = None, *, runs: bool = False) -> None:
     """The leaderboard, what holds, what did not finish, where the page is, if it was written."""
     from experiments.analysis.formatting import p_value, signed
-    from experiments.reporting.report import MOST_NAMED
+    from experiments.reporting.limits import MAX_NAMES
+    from experiments.reporting.sentences import group_unfinished
+    from experiments.reporting.terminal import terminal_tables
 
-    console.print(*report.tables(runs=runs), sep="\n")
-    held = [pair for pair in report.tested if pair.holds]
-    for pair in held[:MOST_NAMED]:
+    console.print(*terminal_tables(report, runs=runs), sep="\n")
+    significant = report.comparison.significant
+    for pair in significant[:MAX_NAMES]:
         names = escape(f"{pair.a} – {pair.b}")
         console.print(f"[bold]{names}[/bold] {signed(pair.mean)}, p {p_value(pair.p_holm)} (Holm)")
-    if len(held) > MOST_NAMED:
-        console.print(f"and {len(held) - MOST_NAMED} more significant differences")
-    for line in (report.conclusion, f"{report.verdict} {report.caution}".strip(), report.drift, report.shortened):
+    if len(significant) > MAX_NAMES:
+        console.print(f"and {len(significant) - MAX_NAMES} more significant differences")
+    said = report.sentences
+    for line in (said.conclusion, f"{said.verdict} {said.caution}".strip(), said.deviation, said.shortened):
         if line:
             console.print(escape(line), highlight=False)
-    for names, result in report.unfinished_alike.items():
+    for names, result in group_unfinished(report.sweep).items():
         console.print(f"[red]{escape(names)}[/red], {result.state}: {escape(result.reason or '')}", soft_wrap=True)
     if page is not None:
         console.print(f"Report: {escape(str(page))}", soft_wrap=True)
@@ -289,6 +301,21 @@ def _cannot_start(cells: Sequence[Cell]) -> list[str]:
     from experiments.config.resolve import cannot_start
 
     return list(dict.fromkeys(reason for cell in cells for reason in cannot_start(cell.config["trainer"])))
+
+
+def _machine_dependent(cells: Sequence[Cell]) -> list[str]:
+    """Why ids of cells that run on other machines would not say what they compute.
+
+    Here their precision is the default, and so no part of the id; on a machine with a GPU the default is another.
+    """
+    from experiments.config.resolve import is_default_precision
+
+    return [
+        f"cell {cell.name}: trainer.precision is {cell.config['trainer']['precision']} with trainer.accelerator auto, "
+        "which may be another device where the cell runs; set trainer.accelerator to cpu or gpu"
+        for cell in cells
+        if cell.config["trainer"].get("accelerator", "auto") == "auto" and is_default_precision(cell.config["trainer"])
+    ]
 
 
 def _again() -> str:

@@ -7,12 +7,14 @@ from collections.abc import Callable, Mapping
 from importlib import import_module
 from inspect import getattr_static, isclass
 from pathlib import Path
-from typing import Any, Protocol, cast, get_args, get_type_hints
+from typing import Any, Protocol, cast, get_args
 
 from lightning.pytorch import LightningDataModule
 from torchmetrics import Metric
 
 from datamodules import LatentFilms, ShotWorld, VideoFilms
+from experiments.config.declared import declared_types
+from experiments.config.sections import DATA
 from sparse_zoo.errors import refuse, unknown
 from sparse_zoo.registry import import_file, importing
 
@@ -76,6 +78,15 @@ def find(name: str) -> Callable[..., FilmData]:
     return cast("Callable[..., FilmData]", classes[wanted])
 
 
+def declares(films: Callable[..., FilmData]) -> Callable[..., Any]:
+    """Return what declares the settings of a datamodule: the dataclass of one of ours, or the class itself.
+
+    A class of yours that inherits from one of ours and has no `__init__` of its own takes the same settings.
+    """
+    own = getattr_static(films, "__init__")
+    return next((DATA[name] for name, cls in OURS.items() if own is getattr_static(cls, "__init__")), films)
+
+
 def _is_data(cls: type) -> bool:
     return issubclass(cls, LightningDataModule) and cls is not LightningDataModule
 
@@ -86,11 +97,11 @@ def absolute(settings: Mapping[str, Any], films: Callable[..., FilmData]) -> dic
     Paths are `PATHS` of our own classes, and whatever a class of yours declares as `Path`; so is the file in its name.
     An expression, which stands for a text of the environment, stays one.
     """
-    hints = get_type_hints(getattr_static(films, "__init__"))
+    types = declared_types(films)
     ours = PATHS if films in OURS.values() else ()
     made = dict(settings)
     for key, value in settings.items():
-        if key in ours or hints.get(key) is Path or Path in get_args(hints.get(key)):
+        if key in ours or types.get(key) is Path or Path in get_args(types.get(key)):
             made[key] = [_absolute(one) for one in value] if isinstance(value, list) else _absolute(value)
     place, colon, wanted = str(settings["name"]).rpartition(":")
     if place.endswith(".py"):

@@ -1,7 +1,8 @@
-"""The names that a config may have, read from source text: a misspelt one is refused before torch is imported.
+"""Refuse unknown names and values of a wrong type before torch is imported, which takes seconds.
 
-Importing torch and Lightning takes seconds, too long to wait for a typing error to be named.
-`experiments.config.resolve` judges everything else: values, and names that only the user's own classes know.
+Sections and our datamodules are declared by the dataclasses of `sections`. Methods and kernels are classes that need
+torch, so their names and settings are read from their source text. `experiments.config.resolve` judges everything
+else: ranges of values, and names that only the user's own classes know.
 """
 
 from __future__ import annotations
@@ -10,7 +11,6 @@ import ast
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cache
-from importlib.metadata import entry_points
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -18,36 +18,11 @@ from typing import Any
 import yaml  # type: ignore[import-untyped]
 
 from experiments.config import yaml12
+from experiments.config.declared import misfits
+from experiments.config.sections import DATA, SECTIONS, Match, without_result
 from sparse_zoo.errors import ZooError, refuse, unknown, unknown_setting
 
 CONFIGS = Path(__file__).parents[1] / "configs"
-# The class that each section of a config is made into.
-SECTIONS = {
-    "model": "lit_modules.settings:Model",
-    "flow": "lit_modules.settings:Flow",
-    "optim": "lit_modules.settings:Optim",
-    "trainer": "lightning.pytorch.trainer.trainer:Trainer",
-    "sampling": "lit_modules.settings:Sampling",
-}
-# What the run itself hands to these classes; a config may not.
-GIVEN: dict[str, set[str]] = {
-    "trainer": {
-        "logger",
-        "callbacks",
-        "default_root_dir",
-        "enable_progress_bar",
-        "enable_checkpointing",
-        "enable_model_summary",
-        "barebones",
-        "plugins",
-    },
-}
-DATA = {
-    "shot_world": "datamodules.shot_world:ShotWorld",
-    "video_films": "datamodules.videos:VideoFilms",
-    "latent_films": "datamodules.latent_films:LatentFilms",
-}
-MATCH = ("density", "flops", "seconds", "within", "also", "set")
 # Options that take one of a few names.
 CHOICES = {
     "executor": ("local", "slurm", "ray"),
@@ -82,9 +57,14 @@ def parse_method(text: str) -> tuple[str, dict[str, Any]]:
 
 
 def misspelt(overrides: Sequence[Override], *, plugins: bool) -> list[str]:
-    """Every name that cannot be right, of overrides as `experiments.config.resolve.load` takes them, as a reason.
+    """Return why overrides cannot be right: unknown names, and values of a wrong type.
 
-    With `plugins`, methods that are not known here may be theirs.
+    Args:
+        overrides: Overrides as `experiments.config.resolve.load` takes them.
+        plugins: Whether plug-ins may bring methods that are not known here.
+
+    Returns:
+        The reasons, each once; none where all names and types are right.
     """
     base = _yaml("base.yaml")
     reasons: list[str] = []
@@ -95,23 +75,25 @@ def misspelt(overrides: Sequence[Override], *, plugins: bool) -> list[str]:
         if section not in base:
             reasons.append(unknown("config key", key, base))
         elif below:
-            inside[section][below[0]] = None
+            for part in reversed(below[1:]):
+                value = {part: value}
+            inside[section][below[0]] = value
         elif section in named:
-            named[section] = {"name": value} if isinstance(value, str) else value
+            merged = section == "data" and isinstance(value, Mapping) and "name" not in value
+            named[section] = {"name": value} if isinstance(value, str) else named[section] if merged else value
             if section == "attention" or (isinstance(value, Mapping) and "name" in value):
                 inside[section] = {}
         if section in base and not below and isinstance(value, Mapping):
             inside[section] |= value
-    for section, place in SECTIONS.items():
-        allowed = (settings(place) or set()) - GIVEN.get(section, set())
-        reasons += [unknown(f"key of {section}", x, allowed) for x in inside[section] if x not in allowed]
-    reasons += [unknown("key of match", x, MATCH) for x in inside["match"] if x not in MATCH]
+    for section, declared in {**SECTIONS, "match": Match}.items():
+        reasons += misfits(section, inside[section], declared, partial=True)
+    reasons += without_result(inside["trainer"])
     reasons += _data(named["data"], inside["data"]) + _attention(named["attention"], inside["attention"], plugins)
     return list(dict.fromkeys(reasons))
 
 
 def misspelt_in_cells(cells: Mapping[str, Sequence[Override]], *, plugins: bool, all_run: bool) -> list[str]:
-    """The same for the cells of a sweep; unless `all_run`, only what is wrong in each of them."""
+    """Return the reasons of `misspelt` for the cells of a sweep; unless `all_run`, those that all cells share."""
     found = {name: misspelt(overrides, plugins=plugins) for name, overrides in cells.items()}
     common = [reason for reason in next(iter(found.values()), []) if all(reason in own for own in found.values())]
     own = [f"cell {name}: {reason}" for name, reasons in found.items() for reason in reasons if reason not in common]
@@ -119,13 +101,13 @@ def misspelt_in_cells(cells: Mapping[str, Sequence[Override]], *, plugins: bool,
 
 
 def misspelt_methods(asked: Iterable[tuple[str, Iterable[str]]], *, plugins: bool) -> list[str]:
-    """The same for methods, each a name and the names of its settings."""
+    """Return the reasons of `misspelt` for methods, each given by its name and the names of its settings."""
     reasons = (_misspelt_method(name, keys, plugins) for name, keys in asked)
     return list(dict.fromkeys(reason for own in reasons for reason in own))
 
 
 def misspelt_choices(plugins: bool, **given: str | None) -> list[str]:
-    """The same for options that take one of a few names, see `CHOICES`, and for `kernel`."""
+    """Return the reasons of `misspelt` for options that take one of a few names, see `CHOICES`, and for `kernel`."""
     allowed = CHOICES | ({} if _more(plugins) else {"kernel": ("auto", *kernels())})
     return [
         unknown(key.replace("_", "-"), value, allowed[key])
@@ -135,9 +117,8 @@ def misspelt_choices(plugins: bool, **given: str | None) -> list[str]:
 
 
 def misspelt_match(asked: str | None) -> list[str]:
-    """The same for a budget, KIND=VALUE."""
-    key = MATCH[0] if asked is None else parse(asked)[0]
-    return [] if key in MATCH else [unknown("key of match", key, MATCH)]
+    """Return the reasons of `misspelt` for a budget, KIND=VALUE."""
+    return [] if asked is None else misfits("match", dict([parse(asked)]), Match)
 
 
 def _pairs(overrides: Sequence[Override], reasons: list[str]) -> list[tuple[str, Any]]:
@@ -156,8 +137,8 @@ def _pairs(overrides: Sequence[Override], reasons: list[str]) -> list[tuple[str,
 def _data(named: Any, inside: Mapping[str, Any]) -> list[str]:
     name = str(named.get("name")) if isinstance(named, Mapping) else ""
     if name in DATA:
-        allowed = {"name"} | (settings(DATA[name]) or set())
-        return [unknown("key of data", key, allowed - {"name"}) for key in inside if key not in allowed]
+        own = {key: value for key, value in inside.items() if key != "name"}
+        return misfits("data", own, DATA[name], partial=True)
     if ":" in name:
         return []
     known = unknown("data", name, _yaml("data.yaml"))
@@ -192,6 +173,8 @@ def _misspelt_method(name: str, keys: Iterable[str], plugins: bool) -> list[str]
 
 def _more(plugins: bool) -> bool:
     """Whether there may be methods and kernels beside those of `sparse_zoo`."""
+    from importlib.metadata import entry_points  # here: it takes a tenth of the time of `zoo --help`
+
     return plugins or any(entry_points(group="sparse_zoo.methods"))
 
 
@@ -227,7 +210,7 @@ def kernels() -> list[str]:
 
 @cache
 def settings(place: str) -> set[str] | None:
-    """What a class, "package.module:Class", is made from, by name; None where its text alone does not say."""
+    """Return the names of a class's settings, "package.module:Class"; None where its source does not tell them."""
     module, name = place.split(":")
     node = _classes(module).get(name)
     if node is None:
@@ -240,16 +223,8 @@ def settings(place: str) -> set[str] | None:
         found = {x.arg for x in (*arguments.posonlyargs, *arguments.args, *arguments.kwonlyargs)} - {"self"}
         if arguments.kwarg is None:
             return found
-    elif any("dataclass" in ast.unparse(decorator) for decorator in node.decorator_list):
-        found = {x.target.id for x in node.body if isinstance(x, ast.AnnAssign) and isinstance(x.target, ast.Name)}
     bases = [settings(f"{module}:{base.id}") if isinstance(base, ast.Name) else None for base in node.bases]
     return None if None in bases else found.union(*(base for base in bases if base))
-
-
-def class_at(place: str) -> tuple[str, ast.ClassDef]:
-    """The module and the source of a class, "package.module:Class"."""
-    module, name = place.split(":")
-    return module, _classes(module)[name]
 
 
 @cache

@@ -15,7 +15,7 @@ from typing_extensions import override
 
 from experiments.execution import signals
 from experiments.tracking.mlflow_logger import Log
-from experiments.tracking.store import whole
+from experiments.tracking.store import atomic_write
 
 
 class WholeCheckpoints(TorchCheckpointIO):
@@ -26,7 +26,7 @@ class WholeCheckpoints(TorchCheckpointIO):
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
         # What a datamodule of one's own was made from, where it keeps that: a secret of the environment may be in it.
         checkpoint.pop(pl.LightningDataModule.CHECKPOINT_HYPER_PARAMS_KEY, None)
-        with whole(Path(path)) as file:
+        with atomic_write(Path(path)) as file:
             writing = _Writing(file)
             try:
                 torch.save(checkpoint, cast("IO[bytes]", writing))

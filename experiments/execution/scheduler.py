@@ -26,9 +26,9 @@ from experiments.execution.processes import Worker, end
 from experiments.execution.progress import Bar
 from experiments.execution.work import POLL, Work, on_gpu
 from experiments.sweep.expand import Sweep
-from experiments.sweep.grid import flatten
+from experiments.tracking.identity import flatten
 from experiments.tracking.mlflow_logger import Tracker
-from experiments.tracking.store import Asked, Cell, Result, asked_before, read, write_sweep
+from experiments.tracking.store import Cell, Result, SweepRequest, last_request, read, write_sweep
 from sparse_zoo.errors import ZooError, refuse
 from sparse_zoo.registry import import_file
 
@@ -71,7 +71,7 @@ def execute(
     tracker = Tracker(sweep.name, bar.note)
     tracker.settle(_ended(found.values()))
     parent = tracker.parent(sweep.name, f"{sweep.about}\n\n{len(sweep.cells)} cells. {ABOVE} `zoo report {sweep.name}`")
-    write_sweep(sweep.name, Asked(sweep.about, sweep.cells, parent))
+    write_sweep(sweep.name, SweepRequest(sweep.about, sweep.cells, parent))
     plugins = loaded_plugins()
     works = [Work(cell, sweep.name, found[cell.name], parent, params[cell.name], plugins, fresh) for cell in todo]
     ended, shown = "KILLED", time.monotonic()
@@ -92,10 +92,10 @@ def execute(
 
 def _record_sweep(sweep: Sweep) -> str | None:
     """That these cells were asked for, where others were before: the report is about the last ones. MLflow's parent."""
-    asked = asked_before(sweep.name)
+    asked = last_request(sweep.name)
     parent = asked.mlflow_run if asked else None
     if asked is None or (asked.about, asked.cells) != (sweep.about, sweep.cells):
-        write_sweep(sweep.name, Asked(sweep.about, sweep.cells, parent))
+        write_sweep(sweep.name, SweepRequest(sweep.about, sweep.cells, parent))
     return parent
 
 

@@ -27,8 +27,8 @@ from experiments.config.resolve import Config, resolve
 from experiments.execution import signals
 from experiments.execution.checkpointing import Saving, WholeCheckpoints, saved_step
 from experiments.redact import redact, redact_all
-from experiments.reporting import pictures
-from experiments.sweep.grid import flatten
+from experiments.reporting.run_pictures import draw, save_picks, save_plans
+from experiments.tracking.identity import flatten
 from experiments.tracking.mlflow_logger import Log, Tracker, figures
 from experiments.tracking.provenance import provenance
 from experiments.tracking.store import Cell, Result, home, read
@@ -270,6 +270,7 @@ def _train(stored: Config, folder: Path, result: Result, log: Log, observer: Obs
         sampling=sampling,
         whole_metrics=getattr(data, "whole_metrics", dict)(),
     )
+    module.hparams["model"] |= {"attention": stored["attention"]}  # which checkpoints keep
     log.data(stored["data"]["name"], stored["data"], result.data)
     history, cost, timer = History(result, observer), AttentionCost(every=10), StepTimer()
     decode, routing = getattr(data, "decoder", None), RoutingWatch(folder)
@@ -321,7 +322,7 @@ def _train(stored: Config, folder: Path, result: Result, log: Log, observer: Obs
         result.chance = {name: score for scores in guessing for name, score in scores.items()}
         result.films = module.film_outcomes
         result.diagnostics = routing.summary()
-        result.pictures = pictures.of_results(cost.results, folder) + pictures.of_routing(routing.layers, folder)
+        result.pictures = save_plans(cost.results, folder) + save_picks(routing.layers, folder)
         last = max((path.name.rpartition("_film_")[0] for path in films.paths), default="")
         result.strips = [path.name for path in films.paths if path.name.rpartition("_film_")[0] == last]
 
@@ -344,9 +345,9 @@ def _record(log: Log, result: Result, folder: Path) -> None:
     if result.diagnostics:
         log.file(folder / "diagnostics.jsonl")
     for name in [picture["file"] for picture in result.pictures]:
-        log.file(folder / name, "plans")
+        log.image(draw(folder, name), f"plans/{Path(name).stem}.png")
     for name in result.strips:
-        log.file(folder / name, "films")
+        log.image(draw(folder, name), f"films/{Path(name).stem}.png")
     log.plain({"config": result.config, "data": result.data}, "config.json")
     if result.checkpoint is not None:
         log.model(result.name, Path(result.checkpoint), flatten({"attention": result.attention}), result.steps)

@@ -21,7 +21,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 import sparse_zoo as zoo
-from experiments.tracking.store import whole
+from experiments.tracking.store import atomic_write
 from sparse_zoo.errors import ZooError, refuse
 
 FORMAT = "sparse_zoo captures 1"
@@ -68,7 +68,7 @@ def save(path: Path, captured: Sequence[Captured]) -> Path:
         noise = None if isinstance(call.noise, Tensor) else call.noise
         numbers = {name: getattr(call, name) for name in NUMBERS}
         described.append({"films": films, "noise": noise, **numbers, "method": dict(one.method)})
-    with whole(path) as file:
+    with atomic_write(path) as file:
         try:
             save_file(tensors, file.name, {"format": FORMAT, "calls": json.dumps(described)})
         except SafetensorError as error:  # among others a full disk

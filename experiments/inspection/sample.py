@@ -18,8 +18,9 @@ from torchmetrics import Metric, MetricCollection
 from experiments.inspection.trained import Batch, Trained
 from experiments.tracking.store import write_json
 from lit_modules import Euler, SampleFilms
-from lit_modules.callbacks import film_pictures, write_picture
+from lit_modules.callbacks import write_picture
 from lit_modules.mp4 import write_mp4
+from lit_modules.strips import film_rows, stack_rows
 from sparse_zoo.errors import refuse
 
 FPS = 8.0  # of videos where the data knows no rate
@@ -106,8 +107,8 @@ class Drawing:
             with precision.forward_context(), warnings.catch_warnings(record=True) as new:
                 warnings.simplefilter("always")
                 guess = module.flow.denoise(module.model, batch, SampleFilms.GUESS_FROM, step=step, seed=number)
-                drawn = self.euler.draw(
-                    module.model, module.flow, batch, seed=number, known=known, step=step, told=told
+                drawn = self.euler.generate(
+                    module.model, module.flow, batch, seed=number, known=known, step=step, on_step=told
                 )
             caught += new
             metrics.update(drawn.clips, batch)
@@ -116,7 +117,7 @@ class Drawing:
             rows = rows if decode is None else [decode(clips) for clips in rows]
             for item in range(len(batch["text"])):
                 first = 0
-                for i, picture in enumerate(film_pictures(batch["layout"], rows, item)):
+                for i, film in enumerate(film_rows(batch["layout"], rows, item)):
                     shots = len(batch["layout"].films[i].shots)
                     clips = [clip[item] for clip in rows[-1][first : first + shots]]
                     first += shots
@@ -127,7 +128,7 @@ class Drawing:
                             "name": _of_film(batch, "names", item, i) or f"film {len(films)}",
                             "shots": shots,
                             "given": min(self.given, shots),
-                            "strip": str(write_picture(place, picture)),
+                            "strip": str(write_picture(place, stack_rows(film))),
                             "video": str(
                                 write_mp4(
                                     video,
@@ -136,7 +137,7 @@ class Drawing:
                                     _of_film(batch, "captions", item, i) or (),
                                 )
                             ),
-                            "taken": drawn.taken[i][item] if drawn.taken else None,
+                            "taken": drawn.context[i][item] if drawn.context else None,
                         }
                     )
         found = {name: float(value) for name, value in metrics.compute().items()} if len(metrics) else {}

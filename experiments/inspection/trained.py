@@ -114,7 +114,7 @@ def _load(checkpoint: Path) -> tuple[LitVideoDiT, int]:
     try:
         step = int(state["global_step"])
         # Not load_from_checkpoint: it imports the "_instantiator" that a checkpoint names.
-        module = LitVideoDiT(**state["hyper_parameters"])
+        module = LitVideoDiT(**resolve(state["hyper_parameters"]))
         module.on_load_checkpoint(state)
         module.load_state_dict(state["state_dict"])
         return module, step

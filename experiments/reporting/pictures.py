@@ -1,4 +1,4 @@
-"""Pictures of plans as files: of a small film for `zoo map`, of what a run ended with for its report."""
+"""The page of `zoo map`: a method on a small film, as a PNG file and as data."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ class Map:
         rows = []
         for i, density in enumerate(self.densities):
             figures = next((one.scalars() for one in self.found if one.branch == i), {})
-            shots = _picks(self.found, i)
+            shots = count_picks(self.found, i)
             routed = (
                 {"shots": None, "loops": None} if shots is None else {"shots": shots.tolist(), "loops": loops(shots)}
             )
@@ -69,8 +69,8 @@ class Map:
 
     def save(self, path: Path) -> Path:
         """The page as PNG: token maps, who routed to which shot, groups over frames where tokens are grouped."""
-        maps = _of_tokens(self.result)
-        branches = (_picks(self.found, i) for i in range(len(self.densities)))
+        maps = token_plans(self.result)
+        branches = (count_picks(self.found, i) for i in range(len(self.densities)))
         routed = [shots for shots in branches if shots is not None]
         groups = [labels for plan in maps.values() if (labels := _groups(plan)) is not None]
         panels = len(maps) + 2 * len(routed)
@@ -132,58 +132,19 @@ def simulated() -> zoo.Call:
     return zoo.Call(q, k, v, FILM, hidden=sight[None] + 0.5 * noise[0, :, 0], step=0)
 
 
-def of_results(results: Sequence[zoo.Result], folder: Path) -> list[dict[str, str]]:
-    """Write the plans of every layer's branches, first batch item and head: [{"file", "label"}], in order.
-
-    Plans over pooled queries or keys are left out.
-    """
-    written = []
-    for layer, result in enumerate(results):
-        for branch, plan in _of_tokens(result).items():
-            label = f"layer {layer + 1}" + (f", branch {branch + 1}" if len(result.plans) > 1 else "")
-            path = save(picture(plan, result.layout), folder / f"plan-{layer + 1}-{branch + 1}.png")
-            written.append({"file": path.name, "label": label})
-    return written
-
-
-def of_routing(layers: Sequence[Sequence[Diagnosis]], folder: Path) -> list[dict[str, str]]:
-    """Write who routed to which shot, first batch item, all heads, of every layer's routed branches."""
-    written = []
-    for layer, found in enumerate(layers):
-        for branch in sorted({one.branch for one in found}):
-            counts = _picks(found, branch)
-            if counts is not None:
-                figure = _figure(2.6, 2.6)
-                _draw_shots(figure.add_subplot(), counts, numbers=False)  # the report shows it small
-                path = _write(figure, folder / f"shots-{layer + 1}-{branch + 1}.png")
-                told = ", ".join(map(loop_text, loops(counts)))
-                label = f"layer {layer + 1}, picks by shot" + (f", loops {told}" if told else "")
-                written.append({"file": path.name, "label": label})
-    return written
-
-
 def loop_text(loop: Sequence[int]) -> str:
     """`9 <-> 11` for two shots, `3 -> 5 -> 8 -> 3` for more."""
     return f"{loop[0]} <-> {loop[1]}" if len(loop) == 2 else " -> ".join(map(str, [*loop, loop[0]]))
 
 
-def save(image: Tensor, path: Path) -> Path:
-    """A uint8 (H, W, 3) tensor as PNG."""
-    from matplotlib.image import imsave
-
-    path.parent.mkdir(parents=True, exist_ok=True)
-    imsave(path, image.numpy())
-    return path
+def token_plans(result: zoo.Result) -> dict[int, zoo.Plan]:
+    """Return the plans by branch; those over pooled queries or keys have no place on a map of tokens."""
+    plans, length = [plan.first_segment for plan in result.plans], len(result.layout)
+    return {branch: plan for branch, plan in enumerate(plans) if plan.shape == (length, length)}
 
 
-def _of_tokens(result: zoo.Result) -> dict[int, zoo.Plan]:
-    """Plans by branch; those over pooled queries or keys have no place on a map of tokens."""
-    length = len(result.layout)
-    return {branch: plan for branch, plan in enumerate(result.plans) if plan.shape == (length, length)}
-
-
-def _picks(found: Sequence[Diagnosis], branch: int) -> Tensor | None:
-    """Picks by shot (S, S) of a branch, all its parts and heads, first batch item; None where it routes nothing."""
+def count_picks(found: Sequence[Diagnosis], branch: int) -> Tensor | None:
+    """Return the picks by shot (S, S) of a branch: all its parts and heads, first batch item; None without routing."""
     counts = [one.routing.shots[0].sum(0).cpu() for one in found if one.branch == branch and one.routing is not None]
     return torch.stack(counts).sum(0) if counts else None
 
@@ -212,7 +173,7 @@ def _draw_map(axis: Any, plan: zoo.Plan, title: str) -> None:
     axis.spines[:].set_visible(False)
 
 
-def _draw_shots(axis: Any, counts: Tensor, *, numbers: bool = True) -> None:
+def _draw_shots(axis: Any, counts: Tensor) -> None:
     """A matrix (S, S): rows choose, columns are chosen; colour is the share of the row, red frames are loops."""
     from matplotlib.colors import LinearSegmentedColormap
     from matplotlib.patches import Rectangle
@@ -225,7 +186,7 @@ def _draw_shots(axis: Any, counts: Tensor, *, numbers: bool = True) -> None:
         if not counts[a, a]:  # no piece of the own shot can be picked where the shot is attended anyhow
             own = Rectangle((a - 0.5, a - 0.5), 1, 1, fc=_rgb(PAPER), ec=_rgb(HATCH), lw=0, hatch="/////")
             axis.add_patch(own)
-        for b in range(size if numbers and size <= NUMBERS else 0):
+        for b in range(size if size <= NUMBERS else 0):
             if round(float(counts[a, b])):
                 colour = "white" if share[a, b] > 0.3 else _rgb(INK)
                 axis.text(b, a, f"{counts[a, b]:.0f}", ha="center", va="center", fontsize=6.5, color=colour)

@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from experiments.analysis.metrics import FIGURES
-from experiments.analysis.significance import Figure
+from experiments.analysis.significance import Estimate
 from experiments.escape import for_json
 from experiments.reporting.report import Report
-from experiments.tracking.store import Result, whole
+from experiments.tracking.store import Result, atomic_write
 
 DIGITS = 4  # that count
 
@@ -22,19 +22,19 @@ def record(report: Report) -> dict[str, Any]:
     Of the finished runs alone; the others stand under "unfinished". Controls that another sweep lent name it. A fact
     about machines, code or films that is not the same for all runs is the list of what it was.
     """
-    done = report.finished
+    done = report.sweep.finished
     facts = [result.provenance for result in done]
-    names = ("density", "flops", "seconds_per_step", "val_loss", *report.measures)
+    names = ("density", "flops", "seconds_per_step", "val_loss", *report.sweep.metrics)
     return {
-        "name": report.name,
-        "command": report.command,
-        "commit": _one(report.commits),
+        "name": report.sweep.name,
+        "command": report.sweep.command,
+        "commit": _one(report.sweep.commits),
         "started": min((fact["started"] for fact in facts if "started" in fact), default=None),
         **{key: _one(fact.get(key) for fact in facts) for key in ("processor", "threads", "torch")},
         "minutes": _minutes(result.seconds or 0.0 for result in done),
         "steps": _one(result.steps for result in done),
         "films_judged_per_run": _one(len(outcomes) for result in done for outcomes in result.films.values()),
-        "chance": {name: _short(value) for name, value in report.chance.items()},
+        "chance": {name: _short(value) for name, value in report.sweep.chance.items()},
         "groups are": "[mean, sample standard deviation] over n seeds",
         "groups": [
             {
@@ -44,13 +44,15 @@ def record(report: Report) -> dict[str, Any]:
                 **{
                     name: [_short(figure.mean), _short(_spread(figure))]
                     for name in names
-                    if (figure := group.figure(name)) is not None
+                    if (figure := group.estimate(name)) is not None
                 },
             }
-            for group in report.rows
+            for group in report.leaderboard.rows
         ],
-        "runs": [_run(result, names) for group in report.rows if not group.sweep for result in group.finished],
-        "unfinished": [{"name": r.name, "status": r.status, "reason": r.reason} for r in report.unfinished],
+        "runs": [
+            _run(result, names) for group in report.leaderboard.rows if not group.sweep for result in group.finished
+        ],
+        "unfinished": [{"name": r.name, "status": r.status, "reason": r.reason} for r in report.sweep.unfinished],
     }
 
 
@@ -61,7 +63,7 @@ def write_record(report: Report, path: Path) -> None:
         each = [for_json(one) for one in value] if isinstance(value, list) else []
         plain = "[\n  " + ",\n  ".join(each) + "\n ]" if each else for_json(value)
         lines.append(f" {json.dumps(key)}: {plain}")
-    with whole(path) as file:
+    with atomic_write(path) as file:
         file.write(("{\n" + ",\n".join(lines) + "\n}\n").encode())
 
 
@@ -76,7 +78,7 @@ def _run(result: Result, names: Iterable[str]) -> dict[str, Any]:
     }
 
 
-def _spread(figure: Figure) -> float | None:
+def _spread(figure: Estimate) -> float | None:
     """None of one run; what rounding alone leaves of runs that agree is none."""
     return 0.0 if figure.sd is not None and figure.sd < 1e-12 * abs(figure.mean) else figure.sd
 

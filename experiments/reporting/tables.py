@@ -11,31 +11,33 @@ from markupsafe import Markup
 
 from experiments.analysis.formatting import (
     giga,
-    half,
     interval,
     mean,
     number,
     p_value,
     percent,
     plain_values,
+    plus_minus,
     settings,
     signed,
 )
 from experiments.analysis.metrics import RECALL, WHOLE, Measure
-from experiments.analysis.seed_groups import Group, Line
+from experiments.analysis.seed_groups import Group, Reference
 from experiments.escape import for_latex, for_markdown, for_markdown_code
-from experiments.reporting.report import Report, machines
+from experiments.reporting.leaderboard import list_distances
+from experiments.reporting.report import Report, list_machines
+from experiments.reporting.sentences import group_unfinished
 
 COLUMNS = 7  # of a LaTeX table, beside the first, that fit a page
 
 
 def markdown(report: Report) -> str:
-    """The tables as Markdown, a section each."""
+    """Return the tables as Markdown, one section each."""
     return _rendered(report, "report.md.j2", for_markdown)
 
 
 def latex(report: Report) -> str:
-    """The tables as LaTeX, to be `\\input`; needs the package booktabs. Wide ones are cut, so that they fit a page."""
+    r"""Return the tables as LaTeX, for `\input`; they need the package booktabs. Wide ones are cut to fit a page."""
     return _rendered(report, "report.tex.j2", for_latex, COLUMNS)
 
 
@@ -50,10 +52,10 @@ def _rendered(report: Report, template: str, cell: Callable[[str], str], columns
     environment.filters["row"] = lambda cells, between: Markup(between.join(map(cell, cells)))
     environment.filters["code"] = lambda text: Markup(for_markdown_code(text))
     return environment.get_template(template).render(
-        report=report,
+        sweep=report.sweep,
         made=datetime.now().astimezone().strftime("%Y-%m-%d"),
         sheets=[part for sheet in _sheets(report) if sheet.rows for part in sheet.cut(columns)],
-        machines=machines(report),
+        machines=list_machines(report.sweep),
     )
 
 
@@ -75,34 +77,34 @@ class Sheet:
 
 
 def _sheets(report: Report) -> Iterator[Sheet]:
-    head = report.headline
-    done = report.rows
+    head = report.sweep.headline
+    done = report.leaderboard.rows
 
     def row(group: Group, title: str) -> list[str]:
         return [
             title,
-            number(mean(group.figure(head.name))),
-            interval(group.figure(head.name)),
-            report.letters.get(group.name, ""),
+            number(mean(group.estimate(head.name))),
+            interval(group.estimate(head.name)),
+            report.comparison.letters.get(group.name, ""),
             str(len(group.finished)),
-            percent(mean(group.figure("density"))),
-            giga(mean(group.figure("flops"))),
-            number(mean(group.figure("seconds_per_step"))),
-            *(half(group.figure(name)) for name in report.beside),
+            percent(mean(group.estimate("density"))),
+            giga(mean(group.estimate("flops"))),
+            number(mean(group.estimate("seconds_per_step"))),
+            *(plus_minus(group.estimate(name)) for name in report.columns.beside),
         ]
 
-    def across(line: Line) -> list[str]:
-        if line.group:
-            return row(line.group, line.title)
-        if line.missing:
-            return [line.label, line.missing] + [""] * (6 + len(report.beside))
-        chance = [number(report.chance.get(name)) for name in (head.name, *report.beside)]
-        return [line.label, chance[0]] + [""] * 6 + chance[1:]
+    def across(reference: Reference) -> list[str]:
+        if reference.group:
+            return row(reference.group, reference.title)
+        if reference.missing:
+            return [reference.label, reference.missing] + [""] * (6 + len(report.columns.beside))
+        chance = [number(report.sweep.chance.get(name)) for name in (head.name, *report.columns.beside)]
+        return [reference.label, chance[0]] + [""] * 6 + chance[1:]
 
     def sheet(title: str, columns: Mapping[str, str], note: str = "") -> Sheet:
-        rows = [[group.name, *(half(group.figure(name)) for name in columns)] for group in done]
-        chance = [["chance", *(number(report.chance.get(name)) for name in columns)]]
-        told = any(name in report.chance for name in columns)
+        rows = [[group.name, *(plus_minus(group.estimate(name)) for name in columns)] for group in done]
+        chance = [["chance", *(number(report.sweep.chance.get(name)) for name in columns)]]
+        told = any(name in report.sweep.chance for name in columns)
         head = ["method", *columns.values()]
         return Sheet(
             title, f"{note}Mean ± half of the 95 % interval over seeds.", head, (rows + chance * told) * bool(columns)
@@ -111,18 +113,37 @@ def _sheets(report: Report) -> Iterator[Sheet]:
     yield Sheet(
         "Leaderboard",
         f"By {head.label} ({head.better}): mean and 95 % interval over n seeds (Student's t). Methods that share a"
-        " letter were not told apart. Density and FLOPs are those of the plans that ran."
-        + (f" {report.task} Beside it mean ± half of the interval." if report.task else "")
-        + "".join(f" {told}" for told in (report.conclusion, report.drift, report.shortened) if told),
-        ["method", head.label, "95 % interval", "", "n", "density", "GFLOPs", "s / step", *report.beside.values()],
-        [*(row(group, group.titled) for group in report.ranked), *map(across, report.lines)],
+        " letter do not differ significantly. Density and FLOPs are those of the plans that ran."
+        + (f" {report.sentences.task} Beside it mean ± half of the interval." if report.sentences.task else "")
+        + "".join(
+            f" {told}"
+            for told in (report.sentences.conclusion, report.sentences.deviation, report.sentences.shortened)
+            if told
+        ),
+        [
+            "method",
+            head.label,
+            "95 % interval",
+            "",
+            "n",
+            "density",
+            "GFLOPs",
+            "s / step",
+            *report.columns.beside.values(),
+        ],
+        [
+            *(row(group, group.titled) for group in report.leaderboard.ranked),
+            *map(across, report.leaderboard.references),
+        ],
     )
-    yield Sheet("Settings", "", ["method", "settings"], [[group.name, settings(group.one.attention)] for group in done])
+    yield Sheet(
+        "Settings", "", ["method", "settings"], [[group.name, settings(group.first.attention)] for group in done]
+    )
     yield Sheet(
         "Differences",
         f"In {head.label}, the first less the second, paired by seed, each with its own 95 % interval; p of the paired"
-        f" t test, corrected by Holm, and of flipping signs. {report.verdict} {report.caution}",
-        ["pair", "difference", "95 % interval", "n", "p", "p (Holm)", "p (signs)", "holds"],
+        f" t test, corrected by Holm, and of the sign-flip test. {report.sentences.verdict} {report.sentences.caution}",
+        ["pair", "difference", "95 % interval", "n", "p", "p (Holm)", "p (signs)", "significant"],
         [
             [
                 f"{pair.a} – {pair.b}",
@@ -130,42 +151,42 @@ def _sheets(report: Report) -> Iterator[Sheet]:
                 "" if pair.low is None else f"[{signed(pair.low)}, {signed(pair.high)}]",
                 str(pair.n),
                 *map(p_value, (pair.p, pair.p_holm, pair.p_exact)),
-                "yes" if pair.holds else "no",
+                "yes" if pair.significant else "no",
             ]
-            for pair in report.listed
+            for pair in report.comparison.listed
         ],
     )
     yield Sheet(
         "Films",
-        "The same by film, which speaks of these trained models and not of the methods: on how many films the first did"
-        " better and worse than the second; exact sign test, corrected by Holm.",
+        "The same by film. This compares the trained models, not the methods: on how many films the first did better"
+        " and worse than the second; exact sign test, corrected by Holm.",
         ["pair", "films", "better", "worse", "p", "p (Holm)"],
         [
             [f"{one.a} – {one.b}", *map(str, (one.films, one.better, one.worse)), p_value(one.p), p_value(one.p_holm)]
-            for one in report.films
+            for one in report.comparison.films
         ],
     )
     for measure in (RECALL, WHOLE + RECALL):
-        places = {name: str(back) for back, name in report.at_distances(measure).items()}
+        places = {name: str(back) for back, name in list_distances(report.sweep, measure).items()}
         label = Measure.of(measure).label.capitalize()
         yield sheet(
             f"{label} by distance", places, "Across: shots back to the nearest earlier one that shows the subject. "
         )
-    yield sheet("Whole films", report.whole_films, "Drawn from noise. ")
-    yield sheet("Other measures", report.others)
+    yield sheet("Whole films", report.columns.whole_films, "Generated from noise. ")
+    yield sheet("Other measures", report.columns.others)
     yield Sheet(
-        "Settings, one at a time",
-        f"Mean {head.label} at each value, over the combinations of all else that were run with every value.",
+        "Main effects of settings",
+        f"Mean {head.label} at each value, over the combinations of other settings that were run with every value.",
         ["setting", "value", "mean", "95 % interval", "cells"],
         [
             [
                 effect.name if first else "",
                 plain_values(level.value),
-                number(level.figure.mean),
-                interval(level.figure),
+                number(level.estimate.mean),
+                interval(level.estimate),
                 str(len(level.cells)),
             ]
-            for effect in report.effects
+            for effect in report.comparison.effects
             for first, level in ((i == 0, level) for i, level in enumerate(effect.levels))
         ],
     )
@@ -173,5 +194,5 @@ def _sheets(report: Report) -> Iterator[Sheet]:
         "Not finished",
         "",
         ["cell", "status", "reason"],
-        [[names, result.state, result.reason or ""] for names, result in report.unfinished_alike.items()],
+        [[names, result.state, result.reason or ""] for names, result in group_unfinished(report.sweep).items()],
     )

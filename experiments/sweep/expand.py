@@ -17,7 +17,7 @@ from experiments.sweep.budget import Unreached, shared_reach, solved, with_setti
 from experiments.sweep.grid import Choice, matches
 from experiments.sweep.preflight import error_reason, first_of_groups
 from experiments.sweep.schema import SWEEPS, Written, find
-from experiments.tracking.store import Cell, asked_before
+from experiments.tracking.store import Cell, last_request
 from sparse_zoo.errors import ZooError, refuse, unknown_setting
 
 __all__ = ["SWEEPS", "Sweep", "find", "read"]
@@ -174,7 +174,7 @@ def _wrong(drafts: Sequence[_Draft]) -> list[str]:
 
 def _matched(cells: Sequence[Cell], sweep: str, told: Callable[[str], object]) -> list[Cell]:
     """The cells with their budgets solved, once for those that differ by their seed alone."""
-    asked = asked_before(sweep)
+    asked = last_request(sweep)
     earlier = [cell.config for cell in asked.cells] if asked else []
     found, reasons, unreached = {}, [], False
     for label, cell in first_of_groups(cells).items():

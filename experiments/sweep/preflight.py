@@ -83,11 +83,13 @@ class Planning(nn.Module):
     """
 
     def __init__(self, attention: zoo.Attention) -> None:
+        """Stand in for a method, which makes the plans."""
         super().__init__()
         self.attention = attention
         self.checked = False
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, layout: zoo.Layout, **context: Any) -> zoo.Result:
+        """Return the method's plans with an output of zeros, (B, H, L, D)."""
         call = zoo.Call(q, k, v, layout.to(q.device), **context)
         method = self.attention.at(call.step) if isinstance(self.attention, zoo.Scheduled) else self.attention
         if call.hidden is not None:

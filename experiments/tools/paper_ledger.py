@@ -1,6 +1,6 @@
-"""What two papers print of sparsity and FLOPs, beside the same figures from plans of the papers' sizes.
+"""Figures of sparsity and FLOPs that two papers print, beside the same figures from plans of the papers' sizes.
 
-`python -m experiments.tools.paper_ledger` writes docs/ledger.md.
+Run `python -m experiments.tools.paper_ledger > docs/ledger.md` to write the page.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ from sparse_zoo.simulate import shape_only
 
 TOLERANCE = 0.02
 RULE = (
-    f"The rule: a row agrees where |ours - theirs| / theirs, of the printed figure, is at most {TOLERANCE:.0%} by the "
-    "plain definition (of a printed lower bound, only what lacks counts). Failing that, the readings are tried in the "
-    "order listed: one is admitted to a table's quantity if it fits at least half of the rows that it bears on, and a "
-    "row agrees under the first admitted reading that fits it. All else does not follow. The readings were found by "
-    "looking for what fits: they show how a figure may have been counted, not how it was."
+    f"The rule: a row agrees if |ours - theirs| / theirs is at most {TOLERANCE:.0%} by the plain definition. For a "
+    "printed lower bound only a shortfall counts. Otherwise the readings are tried in the order listed. A reading is "
+    "admitted to a table's quantity if it fits at least half of the rows that it applies to, and a row agrees under "
+    "the first admitted reading that fits it. All other rows do not follow. The readings were found by searching for "
+    "what fits: they show how a figure may have been counted, not how it was."
 )
 Quantity = Literal["sparsity", "FLOPs", "FLOPs by the printed formula", "dense ÷ sparse FLOPs", "PFLOPs", "tokens"]
 Verdict = Literal["agrees", "agrees under a reading", "does not follow"]
@@ -52,7 +52,7 @@ class Case:
 
 @dataclass(frozen=True)
 class Figure:
-    """A printed figure and the case that it is of. Sparsity is a share; `at_least`: printed as a lower bound."""
+    """A printed figure and its case. Sparsity is a share; `at_least`: printed as a lower bound."""
 
     table: str
     row: str
@@ -62,7 +62,7 @@ class Figure:
     at_least: bool = False
 
     def off(self, value: float) -> float:
-        """How far a value is from the printed one, relative to it."""
+        """The distance of a value from the printed one, relative to the printed one."""
         lacks = self.theirs - value if self.at_least else abs(value - self.theirs)
         return max(lacks, 0.0) / self.theirs if self.theirs else (0.0 if value == 0 else math.inf)
 
@@ -128,7 +128,8 @@ def count(case: Case) -> Count:
         attention.router.bias.zero_()
         features = attention.features(torch.randn(1, len(layout), dim, generator=draws))
     branches = attention.branches(zoo.Call(q, k, k, layout, features=features))
-    pairs = sum(int(branch.plan.pairs.sum()) for branch in branches if isinstance(branch, zoo.Branch))
+    segments = [segment for branch in branches if isinstance(branch, zoo.Branch) for segment in branch.key_sets]
+    pairs = sum(int(segment.plan.pairs.sum()) for segment in segments)
     routing = attention.routing_flops(shape_only(layout, 1, 1, HEAD_DIM, WAN_DIM))
     return Count(len(layout), pairs, layout.dense_pairs, routing)
 
@@ -256,10 +257,10 @@ MOC = Paper(
         "Single-shot: 7 latent frames of 30 × 30, 6,300 tokens (about 6.3k). Wan: 21 frames of 30 × 52 = 1,560.",
         "Text is not in the count (its length is not printed).",
         "Final multi-shot setting: chunk 1280, k 5, anchors text and own shot, causal. Single-shot: anchors text and "
-        "own chunk, not causal; Wan's k is not printed and taken to be its 3.",
-        "Chunks of a number of tokens are cut along the stream. Which are chosen is drawn at random, one that is "
-        "shorter than the others last of all.",
-        "FLOPs are of one head of dimension 128 in one layer, pooling and scoring included.",
+        "own chunk, not causal; Wan's k is not printed, and we assume the same 3.",
+        "Chunks of a number of tokens are cut along the stream. The chosen chunks are random; one that is shorter than "
+        "the others is chosen last.",
+        "FLOPs are of one head of dimension 128 in one layer, with pooling and scoring.",
     ),
     MOC_FIGURES,
     (
@@ -376,7 +377,7 @@ PAPERS: Mapping[str, Paper] = {paper.name: paper for paper in (MOC, MOGA)}
 
 @dataclass(frozen=True)
 class Fit:
-    """How many rows of a table's quantity a reading fits, of those that it speaks of."""
+    """The number of rows of a table's quantity that a reading fits, of those that it applies to."""
 
     reading: str
     table: str
@@ -395,7 +396,7 @@ class Fit:
 
 @dataclass(frozen=True)
 class Row:
-    """A printed figure judged. `ours` is by the reading where one decides, else plain."""
+    """A printed figure and its verdict. `ours` is by the reading if one decides, else plain."""
 
     figure: Figure
     ours: float
@@ -426,7 +427,8 @@ class Row:
 def judge(figure: Figure, value: float, readings: list[tuple[Fit, float]], remark: str = "") -> Row:
     """The rule: by the plain value, else by the first admitted reading that fits, else not.
 
-    `readings`: those that speak of the figure, in order, with their values; `remark` is for figures that do not follow.
+    `readings` are those that apply to the figure, in order, with their values. `remark` is added to the reason if the
+    figure does not follow.
     """
     by_plain = f"plain: {shown(figure, value)}, off by {_percent(figure.off(value))}"
     if figure.fits(value):
@@ -438,7 +440,7 @@ def judge(figure: Figure, value: float, readings: list[tuple[Fit, float]], remar
     why = "; ".join(filter(None, (by_plain, remark)))
     lucky = [fit for fit, other in readings if figure.fits(other)]
     if lucky:
-        why += f"; reading {lucky[0].reading!r} would fit, but fits only {lucky[0].count}"
+        why += f"; reading {lucky[0].reading!r} fits this row, but only {lucky[0].count}"
     elif readings:
         fit, other = min(readings, key=lambda pair: figure.off(pair[1]))
         why += f"; nearest reading, {fit.reading!r}: {shown(figure, other)}"
@@ -446,26 +448,26 @@ def judge(figure: Figure, value: float, readings: list[tuple[Fit, float]], remar
 
 
 def needed(figure: Figure) -> str:
-    """What the printed figure would take, beside what the plan holds."""
+    """The density or keys per query that the printed figure needs, beside those of the plan."""
     found, theirs = count(figure.case), figure.theirs
     if figure.quantity == "tokens":
         return ""
     if figure.quantity == "PFLOPs":
         rest, dense = model_pflops(found.tokens, 0.0), model_pflops(found.tokens, 1.0)
         if theirs < rest:
-            return f"printed is less than the {rest:.2g} of all but attention"
-        return f"printed takes a density of {(theirs - rest) / (dense - rest):.1%}, the plan has {found.density:.1%}"
+            return f"printed is below the {rest:.2g} of everything except attention"
+        return f"printed needs a density of {(theirs - rest) / (dense - rest):.1%}, the plan has {found.density:.1%}"
     if figure.quantity in ("FLOPs", "FLOPs by the printed formula"):
         keys = theirs / (4 * HEAD_DIM * found.tokens)
-        return f"printed takes {keys:,.0f} keys a query, the plan has {found.pairs / found.tokens:,.0f}"
+        return f"printed needs {keys:,.0f} keys a query, the plan has {found.pairs / found.tokens:,.0f}"
     if figure.quantity == "sparsity":
-        return f"printed takes a density of {1 - theirs:.2%}, the plan has {found.density:.2%}"
-    return f"printed takes a density of {1 / theirs:.2%}, the plan has {found.density:.2%}"
+        return f"printed needs a density of {1 - theirs:.2%}, the plan has {found.density:.2%}"
+    return f"printed needs a density of {1 / theirs:.2%}, the plan has {found.density:.2%}"
 
 
 @dataclass(frozen=True)
 class Ledger:
-    """A paper's figures, judged, and how each reading fared."""
+    """A paper's figures with verdicts, and how many rows each reading fits."""
 
     paper: Paper
     rows: tuple[Row, ...]
@@ -473,7 +475,7 @@ class Ledger:
 
     @staticmethod
     def of(name: str, told: Callable[[str], None] = lambda _: None) -> Ledger:
-        """Recompute a paper; `told` hears of each figure."""
+        """Recompute a paper; `told` is called with the name of each figure."""
         paper = PAPERS[name]
         values: dict[Figure, list[float | None]] = {}
         for figure in paper.figures:
@@ -521,12 +523,12 @@ class Ledger:
         }
 
     def notes(self) -> list[str]:
-        """What was assumed, and the readings."""
+        """The assumptions and the readings."""
         readings = "; ".join(f"{reading.name!r}: {reading.about}" for reading in self.paper.readings)
         return [*self.paper.assumptions, f"Readings: {readings}."]
 
     def show(self, console: Console) -> None:
-        """For a terminal of 120 columns."""
+        """Print the tables to a terminal of 120 columns."""
         console.print(f"[bold]{self.paper.title}[/bold]")
         for line in self.notes():
             console.print(f"[dim]- {line}[/dim]")
@@ -553,7 +555,7 @@ class Ledger:
         console.print(f"[bold]{self.summary()}[/bold]")
 
     def markdown(self) -> str:
-        """For the page."""
+        """The paper's section of docs/ledger.md."""
         lines = [f"## {self.paper.title}", "", f"`zoo cost --paper {self.paper.name}`: {self.summary()}.", ""]
         lines += [f"- {line}" for line in self.notes()]
         lines += ["", "| table | row | quantity | theirs | ours | verdict | why |", "|---|---|---|---|---|---|---|"]
@@ -588,18 +590,87 @@ def _percent(share: float) -> str:
     return f"{100 * share:.1f} %" if math.isfinite(share) else "all of it"
 
 
+@dataclass(frozen=True)
+class Speed:
+    """A printed sparsity and the speedup printed beside it.
+
+    Attributes:
+        paper: Its name and number.
+        source: Where the figures are printed.
+        row: What was timed.
+        sparsity: The share of pairs that is left out.
+        times: The speedup over dense.
+    """
+
+    paper: str
+    source: str
+    row: str
+    sparsity: float
+    times: float
+
+    @property
+    def bound(self) -> float:
+        """The largest speedup of attention that the sparsity allows; of a whole model it is smaller."""
+        return 1 / (1 - self.sparsity)
+
+    @property
+    def verdict(self) -> str:
+        """Within the bound, or above it by more than `TOLERANCE`: then something else made it faster."""
+        return "within the bound" if self.times <= self.bound * (1 + TOLERANCE) else "exceeds the bound"
+
+
+_LITE = ("LiteAttention, arXiv 2511.11062", "README of moonmath-ai/LiteAttention, commit 01b56b3")
+SPEEDS = (
+    Speed(*_LITE, "Wan2.1-14B, end to end, 1707 s -> 902 s", 0.42, 1707 / 902),
+    Speed(*_LITE, "Wan2.2-14B, end to end, 1473 s -> 893 s", 0.32, 1473 / 893),
+    Speed(*_LITE, "self-attention, 695 s -> 573 s", 0.21, 695 / 573),
+    Speed(*_LITE, "self-attention, 695 s -> 418 s", 0.42, 695 / 418),
+    Speed(*_LITE, "self-attention, 695 s -> 308 s", 0.57, 695 / 308),
+    Speed(*_LITE, "self-attention, 695 s -> 163 s", 0.77, 695 / 163),
+    Speed("SpargeAttention2, arXiv 2602.13515", "its abstract", "attention", 0.95, 16.2),
+    Speed("SLA2, arXiv 2602.12675", "its abstract", "attention, quantization included", 0.97, 18.6),
+    Speed("SLA, arXiv 2509.24006", "its abstract", "attention", 0.95, 13.7),
+    Speed("SubBlock, sglang #34148", "its description", "denoising of MiniMax-H3, end to end", 0.75, 1.14),
+)
+
+
+def speeds() -> str:
+    """The section on printed speedups."""
+    rows = [
+        f"| {x.paper} | {x.row} | {x.sparsity:.0%} | {x.times:.2f}× | {x.bound:.2f}× | {x.verdict} | {x.source} |"
+        for x in SPEEDS
+    ]
+    return "\n".join([SPEEDS_INTRODUCTION, *rows, ""])
+
+
 def page(ledgers: list[Ledger]) -> str:
-    """docs/ledger.md."""
+    """The text of docs/ledger.md."""
     return "\n".join([INTRODUCTION, RULE, "", *(ledger.markdown() for ledger in ledgers)])
+
+
+SPEEDS_INTRODUCTION = """## Printed speedups against what their sparsity allows
+
+Attention that leaves out a share s of the pairs can be at most 1 / (1 - s) times as fast. A whole model gains less,
+since only its attention is shortened. What exceeds the bound was made faster by something besides sparsity. No row was
+measured here.
+
+| paper | row | sparsity | speedup | bound | verdict | source |
+|---|---|---|---|---|---|---|"""
 
 
 INTRODUCTION = """# The papers' figures, recomputed
 
-Every figure of sparsity or FLOPs that the two papers print, beside ours: each is counted from a plan that the method
-itself built at the paper's size, on random queries and keys.
-Written by `python -m experiments.tools.paper_ledger > docs/ledger.md`.
+The papers of MoC and MoGA print figures of sparsity and FLOPs. This page puts each one beside ours, which is counted
+from a plan that the method itself built at the paper's size, on random queries and keys.
+
+| type | get |
+|---|---|
+| `zoo cost --paper moc` | the table of one paper |
+| `python -m experiments.tools.paper_ledger > docs/ledger.md` | this page |
+
+"plain" is our figure by the plain definition. A "reading" is another way to count that the paper may have used.
 """
 
 
 if __name__ == "__main__":
-    print(page([Ledger.of(name) for name in PAPERS]), end="")
+    print(page([Ledger.of(name) for name in PAPERS]), speeds(), sep="\n", end="")

@@ -21,3 +21,11 @@ def identity(config: Mapping[str, Any]) -> dict[str, Any]:
         else own
         for section, own in config.items()
     }
+
+
+def flatten(config: Mapping[str, Any], above: str = "") -> dict[str, Any]:
+    """Return {dotted key: value}, as overrides name them. A list is one value, and so is an empty mapping."""
+    found: dict[str, Any] = {}
+    for key, value in config.items():
+        found |= flatten(value, f"{above}{key}.") if isinstance(value, Mapping) and value else {f"{above}{key}": value}
+    return found

@@ -1,8 +1,7 @@
 """MLflow: one experiment per sweep, one parent run, one child per cell. Nothing else in the tree imports mlflow.
 
-The store is a copy for its own pages: where it cannot be reached, a run goes on without it and says so once. All that
-is asked of it is asked in a thread of its own, for which a run waits a few seconds at most: a server may accept and
-never answer.
+The store is a copy for its own pages. If it cannot be reached, a run continues without it and says so once. Every
+request is made in a separate thread, for which a run waits a few seconds at most: a server may accept and never answer.
 """
 
 from __future__ import annotations
@@ -34,6 +33,7 @@ for _name in ("alembic", "mlflow.store.db.utils"):
 
 import mlflow  # noqa: E402
 import mlflow.store.db.utils  # noqa: E402
+import numpy as np  # noqa: E402
 from lightning.pytorch.loggers import Logger  # noqa: E402
 from mlflow.entities import (  # noqa: E402
     Dataset,
@@ -84,15 +84,16 @@ def uri() -> str:
 class Tracker:
     """The runs of one experiment. Opening it makes the database if there is none, safely beside other processes.
 
-    A store that fails is told of in one line, once, and left alone for a minute at a time; no method raises for it.
+    A store that fails is reported once, in one line, and left alone for a minute at a time; no method raises for it.
     """
 
-    def __init__(self, experiment: str, told: Callable[[str], None]) -> None:
-        self.uri, self.experiment, self.told = uri(), experiment, told
+    def __init__(self, experiment: str, report: Callable[[str], None]) -> None:
+        """Open the store; `report` is called with the line about one that fails."""
+        self.uri, self.experiment, self.report = uri(), experiment, report
         self._experiment_id: str | None = None
         self._silent_until = 0.0
         self._why: str | None = None
-        self._told = False
+        self._reported = False
         self._patience = PATIENCE_DISK if self.uri.startswith("sqlite") else PATIENCE
         self._left = self._patience
         self._queue: SimpleQueue[Callable[[], object]] = SimpleQueue()
@@ -121,13 +122,13 @@ class Tracker:
         if not answered.wait(self._left):
             self._left = 0.0
             self._fail(f"no answer for {self._patience:g} seconds")
-        self._tell()
+        self._report_failure()
         return answers[0] if answers else None
 
     def post(self, ask: Callable[[], object]) -> None:
         """Ask without waiting; `reach` comes after it."""
         self._queue.put(lambda: self._attempt(ask))
-        self._tell()
+        self._report_failure()
 
     def _work(self) -> None:
         while True:
@@ -154,14 +155,15 @@ class Tracker:
         self._silent_until = time.monotonic() + AGAIN
         self._why = self._why or why
 
-    def _tell(self) -> None:
+    def _report_failure(self) -> None:
         """Once, in the thread of the run: pipes to other processes are not made for several."""
-        if self._why is not None and not self._told:
-            self._told = True
-            self.told(f"MLflow's store {redact(self.uri)} failed ({self._why}); results on disk are whole without it")
+        if self._why is not None and not self._reported:
+            self._reported = True
+            self.report(f"MLflow's store {redact(self.uri)} failed ({self._why}); results on disk are whole without it")
 
     @property
     def experiment_id(self) -> str:
+        """The id of the experiment, once the store has answered."""
         assert self._experiment_id is not None
         return self._experiment_id
 
@@ -183,7 +185,7 @@ class Tracker:
             )
 
     def parent(self, name: str, about: str) -> str | None:
-        """The run above all cells of a sweep, made if there is none; None where the store cannot be reached."""
+        """Return the run above all cells of a sweep, made if there is none; None if the store cannot be reached."""
 
         def ask() -> str:
             with _locked(home() / "mlflow.lock"):  # two that start the same sweep at once must not make two
@@ -200,11 +202,11 @@ class Tracker:
         return self.reach(ask)
 
     def overview(self, run_id: str | None, params: Mapping[str, Mapping[str, Any]], results: Sequence[Result]) -> None:
-        """Let the parent's row, under which MLflow's page folds its cells, show what they have.
+        """Show the cells' parameters and metrics in the row of their parent, under which MLflow's page folds them.
 
-        Of each parameter the values, of each metric the mean over finished cells, and `cells.json`, a table of them.
-        `params` are by cell. MLflow changes no parameter once it is logged: where a later command asks for other
-        values, they are listed beside it, with the number of its cells.
+        A parameter of the parent lists the values of all cells, a metric is the mean over finished cells, and
+        `cells.json` is a table of all cells. `params` are by cell. MLflow never changes a parameter: where a later
+        command has other values, they are listed under a second name, with the number of its cells.
         """
         if run_id is None:
             return
@@ -298,6 +300,7 @@ class Log(Logger):
     """
 
     def __init__(self, tracker: Tracker, run_id: str | None, last: Mapping[str, int]) -> None:
+        """Log to a run of `tracker`."""
         super().__init__()
         self.tracker, self.run_id, self.last = tracker, run_id, dict(last)
         self._waiting: list[Metric] = []
@@ -385,7 +388,12 @@ class Log(Logger):
         self._ask(lambda client, run_id: client.log_dict(run_id, plain, name))
 
     def file(self, path: Path, folder: str | None = None) -> None:
+        """Log a file as an artifact."""
         self._ask(lambda client, run_id: client.log_artifact(run_id, str(path), folder))
+
+    def image(self, pixels: np.ndarray, name: str) -> None:
+        """Log uint8 (H, W, 3) as a PNG artifact of that name."""
+        self._ask(lambda client, run_id: client.log_image(run_id, pixels, name))
 
     def end(self, status: str) -> None:
         """`status`: "FINISHED", "FAILED" or "KILLED"."""

@@ -1,11 +1,11 @@
-"""Where runs lie on disk, and the one truth about each of them: its `result.json`.
+"""Runs on disk. A run's `result.json` is the only record of what became of it.
 
-`<home>/<sweep>/sweep.json` names the cells that were last asked for; `<home>/<sweep>/<cell>-<id>/result.json` says what
-became of one. The id is a hash of what the config computes (`tracking.identity`), so a changed cell gets a new
-folder and no result is lost.
-MLflow holds a copy for its own pages; whether a cell is finished is never asked there, so that a sweep resumes with no
-server in reach. Who runs a cell holds the lock in its folder, which the kernel frees when the process ends, however it
-ends.
+`<home>/<sweep>/sweep.json` lists the cells of the last command; `<home>/<sweep>/<cell>-<id>/result.json` holds the
+result of one. The id is a hash of what the config computes (`tracking.identity`), so a changed cell gets a new folder
+and no result is lost.
+
+MLflow holds a copy for its own pages. Whether a cell is finished is never looked up there, so a sweep resumes without a
+server. The process that runs a cell holds the lock in its folder; the kernel frees it when the process ends.
 """
 
 from __future__ import annotations
@@ -44,10 +44,11 @@ def config_id(config: Mapping[str, Any]) -> str:
 
 @dataclass(frozen=True)
 class Cell:
-    """One run of a sweep: a readable name, unique in the sweep, its resolved config, and, if others differ from it by
-    their seed alone, the name that they share.
+    """One run of a sweep.
 
-    `id` is by default that of the config as it is written; `experiments.config.resolve.cell` has defaults in it too.
+    `name` is unique in the sweep, `config` is resolved, and `group` is the name that runs share which differ only by
+    their seed. `id` is by default that of the config as it is written; `experiments.config.resolve.cell` adds
+    the defaults.
     """
 
     name: str
@@ -56,10 +57,12 @@ class Cell:
     id: str = ""
 
     def __post_init__(self) -> None:
+        """Derive the id where none is given."""
         if not self.id:
             object.__setattr__(self, "id", config_id(identity(self.config)))
 
     def folder(self, sweep: str) -> Path:
+        """Return the cell's folder in a sweep."""
         return home() / sweep / f"{self.name}-{self.id}"
 
 
@@ -74,7 +77,8 @@ class Result:
     from which the run went on and the provenance of the process that took over. `diagnostics` is what routing did at
     the last probe, see `lit_modules.RoutingWatch`. `chance` is what guessing scores in some of the `metrics`; `films`
     are their outcomes per validation film, in order, where a metric keeps them. `curves` maps a loss to (step, value)
-    pairs. `pictures`, {"file", "label"} each, and `strips` name files in the cell's folder.
+    pairs. `pictures`, {"file", "label"} each, and `strips`, the sampled films, name `.npz` files in the cell's folder
+    (`experiments.reporting.run_pictures`).
     """
 
     name: str
@@ -121,11 +125,12 @@ class Result:
         self.traceback = redact(tracebacks.format_exc())
 
     def to_json(self) -> dict[str, Any]:
-        """This as JSON knows it: non-finite numbers become null."""
-        plain: dict[str, Any] = _finite(asdict(self))
+        """Return this as plain data; non-finite numbers become None."""
+        plain: dict[str, Any] = _finite(vars(self))
         return plain | {"version": schema.VERSION}
 
     def write(self, folder: Path) -> None:
+        """Write `result.json` into the cell's folder."""
         write_json(folder / "result.json", self.to_json())
 
 
@@ -184,8 +189,8 @@ def running(folder: Path) -> bool:
 
 
 @dataclass(frozen=True)
-class Asked:
-    """A sweep as it was last asked for: one line about it, its cells, the MLflow run above them, the command line."""
+class SweepRequest:
+    """What a sweep command asked for: one line about it, its cells, the MLflow run above them, the command line."""
 
     about: str
     cells: tuple[Cell, ...]
@@ -193,13 +198,17 @@ class Asked:
     command: str = field(default_factory=lambda: redact(shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])))
 
 
-def write_sweep(name: str, asked: Asked) -> None:
-    """Remember what was asked for, so that a report can name the cells that are missing."""
+def write_sweep(name: str, asked: SweepRequest) -> None:
+    """Store the request, so that a report can name the cells that are missing."""
     write_json(home() / name / "sweep.json", {"version": schema.VERSION, "name": name, **asdict(asked)})
 
 
-def read_sweep(name: str) -> Asked:
-    """What was last asked for under this name; ZooError where there is no such sweep."""
+def read_sweep(name: str) -> SweepRequest:
+    """Return the last request under this name.
+
+    Raises:
+        ZooError: if there is no such sweep, or its file cannot be read.
+    """
     path = home() / name / "sweep.json"
     if not path.exists():
         known = sorted(found.parent.name for found in home().glob("*/sweep.json"))
@@ -211,11 +220,11 @@ def read_sweep(name: str) -> Asked:
     cells = tuple(
         Cell(cell["name"], dict(cell["config"]), cell.get("group"), cell.get("id", "")) for cell in plain["cells"]
     )
-    return Asked(plain["about"], cells, plain.get("mlflow_run"), plain.get("command", ""))
+    return SweepRequest(plain["about"], cells, plain.get("mlflow_run"), plain.get("command", ""))
 
 
-def asked_before(name: str) -> Asked | None:
-    """What was last asked for under this name; None where there is nothing that can be read."""
+def last_request(name: str) -> SweepRequest | None:
+    """Return the last request under this name; None if there is none that can be read."""
     try:
         return read_sweep(name)
     except ZooError:
@@ -223,14 +232,14 @@ def asked_before(name: str) -> Asked | None:
 
 
 def write_json(path: Path, plain: Any) -> None:
-    """Whole or not at all: a reader never sees half a file."""
-    with whole(path) as file:
+    """Write JSON atomically: a reader never sees half a file."""
+    with atomic_write(path) as file:
         file.write(json.dumps(plain, indent=1, allow_nan=False).encode())
 
 
 @contextmanager
-def whole(path: Path) -> Iterator[IO[bytes]]:
-    """A file to write that takes the place of `path` at the end; what was there stays if that is never reached."""
+def atomic_write(path: Path) -> Iterator[IO[bytes]]:
+    """Open a file that replaces `path` at the end; if the end is never reached, the old file stays."""
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f"{path.name}.{os.getpid()}.part")
     try:

@@ -1,7 +1,7 @@
-"""How much of the speedup that its pair count allows does a method attain? `python -m sparse_zoo.bench --help`.
+"""Measure how much of the speedup that its pair count allows a method attains: `python -m sparse_zoo.bench --help`.
 
 attained = seconds of the fastest dense attention ÷ seconds of the method, routing included, both measured in this
-process, turn by turn. bound = 1 / density. No time is reported for a kernel that does not first agree with float64.
+process, turn by turn. bound = 1 / density. A kernel that does not first agree with float64 gets no time.
 """
 
 from sparse_zoo.bench.agreement import gate

@@ -1,4 +1,4 @@
-"""python -m sparse_zoo.bench"""
+"""The command `python -m sparse_zoo.bench`."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from sparse_zoo.errors import ZooError
 
 
 def main(arguments: list[str] | None = None) -> int:
+    """Run the benchmark; returns the exit code."""
     parser = argparse.ArgumentParser(prog="python -m sparse_zoo.bench", description=bench.__doc__)
     suites = "; ".join(f"{name}: {what}" for name, what in SUITES.items())
     parser.add_argument("--suite", default="quick", help=f"{suites} (default: quick)")

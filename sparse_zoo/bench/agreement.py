@@ -1,4 +1,4 @@
-"""No time for a kernel that errs: what it must agree with before it is timed."""
+"""The check before timing: a kernel must agree with float64."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ FILM = zoo.Layout.film([zoo.Shot(2, 6, 9, text=3)] * 8, caption=2)
 
 
 def gate(attention: zoo.Attention, q: Tensor, k: Tensor, v: Tensor, film: zoo.Layout, hidden: Tensor) -> str:
-    """Why a method on its kernel may not be timed on these tensors; empty where it may.
+    """The reason why a method on its kernel may not be timed on these tensors; empty if it may.
 
-    Out, lse and gradients of each of its plans, by the rule of `sparse_zoo.testing.large`: every row on a small film,
-    then, on the very tensors that are to be timed, sampled queries and keys against gathered float64. A method that
-    hands several plans to the kernel at once must give the weighted sum of what they give alone.
+    Output, lse and gradients of each plan are checked by the rule of `sparse_zoo.testing.large`: every row on a small
+    film, then sampled queries and keys of the tensors to be timed against gathered float64. A method that hands several
+    plans to the kernel together must return the weighted sum of their single outputs.
     """
     few = large.Inputs.random(len(FILM), 1, 1, q.shape[3], q.dtype, q.device, seed=0)
     draw = torch.Generator(q.device).manual_seed(1)
@@ -49,14 +49,19 @@ def _wrong(attention: zoo.Attention, given: large.Inputs, film: zoo.Layout, hidd
 
 
 def _fitting(given: large.Inputs, plan: Plan) -> large.Inputs:
-    """A coarse branch has fewer queries and keys: for them, the first of these do as well."""
+    """A coarse branch has fewer queries and keys: for them, the first of these do as well.
+
+    One of several segments has more keys than there are tokens: the first serve again.
+    """
     queries, keys = plan.shape
     q, k, v, grad = given
-    return large.Inputs(q[:, :, :queries], k[:, :, :keys], v[:, :, :keys], grad[:, :, :queries])
+    place = torch.arange(keys, device=k.device) % k.shape[2]
+    k, v = (x[:, :, :keys] if keys <= x.shape[2] else x[:, :, place] for x in (k, v))
+    return large.Inputs(q[:, :, :queries], k, v, grad[:, :, :queries])
 
 
 def _sum(attention: zoo.Attention, given: large.Inputs, film: zoo.Layout, hidden: Tensor) -> list[large.Finding]:
-    """Of a method whose branches share q, k and v: its output and gradients against the sum of its branches alone."""
+    """Findings on a method whose branches share q, k and v: output and gradients against the sum of single branches."""
     q, k, v = (x.detach().requires_grad_() for x in given[:3])
     call = attention.ready(zoo.Call(q, k, v, film, hidden=hidden))
     branches = attention.branches(call)
@@ -64,7 +69,7 @@ def _sum(attention: zoo.Attention, given: large.Inputs, film: zoo.Layout, hidden
         return []
     total: Tensor | None = None
     for branch in branches:
-        if not isinstance(branch, zoo.Branch) or not branch.q is branch.k is branch.v is branch.rows is None:
+        if not isinstance(branch, zoo.Branch) or not branch.of_tokens:
             return []
         part = branch.weight * zoo.attend(q, k, v, branch.plan, kernel=attention.kernel).out
         total = part if total is None else total + part

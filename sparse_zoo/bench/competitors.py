@@ -1,4 +1,4 @@
-"""What competes: every dense attention that runs here, and one competitor's turns, times and peak memory."""
+"""The competitors: every dense attention that runs on this machine; and a competitor's times and peak memory."""
 
 from __future__ import annotations
 
@@ -24,7 +24,10 @@ PASSES = ("forward", "forward+backward")
 
 
 def dense_engines(q: Tensor) -> dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]]:
-    """Every dense attention that runs on tensors like q (B, H, L, D) without an L × L: SDPA's backends, flash-attn."""
+    """Every dense attention that runs on tensors like q (B, H, L, D) without an L × L table.
+
+    These are SDPA's backends and flash-attn.
+    """
     found: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {}
     few = [torch.zeros_like(q[:, :, :64]).requires_grad_() for _ in range(3)]
     for backend in (SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION, SDPBackend.EFFICIENT_ATTENTION):
@@ -51,7 +54,7 @@ def _sdpa(backend: SDPBackend, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 def seconds_of(run: Callable[[], object], device: torch.device) -> float:
-    """Wall seconds of a call, until the device is done."""
+    """Wall-clock seconds of a call, until the device has finished."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     start = time.perf_counter()
@@ -62,7 +65,7 @@ def seconds_of(run: Callable[[], object], device: torch.device) -> float:
 
 
 class Timed:
-    """One competitor: `attend` () -> out; times of its passes, of its routing where it has one, and its peak memory."""
+    """One competitor: `attend` () -> out; the times of its passes and of its routing, and its peak memory."""
 
     def __init__(
         self,
@@ -77,12 +80,15 @@ class Timed:
         self.failed = ""
 
     def once(self, count: bool) -> None:
-        """One turn: forward, backward, routing; the first also takes the peak memory."""
+        """Run one turn: forward, backward, routing; the first turn also measures the peak memory."""
         if not self.failed:
             self.guarded(partial(self._turn, count))
 
     def guarded(self, call: Callable[[], str]) -> str:
-        """What a call returns. A kernel's refusal and a full memory are noted as `failed`; other errors are raised."""
+        """The value that a call returns.
+
+        A kernel's refusal and a full memory are recorded as `failed`; other errors are raised.
+        """
         try:
             return call()
         except ZooError as error:  # a kernel may refuse a plan of this size
@@ -111,6 +117,7 @@ class Timed:
         return ""
 
     def median(self, which: str) -> float:
+        """The median seconds of a pass."""
         return statistics.median(self.seconds[which])
 
     @torch.no_grad()
@@ -155,6 +162,6 @@ def peak_bytes(run: Callable[[], object], device: torch.device) -> int:
 
 
 def out_of_memory(error: BaseException) -> bool:
-    """Whether an error says that memory was full."""
+    """Whether an error means that memory was full."""
     said = str(error).lower()
     return isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in said

@@ -1,4 +1,4 @@
-"""The host's share of attention on a GPU, as a row of its own: planning and launching, which no kernel shortens."""
+"""The host's share of attention on a GPU as a row of its own: planning and launching, which no kernel shortens."""
 
 from __future__ import annotations
 

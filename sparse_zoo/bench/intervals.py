@@ -12,7 +12,7 @@ NARROW = 0.1
 
 
 class Interval(NamedTuple):
-    """Ends of an interval, and the confidence with which it holds the median."""
+    """The ends of an interval, and the confidence with which it holds the median."""
 
     low: float
     high: float
@@ -20,14 +20,15 @@ class Interval(NamedTuple):
 
     @property
     def width(self) -> float:
+        """The difference of the ends."""
         return self.high - self.low
 
 
 def median_interval(values: Sequence[float]) -> Interval | None:
     """The narrowest pair of order statistics x(i), x(n + 1 - i) that holds the median with a confidence of 95 %.
 
-    How many of n values lie below the median is binomial with p = 1/2, whatever their distribution. Fewer than six
-    values cannot give 95 %: then it is their range, with the confidence that this has; None for fewer than two.
+    The number of n values below the median is binomial with p = 1/2, whatever their distribution. Fewer than six values
+    cannot give 95 %: the result is then their range, with its confidence; None for fewer than two.
     """
     n = len(values)
     if n < 2:

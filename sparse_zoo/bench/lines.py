@@ -1,4 +1,4 @@
-"""Rows as lines for a terminal."""
+"""Rows of a benchmark as lines for a terminal."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from sparse_zoo.bench.turns import Row
 
 
 def headline(rows: Sequence[Row]) -> str:
-    """What stands above the table where the machine was too noisy to tell; empty where it was quiet.
+    """The warning above the table if the machine was too noisy; empty if it was quiet.
 
-    Rows without the key were measured before intervals were.
+    Rows without the key were measured before intervals existed.
     """
     timed = [row for row in rows if "noisy" in row]
     noisy = [row for row in timed if row["noisy"]]
@@ -38,7 +38,7 @@ def interval(row: Row) -> str:
 
 
 def table(rows: Sequence[Row]) -> Iterator[str]:
-    """Lines for a terminal; the first says so where the machine was too noisy."""
+    """Lines for a terminal; the first one is the warning, if the machine was too noisy."""
     if headline(rows):
         yield headline(rows)
     yield (

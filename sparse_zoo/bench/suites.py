@@ -18,7 +18,7 @@ ROUTING_DIM = 64
 
 @dataclass(frozen=True)
 class Entry:
-    """A method, its settings and the kernel it is asked to run on."""
+    """A method, its settings and the requested kernel."""
 
     method: str
     settings: dict[str, Any] = field(default_factory=dict)
@@ -27,7 +27,7 @@ class Entry:
 
 @dataclass(frozen=True)
 class Round:
-    """What is timed turn by turn: entries, and every dense engine, on one film."""
+    """What is timed turn by turn: entries and every dense engine, on one film."""
 
     film: zoo.Layout
     entries: tuple[Entry, ...]
@@ -52,12 +52,20 @@ CPU_ENTRIES = (
 QUICK_FILM = zoo.Layout.film([zoo.Shot(2, 8, 16, text=8)] * 6, caption=8)
 # Blocks of 32 to 64 tokens where the papers have 64 to 512: so that there is something to choose in 1,592 tokens.
 QUICK: dict[str, dict[str, Any]] = {
+    "bsa": {"tile": [2, 4, 4], "threshold": 0.3},
+    "llsa": {"block_tokens": 8},
     "moba": {"block_tokens": 64, "top_k": 4},
     "moc_fixed": {"chunk_tokens": 64},
+    "nabla": {"tile": [1, 4, 8], "window": [3, 1, 1], "threshold": 0.2},
     "nsa": {"block_tokens": 32, "top_k": 4, "window": 3},
+    "psa": {"query_tokens": 32, "block_tokens": 32},
     "radial": {"block_tokens": 16, "decay": 0.1},
     "sla": {"block_tokens": 32, "top_fraction": 0.2},
+    "sla2": {"block_tokens": 32, "top_fraction": 0.2},
+    "sol": {"block_tokens": 32},
+    "sparge2": {"query_tokens": 32, "block_tokens": 32, "top_p": 0.2},
     "sta": {"tile": [2, 4, 4]},
+    "subblock": {"block_tokens": 32},
     "svg": {"width": 1},
     "svg2": {"top_p": 0.3, "query_clusters": 24, "key_clusters": 48, "first_rounds": 10},
     "vmoba": {"temporal": 1, "spatial": [4, 4], "spatiotemporal": [2, 4, 4]},
@@ -83,7 +91,11 @@ GPU_LAYOUTS: tuple[tuple[zoo.Layout, tuple[tuple[str, dict[str, Any]], ...]], ..
 
 
 def suite(name: str) -> Iterator[Round]:
-    """The rounds of a suite of `SUITES`; raises `ZooError` for others."""
+    """The rounds of a suite of `SUITES`.
+
+    Raises:
+        ZooError: For an unknown suite.
+    """
     refuse("bench", [unknown("suite", name, SUITES)] if name not in SUITES else [])
     if name == "quick":
         yield Round(QUICK_FILM, tuple(Entry(name, QUICK.get(name, {})) for name in zoo.names() if name != "dense"))
@@ -115,9 +127,10 @@ SUITES = {
 def chosen(
     suite_name: str, methods: Sequence[str], tokens: Sequence[int], kernel: str | None, dtype: str | None
 ) -> list[Round]:
-    """A suite's rounds, narrowed to some methods, film lengths (the CPU's entries on films of these lengths) and so on.
+    """A suite's rounds, narrowed to some methods, film lengths (for the CPU's entries), kernel and dtype.
 
-    Raises `ZooError` with every reason, also when nothing is left.
+    Raises:
+        ZooError: With every reason, also when nothing is left.
     """
     refuse(
         "bench",

@@ -1,4 +1,4 @@
-"""Turns of all competitors on one film, and what they give: rows."""
+"""Turns of all competitors on one film, and the rows that result."""
 
 from __future__ import annotations
 
@@ -31,12 +31,12 @@ Progress = Callable[[str], None]
 
 
 def _silent(_: str) -> None:
-    """Reports no progress."""
+    """Report no progress."""
 
 
 @dataclass
 class _Competitor:
-    """An entry, its attention where it could be built, and its turns."""
+    """An entry, its attention if it could be built, and its turns."""
 
     entry: Entry
     attention: zoo.Attention | None
@@ -53,12 +53,12 @@ def measure(
     most: int | None = None,
     seconds: float = math.inf,
 ) -> list[Row]:
-    """Rows for each entry and pass: medians of turns of all entries and dense engines, after one to warm up.
+    """Rows for each entry and pass: medians of turns of all entries and dense engines, after one warm-up turn.
 
-    Every turn has an order of its own: who comes after dense attention finds less memory that is already mapped. There
-    are at least `repeats` turns. Up to `most` (by default no more) are added within `seconds`, as long as the interval
-    of a row is too wide and would, at the rate of 1 / sqrt(turns), become narrow enough by then. An entry that fails
-    the gate, cannot run or runs out of memory gets one row that says so under "failed".
+    Every turn has a random order of its own, because a competitor that follows dense attention finds less memory
+    already mapped. There are at least `repeats` turns. Up to `most` (default: no more) are added within `seconds`, as
+    long as the interval of a row is too wide and would, at the rate of 1 / sqrt(turns), become narrow enough by then.
+    An entry that fails the gate, cannot run or runs out of memory gets one row with the reason under "failed".
     """
     begin = time.perf_counter()
     film, dtype = round_.film, DTYPES[round_.dtype]
@@ -90,7 +90,7 @@ def _competitor(
     hidden: Tensor,
     progress: Progress,
 ) -> _Competitor:
-    """An entry, built and judged: only what passes the gate takes turns."""
+    """An entry, built and checked: only one that passes the gate takes turns."""
     attention, failed = None, ""
     q, k, v = inputs
     progress(f"{entry.method} against float64")
@@ -132,13 +132,13 @@ def _branches(attention: Any, q: Tensor, k: Tensor, v: Tensor, film: zoo.Layout,
 
 
 def _fastest(dense: dict[str, Timed], which: str) -> str:
-    """The dense engine of the smallest median, of those that ran; empty where none did."""
+    """The dense engine of smallest median, of those that ran; empty if none did."""
     ran = {name: rival for name, rival in dense.items() if not rival.failed and rival.seconds[which]}
     return min(ran, key=lambda name: ran[name].median(which)) if ran else ""
 
 
 def _ratios(timed: Timed, rival: Timed, which: str) -> list[float]:
-    """Dense seconds ÷ own, turn by turn: what disturbs the machine for a while disturbs both."""
+    """Dense seconds ÷ own seconds, turn by turn: a disturbance of the machine affects both."""
     return [dense / own for own, dense in zip(timed.seconds[which], rival.seconds[which], strict=True)]
 
 
@@ -147,7 +147,7 @@ def _interval(timed: Timed, rival: Timed, which: str, bound: float) -> Interval 
 
 
 def _more_help(ours: list[_Competitor], dense: dict[str, Timed], round_: Round, turns: int, most: int) -> bool:
-    """Whether further turns may bring the interval of a row that is too wide below `NARROW`."""
+    """Whether further turns may bring a row's interval below `NARROW`."""
     for own in ours:
         for which in PASSES:
             fastest = _fastest(dense, which)
@@ -222,7 +222,7 @@ def _rows(round_: Round, own: _Competitor, hidden: Tensor, dense: dict[str, Time
 
 
 def about(device: torch.device) -> dict[str, Any]:
-    """Where it was measured: device, threads, versions, commit (null outside of a checkout), date."""
+    """Where it was measured: device, threads, versions, commit (null outside a checkout), date."""
     try:
         asked = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
         commit = (
@@ -252,7 +252,7 @@ def processor() -> str:
 
 
 def events(rounds: Sequence[Round], repeats: int, device: torch.device) -> int:
-    """How often `run` reports progress, with `repeats` turns at most."""
+    """The number of progress reports of `run`, with at most `repeats` turns."""
     total = 0
     for round_ in rounds:
         shape = (1, 1, 64, round_.head_dim)
@@ -270,10 +270,12 @@ def run(
     most: int | None = None,
     minutes: float = math.inf,
 ) -> dict[str, Any]:
-    """All rounds, and the host's share of each entry, ready for JSON: {"device", "threads", "versions", "commit",
-    "date", "repeats", "rows"}.
+    """All rounds, and the host's share of each entry, ready for JSON.
 
-    `minutes` are for all rounds together: what one leaves over, the next may use.
+    `minutes` are for all rounds together: time that one round leaves may be used by the next.
+
+    Returns:
+        {"device", "threads", "versions", "commit", "date", "repeats", "rows"}.
     """
     end = time.perf_counter() + 60 * minutes
     rows: list[Row] = []

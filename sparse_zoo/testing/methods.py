@@ -8,11 +8,11 @@ from typing import Any
 from sparse_zoo import registry
 from sparse_zoo.attention import Attention
 from sparse_zoo.errors import refuse, unknown, unknown_setting
-from sparse_zoo.testing import declarations, invariances, learning, plans, results, robustness, routing
+from sparse_zoo.testing import declarations, invariances, learning, parallel, plans, results, robustness, routing
 from sparse_zoo.testing.subject import Subject
 from sparse_zoo.testing.suite import Check, Checks, Outcome, settle
 
-_themes = (plans, routing, results, learning, invariances, declarations, robustness)
+_themes = (plans, routing, results, learning, invariances, parallel, declarations, robustness)
 _all: Checks[Subject] = Checks({name: check for theme in _themes for name, check in theme.checks.items()})
 
 
@@ -34,8 +34,13 @@ def run_checks(
         method: A registered name, or a class; settings are those of its `small`, changed by `settings`.
         known_failures: Reasons by name of check: such a failure is "known", and one that passes fails.
         only: Names of checks to run; all, when not given.
+        **settings: Settings of the method, instead of those of its `small`.
 
-    Raises `ZooError` for unknown methods, settings and checks.
+    Yields:
+        One outcome a check, as soon as it is known.
+
+    Raises:
+        ZooError: For unknown methods, settings and checks.
     """
     subject = _subject(method, settings)
     yield from _all.run(subject.name, subject, known_failures=known_failures, only=only, first=plans.builds.__name__)

@@ -25,7 +25,8 @@ T = TypeVar("T")
 
 
 def plans(attention: Attention, call: Call) -> list[Plan]:
-    return [branch.plan for branch in branches(attention, call)]
+    """The plan of each key set of each branch."""
+    return [segment.plan for branch in branches(attention, call) for segment in branch.key_sets]
 
 
 def branches(attention: Attention, call: Call) -> list[Branch]:
@@ -312,6 +313,7 @@ def text_reads_text(subject: Subject) -> None:
         for branch, plan, other in zip(kinds, result.plans, before.plans, strict=True):
             if branch.k is not None or branch.rows is not None:
                 continue  # no tokens on both sides: the outputs below tell
+            plan, other = plan.first_segment, other.first_segment
             mask = oracle.mask_of(plan)
             text, video = mask[:, :, layout.is_text], mask[:, :, ~layout.is_text]
             wrong = text != among[layout.is_text]

@@ -30,6 +30,7 @@ checks: Checks[Subject] = Checks()
 
 
 def tensors(call: Call) -> dict[str, Tensor]:
+    """Those of q, k, v and hidden that the call holds, by name."""
     found = {"q": call.q, "k": call.k, "v": call.v}
     return found if call.hidden is None else found | {"hidden": call.hidden}
 
@@ -269,9 +270,11 @@ def autocast(subject: Subject) -> None:
             with torch.autocast("cpu", dtype=dtype):
                 narrowed = chooses.branches(call)
             for mine, other in zip(narrowed, plain, strict=True):
-                if isinstance(mine, Branch) and isinstance(other, Branch):
+                if not (isinstance(mine, Branch) and isinstance(other, Branch)):
+                    continue
+                for narrow, wide in zip(mine.key_sets, other.key_sets, strict=True):
                     expect(
-                        torch.equal(mine.plan.dense_mask(), other.plan.dense_mask()),
+                        torch.equal(narrow.plan.dense_mask(), wide.plan.dense_mask()),
                         f"the same plan from the same q, k and features under autocast to {dtype}",
                         "another",
                         "take what decides under torch.autocast(device, enabled=False): it narrows .float() too",
@@ -377,12 +380,15 @@ class Refuses(Kernel):
     reasons: ClassVar[list[str]] = ["it needs a device that nobody has", "it is Sunday"]
 
     def why_not(self, q: Tensor | None = None, v: Tensor | None = None) -> list[str]:  # noqa: ARG002
+        """The two reasons, whatever is asked."""
         return self.reasons
 
     def run(self, q: Tensor, k: Tensor, v: Tensor, plan: Plan, scale: float) -> tuple[Tensor, Tensor]:
+        """Never reached: `why_not` refuses."""
         raise NotImplementedError
 
     def executed(self, plan: Plan, batch: int, heads: int) -> int:
+        """Never reached: `why_not` refuses."""
         raise NotImplementedError
 
 

@@ -44,8 +44,14 @@ _rules: dict[type[Attention], Rule] = {}
 
 
 def slow_routing(cls: type[Attention]) -> Callable[[R], R]:
-    """Decorator: judge a method by an independent rule, (attention, call) -> [(mask, weight), ...], one a branch, or
-    the output."""
+    """Decorator: judge a method by an independent rule.
+
+    Args:
+        cls: The method; its subclasses are judged by the rule too, unless they have one of their own.
+
+    Returns:
+        A decorator of a function (attention, call) -> [(mask, weight), ...], one a branch, or the output.
+    """
 
     def add(rule: R) -> R:
         _rules[cls] = rule
@@ -56,11 +62,13 @@ def slow_routing(cls: type[Attention]) -> Callable[[R], R]:
 
 @slow_routing(Dense)
 def dense(attention: Dense, call: Call) -> list[tuple[Tensor, Tensor | float]]:  # noqa: ARG001
+    """Every token attends to its film."""
     return [(slow.as_mask(slow.dense(call.layout)), 1.0)]
 
 
 @slow_routing(MoC)
 def moc(attention: MoC, call: Call) -> list[tuple[Tensor, Tensor | float]]:
+    """Anchors, and the chunks of the best means: `slow.moc` for each batch item and head."""
     (batch, heads), share = call.q.shape[:2], call.q.shape[1] // call.k.shape[1]
     cut, drops = attention.cut, _drops(attention, call)
     masks = [
@@ -111,6 +119,7 @@ def _drops(attention: MoC, call: Call) -> list[slow.Drops | None]:
 
 @slow_routing(MoGA)
 def moga(attention: MoGA, call: Call) -> list[tuple[Tensor, Tensor | float]]:
+    """The branches of `mix`, each with an equal share; the routed one is weighted by its gate."""
     assert call.hidden is not None
     router = attention.router
     p = (call.hidden @ router.weight.T + router.bias).float().softmax(-1)
@@ -128,6 +137,7 @@ def moga(attention: MoGA, call: Call) -> list[tuple[Tensor, Tensor | float]]:
 
 @slow_routing(Window)
 def window(attention: Window, call: Call) -> list[tuple[Tensor, Tensor | float]]:
+    """Tiles near the own one, and text: `slow.window` for all heads alike."""
     tiles = slow.window(
         call.layout,
         tile=attention.tile,
