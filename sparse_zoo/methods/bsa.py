@@ -27,20 +27,28 @@ from sparse_zoo.selectors import chosen, heaviest_logits
 class BSA(Blockwise):
     """Pruned queries, and top-p of tiles of keys.
 
-    **Rule.** In each tile the queries of least cosine similarity to the query in its middle are kept, a share
+    **Rule**
+
+    In each tile the queries of least cosine similarity to the query in its middle are kept, a share
     `keep_queries` of them. P = softmax(mean(kept Q_i) mean(K_j)^T / √D) over the tiles of the film; the kept queries of
     tile i attend to the fewest tiles, largest first, that hold a share `threshold` of P_i. Every other query gets the
     output of the kept one that is nearest to it in the order of its tile.
 
-    **Paper.** Queries sparsified by semantic similarity, keys and values by a dynamic threshold on block scores. The
+    **Paper**
+
+    Queries sparsified by semantic similarity, keys and values by a dynamic threshold on block scores. The
     full text is not at hand: the rule and its defaults (tiles of 4 × 4 × 4, half of the queries, 0.9) are read from
     FastVideo's backend (fastvideo/attention/backends/bsa_attn.py), which uses it without training.
 
-    **Our choices.** At least one query of a tile is kept, ragged tiles keep their share rounded down, and the middle is
+    **Our choices**
+
+    At least one query of a tile is kept, ragged tiles keep their share rounded down, and the middle is
     token ⌊n / 2⌋ of the n that a tile has. Ties go to the earlier token and tile. Tiles restart at each shot. Text
     queries are never pruned; text is read by all kept queries and reads all.
 
-    **Not to be confused with** block sparse attention, which goes by the same letters in LongCat and FlashInfer.
+    **Not to be confused with**
+
+    block sparse attention, which goes by the same letters in LongCat and FlashInfer.
 
     Args:
         threshold: Share of the estimated attention that the tiles of keys hold, in (0, 1].

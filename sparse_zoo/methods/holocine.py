@@ -22,19 +22,27 @@ from sparse_zoo.remember import remembered
 class HoloCine(Attention):
     """The own shot, and the first latent frame of every shot.
 
-    **Rule.** Video of shot s attends, in one softmax, to all video of shot s and to the first frame of every shot of
+    **Rule**
+
+    Video of shot s attends, in one softmax, to all video of shot s and to the first frame of every shot of
     the film: K(s) = video(s) ∪ ⋃_r first(r). Nothing depends on q or k.
 
-    **Paper.** Inter-shot sparse attention: full attention inside a shot, and between shots only to summaries of each
+    **Paper**
+
+    Inter-shot sparse attention: full attention inside a shot, and between shots only to summaries of each
     shot; the released code takes the first tokens of each shot as its summary (`per_g` of them, mode "firstk"), which
     are its first latent frame when `per_g` is the number of tokens in a frame. Rule read from the public code
     (github.com/yihao-meng/HoloCine, diffsynth/models/wan_video_dit.py).
 
-    **Our choices.** The union is exact: the code appends the summaries of all shots to each shot's keys, so the first
+    **Our choices**
+
+    The union is exact: the code appends the summaries of all shots to each shot's keys, so the first
     frame of the own shot counts twice there. Text is in a joint stream here: it is read by all and reads all; the code
     has text in cross-attention. `frames` generalizes the first frame to the first few.
 
-    **Not to be confused with** the reach of `moga`'s windows, which take the two nearest frames of adjacent shots.
+    **Not to be confused with**
+
+    the reach of `moga`'s windows, which take the two nearest frames of adjacent shots.
 
     Args:
         frames: First latent frames of each shot that all shots read.

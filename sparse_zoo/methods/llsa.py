@@ -26,22 +26,30 @@ from sparse_zoo.selectors import hierarchical
 class LLSA(Blockwise):
     """Hierarchical top-k, enriched with the coarse keys it met.
 
-    **Rule.** Queries, keys and values are averaged over B tokens, these means over B again, up to `levels`. At the
+    **Rule**
+
+    Queries, keys and values are averaged over B tokens, these means over B again, up to `levels`. At the
     coarsest level every piece of queries chooses, among all pieces of keys, the `top_k` of largest product of means; at
     each finer level among the children of what its parent chose. Tokens attend in one softmax to the tokens of the
     blocks that their block chose; to the level l < `levels` means that were candidates there, with weight B^l; and to
     all means of the coarsest level, with weight B^levels.
 
-    **Paper.** Hierarchical compression and selection, so that choosing takes O(N) products, enrichment with coarse keys
+    **Paper**
+
+    Hierarchical compression and selection, so that choosing takes O(N) products, enrichment with coarse keys
     and their reweighting. Rule and defaults (B = 16, two levels, top_k 8) are read from the authors' code
     (github.com/SingleZombie/LLSA, src/llsa/kernel): a weight multiplies exp(score), so that its logarithm is added.
 
-    **Our choices.** Means weigh the log of how many tokens they have, which is B^l but for the last ones of a film.
+    **Our choices**
+
+    Means weigh the log of how many tokens they have, which is B^l but for the last ones of a film.
     Lengths need not be powers of B. Choices are float32, ties go to the earlier piece. Blocks are stretches of a film's
     video; the paper, on images, orders tokens by patches first. Text is read by all and reads all. `enrich=False` is
     the paper's ablation without coarse keys.
 
-    **Not to be confused with** `psa`, whose pooled keys stand in for tokens that are not attended: here coarse keys
+    **Not to be confused with**
+
+    `psa`, whose pooled keys stand in for tokens that are not attended: here coarse keys
     come beside the tokens below them.
 
     Args:

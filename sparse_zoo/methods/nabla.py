@@ -24,20 +24,28 @@ from sparse_zoo.selectors import heaviest_logits
 class NABLA(Blockwise):
     """Top-p of tile means, joined with a sliding-tile window.
 
-    **Rule.** Video is cut into tiles of frames × rows × cols; P = softmax(mean(Q) mean(K)^T / √D) over the tiles of the
+    **Rule**
+
+    Video is cut into tiles of frames × rows × cols; P = softmax(mean(Q) mean(K)^T / √D) over the tiles of the
     film. Each tile attends to the fewest tiles, largest first, that hold a share `threshold` of its row of P, and to
     the tiles that differ from it by at most (window - 1) / 2 places on each axis.
 
-    **Paper.** The adaptive part is its method, the union with a window of sliding tile attention its option. Rule and
+    **Paper**
+
+    The adaptive part is its method, the union with a window of sliding tile attention its option. Rule and
     defaults are read from the code of Kandinsky 5 (github.com/kandinskylab/kandinsky-5, kandinsky/models/utils.py and
     configs): tiles of 1 × 8 × 8 tokens, threshold 0.9, a window that is cut at the edges, of 11 × 3 × 3 tiles.
 
-    **Our choices.** Ragged tiles are averaged over the tokens they have, where the code asks for sizes that 8 divides.
+    **Our choices**
+
+    Ragged tiles are averaged over the tokens they have, where the code asks for sizes that 8 divides.
     Tiles restart at each shot; places in time count through the film, so that the window reaches across cuts. Where a
     share is met exactly the tile that meets it is the last; the code takes one more. Text is read by all and reads all;
     Kandinsky 5 has it in cross-attention.
 
-    **Not to be confused with** `sta`, the window alone, and `xattention`, top-p of another estimate.
+    **Not to be confused with**
+
+    `sta`, the window alone, and `xattention`, top-p of another estimate.
 
     Args:
         threshold: Share of the estimated attention that is kept, in (0, 1].

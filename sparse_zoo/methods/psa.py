@@ -30,21 +30,29 @@ LEVELS = (2, 4, 8)
 class PSA(Blockwise):
     """Keys pooled the more, the less their block matters.
 
-    **Rule.** Each block of queries ranks the blocks of keys of its film by importance. The best `top_fraction` is
+    **Rule**
+
+    Each block of queries ranks the blocks of keys of its film by importance. The best `top_fraction` is
     attended token by token; the next shares `pooled_fractions` by means of 2, 4 and 8 neighbouring keys and values; the
     rest is skipped. All is one softmax; the score of a mean of n keys gains log n, since it stands for n tokens.
 
-    **Paper.** Multi-level pooled keys and values, levels assigned by importance, weights log 2, log 4, log 8 (rule read
+    **Paper**
+
+    Multi-level pooled keys and values, levels assigned by importance, weights log 2, log 4, log 8 (rule read
     from the authors' code, github.com/ziplab/Pyramid-Sparse-Attention, src/psa_triton). Its defaults: 128 queries and
     64 keys in a block; cumulated shares 0.1 exact, 0.15, 0.15 and 0.35. Importance is the largest softmax weight of any
     pair of tokens, each query's weights taken relative to its best key, over a quarter of the tokens of each block.
 
-    **Our choices.** The quarter is every fourth token, where the code draws the tokens at random. At least one block is
+    **Our choices**
+
+    The quarter is every fourth token, where the code draws the tokens at random. At least one block is
     exact. Bounds between ranks are rounded down; the code also rounds numbers of pooled blocks up to whole tiles of its
     kernel. A last mean may be of fewer tokens, and weighs the log of how many it has. Ties go to the earlier block.
     Text is read by all and reads all, exactly. Neither the code's similarity test nor its permutations are here.
 
-    **Not to be confused with** `sol`, which has one level of pooling and skips nothing.
+    **Not to be confused with**
+
+    `sol`, which has one level of pooling and skips nothing.
 
     Args:
         top_fraction: Share of a film's blocks that is attended exactly, in (0, 1].

@@ -22,19 +22,27 @@ from sparse_zoo.remember import remembered
 class Rolling(Attention):
     """The own chunk of frames, the latest frames before it, and sinks.
 
-    **Rule.** A shot is cut into chunks of `chunk_frames` frames. A chunk attends to itself in both directions, to the
+    **Rule**
+
+    A shot is cut into chunks of `chunk_frames` frames. A chunk attends to itself in both directions, to the
     `window` frames before it, across cuts, to the first `sinks` frames of the film, and to the text of its own shot and
     those before. Text attends to such text and to the video of its own shot.
 
-    **Paper.** Self Forcing draws chunk after chunk with a rolling key and value cache of the latest frames; attention
+    **Paper**
+
+    Self Forcing draws chunk after chunk with a rolling key and value cache of the latest frames; attention
     sinks keep the first tokens besides (language models; long-video models keep the first frames). Here the rule of
     both is a plan, so that training sees what the cache will hold. The texts are not at hand: no figure is taken from
     them.
 
-    **Our choices.** Chunks restart at shots, text is treated as above, and a frame in several sets is read once.
+    **Our choices**
+
+    Chunks restart at shots, text is treated as above, and a frame in several sets is read once.
     Sampling shot by shot (`sampling.order=shots`) keeps the keys of earlier shots.
 
-    **Not to be confused with** `window`, whose tiles look ahead as well.
+    **Not to be confused with**
+
+    `window`, whose tiles look ahead as well.
 
     Args:
         window: Frames before the own chunk that it attends to.

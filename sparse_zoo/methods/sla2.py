@@ -25,21 +25,29 @@ from sparse_zoo.selectors import chosen, fraction_of, largest
 class SLA2(Blockwise):
     """Softmax and linear attention, split and mixed by what is learned.
 
-    **Rule.** R = softmax(mean(Q) W_q (mean(K) W_k)^T / √D) over the blocks of the film, with learned D × D maps W_q and
+    **Rule**
+
+    R = softmax(mean(Q) W_q (mean(K) W_k)^T / √D) over the blocks of the film, with learned D × D maps W_q and
     W_k. The `top_fraction` largest blocks of a row are attended by softmax, O_s; all others by linear attention, O_l.
     The output is α O_s + (1 - α) O_l, with one α for each block of queries and head.
 
-    **Paper.** A learned router in place of SLA's rule, and a direct split: attention is α times its normalized sparse
+    **Paper**
+
+    A learned router in place of SLA's rule, and a direct split: attention is α times its normalized sparse
     part plus 1 - α times the rest, where SLA adds a projection of O_l; besides, quantization, which is not here. The
     full text is not at hand; this is what its abstract and summaries say.
 
-    **Our choices.** α_i = a m_i / (a m_i + 1 - m_i), with m_i the share of R_i on the chosen blocks and a = exp(learned
+    **Our choices**
+
+    α_i = a m_i / (a m_i + 1 - m_i), with m_i the share of R_i on the chosen blocks and a = exp(learned
     number of each head), 1 at first. That is the α of an exact split if R is the attention, and the router learns
     through it. W_q and W_k start as the identity, so that the first choice is that of block means. The count is rounded
     up, ties go to the earlier block. Blocks are stretches of a film's video; text is read by all and reads all, by
     softmax.
 
-    **Not to be confused with** `sla`, which also skips the blocks of least score and learns a projection of O_l.
+    **Not to be confused with**
+
+    `sla`, which also skips the blocks of least score and learns a projection of O_l.
 
     Args:
         top_fraction: Share of a film's blocks that goes to softmax attention, in (0, 1].

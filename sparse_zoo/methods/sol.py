@@ -28,22 +28,30 @@ FLOOR = 1e-6
 class SolAttn(Blockwise):
     """Blocks above a threshold exactly, the rest by their means.
 
-    **Rule.** Blocks of tokens have mean queries Q̄_i, keys K̄_j and values V̄_j, and s_ij = Q̄_i · K̄_j / √D. Block j is
+    **Rule**
+
+    Blocks of tokens have mean queries Q̄_i, keys K̄_j and values V̄_j, and s_ij = Q̄_i · K̄_j / √D. Block j is
     exact for block i if s_ij > m_i + τ σ_i or |i - j| ≤ 1, where m_i is the mean of s_i over the film's blocks and σ_i
     their spread. A query q of block i attends in one softmax to the tokens of the exact blocks and, for each other
     block j of n_j tokens, to K̄_j with weight n_j exp(q · K̄_j / √D) and value V̄_j.
 
-    **Paper.** Thresholding of blocks on the fly, and reuse of the same scores for what is not selected, without
+    **Paper**
+
+    Thresholding of blocks on the fly, and reuse of the same scores for what is not selected, without
     training. Its full text is not at hand: threshold, neighbours and weights are read from the authors' code
     (github.com/NVlabs/Sana, techniques/sparse_backends/sol_attn: triton_ref/fwd.py, mps/preprocess.py), which has
     blocks of 64 and, by default, τ = 1 and the "diag" spread: σ_i² = Σ_d Q̄_id² var_j(K̄_jd) / D + 1e-6, which ignores
     how channels vary together; "exact" is the variance of s_i itself.
 
-    **Our choices.** It trains: gradients pass through the means too. Blocks are cut from the video of each film, and
+    **Our choices**
+
+    It trains: gradients pass through the means too. Blocks are cut from the video of each film, and
     neighbours are of one film. Text is no block: it is read by all and reads all, exactly, which is the part of the
     code's sinks.
 
-    **Not to be confused with** `sla`, whose rest goes through linear attention outside the softmax, and `vsa`, whose
+    **Not to be confused with**
+
+    `sla`, whose rest goes through linear attention outside the softmax, and `vsa`, whose
     coarse output is added under a gate.
 
     Args:

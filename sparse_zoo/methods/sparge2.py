@@ -23,20 +23,28 @@ from sparse_zoo.selectors import fraction_of, heaviest_logits, largest
 class SpargeAttention2(Blockwise):
     """The union of top-k and top-p of block means.
 
-    **Rule.** P = softmax(mean(Q) mean(K)^T / √D) over the blocks of the film. A block of queries attends to the blocks
+    **Rule**
+
+    P = softmax(mean(Q) mean(K)^T / √D) over the blocks of the film. A block of queries attends to the blocks
     of keys that are among the `top_fraction` largest of its row of P, or among the fewest, largest first, that hold
     `top_p` of it.
 
-    **Paper.** The union keeps enough where P is flat, which top-p does as well, and where it is peaked, which top-k
+    **Paper**
+
+    The union keeps enough where P is flat, which top-p does as well, and where it is peaked, which top-k
     does. Fine-tuning matches the velocity of the sparse model to that of the dense one, so that private training data
     is not needed. In this project that is the loss `distill.output` of `LitPretrained`, whose teacher is the dense
     model. The full text is not at hand: the rule is the abstract's, and its shares are not known here.
 
-    **Our choices.** The defaults of both shares are ours. Blocks of 128 queries and 64 keys are those of the authors'
+    **Our choices**
+
+    The defaults of both shares are ours. Blocks of 128 queries and 64 keys are those of the authors'
     kernel (github.com/thu-ml/SpargeAttn, its README); blocks are cut from the video of a film. The count of top-k is
     rounded up; ties go to the earlier block. Text is read by all and reads all.
 
-    **Not to be confused with** SpargeAttn, arXiv 2502.18137, which trains nothing, skips blocks by their
+    **Not to be confused with**
+
+    SpargeAttn, arXiv 2502.18137, which trains nothing, skips blocks by their
     self-similarity and quantizes.
 
     Args:

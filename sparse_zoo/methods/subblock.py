@@ -21,19 +21,27 @@ from sparse_zoo.selectors import Scores, fraction_of, largest
 class SubBlock(Blockwise):
     """Block scores by log-sum-exp over sub-block means, top-k.
 
-    **Rule.** Blocks of queries i and of keys j are cut into parts a and b, and
+    **Rule**
+
+    Blocks of queries i and of keys j are cut into parts a and b, and
     score(i, j) = log Σ_{a, b} exp(mean(Q_ia) · mean(K_jb) / √D), an estimate of the softmax mass of the pair of
     blocks. Each block of queries attends to the `top_fraction` of the film's blocks with the largest score.
 
-    **Paper.** None: the rule is that of sglang's backend `subblock_sparse_attn` (pull request 34148, router.py),
+    **Paper**
+
+    None: the rule is that of sglang's backend `subblock_sparse_attn` (pull request 34148, router.py),
     without training, on MiniMax-H3. Its defaults: blocks of 64, four parts on either side, sparsity 0.75, dense for the
     first ten noise steps (here: `dense_above`).
 
-    **Our choices.** The count is rounded up to a whole block; the code also rounds it up to a multiple of 8, which its
+    **Our choices**
+
+    The count is rounded up to a whole block; the code also rounds it up to a multiple of 8, which its
     kernel bills anyway. Products are float32 where the code's are bfloat16. Ties go to the earlier block; the order of
     its selector is undefined. Blocks are cut from the video of a film; text is read by all and reads all.
 
-    **Not to be confused with** the block scores of `sla` and `sparge2`, which are one product of means: with one part
+    **Not to be confused with**
+
+    the block scores of `sla` and `sparge2`, which are one product of means: with one part
     on either side this is their rule.
 
     Args:

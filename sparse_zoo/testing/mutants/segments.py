@@ -27,9 +27,10 @@ class Weighing(Kernel):
         return [] if q is None or q.is_floating_point() else [f"dtype {q.dtype} is not a floating-point type"]
 
     def run(self, q: Tensor, k: Tensor, v: Tensor, plan: Plan, scale: float) -> tuple[Tensor, Tensor]:
-        wide_q, wide_k, wide_v = (x.to(torch.promote_types(x.dtype, torch.float32)) for x in (q, k, v))
-        out, lse = oracle.masked_softmax(wide_q, wide_k, wide_v, oracle.mask_of(plan), scale, self.added(plan))
-        return out.to(q.dtype), lse
+        dtype, wide = q.dtype, torch.promote_types(q.dtype, torch.float32)
+        q, k, v = (x.to(wide) for x in (q, k, v))
+        out, lse = oracle.masked_softmax(q, k, v, oracle.mask_of(plan), scale, self.added(plan))
+        return out.to(dtype), lse
 
     def added(self, plan: Plan) -> Tensor | float:
         """What is added to the scaled scores, which a mutant may break."""
