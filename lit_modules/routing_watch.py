@@ -17,7 +17,7 @@ from torch import nn
 from typing_extensions import override
 
 import sparse_zoo as zoo
-from lit_modules.callbacks import synchronize
+from lit_modules.callbacks import synchronize, takes_part
 from lit_modules.flow import generator
 from lit_modules.stream import stream
 from sparse_zoo.diagnostics import Diagnosis, Routing, churn, diagnose
@@ -43,8 +43,9 @@ class RoutingWatch(Callback):
 
     The probe is the first item of the batch that made the first step this callback sees, with noise of its own, the
     same always, at two noise times, 0.5 and 0.9; the model is in eval mode, with the weights that are being trained,
-    not their average. Nothing is changed by it, neither weights nor random state. Of several processes only the first
-    probes. A resumed run keeps the probe, and what was written of steps that it repeats is taken back.
+    not their average. Nothing is changed by it, neither weights nor random state. Of several processes the first alone
+    probes; where they share films, the figures are of its heads. A resumed run keeps the probe, and what was written of
+    steps that it repeats is taken back.
 
     Logs the figures of `sparse_zoo.diagnostics` at time 0.5, averaged over heads: `diagnostics/<figure>`, the mean over
     layers, and `diagnostics/<figure>/layer_<i>`; of the routed branches where a layer has any, else of all. Besides
@@ -72,7 +73,7 @@ class RoutingWatch(Callback):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         step = trainer.global_step
-        due = trainer.is_global_zero and step != self._step and (not self._batch or step % self.every == 0)
+        due = takes_part(trainer) and step != self._step and (not self._batch or step % self.every == 0)
         if due:
             synchronize(pl_module.device)  # the step's time holds what it left running
         ended = time.perf_counter()

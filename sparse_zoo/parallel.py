@@ -189,7 +189,7 @@ class Ulysses:
             k, v = (x.repeat_interleave(copies, dim=1) for x in (k, v))
         q, k, v = self._to_heads(q, rows), self._to_heads(k, tokens), self._to_heads(v, tokens)
         # Called as a module, not by `run`, so that hooks on the attention see what it is given.
-        result = attention(
+        result: Result = attention(
             q,
             k,
             v,
@@ -199,12 +199,13 @@ class Ulysses:
             head_offset=head_offset + self.rank * q.shape[1],
             **context,
         )
-        return replace(
+        made: Result = replace(
             result,
             out=self._to_tokens(result.out, rows),
             losses={name: self.mean(loss) for name, loss in result.losses.items()},
             heads=q.shape[1],
         )
+        return made
 
     def _mismatches(
         self, q: Tensor, k: Tensor, v: Tensor, hidden: Tensor | None, layout: Layout, q_rows: Tensor | None

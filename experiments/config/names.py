@@ -28,6 +28,7 @@ SECTIONS = {
     "optim": "lit_modules.settings:Optim",
     "trainer": "lightning.pytorch.trainer.trainer:Trainer",
     "sampling": "lit_modules.settings:Sampling",
+    "parallel": "lit_modules.settings:Parallel",
 }
 # What the run itself hands to these classes; a config may not.
 GIVEN: dict[str, set[str]] = {

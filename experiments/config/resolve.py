@@ -77,6 +77,8 @@ def merge(overrides: Sequence[Override]) -> tuple[Config, list[str]]:
         reasons += misfits
     if not config["match"]:
         del config["match"]  # so that a run has one id, whether or not a sweep around it matches budgets
+    if all(value == 1 for value in (config["parallel"] or {}).values()):
+        del config["parallel"]  # one device, as where nothing is said
     return _canonical(config), reasons
 
 
@@ -90,7 +92,7 @@ def _canonical(config: Config) -> Config:
 
     made = dict(config)
     for section, build in _sections().items():
-        if isinstance(config[section], Mapping):
+        if isinstance(config.get(section), Mapping):
             made[section] = _declared(config[section], _hints(build))
     if isinstance(made["trainer"], Mapping) and "precision" in made["trainer"]:
         precision = made["trainer"]["precision"]
@@ -138,7 +140,8 @@ def _complete(config: Config) -> Config:
 
     made = dict(config)
     for section, build in _sections().items():
-        made[section] = _defaults(_parameters(build, GIVEN.get(section, ())), _hints(build)) | config[section]
+        if section in config:
+            made[section] = _defaults(_parameters(build, GIVEN.get(section, ())), _hints(build)) | config[section]
     made["trainer"] |= {key: value for key, value in NONE_MEANS.items() if made["trainer"].get(key) is None}
     films = datamodule.find(str(config["data"]["name"]))
     made["data"] = datamodule.absolute(_defaults(_parameters(films), _hints(films)) | config["data"], films)
@@ -266,7 +269,7 @@ def check(config: Config) -> list[str]:
     """Every reason why this config cannot run; none when it can."""
     config = resolve(config)
     from lit_modules import VideoDiT
-    from lit_modules.settings import Flow, Model, Optim, Sampling
+    from lit_modules.settings import Flow, Model, Optim, Parallel, Sampling
 
     model, films = config["model"], {key: value for key, value in config["data"].items() if key != "name"}
     # What has the right names and types may still be out of range: the parts themselves know.
@@ -274,6 +277,7 @@ def check(config: Config) -> list[str]:
         "flow": lambda: Flow(**config["flow"]),
         "optim": lambda: Optim(**config["optim"]),
         "sampling": lambda: Sampling(**config["sampling"]),
+        "parallel": lambda: Parallel(**config.get("parallel", {})),
     }
     try:
         reasons = _misfits("data", films, datamodule.find(str(config["data"].get("name"))))
@@ -281,7 +285,7 @@ def check(config: Config) -> list[str]:
         reasons = [str(error)]
     reasons = reasons or refusals(lambda: datamodule.build(config["data"]))
     for section, build in _sections().items():
-        wrong = [] if section == "model" else _misfits(section, config[section], build, GIVEN.get(section, ()))
+        wrong = [] if section == "model" else _misfits(section, config.get(section, {}), build, GIVEN.get(section, ()))
         reasons += wrong or refusals(parts.get(section, lambda: None))
         if section == "trainer":
             reasons += _trainer({key: value for key, value in config[section].items() if _declares(build, key, value)})
@@ -297,7 +301,46 @@ def check(config: Config) -> list[str]:
     if not wrong and not attention:
         shape: dict[str, Any] = {"channels": 3, "patch": (1, 1, 1), "vocabulary": 1, "attention": {"name": "dense"}}
         wrong = refusals(lambda: VideoDiT(**{**model, "depth": min(model["depth"], 1)}, **shape))
-    return reasons + wrong + attention
+    several = [] if reasons + wrong + attention else _parallel(config)
+    return reasons + wrong + attention + several
+
+
+def _parallel(config: Config) -> list[str]:
+    """Every reason why a run cannot have the devices that it asks for; `cannot_start` counts those of this machine."""
+    from lit_modules.settings import Parallel
+    from sparse_zoo.parallel import why_not
+
+    if "parallel" not in config:
+        return []
+    parallel, trainer, model = Parallel(**config["parallel"]), config["trainer"], config["model"]
+    accelerator = trainer.get("accelerator", "auto")
+    reasons = [
+        f"parallel needs trainer.accelerator cpu, gpu, cuda or auto, got {accelerator!r}: no backend exchanges there"
+        if accelerator not in ("auto", "cpu", "gpu", "cuda")
+        else "",
+        f"parallel chooses the strategy; leave out trainer.strategy, got {trainer['strategy']!r}"
+        if trainer.get("strategy", "auto") != "auto"
+        else "",
+    ]
+    if parallel.sequence > 1:
+        precision = str(trainer.get("precision") or "")
+        heads, layers = model["heads"], config["attention"]
+        layers = layers if isinstance(layers, list) else [layers]
+        for settings in [layer for i, layer in enumerate(layers) if layer not in layers[:i]]:
+            built = zoo.build(**settings, heads=heads, head_dim=model["dim"] // heads, dim=model["dim"])
+            reasons += why_not(built, heads, parallel.sequence)
+        reasons += [
+            "optim.optimizer muon needs whole matrices, which parallel.sequence above 1 shards; use adamw"
+            if config["optim"].get("optimizer") == "muon"
+            else "",
+            f"trainer.precision {precision} scales losses, which shards do not take; use bf16-mixed or 32-true"
+            if precision.startswith("16")
+            else "",
+            "sampling.context reads the first block's input outside of a pass, where weights are shards; leave it out"
+            if config["sampling"].get("context") is not None
+            else "",
+        ]
+    return [f"parallel: {reason}" for reason in dict.fromkeys(reasons) if reason]
 
 
 def known(config: Config) -> set[str]:
@@ -359,10 +402,20 @@ def _trainer(given: Mapping[str, Any]) -> list[str]:
     return reasons + _several(given)
 
 
-def cannot_start(trainer: Mapping[str, Any]) -> list[str]:
-    """Why Lightning cannot make this trainer on this very machine, with the device that is asked for."""
-    reason = _refused_trainer({"devices": 1, **trainer})
-    return [reason] if reason else []
+def cannot_start(config: Mapping[str, Any]) -> list[str]:
+    """Why a run cannot start on this very machine, with the devices that its config asks for."""
+    import torch
+
+    from lit_modules.settings import Parallel
+
+    trainer, wanted = config["trainer"], Parallel(**config.get("parallel", {})).devices
+    reason, there = _refused_trainer({"devices": 1, **trainer}), torch.cuda.device_count()
+    few = wanted > there > 0 and trainer.get("accelerator", "auto") in ("auto", "gpu", "cuda")
+    return ([reason] if reason else []) + (
+        [f"parallel asks for {wanted} devices, this machine has {there}; lower parallel.data or parallel.sequence"]
+        if few
+        else []
+    )
 
 
 def _without(settings: Mapping[str, Any], key: str) -> dict[str, Any]:

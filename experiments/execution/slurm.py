@@ -18,7 +18,7 @@ from typing import Any
 
 from experiments.execution import signals
 from experiments.execution.progress import Bar
-from experiments.execution.work import POLL, Work
+from experiments.execution.work import POLL, Work, devices, on_gpu
 from experiments.tracking.mlflow_logger import Tracker
 from experiments.tracking.store import Result, home, write_json
 from sparse_zoo.errors import ZooError, refuse
@@ -114,12 +114,14 @@ def submit(works: list[Work], settings: Mapping[str, Any], at_once: int | None) 
         executor = submitit.SlurmExecutor(folder, max_num_timeout=REQUEUES, python=shlex.quote(sys.executable))
         known = {key: value for key, value in settings.items() if key in executor._valid_parameters()}
         rest = {key: value for key, value in settings.items() if key not in known}
+        each = max(devices(work.cell) for work in new)  # one job, and one process there, starts those of all devices
         executor.update_parameters(
             **{
                 "job_name": works[0].sweep,
                 "signal_delay_s": NOTICE,
                 "array_parallelism": at_once or len(new),
                 "additional_parameters": rest,
+                **({"gpus_per_node": each} if each > 1 and all(on_gpu(work.cell) for work in new) else {}),
                 **known,
             }
         )
