@@ -4,7 +4,7 @@ BIN := .venv/bin
 # The version of GPU machines with torch 2.11: kernels are compiled for it too, beside the installed one.
 OLDEST_TRITON := 3.6.0
 
-.PHONY: help install sweep test lint coverage gpu gpu-pack models ui docs
+.PHONY: help install sweep test test-slow test-all lint coverage gpu gpu-pack models ui docs
 
 help:  ## what can be made
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/'
@@ -20,16 +20,24 @@ install: .venv/.installed  ## make .venv with pinned versions
 sweep: install  ## train the quickstart sweep on real film and write its report
 	$(BIN)/zoo sweep quickstart
 
-test: install lint  ## ruff, mypy and all tests
+test: install lint  ## ruff, mypy and the fast tests
 	$(BIN)/pytest --numprocesses 2
+
+test-slow: install  ## the slow tests that can run here; lists those that cannot
+	$(BIN)/pytest --numprocesses 2 -m slow -rs
+
+test-all: install lint  ## every test; installs what they need (as root, or with sudo); one that is skipped fails
+	.ci/packages
+	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev,browser,ray]'
+	$(BIN)/pytest --numprocesses 2 -m '' --fail-skipped
 
 lint: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-coverage: install  ## the tests of sparse_zoo, and which of its lines they run (at least 95 %)
-	$(BIN)/pytest --numprocesses 2 --cov sparse_zoo --cov-report term:skip-covered
+coverage: install  ## fast and slow tests, and which lines of sparse_zoo they run (at least 95 %)
+	$(BIN)/pytest --numprocesses 2 -m '' --cov sparse_zoo --cov-report term:skip-covered
 
 gpu:  ## what only a GPU can tell: checks, speed, a training step; ten minutes, with the system's torch
 	$(GPU_PYTHON) -m experiments.tools.gpu

@@ -45,23 +45,28 @@ class Decoding:
     """How to decode: `fps` frames a second (None: the file's own rate), `size` (H, W) in pixels, and how to find cuts.
 
     Frames are turned as the file says, given square pixels, resized with their aspect kept until they cover `size`,
-    then cut to it around the centre. `threshold` None is the detector's own default.
+    then cut to it around the centre. `threshold` None is the detector's own default; `detector` None looks for no cuts.
     """
 
     fps: float | None
     size: tuple[int, int]
-    detector: str = "content"
+    detector: str | None = "content"
     threshold: float | None = None
 
 
 @dataclass(frozen=True)
 class Footage:
-    """What a pass found beside the frames, as `Video` has it; `notes` are lines on what was lost or not honoured."""
+    """What a pass found beside the frames, as `Video` has it; `notes` are lines on what was lost or not honoured.
+
+    `times` are the seconds at which the frames that were kept begin, `end` those at which the last frame ends.
+    """
 
     source: tuple[int, ...]
     cuts: tuple[int, ...]
     rate: float
     notes: tuple[str, ...]
+    times: tuple[float, ...]
+    end: float
 
 
 def read_footage(path: Path, decoding: Decoding, keep: Callable[[Frames], Any]) -> Footage:
@@ -85,6 +90,47 @@ def read_footage(path: Path, decoding: Decoding, keep: Callable[[Frames], Any]) 
         raise ZooError(f"{path}: it cannot be decoded: {error.strerror}") from error
     except OSError as error:
         raise ZooError(f"{path}: it cannot be read: {error.strerror}") from error
+
+
+@dataclass(frozen=True)
+class Header:
+    """What a file says of its video before it is decoded: frames a second, seconds (None where it does not), pixels.
+
+    Width and height are as shown: upright, with square pixels.
+    """
+
+    width: int
+    height: int
+    rate: float
+    seconds: float | None
+
+
+def probe(path: Path) -> Header:
+    """Read a file's header and decode its first frame, which takes milliseconds.
+
+    Raises:
+        ZooError: with the path and the reason, if no frame can be had.
+    """
+    try:
+        if path.stat().st_size == 0:
+            raise ZooError(f"{path}: it is empty")
+        where = f"file:{os.path.abspath(path)}"
+        number = _best_stream(path, where)
+        with av.open(where, metadata_errors="replace") as container:
+            stream = container.streams[number]
+            rate = float(stream.average_rate or stream.guessed_rate or 25)
+            length = container.duration if any(name in container.format.name for name in _WITH_LENGTH) else None
+            for packet in container.demux(stream):
+                for frame in packet.decode():
+                    seconds = None if length is None else length / av.time_base
+                    shape = round(frame.width * float(stream.sample_aspect_ratio or 1)), frame.height
+                    width, height = shape[::-1] if frame.rotation % 180 == 90 else shape
+                    return Header(width, height, rate, seconds)
+    except (av.FFmpegError, IndexError) as error:
+        raise ZooError(f"{path}: it cannot be decoded: {getattr(error, 'strerror', error)}") from error
+    except OSError as error:
+        raise ZooError(f"{path}: it cannot be read: {error.strerror}") from error
+    raise ZooError(f"{path}: it has no frame")
 
 
 def _best_stream(path: Path, where: str) -> int:
@@ -145,29 +191,36 @@ class _Pass:
         stream.thread_type = "AUTO"
         if not 0.1 <= self.aspect <= 10:
             raise ZooError(f"{self.path}: its pixels are {self.aspect:g} times as wide as high; 0.1 to 10 are allowed")
-        chosen = {} if decoding.threshold is None else {_THRESHOLD[decoding.detector]: decoding.threshold}
-        detector = DETECTORS[decoding.detector](min_scene_len=_SHORTEST_SHOT - _ROUNDING, **chosen)
+        detector = None
+        if decoding.detector is not None:
+            chosen = {} if decoding.threshold is None else {_THRESHOLD[decoding.detector]: decoding.threshold}
+            detector = DETECTORS[decoding.detector](min_scene_len=_SHORTEST_SHOT - _ROUNDING, **chosen)
         # Of the stream, not of each frame: a file may change its size on the way, and the detector compares frames.
         shrink = max(1.0, stream.width / _DETECTOR_WIDTH)
         small = {"width": round(stream.width / shrink), "height": max(1, round(stream.height / shrink))}
         times, source, cuts, due = array("q"), array("q"), list[int](), 0
+        begins = array("d")  # of the frames that are kept
         interlaced, transfer = 0, None
         for number, frame in enumerate(self._frames()):
             times.append(round(self.now * _CLOCK))
-            moment = FrameTimecode(Timecode(times[-1], Fraction(1, _CLOCK)), self.rate)
-            view = frame.reformat(**small, format="bgr24", interpolation=Interpolation.AREA).to_ndarray()
-            cuts += [bisect_left(times, cut.pts) for cut in detector.process_frame(moment, view)]
+            if detector is not None:
+                moment = FrameTimecode(Timecode(times[-1], Fraction(1, _CLOCK)), self.rate)
+                view = frame.reformat(**small, format="bgr24", interpolation=Interpolation.AREA).to_ndarray()
+                cuts += [bisect_left(times, cut.pts) for cut in detector.process_frame(moment, view)]
             interlaced += frame.interlaced_frame
             transfer = transfer or _HDR.get(frame.color_trc)
             tick = number if decoding.fps is None else int((self.now + _ROUNDING) * decoding.fps)
             if tick >= due:
                 keep(self._shown(frame))
                 source.append(number)
+                begins.append(self.now)
                 due = tick + 1
         if not source:
             raise ZooError(f"{self.path}: it has no frame" + (f" that decodes: {self.lost[0][2]}" if self.lost else ""))
         self._take_stock(len(times), interlaced, transfer)
-        return Footage(tuple(source), tuple(sorted({0, *cuts})), float(self.rate), tuple(self.notes))
+        return Footage(
+            tuple(source), tuple(sorted({0, *cuts})), float(self.rate), tuple(self.notes), tuple(begins), self.ends
+        )
 
     def _frames(self) -> Iterator[Any]:
         """Frames that are whole, with `now` set to the time of each."""
@@ -282,8 +335,8 @@ class _Pass:
         for start, stop, why in self.lost[:3]:
             until = "the end" if stop is None else _clock(stop)
             self.notes.append(f"frames from {_clock(start)} to {until} are lost: {why}")
-        if len(self.lost) > 3:
-            self.notes.append(f"frames are lost in {len(self.lost) - 3} later places too")
+        if (later := len(self.lost) - 3) > 0:
+            self.notes.append(f"frames are lost in {later} later place{'s' * (later > 1)} too")
         if self.gaps:
             start, stop = self.gaps[0]
             more = f", and {len(self.gaps) - 1} more such gaps" if len(self.gaps) > 1 else ""

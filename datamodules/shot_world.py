@@ -17,7 +17,7 @@ from datamodules.identities import Identities
 from datamodules.loading import Batch, ResumableLoader, train_loader, val_loader
 from datamodules.quality import ShotQuality
 from datamodules.recall import IdentityRecall
-from sparse_zoo.errors import refuse
+from datamodules.settings import ShotWorldSettings, ends
 from sparse_zoo.layout import Layout, Shot
 
 SPLITS = ("train", "validation", "test")
@@ -55,18 +55,7 @@ class ShotWorld(LightningDataModule):
     need.
 
     Args:
-        subjects: subjects, and so introductions, per film; or a range [least, most], drawn per film.
-        returns: shots after the introductions; None gives each subject one.
-        frames_per_shot: in pixel frames; or a range [least, most], drawn per shot, in whole temporal patches.
-        grid: (rows, cols) of a frame in patches.
-        patch: (frames, rows, cols) of one token, rows = cols.
-        subject_size: side of a subject in patches; its places are patch-aligned.
-        shapes, colours, textures, backgrounds, tags: how many of each there are.
-        batch_size: films of a batch.
-        films_per_epoch, val_films: films drawn for an epoch of training, and for validation.
-        test_films: films of a judgement apart, after training; with 0 there is none.
-        num_workers: processes that make batches; with 0 the training process makes them.
-        seed: fixes the films of training.
+        **settings: Fields of `ShotWorldSettings`.
 
     Raises:
         ZooError: for settings out of range, all at once.
@@ -74,73 +63,25 @@ class ShotWorld(LightningDataModule):
 
     channels = 3
 
-    def __init__(
-        self,
-        *,
-        subjects: int | Sequence[int] = 3,
-        returns: int | None = None,
-        frames_per_shot: int | Sequence[int] = 2,
-        grid: Sequence[int] = (3, 3),
-        patch: Sequence[int] = (1, 4, 4),
-        subject_size: int = 2,
-        shapes: int = 6,
-        colours: int = 8,
-        textures: int = 4,
-        backgrounds: int = 4,
-        tags: int = 6,
-        batch_size: int = 16,
-        films_per_epoch: int = 1600,
-        val_films: int = 64,
-        test_films: int = 0,
-        num_workers: int = 0,
-        seed: int = 0,
-    ) -> None:
+    def __init__(self, **settings: Any) -> None:
         super().__init__()
-        people, lengths = _range(subjects), _range(frames_per_shot)
-        sized = len(grid) == 2 and len(patch) == 3 and min(*grid, *patch) >= 1
-        least = {
-            "subject_size": (subject_size, 1),
-            "batch_size": (batch_size, 1),
-            "films_per_epoch": (films_per_epoch, 1),
-            "val_films": (val_films, 1),
-            "returns": (1 if returns is None else returns, 1),
-            "test_films": (test_films, 0),
-            "num_workers": (num_workers, 0),
-            "seed": (seed, 0),
-        }
-        refuse(
-            "ShotWorld",
-            [f"{name} must be at least {low}, got {value}" for name, (value, low) in least.items() if value < low]
-            + [
-                "" if people[0] else f"subjects must be a count or a range [least, most] from 1, got {subjects}",
-                ""
-                if lengths[0]
-                else f"frames_per_shot must be a count or a range [least, most] from 1, got {frames_per_shot}",
-                f"{people[1]} subjects need as many tags, got {tags}" if tags < people[1] else "",
-                "" if sized else f"grid must be 2 and patch 3 lengths of at least 1, got {[*grid]} and {[*patch]}",
-                f"a patch must be as high as wide, got {[*patch]}" if sized and patch[1] != patch[2] else "",
-                f"a subject of {subject_size} patches does not fit into a grid of {[*grid]}"
-                if sized and subject_size > min(grid)
-                else "",
-                f"frames_per_shot {frames_per_shot} is not in whole patches of {patch[0]} frames"
-                if sized and (lengths[0] % patch[0] or lengths[1] % patch[0])
-                else "",
-            ],
-        )
-        self.identities = Identities(shapes, colours, textures, backgrounds, subject_size * patch[1])
-        self.subjects = people
-        self.returns = returns
+        given = ShotWorldSettings(**settings)
+        grid, patch, side = given.grid, given.patch, given.subject_size
+        lengths = ends(given.frames_per_shot)
+        self.identities = Identities(given.shapes, given.colours, given.textures, given.backgrounds, side * patch[1])
+        self.subjects = ends(given.subjects)
+        self.returns = given.returns
         self.lengths = range(lengths[0], lengths[1] + 1, patch[0])
         self.grid = (grid[0], grid[1])
         self.patch = (patch[0], patch[1], patch[2])
-        self.cells = (grid[0] - subject_size + 1, grid[1] - subject_size + 1)
-        self.tags = tags
-        self.batch_size = batch_size
-        self.films_per_epoch = films_per_epoch
-        self.val_films = val_films
-        self.test_films = test_films
-        self.num_workers = num_workers
-        self.seed = seed
+        self.cells = (grid[0] - side + 1, grid[1] - side + 1)
+        self.tags = given.tags
+        self.batch_size = given.batch_size
+        self.films_per_epoch = given.films_per_epoch
+        self.val_films = given.val_films
+        self.test_films = given.test_films
+        self.num_workers = given.num_workers
+        self.seed = given.seed
 
     @property
     def vocabulary(self) -> int:
@@ -262,9 +203,3 @@ class _Films:
 
     def __getitems__(self, numbers: Sequence[int]) -> Batch:
         return self.world.batch(self.split, numbers)
-
-
-def _range(value: int | Sequence[int]) -> tuple[int, int]:
-    """(least, most) of a count or a range; (0, 0) where it is neither."""
-    ends = [value, value] if isinstance(value, int) else [*value]
-    return (ends[0], ends[1]) if len(ends) == 2 and 1 <= ends[0] <= ends[1] else (0, 0)

@@ -18,11 +18,12 @@ from torch.utils.data import DataLoader
 from torchmetrics import Metric
 
 from datamodules.captions import Caption, read_captions
-from datamodules.decoding import DETECTORS, Decoding, Video, load
+from datamodules.decoding import Decoding, Video, load
 from datamodules.discovery import find_videos, resolve
 from datamodules.loading import Batch, ResumableLoader, train_loader, val_loader
+from datamodules.settings import VideoFilmsSettings
 from datamodules.text import tokenize, words
-from sparse_zoo.errors import ZooError, refuse, unknown
+from sparse_zoo.errors import ZooError, refuse
 from sparse_zoo.layout import Layout, Shot
 
 _log = logging.getLogger(__name__)
@@ -60,28 +61,12 @@ class VideoFilms(LightningDataModule):
     A batch is `films_per_batch` films packed into one stream (B = 1). An epoch is `films_per_epoch` films (by default
     each film once; the last batch may be smaller), in an order that follows from `seed` and the epoch.
 
+    Captions are a JSON file, {"a/file.mp4": {"caption": "of the whole", "shots": ["of each shot found", ...]}}, by
+    name inside `folder`; a video without an entry has no text. `datamodules.text` says how words become ids.
+
     Args:
-        folder: a folder (searched through with all its folders), a video file, "package:name/inside" for files that an
-            installed package carries, or a list of such.
-        fps: frames a second to keep; None keeps all. A file slower than this keeps its own rate.
-        size: (height, width) in pixels; frames are resized with their aspect kept, then centre-cropped.
-        patch: (frames, rows, cols) of one token; `size` and `frames_per_shot` are in whole patches.
-        frames_per_shot: frames that a shot lends to a film, at most.
-        shots_per_film: consecutive shots of a film.
-        films_per_batch: films packed into one stream.
-        films_per_epoch: films of an epoch; by default each film once.
-        val_fraction: share of every shot's frames, its last ones, that is for validation.
-        detector: "content" or "adaptive", of PySceneDetect; see `threshold`.
-        threshold: of the detector; None is PySceneDetect's default (27 for "content", 3 for "adaptive").
-        captions: JSON file, {"a/file.mp4": {"caption": "of the whole", "shots": ["of each shot found", ...]}} by name
-            inside `folder`; by default `captions.json` in each folder, where there is one. No entry means no text.
-        max_words: words kept of each caption; see `datamodules.text` for how they become ids.
-        vocabulary: number of token ids.
-        cache: folder for decoded frames, which are then read from disk as needed; None keeps them in memory.
-        on_bad: "raise", or "skip" videos that cannot be decoded and list them in `summary()`.
-        flip: in training, mirror half of the films left to right; captions that say "left" or "right" turn false.
-        num_workers: processes that make batches; with 0 the training process makes them.
-        seed: fixes the order of the films and the windows in training.
+        folder: Folder, video file, "package:name/inside" for files of an installed package, or a list of these.
+        **settings: Further fields of `VideoFilmsSettings`.
 
     Raises:
         ZooError: for settings out of range (all at once), nothing to decode, bad captions or videos.
@@ -89,77 +74,26 @@ class VideoFilms(LightningDataModule):
 
     channels = 3
 
-    def __init__(
-        self,
-        folder: str | Sequence[str],
-        *,
-        fps: float | None = 8.0,
-        size: Sequence[int] = (64, 96),
-        patch: Sequence[int] = (1, 8, 8),
-        frames_per_shot: int = 8,
-        shots_per_film: int = 8,
-        films_per_batch: int = 1,
-        films_per_epoch: int | None = None,
-        val_fraction: float = 0.25,
-        detector: str = "content",
-        threshold: float | None = None,
-        captions: str | None = None,
-        max_words: int = 16,
-        vocabulary: int = 1024,
-        cache: str | None = None,
-        on_bad: str = "raise",
-        flip: bool = False,
-        num_workers: int = 0,
-        seed: int = 0,
-    ) -> None:
+    def __init__(self, folder: str | Sequence[str], **settings: Any) -> None:
         super().__init__()
-        sized = len(size) == 2 and len(patch) == 3 and min(*size, *patch) >= 1
-        counts = {
-            "frames_per_shot": frames_per_shot,
-            "shots_per_film": shots_per_film,
-            "films_per_batch": films_per_batch,
-            "max_words": max_words,
-            "vocabulary": vocabulary,
-        } | ({} if films_per_epoch is None else {"films_per_epoch": films_per_epoch})
-        refuse(
-            "VideoFilms",
-            [f"{name} must be at least 1, got {value}" for name, value in counts.items() if value < 1]
-            + [
-                f"{name} must be at least 0, got {value}"
-                for name, value in _below(0, seed=seed, num_workers=num_workers)
-            ]
-            + [
-                "" if sized else f"size must be 2 and patch 3 lengths of at least 1, got {[*size]} and {[*patch]}",
-                f"size {[*size]} is not in whole patches of {[*patch[1:]]}"
-                if sized and (size[0] % patch[1] or size[1] % patch[2])
-                else "",
-                f"frames_per_shot {frames_per_shot} is not in whole patches of {patch[0]} frames"
-                if sized and frames_per_shot % patch[0]
-                else "",
-                f"fps must be above 0, or null for all frames, got {fps}" if fps is not None and fps <= 0 else "",
-                f"val_fraction must be between 0 and 1, got {val_fraction}" if not 0 < val_fraction < 1 else "",
-                f"threshold must be above 0, got {threshold}" if threshold is not None and threshold <= 0 else "",
-                unknown("detector", detector, DETECTORS) if detector not in DETECTORS else "",
-                unknown("on_bad", on_bad, ("raise", "skip")) if on_bad not in ("raise", "skip") else "",
-                "folder must name at least one folder or file" if not folder else "",
-            ],
-        )
+        given = VideoFilmsSettings(folder=folder, **settings)
+        size, patch, cache = given.size, given.patch, given.cache
         self.places = [folder] if isinstance(folder, str) else list(folder)
-        self.decoding = Decoding(fps, (size[0], size[1]), detector, threshold)
+        self.decoding = Decoding(given.fps, (size[0], size[1]), given.detector, given.threshold)
         self.patch = (patch[0], patch[1], patch[2])
-        self.frames_per_shot = frames_per_shot
-        self.shots_per_film = shots_per_film
-        self.films_per_batch = films_per_batch
-        self.films_per_epoch = films_per_epoch
-        self.val_fraction = val_fraction
-        self.captions = captions
-        self.max_words = max_words
-        self.vocabulary = vocabulary
+        self.frames_per_shot = given.frames_per_shot
+        self.shots_per_film = given.shots_per_film
+        self.films_per_batch = given.films_per_batch
+        self.films_per_epoch = given.films_per_epoch
+        self.val_fraction = given.val_fraction
+        self.captions = given.captions
+        self.max_words = given.max_words
+        self.vocabulary = given.vocabulary
         self.cache = None if cache is None else resolve(cache)
-        self.on_bad = on_bad
-        self.flip = flip
-        self.num_workers = num_workers
-        self.seed = seed
+        self.on_bad = given.on_bad
+        self.flip = given.flip
+        self.num_workers = given.num_workers
+        self.seed = given.seed
         self.videos: dict[str, Video] = {}
         self.skipped: list[dict[str, str]] = []
         self.notes: list[str] = []
@@ -309,7 +243,7 @@ class _Films:
         self.seed = data.seed
         self.flip = data.flip
         self.patch = data.patch
-        self.size = data.decoding.size
+        self.size, self.fps = data.decoding.size, data.decoding.fps
         self.frames_per_shot = data.frames_per_shot
         self.length = data.films_per_epoch if training and data.films_per_epoch else len(films)
 
@@ -328,6 +262,7 @@ class _Films:
                 [ids for film, _ in films for ids in (film.caption, *(span.text for span in film.spans))]
             )[None],
             "names": [film.name for film, _ in films],
+            "rates": [min(self.fps or rate, rate) for film, _ in films if (rate := film.spans[0].video.rate)],
         }
 
     def _layout(self, film: VideoFilm) -> Layout:
@@ -349,10 +284,6 @@ class _Films:
             start = span.start + (int(draw.integers(span.stop - span.start - frames + 1)) if self.training else 0)
             clip = torch.tensor(np.asarray(span.video.frames[start : start + frames])).permute(0, 3, 1, 2)[None]
             yield (clip.flip(-1) if mirrored else clip).float().div(127.5).sub(1)
-
-
-def _below(least: int, **values: int) -> list[tuple[str, int]]:
-    return [(name, value) for name, value in values.items() if value < least]
 
 
 @rank_zero_only

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 import re
-from collections.abc import Mapping
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from typing import Any
 
 _USER = re.compile(r"(?<=://)[^/\s]*@")
@@ -37,3 +40,26 @@ def redact_all(part: Any) -> Any:
     if isinstance(part, list | tuple):
         return [redact_all(value) for value in part]
     return redact(part) if isinstance(part, str) else part
+
+
+@contextmanager
+def redacted_messages() -> Iterator[None]:
+    """Redact the warnings and the log records of all code that runs inside, plug-ins too, wherever they are shown."""
+    shown, record_of = warnings.formatwarning, logging.getLogRecordFactory()
+
+    def format_warning(*given: Any, **more: Any) -> str:
+        return redact(shown(*given, **more))
+
+    def make_record(*given: Any, **more: Any) -> logging.LogRecord:
+        record = record_of(*given, **more)
+        with suppress(TypeError, ValueError):  # of arguments that do not fit the message, which logging tells itself
+            record.msg, record.args = redact(record.getMessage()), None
+        return record
+
+    warnings.formatwarning = format_warning
+    logging.setLogRecordFactory(make_record)
+    try:
+        yield
+    finally:
+        warnings.formatwarning = shown
+        logging.setLogRecordFactory(record_of)

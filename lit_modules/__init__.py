@@ -1,33 +1,15 @@
 """A video diffusion transformer on registered attention, its training and its sampling, for Lightning."""
 
-from lit_modules.callbacks import EMA, AttentionCost, SampleFilms, StepTimer, film_strip
-from lit_modules.dit import DiTOutput, VideoDiT
-from lit_modules.flow import FlowLoss, RectifiedFlow
-from lit_modules.metrics import LossByTime
-from lit_modules.module import LitVideoDiT, NonFiniteLoss
-from lit_modules.pretrained import Distill, LitPretrained, LoRA
-from lit_modules.routing_watch import RoutingWatch
-from lit_modules.sampling import Drawn, Euler
-from lit_modules.settings import Optim
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
-__all__ = [
-    "EMA",
-    "AttentionCost",
-    "DiTOutput",
-    "Distill",
-    "Drawn",
-    "Euler",
-    "FlowLoss",
-    "LitPretrained",
-    "LitVideoDiT",
-    "LoRA",
-    "LossByTime",
-    "NonFiniteLoss",
-    "Optim",
-    "RectifiedFlow",
-    "RoutingWatch",
-    "SampleFilms",
-    "StepTimer",
-    "VideoDiT",
-    "film_strip",
-]
+if TYPE_CHECKING:
+    from lit_modules._api import *  # noqa: F403
+
+
+def __getattr__(name: str) -> Any:
+    """Import the public classes when the first is used, so that `lit_modules.settings` is imported without torch."""
+    api = import_module(f"{__name__}._api")  # a `from` import would ask this function for `_api`
+    if name != "__all__" and name not in api.__all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(api, name)

@@ -23,6 +23,7 @@ from lit_modules.parallel import Shards, mean_over_ranks
 from lit_modules.sampling import Euler
 from lit_modules.settings import Sampling
 from sparse_zoo.errors import refuse
+from sparse_zoo.strips import film_pictures
 
 if TYPE_CHECKING:
     from lit_modules.module import LitVideoDiT
@@ -315,7 +316,8 @@ class SampleFilms(Callback):
     A strip shows a film's shots from left to right with gaps at the cuts, at most four frames of a shot, in three
     rows: the real film; the model's guess of it in one step from noise of time `GUESS_FROM`, which shows early in
     training what was learnt; the film generated from its captions alone, as `Euler` does. Weights are the averaged
-    ones. `on_image` is called with each path, to hand it to a logger. `sampling`: fields of `Sampling`.
+    ones. `on_image` is called with each path, to hand it to a logger. `decode` makes pixels of the
+    clips of a model of latents. `sampling`: fields of `Sampling`.
     """
 
     GUESS_FROM = 0.5
@@ -326,9 +328,11 @@ class SampleFilms(Callback):
         *,
         seed: int = 0,
         on_image: Callable[[Path], object] | None = None,
+        decode: Callable[[Sequence[Tensor]], list[Tensor]] | None = None,
         **sampling: Any,
     ) -> None:
         asked = Sampling(**sampling)
+        self.decode = decode
         self.folder, self.euler = Path(folder), Euler(asked.steps, asked.guidance, asked.order, asked.context)
         self.every, self.seed, self.on_image = asked.every, seed, on_image
         self.paths: list[Path] = []
@@ -337,9 +341,8 @@ class SampleFilms(Callback):
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         channels = cast("LitVideoDiT", pl_module).model.channels
-        refuse(
-            "SampleFilms", [f"films of 1 or 3 channels can be drawn, got {channels}"] if channels not in (1, 3) else []
-        )
+        pixels = channels in (1, 3) or self.decode is not None
+        refuse("SampleFilms", [] if pixels else [f"films of 1 or 3 channels can be drawn, got {channels}"])
 
     @override
     def state_dict(self) -> dict[str, Any]:
@@ -371,31 +374,19 @@ class SampleFilms(Callback):
         with trainer.precision_plugin.forward_context():
             guessed = trained.flow.denoise(trained.model, batch, self.GUESS_FROM, step=step, seed=self.seed)
             drawn = self.euler.sample(trained.model, trained.flow, batch, step=step, seed=self.seed)
+<<<<<<< HEAD
         if not trainer.is_global_zero:
             return
         rows = (batch["clips"], guessed, drawn)
+=======
+        rows = [batch["clips"], guessed, drawn]
+        rows = rows if self.decode is None else [self.decode(clips) for clips in rows]
+>>>>>>> main
         for number, picture in enumerate(film_pictures(batch["layout"], rows)):
             path = write_picture(self.folder / f"step_{step:06d}_film_{number}.png", picture)
             self.paths.append(path)
             if self.on_image is not None:
                 self.on_image(path)
-
-
-FRAMES = 4  # of a shot that a strip shows at most
-ROW_GAP = 2  # pixels between the rows of a film, before they are zoomed
-
-
-def film_pictures(layout: zoo.Layout, rows: Sequence[Sequence[Tensor]], item: int = 0) -> list[Tensor]:
-    """For each film of a stream its strips, one under the other, uint8 (H, W, 3).
-
-    `rows`: clips (B, F, C, H, W), one per shot in stream order, in versions of equal sizes; `item` of each is shown.
-    """
-    pictures, shot = [], 0
-    for film in layout.films:
-        shots = slice(shot, shot + len(film.shots))
-        shot = shots.stop
-        pictures.append(_stack([film_strip([clip[item] for clip in clips[shots]], FRAMES) for clips in rows]))
-    return pictures
 
 
 def write_picture(path: Path, picture: Tensor) -> Path:
@@ -405,49 +396,3 @@ def write_picture(path: Path, picture: Tensor) -> Path:
 
     image.imsave(path, picture.numpy())
     return path
-
-
-def film_strip(clips: Sequence[Tensor], frames: int) -> Tensor:
-    """Clips (F, C, H, W) in [-1, 1], one per shot -> one row of frames, uint8 (H, W, 3), with a wide gap at each cut.
-
-    At most `frames` frames of a shot, evenly spaced, its first and last among them.
-    """
-    height = max(clip.shape[2] for clip in clips)
-    row: list[Tensor] = []
-    for i, clip in enumerate(clips):
-        chosen = torch.linspace(0, len(clip) - 1, min(frames, len(clip))).round().long()
-        for j, frame in enumerate(clip.detach().float().cpu()[chosen]):
-            if i or j:
-                row.append(_gap(height, 1 if j else max(3, height // 16)))
-            pixels = ((frame.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).expand(3, -1, -1).permute(1, 2, 0)
-            row.append(torch.cat([pixels, _gap(height - len(pixels), pixels.shape[1])]))
-    return torch.cat(row, dim=1)
-
-
-def _stack(rows: Sequence[Tensor]) -> Tensor:
-    gap = _gap(ROW_GAP, rows[0].shape[1])
-    stacked = torch.cat([part for row in rows for part in (row, gap)][:-1])
-    zoom = _zoom(len(rows[0]))
-    return stacked.repeat_interleave(zoom, dim=0).repeat_interleave(zoom, dim=1)
-
-
-def _zoom(height: int) -> int:
-    return max(1, 64 // height)  # films of a few pixels would be drawn too small to see
-
-
-def picture_rows(picture: Tensor, rows: int = 3) -> list[Tensor]:
-    """The rows that `film_pictures` stacked into one uint8 (H, W, 3): (h, W, 3) each, still zoomed."""
-    for height in range(1, len(picture) + 1):
-        zoom = _zoom(height)
-        # Where two heights give one H, the larger zoom is right if the picture is made of blocks of its size.
-        if zoom * (rows * height + (rows - 1) * ROW_GAP) == len(picture):
-            blocks = picture[::zoom, ::zoom].repeat_interleave(zoom, dim=0).repeat_interleave(zoom, dim=1)
-            if torch.equal(blocks, picture):
-                step = zoom * (height + ROW_GAP)
-                return [picture[i * step : i * step + zoom * height] for i in range(rows)]
-    refuse("picture_rows", [f"a picture {len(picture)} pixels high is no stack of {rows} rows"])
-    return []
-
-
-def _gap(height: int, width: int) -> Tensor:
-    return torch.full((height, width, 3), 255, dtype=torch.uint8)

@@ -97,8 +97,11 @@ class VideoDiT(nn.Module):
     Each token is conditioned (adaLN-zero) by the time and pooled captions of its shot; a global caption, which is
     always clean, by time 0 and its own pooled words. So no token depends on later shots but through attention.
     Positions are rotary, see `stream`; of head_dim / 2 rotated pairs a third each (rounded down) tells rows and
-    columns, the rest tells time. Token id `vocabulary` is the learned null token that stands for a dropped caption. At
-    the start the last layer says 0 everywhere.
+    columns, the rest tells time. At the start the last layer says 0 everywhere.
+
+    Captions are token ids, of which `vocabulary` is the learned null token that stands for a dropped caption; or, with
+    `text_dim`, embeddings of that width from a text encoder, which are normalised and projected, and a learned null
+    embedding stands for each token of a dropped caption.
 
     Where several ranks share a film, `sequence` holds them: each is given the whole film and embeds, modulates and maps
     its own tokens, and the velocity is gathered, so that every rank returns the whole of it. A pass with `past` is not
@@ -116,6 +119,7 @@ class VideoDiT(nn.Module):
         patch: Sequence[int],
         vocabulary: int,
         attention: Mapping[str, Any] | Sequence[Mapping[str, Any]],
+        text_dim: int | None = None,
         **model: Any,
     ) -> None:
         super().__init__()
@@ -128,6 +132,7 @@ class VideoDiT(nn.Module):
             "VideoDiT",
             _misfits(dim, depth, heads, channels, patch, vocabulary, per_layer)
             + [unknown(name, given, allowed) for name, (given, allowed) in choices.items() if given not in allowed]
+            + ([f"text_dim must be at least 1, got {text_dim}"] if text_dim is not None and text_dim < 1 else [])
             + ([f"mlp_ratio must be at least 1 / dim, got {mlp_ratio}"] if int(mlp_ratio * dim) < 1 else []),
         )
         self.dim, self.heads, self.head_dim = dim, heads, dim // heads
@@ -136,7 +141,13 @@ class VideoDiT(nn.Module):
         self.patch_size = channels * math.prod(self.patch)
 
         self.patches = nn.Linear(self.patch_size, dim)
-        self.words = nn.Embedding(vocabulary + 1, dim)
+        self.text_dim = text_dim
+        self.words: nn.Module
+        if text_dim is None:
+            self.words = nn.Embedding(vocabulary + 1, dim)
+        else:
+            self.words = nn.Sequential(nn.RMSNorm(text_dim), nn.Linear(text_dim, dim))
+            self.null_text = nn.Parameter(torch.randn(text_dim))
         self.time = nn.Sequential(nn.Linear(dim, dim), nn.SiLU(), nn.Linear(dim, dim))
         self.pooled = nn.Linear(dim, dim) if pooled_text == "tokens" else None
         self.blocks = nn.ModuleList(
@@ -158,7 +169,8 @@ class VideoDiT(nn.Module):
         self.modulation = nn.Linear(dim, 2 * dim)
         self.final = nn.Linear(dim, self.patch_size)
 
-        nn.init.normal_(self.words.weight, std=0.5)
+        if isinstance(self.words, nn.Embedding):
+            nn.init.normal_(self.words.weight, std=0.5)
         for layer in (self.modulation, self.final):
             nn.init.zeros_(layer.weight)
             nn.init.zeros_(layer.bias)
@@ -167,6 +179,20 @@ class VideoDiT(nn.Module):
     def null_id(self) -> int:
         """The token id of a dropped caption."""
         return self.vocabulary
+
+    def drop_text(self, text: Tensor, dropped: Tensor) -> Tensor:
+        """Captions with the null token or embedding in the place of those that are dropped.
+
+        Args:
+            text: int64 (B, Nt), or (B, Nt, text_dim).
+            dropped: bool (B, Nt).
+
+        Returns:
+            Captions of the same shape.
+        """
+        if self.text_dim is None:
+            return text.masked_fill(dropped, self.null_id)
+        return torch.where(dropped[..., None], self.null_text.to(text.dtype), text)
 
     def patchify(self, clips: Sequence[Tensor]) -> Tensor:
         """Clips (B, F, C, H, W), one per shot in stream order -> patches (B, Nv, P). Raises ZooError if they misfit."""
@@ -230,7 +256,7 @@ class VideoDiT(nn.Module):
         memory: dict[Any, Any] | None = None,
         past: Past | None = None,
     ) -> DiTOutput:
-        """video (B, Nv, P), text int64 (B, Nt), time in [0, 1] (B, S), one per shot of the stream, or (B,).
+        """video (B, Nv, P), text int64 (B, Nt) or (B, Nt, text_dim), time in [0, 1] (B, S), one a shot, or (B,).
 
         `layout` is the joint one, captions included. `step` (of training, by which schedules go), `seed` and `memory`
         go to the attention. With `past`, of the first tokens of this stream in earlier passes, only the tokens after
@@ -323,7 +349,11 @@ class VideoDiT(nn.Module):
 
     def _mismatches(self, video: Tensor, text: Tensor, time: Tensor, table: Stream, past: Past | None) -> list[str]:
         batches = {"video": video.shape[0], "text": text.shape[0], "time": time.shape[0]}
+        wanted = () if self.text_dim is None else (self.text_dim,)
         return [
+            f"text must be (B, Nt{''.join(f', {n}' for n in wanted)}), got {tuple(text.shape)}"
+            if text.shape[2:] != wanted
+            else "",
             _mismatch("video tokens", video.shape[1], len(table.video)),
             _mismatch("text tokens", text.shape[1], len(table.text)),
             _mismatch("shot times", time.shape[1], len(table.film_of_shot)),

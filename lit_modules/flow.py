@@ -72,7 +72,7 @@ class RectifiedFlow(Flow):
         time = self.draw_times(text.shape[0], layout, draws)
         films = len(layout.films)
         dropped = copy_to(torch.rand(text.shape[0], films, generator=draws), text.device) < self.drop_text
-        text = text.masked_fill(dropped[:, stream(layout).film_of_text], model.null_id)
+        text = model.drop_text(text, dropped[:, stream(layout).film_of_text])
         return self.loss(model, batch["clips"], text, time, layout, draws, step=step, seed=seed)
 
     def loss(

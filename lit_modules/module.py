@@ -50,8 +50,8 @@ class LitVideoDiT(LightningModule):
     """Trains a `VideoDiT` by rectified flow.
 
     A batch is a dict: "layout", the joint `Layout` of the stream, sizes in tokens; "clips", float32 in [-1, 1], one
-    per shot in stream order, each (B, F, C, H, W) in pixels; "text", int64 (B, Nt) token ids in stream order; and
-    whatever the sample metrics need.
+    per shot in stream order, each (B, F, C, H, W), of pixels or of a VAE's latents; "text", int64 (B, Nt) token ids
+    in stream order, or embeddings (B, Nt, text_dim); and whatever the sample metrics need.
 
     Args:
         model: Arguments of `VideoDiT`.

@@ -255,7 +255,8 @@ class _Run:
     def texts(self, text: Tensor) -> list[Tensor]:
         """The captions, and for guidance the null tokens in their place."""
         guided = self.euler.guidance != 1 and text.shape[1]
-        return [text, torch.full_like(text, self.model.null_id)] if guided else [text]
+        every = torch.ones(text.shape[:2], dtype=torch.bool, device=text.device)
+        return [text, self.model.drop_text(text, every)] if guided else [text]
 
     def velocity(
         self,

@@ -55,6 +55,7 @@ class Flow:
     """How often a film's captions are all replaced by the null token, for guidance."""
 
     def __post_init__(self) -> None:
+        """Refuse settings out of range, all at once; raises `ZooError`."""
         refuse(
             "flow",
             [
@@ -94,6 +95,7 @@ class Optim:
     """Decay of the exponential moving average of the weights, approached from below over the first steps; 0: none."""
 
     def __post_init__(self) -> None:
+        """Refuse settings out of range, all at once; raises `ZooError`."""
         unit = {"beta1": self.beta1, "beta2": self.beta2, "ema_decay": self.ema_decay}
         refuse(
             "optim",
@@ -130,6 +132,7 @@ class Sampler:
     """With order "shots": how many earlier shots enter, chosen by their mean input to the first block; null: all."""
 
     def __post_init__(self) -> None:
+        """Refuse settings out of range, all at once; raises `ZooError`."""
         refuse(
             "sampling",
             [
@@ -151,6 +154,7 @@ class Sampling(Sampler):
     """Films are generated at every so many validations."""
 
     def __post_init__(self) -> None:
+        """Refuse settings out of range, all at once; raises `ZooError`."""
         super().__post_init__()
         refuse("sampling", [f"every must be at least 1, got {self.every}"] if self.every < 1 else [])
 

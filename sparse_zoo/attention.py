@@ -12,7 +12,7 @@ from torch._compile import _disable_dynamo
 
 from sparse_zoo.cost import Cost
 from sparse_zoo.errors import ZooError, refuse, unknown
-from sparse_zoo.gather import take
+from sparse_zoo.gather import take_rows
 from sparse_zoo.kernels import attend, attend_sum, routes_on_device
 from sparse_zoo.kernels import names as kernel_names
 from sparse_zoo.layout import Layout
@@ -71,11 +71,40 @@ class Call:
 
 
 @dataclass(frozen=True)
-class Branch:
-    """A softmax over a plan, times a weight that broadcasts to the output (B, H, Lq, D); branches are summed.
+class Segment:
+    """One of the key sets that a branch's softmax runs over.
 
-    Coarse branches bring their own q, k, v (None: the call's) and `rows`, int64 (Lq,): which of their queries each
-    token of the output reads, -1 for none (it gets 0).
+    Attributes:
+        plan: Which queries of the branch attend to which keys of this set.
+        k: Keys (B, Hk, n, D); None: the call's.
+        v: Values (B, Hk, n, D); None: the call's.
+        log_weight: Finite numbers (B|1, H|1, n), without gradient, that are added to the scaled scores of each key: the
+            logarithm of how many tokens it stands for. None: 0.
+    """
+
+    plan: Plan
+    k: Tensor | None = None
+    v: Tensor | None = None
+    log_weight: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Branch:
+    """A softmax over one or more key sets, times a weight that broadcasts to the output (B, H, Lq, D).
+
+    Branches are summed. A branch with `segments` has one softmax over the union of all its key sets: the first is made
+    of its own plan, k, v and log_weight, the others are the segments.
+
+    Attributes:
+        plan: Which queries attend to which keys.
+        weight: A number, or a tensor that broadcasts to the output.
+        q: Queries of a coarse branch (B, H, n, D); None: the call's.
+        k: Keys; None: the call's.
+        v: Values; None: the call's.
+        rows: int64 (Lq,) or (B|1, H|1, Lq), which query of the branch each token of the output reads; -1 for none (it
+            gets 0). None: each its own.
+        log_weight: Added to the scores of the keys of `plan`, see `Segment`.
+        segments: Further key sets in the same softmax.
     """
 
     plan: Plan
@@ -84,6 +113,46 @@ class Branch:
     k: Tensor | None = None
     v: Tensor | None = None
     rows: Tensor | None = None
+    log_weight: Tensor | None = None
+    segments: tuple[Segment, ...] = ()
+
+    @property
+    def key_sets(self) -> tuple[Segment, ...]:
+        """All segments, the first of which is the branch's own plan, k, v and log_weight."""
+        return (Segment(self.plan, self.k, self.v, self.log_weight), *self.segments)
+
+    @property
+    def pools_queries(self) -> bool:
+        """Whether its queries are no tokens, so that tokens read its output by `rows`."""
+        return self.q is not None and self.rows is not None
+
+    @property
+    def of_tokens(self) -> bool:
+        """Whether it is plain attention on the call's own q, k and v: one key set, without log-weights."""
+        return self.q is self.k is self.v is self.rows is self.log_weight is None and not self.segments
+
+    def tensors(self, call: Call) -> tuple[Tensor, Tensor, Tensor]:
+        """q, k, v that the softmax reads; keys and values of several segments one after the other."""
+        q = call.q if self.q is None else self.q
+        k = [call.k if x.k is None else x.k for x in self.key_sets]
+        v = [call.v if x.v is None else x.v for x in self.key_sets]
+        if not self.segments:
+            return q, k[0], v[0]
+        refuse(
+            "Branch",
+            [
+                f"segment {i} has k {tuple(x.shape)}, v {tuple(y.shape)} in {x.dtype}; all must have the batch, heads, "
+                f"head dims and dtype of the first: k {tuple(k[0].shape)}, v {tuple(v[0].shape)} in {k[0].dtype}"
+                if _but_length(x) != _but_length(k[0]) or _but_length(y) != _but_length(v[0])
+                else ""
+                for i, (x, y) in enumerate(zip(k, v, strict=True))
+            ],
+        )
+        return q, torch.cat(k, dim=2), torch.cat(v, dim=2)
+
+
+def _but_length(x: Tensor) -> tuple[object, ...]:
+    return (*x.shape[:2], x.shape[3], x.dtype)
 
 
 @dataclass(frozen=True)
@@ -302,15 +371,13 @@ class Attention(nn.Module):
                 continue
             plan = self.attended(branch, call)
             plans.append(plan)
-            if branch.q is branch.k is branch.v is branch.rows is None:
+            if branch.of_tokens:
                 shared.append(plan)
                 weights.append(branch.weight)
                 continue
-            q, k, v = (getattr(branch, x) if getattr(branch, x) is not None else getattr(call, x) for x in "qkv")
-            value, _, kernel = attend(q, k, v, plan, kernel=self.kernel)
+            value, _, kernel = attend(*branch.tensors(call), plan, kernel=self.kernel)
             if branch.rows is not None:
-                rows = branch.rows if silent is None else branch.rows.masked_fill(silent, -1)
-                value = take(value, 2, rows.clamp(min=0)).masked_fill((rows < 0)[:, None], 0)
+                value = take_rows(value, branch.rows if silent is None else _but_for(silent, branch))
             terms.append(branch.weight * value)
             used.append(kernel)
         if shared:
@@ -354,15 +421,25 @@ class Attention(nn.Module):
     def attended(self, branch: Branch, call: Call) -> Plan:
         """The plan that runs for a branch: its own, unless `text_reads` says otherwise for text queries.
 
-        Where queries are pooled it is its own, and text tokens do not read the result.
+        Where queries are pooled it is its own, and text tokens do not read the result. The plan of a branch with
+        several segments is over the keys of all of them, one segment after the other.
         """
-        if self.text_reads == "method" or branch.rows is not None:
-            return branch.plan
+        plans = [
+            plan if x.log_weight is None else plan.weighted(x.log_weight)
+            for x in branch.key_sets
+            for plan in (self._read_from(x, branch.pools_queries, call),)
+        ]
+        return plans[0] if len(plans) == 1 else Plan.beside(*plans)
+
+    def _read_from(self, segment: Segment, pooled_queries: bool, call: Call) -> Plan:
+        """The plan of one segment, with what `text_reads` makes of it."""
+        if self.text_reads == "method" or pooled_queries:
+            return segment.plan
         if call.q_rows is None:
-            video = Plan(*(_of_video(part, call.layout) for part in branch.plan.parts))
+            video = Plan(*(_of_video(part, call.layout) for part in segment.plan.parts))
         else:
-            video = branch.plan.keep(~_at(call.layout.is_text, call))
-        if branch.k is not None:
+            video = segment.plan.keep(~_at(call.layout.is_text, call))
+        if segment.k is not None:
             return video  # its keys are no tokens
         among = _text_among_itself(call.layout, self.causality == "strict")
         if call.q_rows is not None:
@@ -374,6 +451,13 @@ class Attention(nn.Module):
 def _dense(call: Call) -> list[Branch | Term]:
     plan = Plan.dense(call.layout)
     return [Branch(plan if call.q_rows is None else plan.narrow(call.q_rows))]
+
+
+def _but_for(silent: Tensor, branch: Branch) -> Tensor:
+    """The rows of a branch, -1 for silent tokens (Lq,) that would read a query other than a silent token's."""
+    assert branch.rows is not None
+    quiet = silent if branch.pools_queries else silent & ~silent[branch.rows.clamp(min=0)]
+    return branch.rows.masked_fill(quiet, -1)
 
 
 def _at(values: Tensor, call: Call) -> Tensor:

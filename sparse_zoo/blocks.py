@@ -1,8 +1,8 @@
-"""Steps that block-sparse methods share: text beside video, blocks on a grid, choosing key blocks by score."""
+"""Steps that block-sparse methods share: text beside video, blocks on a grid, pooling, products of pooled tokens."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from itertools import pairwise
 from typing import Literal
 
@@ -17,8 +17,6 @@ from sparse_zoo.remember import remembered
 
 SLICE = 1 << 22
 """Scores held at once while blocks are chosen."""
-
-Rule = Callable[[Tensor, Tensor], Tensor]
 
 
 def joint(layout: Layout, *video: Part, q_rows: Tensor | None = None) -> Plan:
@@ -155,48 +153,3 @@ def windowed(
         middle = at.clamp(min=reach).minimum((last - reach).clamp(min=reach)) if edge == "shift" else at
         near &= (at - middle[:, None]).abs() <= reach
     return near
-
-
-@torch.no_grad()
-def chosen(queries: Tensor, keys: Tensor, legal: Tensor, rule: Rule) -> Tensor:
-    """What `rule` keeps of the products of pooled queries and keys: bool (B, H, Q, K), never illegal ones.
-
-    queries (B, H, Q, D), keys (B, Hk, K, D), products in float32; legal, bool, broadcasts to (B, H, Q, K). `rule` maps
-    some rows of scores, with -inf where not legal, and of legal to what it keeps of them. No whole table of scores is
-    held.
-    """
-    shape = (*queries.shape[:3], keys.shape[2])
-    legal = legal.expand(shape)
-    kept = torch.empty(shape, dtype=torch.bool, device=queries.device)
-    for some, scores in products(queries, keys):
-        scores = scores.masked_fill(~legal[:, :, some], -torch.inf)
-        kept[:, :, some] = rule(scores, legal[:, :, some]) & legal[:, :, some]
-    return kept
-
-
-def largest(scores: Tensor, count: int | Tensor) -> Tensor:
-    """The `count` largest of each row, ties to the earlier, none at -inf: bool, shaped as scores (..., K).
-
-    `count` is one number, or a tensor (..., 1) with one for each row.
-    """
-    order = scores.argsort(dim=-1, descending=True, stable=True)
-    taken = torch.arange(scores.shape[-1], device=scores.device) < count
-    kept = torch.zeros_like(scores, dtype=torch.bool).scatter_(-1, order, taken.expand(order.shape))
-    return kept & (scores > -torch.inf)
-
-
-def heaviest(weights: Tensor, share: float, first: Tensor | None = None) -> Tensor:
-    """The fewest of each row, largest first and ties to the earlier, that hold `share` of its sum: bool (..., K).
-
-    weights (..., K) of at least 0. Of a row that sums to 0 nothing is kept; with a share of 1 everything is. `first`,
-    bool (..., K), are kept whatever they weigh, and the rest only fills up the share.
-    """
-    if share >= 1:
-        return torch.ones_like(weights, dtype=torch.bool)
-    weights = weights.double()
-    ranks = weights if first is None else weights.masked_fill(first, torch.inf)
-    order = ranks.argsort(dim=-1, descending=True, stable=True)
-    ordered = weights.gather(-1, order)
-    enough = ordered.cumsum(-1) - ordered < share * ordered.sum(-1, keepdim=True)
-    kept = torch.zeros_like(weights, dtype=torch.bool).scatter_(-1, order, enough)
-    return kept if first is None else kept | first

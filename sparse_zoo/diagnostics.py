@@ -122,16 +122,16 @@ class Diagnosis:
 def diagnose(call: Call, plans: Sequence[Plan], *, rows: int = ROWS) -> list[Diagnosis]:
     """One diagnosis a plan, or one a routed part where a plan has several, in order.
 
-    `plans` are those of a `Result` of this call. A plan over pooled queries or keys is left out: the call's q and k are
-    not its. The masses are means over `rows` queries, the middles of as many equal stretches of q (all, where it holds
-    fewer). Raises ZooError for rows < 1.
+    `plans` are those of a `Result` of this call. A plan over pooled queries or keys is left out, pooled segments of a
+    plan too: the call's q and k are not theirs. The masses are means over `rows` queries, the middles of as many equal
+    stretches of q (all, where it holds fewer). Raises ZooError for rows < 1.
     """
     refuse("diagnose", [f"rows must be at least 1, got {rows}"] if rows < 1 else [])
     length = call.q.shape[2]
     rows = min(rows, length)
     at = (2 * torch.arange(rows, device=call.q.device) + 1) * length // (2 * rows)
     found: list[Diagnosis] = []
-    for branch, plan in enumerate(plans):
+    for branch, plan in enumerate(plan.first_segment for plan in plans):
         if plan.shape == (length, call.k.shape[2]):
             parts: list[Part | None] = [part for part in plan.parts if part.routed]
             found += [_diagnose(call, plan, part, branch, at) for part in parts or [None]]

@@ -29,6 +29,21 @@ def take(x: Tensor, dim: int, index: Tensor) -> Tensor:
     return rows
 
 
+def take_rows(x: Tensor, rows: Tensor) -> Tensor:
+    """Rows of x (B, H, n, D), 0 for row -1.
+
+    Args:
+        x: (B, H, n, D).
+        rows: int64 (m,), or (B|1, H|1, m) where batch items or heads take different ones.
+    """
+    at, none = rows.clamp(min=0), (rows < 0)[..., None]
+    if rows.dim() == 1:
+        return take(x, 2, at).masked_fill(none, 0)
+    batch, heads, length, _ = x.shape
+    first = torch.arange(batch * heads, device=x.device).view(batch, heads, 1) * length
+    return take(x.flatten(0, 2), 0, first + at).masked_fill(none, 0)
+
+
 def add_at(x: Tensor, dim: int, index: Tensor, rows: Tensor) -> Tensor:
     """`x.index_add(dim, index, rows)`, which adds rows that share an index in a fixed order."""
     if x.is_cuda:

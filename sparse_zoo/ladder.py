@@ -35,6 +35,7 @@ from torch.nn.functional import pad
 from sparse_zoo.attention import Attention, Branch, Call, Term
 from sparse_zoo.diagnostics import per_piece, scores_of
 from sparse_zoo.errors import refuse, unknown
+from sparse_zoo.gather import take_rows
 from sparse_zoo.partition import Partition
 from sparse_zoo.plan import Part
 from sparse_zoo.schedule import Scheduled
@@ -121,17 +122,21 @@ def ladder(attention: Attention, call: Call, *, draws: int = DRAWS, rungs: Seque
     if isinstance(attention, Scheduled):  # its features are named by phase; the phase makes its own again
         attention, call = attention.at(call.step), replace(call, features=None)
     call = attention.ready(call)
-    branches = [
-        x if isinstance(x, Term) else replace(x, plan=attention.attended(x, call)) for x in attention.branches(call)
-    ]
+    branches = [x if isinstance(x, Term) else _as_run(attention, x, call) for x in attention.branches(call)]
     with torch.autocast(call.q.device.type, enabled=False):  # would narrow what is widened here
         return _climbed(attention, call, branches, draws, rungs)
+
+
+def _as_run(attention: Attention, branch: Branch, call: Call) -> Branch:
+    """A branch with the plan that runs, over all its segments at once."""
+    _, k, v = branch.tensors(call) if branch.segments else (None, branch.k, branch.v)
+    return replace(branch, plan=attention.attended(branch, call), k=k, v=v, log_weight=None, segments=())
 
 
 def _climbed(
     attention: Attention, call: Call, branches: Sequence[Branch | Term], draws: int, rungs: Sequence[str]
 ) -> Ladder:
-    own = [x for x in branches if isinstance(x, Branch) and x.q is x.k is x.rows is None]
+    own = [x for x in branches if isinstance(x, Branch) and x.q is x.k is x.rows is None and not x.plan.weighs_keys]
     rest = _rest(attention, call, [x for x in branches if not any(x is y for y in own)])
     plans: list[Parts] = [branch.plan.parts for branch in own]
     chosen = any(part.routed for parts in plans for part in parts)
@@ -294,15 +299,19 @@ def _rest(attention: Attention, call: Call, branches: Sequence[Branch | Term]) -
         if isinstance(branch, Term):
             total = total + branch.value.to(wide).masked_fill(silent[:, None], 0)
             continue
-        q, k, v = (getattr(branch, x) if getattr(branch, x) is not None else getattr(call, x) for x in "qkv")
+        q, k, v = branch.tensors(call)
         k, v = (_by_query_head(x, call).to(wide) for x in (k, v))
         outs = []
         for at in _slices(call, q.shape[2]):
             scores = q[:, :, at].to(wide) @ k.transpose(-1, -2) / math.sqrt(q.shape[-1])
-            outs.append(_attended(scores, scores.softmax(-1), branch.plan.narrow(at).dense_mask().to(wide), v))
+            plan = branch.plan.narrow(at)
+            for part in plan.parts:
+                if part.log_weight is not None:
+                    scores = scores + part.log_weight[:, :, None] * part.mask()
+            outs.append(_attended(scores, scores.softmax(-1), plan.dense_mask().to(wide), v))
         out = torch.cat(outs, dim=2)
         if branch.rows is not None:
-            out = pad(out, (0, 0, 1, 0))[:, :, branch.rows.masked_fill(silent, -1) + 1]
+            out = take_rows(out, branch.rows.masked_fill(silent, -1) if branch.pools_queries else branch.rows)
         total = total + branch.weight * out
     return total
 

@@ -147,6 +147,11 @@ class Layout:
         return _tokens(self.films, self.device)["is_text"]
 
     @property
+    def video_tokens(self) -> int:
+        """Number of tokens that are not text; counted without the device."""
+        return sum(len(shot) - shot.text for film in self.films for shot in film.shots)
+
+    @property
     def dense_pairs(self) -> int:
         """Σ (sample length)²: what dense attention multiplies per batch item and head."""
         return sum(len(film) ** 2 for film in self.films)

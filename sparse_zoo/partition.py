@@ -130,6 +130,11 @@ class Partition(Cached):
             return Partition.singles(len(tokens), self.device)
         return Partition.from_labels(self.piece_of[:, :, tokens], self.count)
 
+    def placed(self, before: int, length: int) -> Partition:
+        """The same pieces in a stream of `length` tokens, `before` of which come before the first of this one."""
+        order = None if self.order is None else self.order + before
+        return Partition(order, self.offsets + (before if order is None else 0), length)
+
     def labels(self, name: str) -> Tensor:
         """A token field of the layout, per piece (P,), -1 where mixed."""
         if self.layout is None:

@@ -5,7 +5,7 @@ A plan is kept as parts; a part is pieces of the queries × pieces of the keys �
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -14,7 +14,7 @@ from sparse_zoo.cost import Cost
 from sparse_zoo.errors import refuse
 from sparse_zoo.layout import Layout
 from sparse_zoo.partition import Partition, refine
-from sparse_zoo.remember import Cached, lazy, remembered
+from sparse_zoo.remember import Cached, lazy, on_device, origin, remembered
 
 
 @dataclass(frozen=True, eq=False)
@@ -24,12 +24,14 @@ class Part(Cached):
     `edges` is a bool table (B|1, H|1, Q, K) over pieces, or the indices (B|1, H|1, Q, k) of the key pieces that each
     query piece attends to, -1 for none, without repeats. `routed` says that the edges, or who is in which piece, were
     chosen by values (q, k, hidden), not by the layout: nothing is computed differently for it, diagnostics look there.
+    `log_weight` (B|1, H|1, Lk), without gradient, is added to the scaled scores of each key; None: 0.
     """
 
     queries: Partition
     keys: Partition
     edges: Tensor
     routed: bool = False
+    log_weight: Tensor | None = None
 
     def __post_init__(self) -> None:
         want = (self.queries.count, self.keys.count)
@@ -48,8 +50,22 @@ class Part(Cached):
                 f"edges must be bool or int, got {self.edges.dtype}"
                 if self.edges.is_floating_point() or self.edges.is_complex()
                 else "",
+                *self._wrong_weights(),
             ],
         )
+
+    def _wrong_weights(self) -> list[str]:
+        weight = self.log_weight
+        if weight is None:
+            return []
+        shape = tuple(weight.shape)
+        return [
+            f"log_weight must be (B|1, H|1, {self.keys.length}), got {shape}"
+            if weight.dim() != 3 or shape[2] != self.keys.length
+            else "",
+            f"log_weight must be a floating-point tensor, got {weight.dtype}" if not weight.is_floating_point() else "",
+            "log_weight passes no gradient on: detach it" if weight.requires_grad else "",
+        ]
 
     @property
     def device(self) -> torch.device:
@@ -125,36 +141,59 @@ class Part(Cached):
         rows, children = queries.of_b[..., None], keys.children
         if self.by_table or children is None:
             table = _take(_take(self.table, queries.of_a, 2, False), keys.of_a, 3, False)
-            return Part(queries.pieces, keys.pieces, table & ~other.at(rows, keys.of_b[:, :, None]), self.routed)
+            left = table & ~other.at(rows, keys.of_b[:, :, None])
+            return Part(queries.pieces, keys.pieces, left, self.routed, self.log_weight)
         children = torch.nn.functional.pad(children, (0, 0, 1, 0), value=-1)  # row 0: the children of "none"
         cut = children[edges.long() + 1].flatten(3)
         taken = other.at(rows, torch.nn.functional.pad(keys.of_b[0, 0], (1, 0), value=-1)[cut + 1])
-        return Part(queries.pieces, keys.pieces, cut.masked_fill(taken, -1), self.routed)
+        return Part(queries.pieces, keys.pieces, cut.masked_fill(taken, -1), self.routed, self.log_weight)
 
     def narrow(self, rows: Tensor) -> Part:
         """The queries at `rows` only, int64 (n,), in that order."""
         edges = self.edges[:, :, rows] if self.queries.is_singles else self.edges
-        return Part(self.queries.narrow(rows), self.keys, edges, self.routed)
+        return replace(self, queries=self.queries.narrow(rows), edges=edges)
 
     def keep(self, where: Tensor) -> Part:
         """The queries where `where`, bool (Lq,), holds; the others have no edge."""
         if self.queries.is_singles:
             edges = self.edges & where[:, None] if self.by_table else self.edges.masked_fill(~where[:, None], -1)
-            return Part(self.queries, self.keys, edges, self.routed)
+            return replace(self, edges=edges)
         labels = self.queries.piece_of.masked_fill(~where, -1)
         queries = Partition.from_labels(labels, self.queries.count, self.queries.layout)
-        return Part(queries, self.keys, self.edges, self.routed)
+        return replace(self, queries=queries)
+
+    def placed(self, before: int, length: int) -> Part:
+        """The same pairs over `length` keys, `before` of which come before the first of this part's.
+
+        Cached with the part, which a layout's plan brings each time.
+        """
+        known: dict[tuple[int, int], Part] = self.__dict__.setdefault("_placed", {})
+        if (before, length) not in known:
+            found = origin(self)
+            with torch.inference_mode(False):
+                if found is not None:
+                    known[before, length] = on_device(found.host.placed(before, length), found.device)
+                else:
+                    weight, after = self.log_weight, length - before - self.keys.length
+                    weight = None if weight is None else torch.nn.functional.pad(weight, (before, after))
+                    known[before, length] = replace(self, keys=self.keys.placed(before, length), log_weight=weight)
+        return known[before, length]
 
 
 @dataclass(frozen=True, eq=False, init=False)
 class Plan(Cached):
-    """Parts that share no pair. Queries attend, in one softmax, to all keys that any part gives them."""
+    """Parts that share no pair. Queries attend, in one softmax, to all keys that any part gives them.
+
+    `segments` are the plans that `beside` joined, none for a plan over one key set.
+    """
 
     parts: tuple[Part, ...]
+    segments: tuple[Plan, ...] = ()
 
-    def __init__(self, *parts: Part) -> None:
+    def __init__(self, *parts: Part, segments: tuple[Plan, ...] = ()) -> None:
         refuse("Plan", _mismatches(parts))
         object.__setattr__(self, "parts", parts)
+        object.__setattr__(self, "segments", segments)
 
     # -- makers ------------------------------------------------------------------------------------------------------
 
@@ -206,7 +245,31 @@ class Plan(Cached):
             added.append(part)
         return Plan(*self.parts, *added)
 
+    @staticmethod
+    def beside(*plans: Plan) -> Plan:
+        """One softmax over several key sets, that of each plan after that of the one before: (Lq, Σ Lk)."""
+        length = sum(plan.shape[1] for plan in plans)
+        parts, before = [], 0
+        for plan in plans:
+            parts += [part.placed(before, length) for part in plan.parts]
+            before += plan.shape[1]
+        return Plan(*parts, segments=plans)
+
+    def weighted(self, log_weight: Tensor) -> Plan:
+        """The same pairs, with `log_weight` (B|1, H|1, Lk) added to the scaled scores of each key."""
+        return Plan(*(replace(part, log_weight=log_weight) for part in self.parts))
+
     # -- what it says ------------------------------------------------------------------------------------------------
+
+    @property
+    def first_segment(self) -> Plan:
+        """The plan over the first key set, which is the plan itself where there is one."""
+        return self.segments[0] if self.segments else self
+
+    @property
+    def weighs_keys(self) -> bool:
+        """Whether any part has log-weights."""
+        return any(part.log_weight is not None for part in self.parts)
 
     @property
     def device(self) -> torch.device:

@@ -1,8 +1,10 @@
 """Shared by all tests: one thread each, since pytest-xdist runs several, and films of awkward sizes."""
 
+from __future__ import annotations
+
 import logging
 import sys
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from unittest.mock import patch
 
 import pytest
@@ -22,6 +24,33 @@ FILMS = {
     "one_frame_shots": Layout.film([Shot(1, 3, 3, 1) for _ in range(4)]),
     "one_token": Layout.film([Shot(1, 1, 1)]),
 }
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--fail-skipped", action="store_true", help="a test that is skipped fails; for `make test-all`")
+
+
+def fail_skipped(report: pytest.TestReport | pytest.CollectReport, config: pytest.Config) -> None:
+    if report.skipped and not hasattr(report, "wasxfail") and config.getoption("--fail-skipped"):
+        report.outcome = "failed"
+        assert isinstance(report.longrepr, tuple)
+        report.longrepr = f"{report.nodeid} was skipped, and --fail-skipped was given. {report.longrepr[2]}"
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    report = yield
+    fail_skipped(report, item.config)
+    return report
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_make_collect_report(
+    collector: pytest.Collector,
+) -> Generator[None, pytest.CollectReport, pytest.CollectReport]:
+    report = yield
+    fail_skipped(report, collector.config)
+    return report
 
 
 @pytest.fixture(params=FILMS, ids=FILMS)

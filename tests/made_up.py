@@ -13,7 +13,8 @@ from torch import Tensor
 import sparse_zoo as zoo
 from experiments.reporting import pictures
 from experiments.tracking.store import Asked, Cell, Result, write_sweep
-from lit_modules.callbacks import film_pictures, write_picture
+from lit_modules.callbacks import write_picture
+from sparse_zoo.strips import film_pictures
 
 # Of the page of the full sweep, in order.
 SECTIONS = [

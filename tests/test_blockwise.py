@@ -86,7 +86,7 @@ def test_xattention_sums_antidiagonals() -> None:
     assert torch.equal(got, drawn(["xxxx...."] * 4 + ["....xxxx"] * 4))
 
 
-def test_xattention_looks_elsewhere_if_nothing_is_at_home() -> None:
+def test_xattention_may_leave_out_the_own_block() -> None:
     call = call_of([9, 0, 9, 0, 0, 9, 0, 9], [0, 0, 9, 0, 0, 9, 0, 0])
     got = mask("xattention", call, threshold=0.5, block_tokens=4, stride=2)[0, 0]
     assert torch.equal(got, drawn(["....xxxx"] * 4 + ["xxxx...."] * 4))
@@ -149,7 +149,7 @@ def test_the_size_of_slices_does_not_matter(
 # -- the ends of the knobs --------------------------------------------------------------------------------------------
 
 
-def test_the_least_is_the_own_block_and_text() -> None:
+def test_smallest_budget_keeps_the_own_block_and_text() -> None:
     call = make(PACKED)
     text = PACKED.is_text | PACKED.is_text[:, None]
     near = mask("moba", call, top_k=1, block_tokens=4)[0, 0] & ~text
@@ -175,7 +175,7 @@ def test_text_is_read_by_all_and_reads_all() -> None:
         assert got[..., STORY.is_text].all()
 
 
-def test_what_comes_first_is_kept_and_spends() -> None:
+def test_forced_entries_are_kept_and_spend_budget() -> None:
     row = torch.tensor([5.0, 1.0, 1.0, 3.0])
     first = torch.tensor([False, True, True, False])
     for share, want in ((0.05, first), (0.2, first), (0.3, [True, True, True, False]), (0.71, [True] * 4)):
@@ -191,7 +191,7 @@ def test_what_comes_first_is_kept_and_spends() -> None:
     [{"share": 0.02}, {"share": 0.5}, {"share": 0.999}, {"count": 0}, {"count": 137}, {"count": 5000}],
     ids=str,
 )
-def test_a_budget_goes_to_the_largest(levels: int, budget: dict[str, Any]) -> None:
+def test_budget_is_spent_on_the_largest_entries(levels: int, budget: dict[str, Any]) -> None:
     """Against a sort of them all."""
     scores = (torch.rand(3, 1000) * levels).floor() - 7
     scores[2] = 0.25  # all alike

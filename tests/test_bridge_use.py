@@ -69,6 +69,7 @@ def test_sampling_is_dense_above_a_noise_time_and_training_never():
     assert bridge.cost().density < 0.7
 
 
+@pytest.mark.slow
 def test_blocks_may_be_compiled():
     model, given = attached().train(), inputs("wan")
     want = run(model, given)

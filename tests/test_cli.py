@@ -191,6 +191,7 @@ def test_sweep_then_report(here: Path, bad_plugin: Path) -> None:
     assert stamps != {p: p.stat().st_mtime_ns for p in here.glob("runs/both/*/result.json")}
 
 
+@pytest.mark.slow
 def test_ctrl_c_ends_a_sweep_politely(here: Path) -> None:
     """A real SIGINT to a real process, while it trains."""
     path = write_sweep(here / "long.yaml", axes={"attention": ["dense", "moc"]})

@@ -90,7 +90,7 @@ def test_interpolation_resolves() -> None:
         (["trainer.accelerator=cuda2"], r"unknown trainer.accelerator 'cuda2'; did you mean 'cuda'"),
         (["trainer.strategy=banana"], r"unknown trainer.strategy 'banana'; known: auto, ddp"),
         (["trainer.strategy=fsdp", "trainer.accelerator=cpu"], r"trainer: .*fsdp.* requires a GPU"),
-        (["trainer.precision=99"], r"trainer.precision must be one of 64, 32, 16, .*bf16-mixed.* got 99"),
+        (["trainer.precision=99"], r"trainer.precision must be one of 32-true, .*bf16-mixed.* got 99"),
         (["trainer.limit_train_batches=0"], r"trainer.limit_train_batches must be above 0, got 0"),
         (["trainer.limit_train_batches=0.0"], r"trainer.limit_train_batches must be above 0, got 0.0"),
         (["trainer.limit_train_batches=-1"], r"invalid value -1 for limit_train_batches"),

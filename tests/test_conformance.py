@@ -30,7 +30,12 @@ class Knobless(zoo.Attention):
         return zoo.Plan.within(layout.partition("shot"))
 
 
-@pytest.mark.parametrize("method", OWN)
+QUICK = {"dense", "moc", "vsa"}  # without a choice, with one, and with pooled branches and gates
+
+
+@pytest.mark.parametrize(
+    "method", [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in OWN]
+)
 def test_methods_conform(method: str) -> None:
     """Every check passes; skipped is what a method says in a sentence that it cannot be held to."""
     outcomes = testing.check_method(method)
@@ -40,7 +45,7 @@ def test_methods_conform(method: str) -> None:
     assert skipped == ({"limit_is_dense": f"limits: {limits}"} if isinstance(limits, str) else {})
 
 
-def test_what_is_skipped_has_a_reason() -> None:
+def test_skipped_checks_give_their_reason() -> None:
     skipped = {x.check: x.reason for x in testing.check_method(Knobless) if x.status == "skipped"}
     assert skipped == {
         "routing_is_the_papers": "no rule is given for Knobless: see sparse_zoo.testing.slow_routing",
@@ -52,6 +57,7 @@ def test_what_is_skipped_has_a_reason() -> None:
     }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("method", "settings"),
     [
@@ -70,7 +76,21 @@ def test_other_settings_conform(method: str, settings: dict[str, Any]) -> None:
     testing.check_method(method, only=set(testing.checks()) - slow, **settings)
 
 
-@pytest.mark.parametrize("kernel", [name for name, reasons in zoo.kernels().items() if not reasons])
+@pytest.mark.parametrize("method", OWN)
+def test_methods_pass_the_quick_checks(method: str) -> None:
+    """The quick part of the suite, for each method: the rest is among the slow tests."""
+    only = ["builds", "plans_in_range", "pairs_counted", "films_packed", "text_reads_text", "named_kernel_refuses"]
+    testing.check_method(method, only=only)
+
+
+@pytest.mark.parametrize(
+    "kernel",
+    [
+        pytest.param(name, marks=[] if name == "cpu" else pytest.mark.slow)
+        for name, reasons in zoo.kernels().items()
+        if not reasons
+    ],
+)
 def test_kernels_conform(kernel: str) -> None:
     for outcome in testing.check_kernel(kernel):
         assert outcome.status == "passed", outcome
@@ -89,8 +109,16 @@ class Narrow(Plain):
         return super().why_not(q, v) + ([f"takes {self.dtype} alone"] if wrong else [])
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-def test_kernels_of_one_dtype_are_bounded_by_what_plain_softmax_errs(
+@pytest.mark.parametrize(
+    "dtype",
+    [
+        torch.bfloat16,
+        pytest.param(torch.float32, marks=pytest.mark.slow),
+        pytest.param(torch.float16, marks=pytest.mark.slow),
+    ],
+    ids=str,
+)
+def test_kernels_of_one_dtype_are_judged_by_the_error_of_plain_softmax(
     dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     statuses = {outcome.check: outcome.status for outcome in testing.check_kernel(Narrow(dtype))}
@@ -200,7 +228,7 @@ def test_unknown_names_are_refused_with_the_nearest() -> None:
         testing.check_kernel("cpuu")
 
 
-def test_outcomes_are_plain_and_come_one_by_one() -> None:
+def test_outcomes_are_json_values_and_are_yielded_one_by_one() -> None:
     run = testing.run_checks("dense", only=["films_packed", "knob_buys_density"])
     first = next(run)
     assert json.loads(json.dumps(asdict(first))) == {
@@ -213,7 +241,7 @@ def test_outcomes_are_plain_and_come_one_by_one() -> None:
     assert [outcome.status for outcome in run] == ["passed"]
 
 
-def test_a_class_of_its_own_is_named_and_small_settings_can_be_changed() -> None:
+def test_unregistered_class_is_named_and_its_small_settings_can_be_changed() -> None:
     (outcome,) = testing.check_method(Dense, only=["builds"])
     assert outcome.method == "dense"
     (outcome,) = testing.check_method(TwiceBroken, only=["builds"])
@@ -222,7 +250,7 @@ def test_a_class_of_its_own_is_named_and_small_settings_can_be_changed() -> None
         testing.check_method("moc", top_k=0)
 
 
-def test_what_cannot_be_built_is_told_once() -> None:
+def test_method_that_cannot_be_built_gives_one_outcome() -> None:
     class Broken(Dense):
         def __init__(self, **settings: Any) -> None:  # noqa: ARG002
             raise RuntimeError("no such luck")
@@ -295,7 +323,7 @@ def test_a_plugin_in_a_file_is_found_and_judged(tmp_path: Path) -> None:
     assert len(ids) == len(testing.checks()) * len(zoo.names())
 
 
-def test_a_method_without_a_rule_is_told_where_to_put_one() -> None:
+def test_method_without_a_slow_rule_is_skipped_with_advice() -> None:
     class Bare(zoo.Attention):
         """Own shot."""
 
@@ -359,7 +387,7 @@ def test_a_kernel_that_cannot_run_here_is_refused_with_its_reasons() -> None:
     assert "Sunday" in str(error.value)
 
 
-def test_a_kernel_without_half_precision_says_so() -> None:
+def test_kernel_without_half_precision_is_skipped_with_its_reason() -> None:
     class Wide(Plain):
         name = "wide"
 
@@ -371,13 +399,13 @@ def test_a_kernel_without_half_precision_says_so() -> None:
     assert (outcome.status, outcome.reason) == ("skipped", "half precision is not its thing")
 
 
-def test_without_hypothesis_the_seeded_plans_are_all(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_drawn_plans_are_skipped_when_hypothesis_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(kernel_suite, "find_spec", lambda _: None)
     (outcome,) = testing.check_kernel("cpu", only=["kernel_drawn_plans"])
     assert (outcome.status, outcome.reason[:27]) == ("skipped", "hypothesis is not installed")
 
 
-def test_seeded_plans_hold_what_they_are_drawn_for() -> None:
+def test_seeded_plans_cover_every_kind_of_part() -> None:
     recipes = list(kernel_suite.recipes())
     plans = [recipe.plan("cpu") for recipe in recipes]
     masks = [plan.dense_mask() for plan in plans]

@@ -122,6 +122,11 @@ def test_pixels_that_are_not_square_are_made_square(tmp_path: Path, aspect: Frac
     assert abs(int(shown.any(0).sum()) - 40) <= 2
 
 
+def test_pixels_of_an_absurd_shape_are_rejected(tmp_path: Path) -> None:
+    with pytest.raises(ZooError, match=r"its pixels are 20 times as wide as high; 0\.1 to 10 are allowed"):
+        decode(film(tmp_path / "a.mp4", [quarters()] * 4, aspect=Fraction(20)), SETTINGS)
+
+
 @pytest.mark.parametrize("degrees", [0, 90, 270])
 @pytest.mark.parametrize("mirrored", [False, True])
 def test_turned_clips_with_pixels_that_are_not_square_are_upright(tmp_path: Path, degrees: int, mirrored: bool) -> None:
@@ -188,19 +193,18 @@ def test_music_with_a_cover_picture_is_rejected(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("sizes", "frames", "flags"),
+    ("suffix", "sizes", "frames", "flags"),
     [
-        ((32, 64), (8, 8), {0: Disposition(0), 1: Disposition(0)}),  # the larger
-        ((64, 32), (8, 8), {0: Disposition(0), 1: Disposition.default}),  # the default one
-        ((64, 32), (1, 8), {0: Disposition.default, 1: Disposition(0)}),  # the one that is no single picture
+        ("mkv", (32, 64), (8, 8), {0: Disposition(0), 1: Disposition(0)}),  # the larger
+        ("mkv", (64, 32), (8, 8), {0: Disposition(0), 1: Disposition.default}),  # the default one
+        ("mkv", (64, 32), (1, 8), {0: Disposition.default, 1: Disposition(0)}),  # the one that is no single picture
+        # In an MP4 file the first stream is always the default one.
+        ("mp4", (64, 32), (1, 8), {0: Disposition.default, 1: Disposition(0)}),
     ],
 )
-@pytest.mark.parametrize("suffix", ["mkv", "mp4"])
 def test_best_stream_is_taken_and_named(
     tmp_path: Path, suffix: str, sizes: tuple[int, int], frames: tuple[int, int], flags: dict[int, Any]
 ) -> None:
-    if suffix == "mp4" and frames[0] != 1:
-        pytest.skip("an MP4 file's first stream is its default one, whatever was asked for")
     pictures = [np.full((size, size, 3), colour, np.uint8) for size, colour in zip(sizes, (RED, GREEN), strict=True)]
     path = two_streams(tmp_path / f"a.{suffix}", *pictures, frames, flags=flags)
     video = decode(path, SETTINGS)
@@ -313,6 +317,13 @@ def test_uneven_times_are_sampled_by_time(tmp_path: Path) -> None:
     assert [times[number] for number in video.source] == list(range(0, 96, 6))
 
 
+def test_frames_after_a_gap_are_sampled_by_time(tmp_path: Path) -> None:
+    times = [*range(24), *range(72, 96)]  # two seconds without a frame
+    path = film(tmp_path / "a.mp4", [np.full((64, 64, 3), 20 + 2 * n, np.uint8) for n in range(48)], times=times)
+    video = decode(path, Decoding(4, (32, 32)))
+    assert [times[number] for number in video.source] == [0, 6, 12, 18, 72, 78, 84, 90]
+
+
 # Cuts
 
 
@@ -375,6 +386,24 @@ def test_damage_in_the_middle_is_placed_and_the_rest_is_used(tmp_path: Path, nam
     known = whole.frames.astype(np.int16)
     for frame in video.frames[::5]:
         assert np.abs(known - frame).mean((1, 2, 3)).min() < 3
+
+
+def test_damage_at_the_end_is_placed(tmp_path: Path) -> None:
+    path = film(tmp_path / "a.ts", busy(120), gop=12)
+    video = decode(damaged(path, 0.9, 1.0), SETTINGS)
+    assert len(video.frames) < 116
+    assert any(re.search(r"frames from 4\.\d\d s to the end are lost", note) for note in video.notes), video.notes
+
+
+def test_many_damaged_places_are_counted(tmp_path: Path) -> None:
+    path = film(tmp_path / "a.ts", busy(120), gop=6)
+    for start in (0.1, 0.25, 0.4, 0.55, 0.7, 0.85):
+        damaged(path, start, start + 0.02)
+    notes = decode(path, SETTINGS).notes
+    assert sum("are lost:" in note for note in notes) == 3
+    assert any(re.fullmatch(r"frames are lost in (1 later place|[2-4] later places) too", note) for note in notes), (
+        notes
+    )
 
 
 def test_damage_before_the_first_key_frame_is_placed(tmp_path: Path) -> None:
@@ -474,6 +503,7 @@ def peaks(short: Path, long: Path, cache: Path, told: Any) -> None:
     told.send(np.diff(marks).tolist())
 
 
+@pytest.mark.slow
 def test_memory_does_not_grow_with_the_length_of_a_video(tmp_path: Path) -> None:
     short, long = (
         write(tmp_path / f"{seconds}.mp4", plain(RED, 10 * seconds, 240, 320), "mpeg4", rate=10)

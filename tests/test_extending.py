@@ -110,6 +110,7 @@ def test_a_choice_for_each_query() -> None:
     assert torch.equal(mask, (film.shot[:, None] == film.shot) | (film.shot == 0))  # of equal scores the earliest
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("here")
 def test_several_branches() -> None:
     (result,) = follow("Several branches, a gate, an auxiliary loss")
@@ -124,6 +125,7 @@ def test_several_branches() -> None:
     torch.testing.assert_close(result.losses, {"far": 0.5 * far.mean()})
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("here")
 def test_a_coarse_branch() -> None:
     (result,) = follow("A coarse branch")
@@ -203,6 +205,7 @@ def test_a_sweep_axis() -> None:
 # -- a package --------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_package_brings_its_method(tmp_path: Path) -> None:
     """Really installed, into an environment where nothing but what we have here is at hand."""
     source, fresh = tmp_path / "source", tmp_path / "fresh"

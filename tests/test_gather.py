@@ -75,8 +75,10 @@ def test_take_and_add_at_equal_indexing() -> None:
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("text", ["joint", "cross"])
-@pytest.mark.parametrize("threads", [1, 2, 4])
+@pytest.mark.parametrize("text", ["joint", pytest.param("cross", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "threads", [pytest.param(1, marks=pytest.mark.slow), 2, pytest.param(4, marks=pytest.mark.slow)]
+)
 def test_equal_runs_on_films_of_one_shot_are_equal(threads: int, text: str) -> None:
     """One shot fills the stream, so that all its tokens read one row of the modulation."""
     films = batch(Layout.film([Shot(8, 10, 10, 4)], caption=3))

@@ -443,6 +443,7 @@ for launch in json.load(open(sys.argv[1])):
 """
 
 
+@pytest.mark.slow
 def test_what_is_compiled_without_torch_is_found_with_it_and_elsewhere(tmp_path: Path) -> None:
     """Kernels compiled by the torch-free script are not compiled again for torch's tensors, after the cache moved."""
     pytest.importorskip("triton", reason="needs the package triton")

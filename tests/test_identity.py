@@ -6,19 +6,32 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from tiny import BASE, write_sweep
 from typer.testing import CliRunner
 
 from experiments.cli import app
 from experiments.config.declared import as_declared
-from experiments.config.resolve import cell, load
+from experiments.config.resolve import cell, load, merge
 from experiments.sweep.expand import read
 from experiments.tracking.store import Asked, read_sweep
 from experiments.tracking.store import write_sweep as write_sweep_file
+from lit_modules.precision import default_precision
 
 
 def id_of(*overrides: Any) -> str:
     return cell("any", load([*overrides])).id
+
+
+def test_a_precision_is_the_default_of_its_accelerator_on_its_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a login node nobody knows the GPU of another machine, so a precision for that GPU is never its default."""
+    gpu = "trainer.accelerator=gpu"
+    for there, default in ((False, None), (True, "bf16-mixed")):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda there=there: there)
+        monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **_: True)
+        for precision in ("32-true", "bf16-mixed", "16-mixed"):
+            one, other = (cell("any", merge(own)[0]).id for own in ([gpu], [gpu, f"trainer.precision={precision}"]))
+            assert (one == other) == (precision == default), (there, precision)
 
 
 @pytest.mark.parametrize(
@@ -63,6 +76,8 @@ def id_of(*overrides: Any) -> str:
         ([], ["trainer.limit_train_batches=1.0"]),
         ([], ["trainer.detect_anomaly=false", "trainer.deterministic=null"]),
         ([], ["sampling.context=null", "sampling.guidance=1"]),
+        (["trainer.accelerator=cpu"], ["trainer.accelerator=cpu", "trainer.precision=32"]),
+        ([], [f"trainer.precision={default_precision()}"]),
         (["match.density=0.5"], ["match.density=5e-1", "match.within=0.02", "match.also={}"]),
     ],
 )  # fmt: skip

@@ -169,6 +169,7 @@ def test_without_the_extra_train_the_command_says_so(
     assert "pip install 'sparse-attention-zoo[train]'" in said
 
 
+@pytest.mark.slow
 def test_the_base_install_demands_torch_alone(tmp_path: Path) -> None:
     """A wheel of the tree beside torch and nothing else: the package imports, and the command names its extra."""
     pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "--quiet"]

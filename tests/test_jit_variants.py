@@ -63,7 +63,10 @@ def variants(method: str, film: zoo.Layout, **settings: Any) -> set[str]:
 FILMS = [zoo.Layout.film([zoo.Shot(3, 16, width, text=text)] * 3, caption=5) for width, text in ((16, 0), (17, 1))]
 
 
-@pytest.mark.parametrize("method", zoo.names())
+@pytest.mark.parametrize(
+    "method",
+    [pytest.param(name, marks=[] if name in ("moc", "vsa", "window") else pytest.mark.slow) for name in zoo.names()],
+)
 def test_a_training_step_compiles_few_kernels(method: str) -> None:
     """Films of other lengths, packs and heads in another slab need no others."""
     settings = QUICK.get(method, {})

@@ -223,7 +223,14 @@ def test_the_target_is_hit_on_ragged_films(attention: dict[str, Any], target: fl
     assert solved(load([RAGGED, {"attention": attention, "match": {"density": target}}])) == config
 
 
-@pytest.mark.parametrize("name", [name for name in zoo.names() if zoo.get(name).knob is not None])
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=[] if name in ("moc", "moga", "window", "vmoba") else pytest.mark.slow)
+        for name in zoo.names()
+        if zoo.get(name).knob is not None
+    ],
+)
 def test_what_a_knob_can_buy_is_found(name: str) -> None:
     """For every method: the density at a value of its knob is asked for, and reached again."""
     knob = zoo.get(name).knob

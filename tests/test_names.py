@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ast
 import inspect
 import json
 import os
@@ -10,23 +9,26 @@ import re
 import resource
 import subprocess
 import sys
-from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
+import lightning
 import pytest
+from lightning.fabric.plugins.precision.precision import _PRECISION_INPUT, _PRECISION_INPUT_STR_ALIAS_CONVERSION
 from typer.testing import CliRunner
 
 import sparse_zoo as zoo
 from experiments.cli import app
+from experiments.cli.methods import TABLES
 from experiments.config.budget import KINDS
 from experiments.config.datamodule import OURS
-from experiments.config.names import CHOICES, DATA, GIVEN, MATCH, SECTIONS, SHAPE, kernels, methods, misspelt, settings
-from experiments.config.resolve import _sections, load
-from experiments.config.sections import TABLES, fields
+from experiments.config.declared import parameters
+from experiments.config.names import CHOICES, SHAPE, kernels, methods, misspelt, settings
+from experiments.config.resolve import load
+from experiments.config.sections import DATA, PRECISIONS, Match, Precision, Trainer, fields
 from experiments.sweep.schema import Written
 from experiments.tools.paper_ledger import PAPERS
-from experiments.tracking.store import Result
+from experiments.tracking.store import Asked, Cell, Result, write_sweep
 from lit_modules.dit import TEXT
 from lit_modules.settings import ORDERS
 from sparse_zoo import registry
@@ -62,25 +64,28 @@ RIGHT: list[list[Any]] = [
 
 
 def test_the_names_are_those_of_the_classes() -> None:
-    for section, build in _sections().items():
-        parameters = inspect.signature(build).parameters.values()
-        assert settings(SECTIONS[section]) == {x.name for x in parameters if x.kind is not x.VAR_KEYWORD}, section
-    assert {name: settings(place) for name, place in DATA.items()} == {
-        name: {*inspect.signature(films).parameters} for name, films in OURS.items()
-    }
     own = {name for name in zoo.names() if zoo.get(name).__module__.startswith("sparse_zoo.methods.")}
     assert {*methods()} == own
     for name, place in methods().items():
         assert (settings(place) or set()) - SHAPE == {*zoo.settings(name)} - {SCHEDULE.name}, name
-    assert {*KINDS} < {*MATCH}
+    assert {*KINDS} < {*parameters(Match)}
+    assert {*DATA} == {*OURS}
+
+
+def test_the_trainer_s_settings_are_those_of_lightning() -> None:
+    set_by_the_run = {"logger", "callbacks", "plugins", "default_root_dir", "barebones"}
+    set_by_the_run |= {"enable_progress_bar", "enable_checkpointing", "enable_model_summary"}
+    theirs = {key: x.default for key, x in inspect.signature(lightning.Trainer).parameters.items()}
+    assert {key: x.default for key, x in parameters(Trainer).items()} == {
+        key: default for key, default in theirs.items() if key not in set_by_the_run
+    }
+    assert {*get_args(Precision)} == {x for own in get_args(_PRECISION_INPUT) for x in get_args(own)}
+    assert PRECISIONS == _PRECISION_INPUT_STR_ALIAS_CONVERSION
 
 
 @pytest.mark.parametrize("table", TABLES)
 def test_sections_list_every_setting_with_its_default_and_meaning(table: str) -> None:
-    module, name = TABLES[table].split(":")
-    build = getattr(import_module(module), name)
-    own = {key: x for key, x in inspect.signature(build).parameters.items() if key not in GIVEN.get(table, ())}
-    listed = fields(table)
+    own, listed = parameters(TABLES[table]), fields(TABLES[table])
     assert [field.name for field in listed] == [*own]
     for field in listed:
         assert field.type, field
@@ -91,7 +96,28 @@ def test_sections_list_every_setting_with_its_default_and_meaning(table: str) ->
         elif field.default in ("[]", "{}"):
             assert "factory" in repr(default)
         else:
-            assert ast.literal_eval(field.default) == default
+            assert field.default == json.dumps(default)
+
+
+WRONG_TYPES = [
+    ("trainer.max_steps=many", "trainer.max_steps must be int, got 'many'"),
+    ("trainer.precision=31", "trainer.precision must be one of 32-true"),
+    ("optim.lr=fast", "optim.lr must be float, got 'fast'"),
+    ("model.checkpoint=1", "model.checkpoint must be true or false, got 1"),
+    ("flow.times=normal", "flow.times must be one of logistic, uniform, got 'normal'"),
+    ("sampling.steps=1.5", "sampling.steps must be int, got 1.5"),
+    ("data.size=48", "data.size must be Sequence[int], got 48"),
+    ("trainer.fast_dev_run=true", "trainer.fast_dev_run must be false, got True"),
+    ("trainer.fast_dev_run=3", "trainer.fast_dev_run must be false, got 3"),
+]
+
+
+@pytest.mark.parametrize(("override", "reason"), WRONG_TYPES)
+def test_values_of_a_wrong_type_are_refused_by_name_check_and_config(override: str, reason: str) -> None:
+    assert [found[: len(reason)] for found in misspelt([override], plugins=False)] == [reason]
+    with pytest.raises(ZooError) as caught:
+        load([override])
+    assert reason in str(caught.value)
 
 
 def test_the_settings_command_shows_sections_and_names_the_nearest() -> None:
@@ -100,7 +126,7 @@ def test_the_settings_command_shows_sections_and_names_the_nearest() -> None:
     rows = {row["name"]: row for row in json.loads(shown.stdout)["optim"]}
     assert rows["beta1"] == {"name": "beta1", "type": "float", "default": "0.9", "doc": "First beta of AdamW."}
     text = CliRunner().invoke(app, ["settings"]).stdout
-    assert all(word in text for word in ("warmup_steps", "max_steps", "data=shot_world", "exclude"))
+    assert all(word in text for word in ("warmup_steps", "max_steps", "shot_world", "exclude"))
 
 
 @pytest.mark.parametrize("overrides", WRONG)
@@ -159,7 +185,9 @@ WRONG_NAMES = [
     ["sweep", "good.yaml", "--size", "smal", "unknown size 'smal'"],
     ["sweep", "good.yaml", "--executor", "slrum", "did you mean 'slurm'?"],
     ["train", "attenton=moc", "did you mean 'attention'?"],
+    *(["train", override, reason] for override, reason in WRONG_TYPES),
     ["train", "--config", "file.yml", "did you mean 'max_steps'?"],
+    ["report", "done", "--by", "val_los", "did you mean 'val_loss'?"],
     ["report", "nothing", "no sweep 'nothing'"],
     *(
         [command, *more, text]
@@ -191,6 +219,7 @@ WITHOUT_TORCH = """
 import json, sys
 from typer.testing import CliRunner
 from experiments.cli import app
+from experiments.cli.methods import TABLES
 for *arguments, text in json.load(sys.stdin):
     done = CliRunner().invoke(app, arguments)
     late = sorted({"torch", "lightning", "mlflow", "numpy"} & {*sys.modules})
@@ -199,7 +228,9 @@ for *arguments, text in json.load(sys.stdin):
 """
 
 
-def test_every_command_refuses_a_wrong_name_before_torch_is_imported(tmp_path: Path) -> None:
+def test_every_command_refuses_a_wrong_name_before_torch_is_imported(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     for name, (text, _) in SWEEPS.items():
         (tmp_path / name).write_text(text)
     (tmp_path / "good.yaml").write_text(SWEEP)
@@ -210,6 +241,12 @@ def test_every_command_refuses_a_wrong_name_before_torch_is_imported(tmp_path: P
     config = {"attention": {"name": "dense"}, "data": {"name": "shot_world"}, "seed": 0}
     result = Result("dense", {"name": "dense"}, "finished", 0, config=config)
     result.write(tmp_path / "run")
+    monkeypatch.setenv("ZOO_HOME", str(tmp_path / "runs"))
+    cell = Cell("dense", config)
+    write_sweep("done", Asked("", (cell,)))
+    Result("dense", {"name": "dense"}, "finished", 0, id=cell.id, config=config, val_loss=0.5).write(
+        cell.folder("done")
+    )
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
     done = subprocess.run(
         [sys.executable, "-c", WITHOUT_TORCH], input=json.dumps(WRONG_NAMES), capture_output=True, encoding="utf-8",

@@ -2,29 +2,53 @@
 
 from __future__ import annotations
 
+import cProfile
 import io
 import json
+import pstats
 import re
+import subprocess
+import sys
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 from made_up import finished, write_sweep_of
+from matplotlib.axes import Axes
 from rich.console import Console
 from typer.testing import CliRunner
 
 from experiments import escape
 from experiments.cli import app
 from experiments.reporting import tables
-from experiments.reporting.html import html, write
+from experiments.reporting.html import MOST_BYTES, MOST_LEVELS, MOST_PIXELS, PICTURED, html, write
 from experiments.reporting.record import write_record
-from experiments.reporting.report import MOST_PAIRS, Report
+from experiments.reporting.report import MANY, MOST_PAIRS, MOST_ROWS, MOST_WHOLE, Report
 from experiments.tracking import schema
 from experiments.tracking.store import Asked, Cell, write_sweep
 
 RESULTS = Path(__file__).parent.parent / "experiments" / "results"
 HOSTILE = "[red]x[/red]<script>alert(1)</script>|_\\input{a}\x1b[31m\r\u202e\ud800'\"&amp;$ :bomb:"
+
+
+def test_the_docs_tell_the_limits_of_long_reports() -> None:
+    page = (RESULTS.parent.parent / "docs" / "reports.md").read_text()
+    for told in (
+        f"| {MANY} groups | plots show the first {MANY} ",
+        f"films the first {PICTURED};",
+        f"| {MOST_PAIRS} pairs ",
+    ):
+        assert told in page
+    for told in (
+        f"| {MOST_WHOLE} cells |",
+        f"at most {MOST_ROWS} rows",
+        f"more than {MOST_LEVELS} values have no plot",
+    ):
+        assert told in page
+    assert f"over {MOST_BYTES >> 20} MiB or over {MOST_PIXELS // 10**6} million pixels" in page
+    assert f'the key `"version"`, now {schema.VERSION}.' in page
 
 
 @pytest.fixture
@@ -165,8 +189,15 @@ def test_a_long_report_is_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     names = [f"m{i}" for i in range(100)]
     recalls = {name: (i / 100, i / 100 + 0.001) for i, name in enumerate(names)}
     write_sweep_of("long", recalls, {name: {"name": "moc", "top_k": i} for i, name in enumerate(names)})
-    report = Report.of("long")
+    with cProfile.Profile() as profile:
+        report = Report.of("long")
+    assert pstats.Stats(profile).total_calls < 2000 * len(report.results)  # 1,200 each; types evaluated anew: 3,900
+    scatters: list[object] = []
+    scatter = Axes.scatter
+    monkeypatch.setattr(Axes, "scatter", lambda axis, *of, **how: scatters.append(axis) or scatter(axis, *of, **how))
     page = write(report)
+    assert max(Counter(scatters).values()) <= 2  # of a plot: not one for each of 40 groups
+    assert sum(bool(result.curves) for result in report.results) == 40 * 2
     assert page.stat().st_size < 1_500_000
     assert page.with_suffix(".json").stat().st_size < 2_000_000
     assert len(report.tested) == 100 * 99 // 2
@@ -175,6 +206,13 @@ def test_a_long_report_is_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert "This report is long: plots and pictures show the first 40 of 100 groups" in text
     assert text.count("data:image/png") < 150
     assert "m99" in text
+
+
+def test_a_report_does_not_load_what_trains() -> None:
+    loaded = (
+        "import sys, experiments.reporting.html; print(*{'lightning', 'mlflow', 'scipy.stats'} & sys.modules.keys())"
+    )
+    assert subprocess.run([sys.executable, "-c", loaded], capture_output=True, text=True, check=True).stdout == "\n"
 
 
 def test_a_winner_is_named_where_it_is_significant_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -155,5 +155,5 @@ def test_pickles_hold_no_caches() -> None:
     assert pickle.dumps(plan) == alone
     again = pickle.loads(alone)
     assert torch.equal(again.dense_mask(), plan.dense_mask())
-    assert copy.deepcopy(plan).parts[0].__dict__.keys() == {"queries", "keys", "edges", "routed"}
+    assert copy.deepcopy(plan).parts[0].__dict__.keys() == {"queries", "keys", "edges", "routed", "log_weight"}
     del plan.parts[0].__dict__["_blocks"]

@@ -49,7 +49,9 @@ def once(sweep: Sweep) -> Sweep:
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("name", PRESETS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[] if name == "moc_causal" else pytest.mark.slow) for name in PRESETS]
+)
 def test_every_cell_of_every_preset_runs(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, database: str
 ) -> None:

@@ -26,8 +26,8 @@ from experiments.reporting.plots import smooth, together
 from experiments.reporting.record import record, write_record
 from experiments.reporting.report import Report
 from experiments.tracking.store import Asked, Cell, write_sweep
-from lit_modules.callbacks import film_pictures, picture_rows
 from sparse_zoo.errors import ZooError
+from sparse_zoo.strips import film_pictures, picture_rows
 
 ROOT = Path(__file__).parent.parent
 REQUIRED = [

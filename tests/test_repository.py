@@ -2,9 +2,12 @@
 
 from pathlib import Path
 
+import pytest
 import yaml
 
 import sparse_zoo
+
+pytest_plugins = ["pytester"]
 
 ROOT = Path(__file__).parent.parent
 
@@ -26,7 +29,24 @@ def test_ci_runs_what_developers_run() -> None:
     workflow = yaml.safe_load((ROOT / ".github" / "workflows" / "ci.yml").read_text())
     steps = workflow["jobs"]["test"]["steps"]
     assert ".ci/run" in [step.get("run") for step in steps]
-    assert "make test" in (ROOT / ".ci" / "run").read_text()
+    commands = (ROOT / ".ci" / "run").read_text().splitlines()[-2:]
+    assert commands == ["make test", "make test-slow"]
+    targets = {line.partition(":")[0] for line in (ROOT / "Makefile").read_text().splitlines()}
+    assert {"test", "test-slow", "test-all"} <= targets
+
+
+def test_skipped_test_fails_when_asked(pytester: pytest.Pytester) -> None:
+    pytester.makeconftest((ROOT / "tests" / "conftest.py").read_text())
+    pytester.makepyfile(
+        test_one="import pytest\ndef test_one(): pytest.skip('no luck')\n",
+        test_all="import pytest\npytest.importorskip('no_such_package')\n",
+        test_odd="import pytest\n@pytest.mark.xfail(reason='known')\ndef test_odd(): raise ValueError\n",
+    )
+    pytester.runpytest_inprocess().assert_outcomes(skipped=2, xfailed=1)
+    pytester.runpytest_inprocess("--fail-skipped", "test_all.py").assert_outcomes(errors=1)
+    strict = pytester.runpytest_inprocess("--fail-skipped", "test_one.py", "test_odd.py")
+    strict.assert_outcomes(failed=1, xfailed=1)
+    strict.stdout.fnmatch_lines(["*was skipped, and --fail-skipped was given. Skipped: no luck"])
 
 
 def test_hooks_and_forms_are_well_formed() -> None:

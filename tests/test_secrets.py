@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import logging
+import warnings
 from pathlib import Path
 
 import pytest
 from test_cli import zoo
 from tiny import BASE, write_sweep
 
+from experiments import redact
 from experiments.config.names import misspelt
 from experiments.config.resolve import load, merge, resolve
 from experiments.tracking.store import config_id
@@ -16,9 +19,23 @@ from sparse_zoo.errors import ZooError
 
 SECRET, ADDRESS = "s3cret-of-the-data", "s3cret-of-the-server"
 PLUGIN = '''
+import logging
 import warnings
 
+import sparse_zoo as zoo
 from datamodules import ShotWorld
+from sparse_zoo.methods.dense import Dense
+
+
+@zoo.register("guarded")
+class GuardedAttention(Dense):
+    """Dense attention that asks for a token."""
+
+    def __init__(self, *, token: str, **base):
+        super().__init__(**base)
+        assert token == "s3cret-of-the-data", "the token is not the environment's"
+        warnings.warn(f"{token} of a method")
+        logging.getLogger("guarded").warning("%s is logged", token)
 
 
 class Guarded(ShotWorld):
@@ -80,15 +97,22 @@ def test_secrets_are_in_no_file_and_no_output(
     (tmp_path / "guarded.py").write_text(PLUGIN)
     films = {"name": f"{tmp_path}/guarded.py:Guarded", "token": "${oc.env:TOKEN}", "also": "Bearer ${data.token}"}
     axes = {"data.fails": [False, True]}
-    file = write_sweep(tmp_path / "secret.yaml", base={**BASE, "data": films}, axes=axes)
+    base = {**BASE, "data": films, "attention": {"name": "guarded", "token": "${oc.env:TOKEN}"}}
+    base["trainer"] = BASE["trainer"] | {"model_registry": "${oc.env:TOKEN}"}
+    file = write_sweep(tmp_path / "secret.yaml", base=base, axes=axes, plugins=["guarded.py"])
     shown = [zoo("sweep", file), zoo("report", "secret", "--json"), zoo("report", "secret", "--runs")]
     assert [result.exit_code for result in shown] == [1, 0, 0]
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://user:{ADDRESS}@127.0.0.1:9")
     shown += [zoo("sweep", file), zoo("sweep", file, "--dry-run")]
     assert "***@127.0.0.1" in shown[-2].output
+    assert "${oc.env:TOKEN} is logged" in caplog.text
+    checkpoint = next((tmp_path / "runs" / "secret").glob("*/checkpoints/*.ckpt"))
+    shown.append(zoo("sample", str(checkpoint), "--films", "1", "--plugin", str(tmp_path / "guarded.py")))
+    assert shown[-1].exit_code == 0, shown[-1].output
     results = [json.loads(path.read_text()) for path in (tmp_path / "runs" / "secret").glob("*/result.json")]
     assert {result["status"] for result in results} == {"finished", "failed"}
     assert [result["config"]["data"]["token"] for result in results] == ["${oc.env:TOKEN}"] * 2
+    assert [result["config"]["attention"]["token"] for result in results] == ["${oc.env:TOKEN}"] * 2
     assert "ValueError: ${oc.env:TOKEN} has expired" in {result["reason"] for result in results}
     assert [result["data"]["headers"] for result in results] == [["${oc.env:TOKEN}"]] * 2
     written = {str(path): path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
@@ -99,6 +123,19 @@ def test_secrets_are_in_no_file_and_no_output(
     for secret in (SECRET, ADDRESS):
         assert [name for name, text in told.items() if secret.encode() in text] == []
         assert secret not in caplog.text
+
+
+def test_warnings_and_log_records_of_plugins_are_redacted(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(redact, "_hidden", {})
+    redact.hide(SECRET, "${oc.env:TOKEN}")
+    with redact.redacted_messages():
+        shown = warnings.formatwarning(UserWarning(f"{SECRET} expires"), UserWarning, "plugin.py", 3, "warn()")
+        logging.getLogger("plugin").warning("%s expires on %s", SECRET, "Monday")
+    assert "UserWarning: ${oc.env:TOKEN} expires" in shown
+    assert [record.getMessage() for record in caplog.records] == ["${oc.env:TOKEN} expires on Monday"]
+    assert SECRET in warnings.formatwarning(UserWarning(SECRET), UserWarning, "plugin.py", 3)
 
 
 def test_refusals_show_the_expression(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,6 +1,7 @@
 """`zoo bench`: the page's table and the plot are what was measured."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -48,8 +49,14 @@ def test_the_plot_is_drawn(tmp_path: Path) -> None:
     assert picture[..., :3].std() > 0.05
 
 
-def test_the_readme_shows_what_was_measured() -> None:
-    assert markdown(RESULTS) in (ROOT / "README.md").read_text()
+def test_docs_and_readme_show_what_was_measured() -> None:
+    table = markdown(RESULTS)
+    assert table in (ROOT / "docs" / "kernels.md").read_text()
+    rows = re.findall(r"^\| (`\w+`) \| (\d.*x of .*) \|$", (ROOT / "README.md").read_text(), flags=re.M)
+    measured = {line.split(" | ")[0].strip("| "): line for line in table.splitlines()}
+    assert rows
+    for method, cells in rows:
+        assert [cell for cell in cells.split(" | ") if f"| {cell}: " not in measured[method]] == []
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="asks for a kernel that cannot run without a GPU")

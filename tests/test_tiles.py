@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 import sparse_zoo as zoo
-from sparse_zoo import testing
 from sparse_zoo.attention import Branch, Call
 from sparse_zoo.cost import Cost
 from sparse_zoo.kmeans import kmeans
@@ -24,13 +23,8 @@ from sparse_zoo.testing.subject import PACKED, STORY, Subject, make
 FAMILY = ("sta", "radial", "svg", "svg2")
 
 
-@testing.parametrize_methods(*FAMILY)
-def test_the_family_conforms(check: Any) -> None:
-    check()
-
-
 @pytest.mark.parametrize("method", FAMILY)
-def test_every_method_of_the_family_says_who_made_it(method: str) -> None:
+def test_every_method_of_the_family_has_a_card(method: str) -> None:
     card = zoo.get(method).card
     assert card is not None
     assert all((card.paper, card.granularity, card.trained, card.claim))
@@ -198,7 +192,7 @@ def leaning(layout: zoo.Layout) -> Call:
     return Call(q, k, v, layout)
 
 
-def test_heads_take_the_mask_that_they_lean_to() -> None:
+def test_heads_take_the_mask_that_loses_less() -> None:
     svg = zoo.build("svg", heads=2, head_dim=16, width=0)
     mask = mask_of(svg, leaning(FILM))[0]
     frame, place = FILM.frame, FILM.row * FILM.cols + FILM.col
@@ -262,7 +256,7 @@ def svg2(**settings: Any) -> SVG2:
     return attention
 
 
-def test_k_means_is_lloyds() -> None:
+def test_k_means_equals_lloyds_algorithm() -> None:
     draw = torch.Generator().manual_seed(0)
     x = torch.randn(2, 3, 40, 5, generator=draw)
     tokens = torch.arange(3, 40)

@@ -35,10 +35,17 @@ HERE = Path(__file__).parent
 
 
 @pytest.mark.skipif(find_spec("triton") is None, reason="needs the package triton")
-@pytest.mark.parametrize("half", ["conforms", "not conforms"])
-def test_in_the_interpreter(half: str) -> None:
+@pytest.mark.parametrize(
+    "which",
+    [
+        "test_plans_of_methods and (moc-settings0 or moga)",
+        pytest.param("test_conforms", marks=pytest.mark.slow),
+        pytest.param("not test_conforms", marks=pytest.mark.slow),
+    ],
+)
+def test_kernels_pass_in_the_interpreter(which: str) -> None:
     done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-k", half, HERE / "interpreted_triton.py"],
+        [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-k", which, HERE / "interpreted_triton.py"],
         capture_output=True,
         text=True,
         check=False,
@@ -160,7 +167,7 @@ def test_configurations_follow_the_capability() -> None:
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a CUDA device")
-def test_it_tells_every_reason() -> None:
+def test_kernel_gives_every_reason_when_it_cannot_run() -> None:
     q, v = torch.zeros(1, 1, 4, 48), torch.zeros(1, 1, 4, 16)
     reasons = "; ".join(kernel.Triton().why_not(q, v))
     for words in (
@@ -224,7 +231,7 @@ def test_routing_goes_to_the_device_where_it_fits(monkeypatch: pytest.MonkeyPatc
 # -- dense rectangles -------------------------------------------------------------------------------------------------
 
 
-def test_which_parts_are_dense(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_parts_are_sorted_into_dense_and_routed(monkeypatch: pytest.MonkeyPatch) -> None:
     film = zoo.Layout.film([zoo.Shot(2, 4, 4, 3), zoo.Shot(3, 4, 4, 2)], caption=2)
     text = zoo.Plan.blocks(film.partition(), film.partition(where=film.is_text), torch.ones(1, 1, dtype=torch.bool))
     own = zoo.Plan.within(film.partition("shot", where=film.shot >= 0))

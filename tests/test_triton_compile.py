@@ -32,6 +32,7 @@ SHARED_MEMORY = {80: 163 << 10, 90: 227 << 10}
 MULTIPLY = ("attend", "grad_queries", "grad_keys")
 OTHERS = ("merge", "fold", "add_rows", "add_up", "row_dots", "gather")
 ROUTING = ("pool", "choose")
+QUICK = {(((9, 0), 128), name) for name in (*MULTIPLY, "merge")}
 OLDEST = "3.6.0"
 OLDEST_PACKAGE = Path(sys.prefix) / f"triton-{OLDEST}"
 TYPES = {torch.bfloat16: "bf16", torch.float32: "fp32", torch.int32: "i32", torch.int64: "i64", torch.uint8: "u8"}
@@ -134,10 +135,17 @@ def check(name: str, launch: Launch, target: int, capfd: pytest.CaptureFixture[s
         assert ("UTMALDG" in code) is launch.constants.get("TMA", False)
 
 
-@pytest.mark.parametrize("name", [*MULTIPLY, *OTHERS])
-@pytest.mark.parametrize(("capability", "dim"), sorted(CONFIGS), ids=str)
+@pytest.mark.parametrize(
+    ("capability", "dim", "name"),
+    [
+        pytest.param(*key, name, marks=[] if (key, name) in QUICK else pytest.mark.slow)
+        for key in sorted(CONFIGS)
+        for name in (*MULTIPLY, *OTHERS)
+    ],
+    ids=str,
+)
 def test_attention_compiles(
-    name: str, capability: tuple[int, int], dim: int, capfd: pytest.CaptureFixture[str], tmp_path: Path
+    capability: tuple[int, int], dim: int, name: str, capfd: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     launches = recorded(CONFIGS[capability, dim], dim)[name]
     if name not in MULTIPLY:
@@ -153,7 +161,7 @@ def test_attention_compiles(
         check(name, launch, capability[0] * 10 + capability[1], capfd, tmp_path)
 
 
-@pytest.mark.parametrize("target", sorted(SHARED_MEMORY))
+@pytest.mark.parametrize("target", [pytest.param(80, marks=pytest.mark.slow), 90])
 def test_routing_compiles(
     target: int, capfd: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -167,12 +175,13 @@ def test_routing_compiles(
         check(name, launch, target, capfd, tmp_path)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(triton.__version__ == OLDEST, reason="this is that run")
 @pytest.mark.skipif(not OLDEST_PACKAGE.exists(), reason=f"needs Triton {OLDEST} in {OLDEST_PACKAGE}: make install")
 def test_everything_compiles_with_the_oldest_triton() -> None:
     """The code generators differ in registers and spills: what GPU machines with torch 2.11 have is checked as well."""
     done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", __file__],
+        [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-m", "", __file__],
         capture_output=True,
         text=True,
         check=False,

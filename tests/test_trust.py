@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import base64
 import json
 import pickle
@@ -113,6 +114,24 @@ def test_a_class_path_in_a_result_needs_a_plugin(run: Path, tmp_path: Path) -> N
     assert command("capture", run, "--plugin", own, "--times", ".5", "--out", out).exit_code == 0
     assert (tmp_path / "ran").exists()
     assert command("capture", run, f"data.name={own}:Films", "--times", ".5", "--out", out).exit_code == 0
+
+
+def test_nothing_unpickles_but_weights() -> None:
+    """Every `torch.load` of the tree is weights-only, nothing is loaded by pickle, and no array may hold objects."""
+    root = Path(__file__).parent.parent
+    for file in (
+        file
+        for room in ("experiments", "lit_modules", "datamodules", "sparse_zoo")
+        for file in (root / room).rglob("*.py")
+    ):
+        for call in (node for node in ast.walk(ast.parse(file.read_text())) if isinstance(node, ast.Call)):
+            name, given = ast.unparse(call.func), {one.arg: ast.unparse(one.value) for one in call.keywords}
+            assert name != "torch.load" or given.get("weights_only") == "True", (file, call.lineno)
+            assert given.get("allow_pickle", "False") == "False", (file, call.lineno)
+            assert not name.endswith(("load_from_checkpoint", "joblib.load", "yaml.unsafe_load")), (file, call.lineno)
+            # The suite pickles a method that is at hand, to see that its copies are equal.
+            own = file.parent.name == "testing" and ast.unparse(call).startswith("pickle.loads(pickle.dumps(")
+            assert own or name not in ("pickle.load", "pickle.loads", "pickle.Unpickler"), (file, call.lineno)
 
 
 def test_a_pickle_is_no_capture(tmp_path: Path) -> None:

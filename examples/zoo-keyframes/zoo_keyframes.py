@@ -1,4 +1,4 @@
-"""A memory of keyframes: each shot sees itself, and little of the shots before it."""
+"""Keyframe attention: each shot attends to itself and to the first frames of the shots before it."""
 
 from typing import Any
 
@@ -14,8 +14,8 @@ class Keyframes(zoo.Attention):
     """Every token attends to its own shot, to the first frames of shots before it, and to all text up to its shot.
 
     Args:
-        reach: How many shots back.
-        frames: How many frames at the start of each of them.
+        reach: Number of earlier shots.
+        frames: Frames at the start of each of them.
     """
 
     limits = "it never looks ahead"
@@ -40,18 +40,20 @@ class Keyframes(zoo.Attention):
         return keyframes(layout, self.reach, self.frames)
 
 
-@remembered(32)  # it follows from the layout alone, so it is built once, not once a step
+@remembered(32)  # it depends on the layout alone, so it is built once, not in every step
 def keyframes(layout: zoo.Layout, reach: int, frames: int) -> zoo.Plan:
-    """Shots × shots of their own, × text up to them, × keyframes of shots before them."""
+    """Each shot × itself, × text up to it, × keyframes of the shots before it."""
     shots = layout.chunks("shot", captions="inside")
     text = layout.partition("shot", where=layout.is_text)
     keys = layout.partition("shot", where=~layout.is_text & (layout.shot_frame < frames))
 
     def back(pieces: zoo.Partition) -> Tensor:
-        """How many shots a piece lies before each shot, -1 where it lies in another film or after it."""
+        """Shots between a piece and each later shot, -1 where the piece is in another film or a later shot."""
         gap = shots.shot[:, None] - pieces.shot
         return gap.masked_fill((shots.sample[:, None] != pieces.sample) | (gap < 0), -1)
 
     read = zoo.Plan.blocks(shots, text, back(text) >= 0)
     seen = zoo.Plan.blocks(shots, keys, (back(keys) >= 0) & (back(keys) <= reach))
-    return zoo.Plan.within(shots) | read | seen  # own captions and keyframes are in two of them, and count once
+    return (
+        zoo.Plan.within(shots) | read | seen
+    )  # own captions and keyframes are in two of the plans; a union counts them once

@@ -17,6 +17,7 @@ import numpy as np
 import sparse_zoo as zoo
 from experiments.analysis.metrics import Measure
 from experiments.analysis.significance import Figure
+from experiments.tracking.identity import flatten
 
 METHOD = "attention"
 NO_SETTINGS = ("seed", "match", METHOD)  # runs are paired by the first; what the second was solved to is in the third
@@ -86,7 +87,8 @@ def _method(name: str, alike: Sequence[Mapping[str, Any]]) -> tuple[list[str], d
 
 def _settings(config: Mapping[str, Any], methods: Mapping[str, tuple[list[str], dict[str, Any]]]) -> dict[str, str]:
     """Dotted key -> value as JSON, without the seed; settings of a method as `attention.METHOD.key`."""
-    plain = _flat({key: value for key, value in config.items() if key not in NO_SETTINGS})
+    asked = flatten({key: value for key, value in config.items() if key not in NO_SETTINGS})
+    plain = {key: _json(value) for key, value in asked.items() if value != {}}
     attention = config[METHOD]
     if isinstance(attention, list):
         return plain | {METHOD: _json(attention)}
@@ -107,13 +109,6 @@ def _solved(alike: Sequence[Mapping[str, Any]]) -> set[str]:
 def _readable(key: str) -> str:
     method, _, own = key.removeprefix(f"{METHOD}.").partition(".")
     return "method" if key == METHOD else f"{method}: {own}" if key.startswith(f"{METHOD}.") else key
-
-
-def _flat(config: Mapping[str, Any], above: str = "") -> dict[str, str]:
-    found: dict[str, str] = {}
-    for key, value in config.items():
-        found |= _flat(value, f"{above}{key}.") if isinstance(value, Mapping) else {f"{above}{key}": _json(value)}
-    return found
 
 
 def _json(value: Any) -> str:

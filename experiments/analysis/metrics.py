@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
+
+from experiments.tracking.store import Result
 
 HEADLINES = ("identity_recall", "val_loss")  # what a leaderboard goes by: the first that was measured
 COSTS = ("density", "flops", "seconds_per_step")
@@ -79,3 +82,14 @@ class Measure:
     def rank(self, value: float | None) -> float:
         """Smaller for better, infinite for what was not measured."""
         return float("inf") if value is None else -value if self.higher else value
+
+
+def measures_to_rank_by(results: Iterable[Result]) -> list[str]:
+    """Return the measures that finished runs have and a report can rank by: all but the costs."""
+    finished = [result for result in results if result.status == "finished"]
+    names = dict.fromkeys((*FIGURES, *(name for result in finished for name in result.metrics)))
+
+    def measured(name: str) -> bool:
+        return any((vars(x) if name in FIGURES else x.metrics).get(name) is not None for x in finished)
+
+    return [name for name in names if name not in COSTS and measured(name)]

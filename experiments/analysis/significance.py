@@ -15,7 +15,7 @@ from itertools import combinations
 from string import ascii_lowercase
 
 import numpy as np
-from scipy import stats
+from scipy.special import bdtr, stdtr, stdtrit  # of scipy.stats, which takes a second to import, all that is used
 
 ALPHA = 0.05
 EXACT, DRAWN = 13, 9999  # signs of so many differences are flipped in all ways, of more in so many that are drawn
@@ -41,14 +41,16 @@ class Figure:
         values: Sequence[float | None], bounds: tuple[float, float] = (-float("inf"), float("inf"))
     ) -> Figure | None:
         """Of the runs that measured it; None if none did."""
-        measured = np.array([value for value in values if value is not None])
-        if not measured.size:
+        measured = [value for value in values if value is not None]
+        n = len(measured)
+        if n == 0:
             return None
-        mean, n = float(measured.mean()), len(measured)
+        mean = math.fsum(measured) / n
         if n == 1:
             return Figure(mean, None, 1)
-        whole = Figure(mean, float(measured.std(ddof=1)), n)
-        return replace(whole, low=max(mean - whole.half, bounds[0]), high=min(mean + whole.half, bounds[1]))
+        sd = math.sqrt(math.fsum((value - mean) ** 2 for value in measured) / (n - 1))
+        half = _critical(n) * sd / math.sqrt(n)
+        return Figure(mean, sd, n, max(mean - half, bounds[0]), min(mean + half, bounds[1]))
 
     @property
     def half(self) -> float:
@@ -61,7 +63,7 @@ class Figure:
 @cache
 def _critical(n: int) -> float:
     """How many standard errors a 95 % interval of n values reaches to each side."""
-    return float(stats.t.ppf(1 - ALPHA / 2, n - 1))
+    return float(stdtrit(n - 1, 1 - ALPHA / 2))
 
 
 @dataclass(frozen=True)
@@ -98,38 +100,31 @@ def differences(values: Mapping[str, Mapping[int, float]]) -> list[Difference]:
     first, second = np.triu_indices(len(names), 1)
     gaps = table[first] - table[second]  # (pairs, seeds)
     which, patterns = np.unique(~np.isnan(gaps), axis=0, return_inverse=True)
-    counts, tests = [0] * len(gaps), [NOT_TESTED] * len(gaps)
+    tested = np.full((len(gaps), 6), np.nan)  # what `_paired` gives, and p corrected
     for number, shared in enumerate(which):
         rows = np.flatnonzero(patterns.reshape(-1) == number)
-        for row, tested in zip(rows.tolist(), _paired(gaps[rows][:, shared]), strict=True):
-            counts[row], tests[row] = int(shared.sum()), tested
-    corrected = iter(holm([p for *_, p, _ in tests if p is not None]))
-    pairs = zip(first.tolist(), second.tolist(), counts, tests, strict=True)
-    return [
-        Difference(names[a], names[b], n, *tested, None if tested[3] is None else next(corrected))
-        for a, b, n, tested in pairs
-    ]
+        tested[rows, :5] = _paired(gaps[rows][:, shared])
+    known = ~np.isnan(tested[:, 3])
+    tested[known, 5] = holm(tested[known, 3])
+    counts = (~np.isnan(gaps)).sum(1).tolist()
+    plain = [[None if math.isnan(x) else x for x in row] for row in tested.tolist()]
+    pairs = zip(first.tolist(), second.tolist(), counts, plain, strict=True)
+    return [Difference(names[a], names[b], n, *figures) for a, b, n, figures in pairs]
 
 
-Tested = tuple[float | None, float | None, float | None, float | None, float | None]
-NOT_TESTED: Tested = (None, None, None, None, None)
-
-
-def _paired(gaps: np.ndarray) -> list[Tested]:
-    """Mean, its interval, p and p_exact of each row of differences (pairs, n), as `Difference` has them."""
-    count, n = gaps.shape
+def _paired(gaps: np.ndarray) -> np.ndarray:
+    """Of each row of differences (pairs, n) its mean, low, high, p, p_exact as `Difference` has them; NaN for None."""
+    n = gaps.shape[1]
     if n < 2:
-        return [NOT_TESTED] * count
+        return np.full((len(gaps), 5), np.nan)
     means, exact = gaps.mean(1), flipped(gaps)
     alike = np.isclose(gaps, gaps[:, :1], rtol=1e-9, atol=1e-15).all(1)
     errors = np.where(alike, 1.0, gaps.std(1, ddof=1) / math.sqrt(n))  # of pairs that are alike t is not defined
-    p = 2 * stats.t.sf(np.abs(means / errors), n - 1)
-    low, high = means - _critical(n) * errors, means + _critical(n) * errors
-    plain = zip(means.tolist(), low.tolist(), high.tolist(), p.tolist(), exact.tolist(), strict=True)
-    return [
-        (float(row[0]), None, None, flip if row[0] else 1.0, flip) if same else (mean, a, b, each, flip)
-        for (mean, a, b, each, flip), same, row in zip(plain, alike, gaps, strict=True)
-    ]
+    p = 2 * stdtr(n - 1, -np.abs(means / errors))
+    means = np.where(alike, gaps[:, 0], means)
+    half = np.where(alike, np.nan, _critical(n) * errors)
+    p = np.where(alike, np.where(means == 0, 1.0, exact), p)
+    return np.stack([means, means - half, means + half, p, exact], axis=1)
 
 
 def flipped(gaps: np.ndarray) -> np.ndarray:
@@ -196,10 +191,10 @@ def over_films(values: Mapping[str, Mapping[int, Sequence[float]]]) -> list[Film
 @cache
 def _sign_test(better: int, unequal: int) -> float:
     """The exact two-sided sign test."""
-    return float(stats.binomtest(better, unequal).pvalue) if unequal else 1.0
+    return min(1.0, 2 * float(bdtr(min(better, unequal - better), unequal, 0.5)))
 
 
-def holm(ps: Sequence[float]) -> list[float]:
+def holm(ps: Sequence[float] | np.ndarray) -> list[float]:
     """p values corrected for each other (Holm 1979), in their order: at 5 %, any false verdict in 5 % of reports."""
     values = np.asarray(ps, float)
     order = np.argsort(values, kind="stable")
@@ -232,7 +227,7 @@ def letters(names: Sequence[str], told_apart: Sequence[tuple[str, str]]) -> dict
 
 def detectable(n: int, pairs: int) -> float:
     """How many standard deviations of the paired differences the mean must pass for the first of `pairs` to hold."""
-    return float(stats.t.ppf(1 - ALPHA / 2 / pairs, n - 1)) / math.sqrt(n)
+    return float(stdtrit(n - 1, 1 - ALPHA / 2 / pairs)) / math.sqrt(n)
 
 
 def front(costs: Mapping[str, float], rank: Callable[[str], float]) -> list[str]:

@@ -7,10 +7,10 @@ import sys
 import tempfile
 from pathlib import Path
 
-from experiments.cli import runs, trained, pretrained, methods  # isort: skip  # each adds its commands, which help shows in this order
+from experiments.cli import runs, trained, pretrained, data, methods  # isort: skip  # each adds its commands, which help shows in this order
 from experiments.cli.shell import app
 
-__all__ = ["app", "main", "methods", "pretrained", "runs", "trained"]
+__all__ = ["app", "data", "main", "methods", "pretrained", "runs", "trained"]
 
 
 def main() -> None:

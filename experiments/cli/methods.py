@@ -15,12 +15,16 @@ from rich.table import Table
 
 from experiments.cli.shell import AsJson, Plugin, app, console, errors, load_plugins, plain
 from experiments.config.names import misspelt_choices, misspelt_match, misspelt_methods, parse
-from experiments.config.sections import TABLES, fields
+from experiments.config.sections import DATA, SECTIONS, Match, fields
 from experiments.escape import for_terminal as escape
+from experiments.sweep.schema import SweepFile
 from sparse_zoo.errors import refuse, unknown
 
 if TYPE_CHECKING:
     from sparse_zoo import Setting
+
+# What zoo settings shows, by section; data by the name of the datamodule.
+TABLES: dict[str, type] = {**SECTIONS, "match": Match, **DATA, "sweep": SweepFile}
 
 
 @app.command("list", epilog="Example: [bold]zoo list moc[/bold], or [bold]zoo list --plugin my_method.py[/bold]")
@@ -85,7 +89,7 @@ def list_(
 
 @app.command("settings", epilog="Example: [bold]zoo settings optim[/bold], then [bold]zoo train optim.lr=1e-3[/bold]")
 def settings_(
-    tables: Annotated[list[str] | None, typer.Argument(metavar="[SECTION]...", help=f"{', '.join(TABLES)}.")] = None,
+    sections: Annotated[list[str] | None, typer.Argument(metavar="[SECTION]...", help=f"{', '.join(TABLES)}.")] = None,
     as_json: AsJson = False,
 ) -> None:
     """Show what a config and a sweep file may hold: each setting with its type, default and meaning.
@@ -93,10 +97,8 @@ def settings_(
     A config's settings are given as SECTION.NAME=VALUE to zoo train, or under SECTION in a file. The settings of a
     method, which stand under attention, are shown by zoo list METHOD.
     """
-    known = {name.removeprefix("data="): name for name in TABLES}
-    asked = [name.removeprefix("data=") for name in tables or known]
-    refuse("zoo settings", [unknown("section", name, known) for name in asked if name not in known])
-    found = {known[name]: fields(known[name]) for name in asked}
+    refuse("zoo settings", [unknown("section", name, TABLES) for name in sections or [] if name not in TABLES])
+    found = {name: fields(TABLES[name]) for name in sections or TABLES}
     if as_json:
         print(json.dumps({name: [asdict(field) for field in own] for name, own in found.items()}))
         return

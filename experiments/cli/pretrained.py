@@ -21,6 +21,7 @@ Shots = Annotated[str | None, typer.Option(help="Latent frames of each shot: 6,6
 
 
 def shot_lengths(given: str | None) -> tuple[int, ...] | None:
+    """Return the latent frames of each shot, of a text such as "6,6,9"; raises `ZooError` for another text."""
     if given is None:
         return None
     parts = given.split(",")

@@ -11,13 +11,14 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.table import Table
 
+from experiments.analysis.metrics import measures_to_rank_by
 from experiments.cli.shell import AsJson, Plugin, app, console, errors, load_plugins
 from experiments.config.names import Override, misspelt, misspelt_choices
 from experiments.config.yaml12 import read_yaml
 from experiments.escape import for_terminal as escape
 from experiments.sweep.schema import Written, find_sized
-from experiments.tracking.store import read_sweep
-from sparse_zoo.errors import refuse
+from experiments.tracking.store import read, read_sweep
+from sparse_zoo.errors import refuse, unknown
 
 if TYPE_CHECKING:
     from experiments.reporting.report import Report
@@ -150,6 +151,8 @@ def sweep(
         preflight.check(loaded.cells)
         if executor == "local" and not dry_run:
             refuse("zoo sweep", _cannot_start(loaded.cells))
+        if executor != "local":
+            refuse(f"zoo sweep --executor {executor}", _machine_dependent(loaded.cells))
         if dry_run:
             from experiments.sweep.dry_run import Forecast
 
@@ -206,7 +209,11 @@ def report(
         * (markdown + latex + as_json + (results is not None) > 1)
         + ["--out needs --markdown or --latex"] * (out is not None and not markdown and not latex),
     )
-    read_sweep(name)  # a sweep that is not there is refused before what takes seconds to import
+    # An unknown sweep or measure is refused before the imports below, which take seconds.
+    asked = read_sweep(name)
+    if by is not None:
+        measured = measures_to_rank_by(read(cell, name) for cell in asked.cells)
+        refuse(f"report {name}", [unknown("measure", by, measured)] if by not in measured else [])
     from experiments.reporting.report import Report
 
     found = Report.of(name, by)
@@ -291,6 +298,21 @@ def _cannot_start(cells: Sequence[Cell]) -> list[str]:
     from experiments.config.resolve import cannot_start
 
     return list(dict.fromkeys(reason for cell in cells for reason in cannot_start(cell.config)))
+
+
+def _machine_dependent(cells: Sequence[Cell]) -> list[str]:
+    """Why ids of cells that run on other machines would not say what they compute.
+
+    Here their precision is the default, and so no part of the id; on a machine with a GPU the default is another.
+    """
+    from experiments.config.resolve import is_default_precision
+
+    return [
+        f"cell {cell.name}: trainer.precision is {cell.config['trainer']['precision']} with trainer.accelerator auto, "
+        "which may be another device where the cell runs; set trainer.accelerator to cpu or gpu"
+        for cell in cells
+        if cell.config["trainer"].get("accelerator", "auto") == "auto" and is_default_precision(cell.config["trainer"])
+    ]
 
 
 def _again() -> str:

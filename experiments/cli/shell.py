@@ -15,7 +15,7 @@ from typer.core import TyperGroup
 
 from experiments.escape import for_terminal as escape
 from experiments.execution import signals
-from experiments.redact import redact
+from experiments.redact import redact, redacted_messages
 from experiments.tracking.store import home
 from sparse_zoo.errors import ZooError
 
@@ -41,6 +41,7 @@ class Screen(Console):
 
     @property  # type: ignore[misc]  # rich's has a setter, which nothing here uses
     def size(self) -> ConsoleDimensions:
+        """Columns and rows."""
         found = super().size
         if not self.is_terminal and not os.environ.get("COLUMNS"):
             return ConsoleDimensions(PIPED, found.height)
@@ -55,10 +56,12 @@ class Notes(logging.Handler):
     """Shows what the data leaves out, each line once: a sweep sets up the same data for every cell."""
 
     def __init__(self) -> None:
+        """Start with no line shown."""
         super().__init__()
         self.shown: set[str] = set()
 
     def emit(self, record: logging.LogRecord) -> None:
+        """Show a record, unless its line was shown before."""
         line = redact(record.getMessage())
         if line not in self.shown:
             self.shown.add(line)
@@ -66,13 +69,14 @@ class Notes(logging.Handler):
 
 
 class Group(TyperGroup):
-    """Commands whose refusals are one clear message and exit code 2, not a traceback, and that signals end as such."""
+    """Commands that show a refusal as one message, with exit code 2 and no traceback, and that end on signals."""
 
     def invoke(self, ctx: Any) -> Any:
+        """Run the command; raises `typer.Exit` with code 2 for wrong use."""
         notes = Notes()
         logging.getLogger("datamodules").addHandler(notes)
         try:
-            with signals.caught():
+            with redacted_messages(), signals.caught():
                 return super().invoke(ctx)
         except KeyboardInterrupt as error:
             raise typer.Exit(signals.exit_code(error)) from error
@@ -119,4 +123,5 @@ def load_plugins(paths: Sequence[Path], *, data: bool = False) -> None:
 
 
 def plain(value: Any) -> Any:
+    """Return a setting's value as YAML shows it: a list for a tuple."""
     return list(value) if isinstance(value, tuple) else value

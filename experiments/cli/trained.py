@@ -36,7 +36,9 @@ def sample(
         int | None, typer.Option(min=0, help="Draw by shots, beside so many earlier ones, chosen by their means.")
     ] = None,
     steps: Annotated[int | None, typer.Option(min=1, help="Euler steps.")] = None,
-    out: Annotated[Path | None, typer.Option(help="Folder for the strips; a new one in the run if not given.")] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Folder for strips and videos; a new one in the run if not given.")
+    ] = None,
     plugin: Plugin = [],  # noqa: B006
     as_json: AsJson = False,
 ) -> None:
@@ -66,7 +68,7 @@ def sample(
     console.print(_drawn(sampled))
     for name, value in sampled.metrics.items():
         console.print(f"{escape(name)} {number(value)}")
-    console.print(f"The strips lie in {escape(sampled.folder)}", soft_wrap=True)
+    console.print(f"The strips and videos lie in {escape(sampled.folder)}", soft_wrap=True)
 
 
 Times = Annotated[
@@ -240,10 +242,10 @@ def _drawn(sampled: Sampled) -> Table:
     settings = " · ".join(f"{key} {value}" for key, value in sampled.sampling.items() if value is not None)
     table = Table(title=escape(f"{Path(sampled.checkpoint).name} · {settings}"), title_justify="left")
     chosen = sampled.sampling["context"] is not None
-    for title in ("film", "shots", "given", *(["each shot beside"] if chosen else []), "strip"):
+    for title in ("film", "shots", "given", *(["each shot beside"] if chosen else []), "strip", "video"):
         table.add_column(title, overflow="fold")
     for film in sampled.films:
         beside = [f"{shot}: {' '.join(map(str, taken)) or '–'}" for shot, taken in (film["taken"] or {}).items()]
         row = [film["name"], str(film["shots"]), str(film["given"]), *(["; ".join(beside)] if chosen else [])]
-        table.add_row(*map(escape, row), escape(Path(film["strip"]).name))
+        table.add_row(*map(escape, row), *(escape(Path(film[kind]).name) for kind in ("strip", "video")))
     return table

@@ -8,8 +8,8 @@ from typing import Any
 
 import sparse_zoo as zoo
 from experiments.analysis.metrics import TOLERANCE
-from experiments.config.declared import fits
-from experiments.config.names import MATCH
+from experiments.config.declared import fits, parameters
+from experiments.config.sections import Match
 from sparse_zoo.errors import refuse, unknown, unknown_setting
 
 KINDS = {
@@ -42,7 +42,8 @@ class Budget:
         kinds = [key for key in asked if key in KINDS]
         also, within = asked.get("also", {}), asked.get("within", TOLERANCE)
         well = isinstance(also, Mapping) and all(isinstance(own, Mapping) for own in also.values())
-        reasons = [unknown("key of match", key, MATCH) for key in asked if key not in MATCH]
+        known = parameters(Match)
+        reasons = [unknown("key of match", key, known) for key in asked if key not in known]
         reasons += (
             [] if len(kinds) == 1 else [f"match needs one of {', '.join(KINDS)}, got {', '.join(kinds) or 'none'}"]
         )
@@ -58,8 +59,8 @@ class Budget:
             if name not in zoo.names():
                 reasons.append(unknown("method under match.also", name, zoo.names()))
                 continue
-            known = [*zoo.settings(name)]
-            reasons += [f"match.also.{name}: {unknown_setting(key, known)}" for key in own if key not in known]
+            settings = [*zoo.settings(name)]
+            reasons += [f"match.also.{name}: {unknown_setting(key, settings)}" for key in own if key not in settings]
             reasons += [
                 f"match.also.{name}.{key} must be a list of candidates, got {values!r}"
                 for key, values in own.items()

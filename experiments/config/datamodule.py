@@ -7,12 +7,14 @@ from collections.abc import Callable, Mapping
 from importlib import import_module
 from inspect import getattr_static, isclass
 from pathlib import Path
-from typing import Any, Protocol, cast, get_args, get_type_hints
+from typing import Any, Protocol, cast, get_args
 
 from lightning.pytorch import LightningDataModule
 from torchmetrics import Metric
 
-from datamodules import ShotWorld, VideoFilms
+from datamodules import LatentFilms, ShotWorld, VideoFilms
+from experiments.config.declared import declared_types
+from experiments.config.sections import DATA
 from sparse_zoo.errors import refuse, unknown
 from sparse_zoo.registry import import_file, importing
 
@@ -49,12 +51,16 @@ class FilmData(Protocol):
         ...
 
 
-PATHS = ("folder", "captions", "cache")  # settings of ours that name files
-OURS: dict[str, Callable[..., FilmData]] = {"shot_world": ShotWorld, "video_films": VideoFilms}
+PATHS = ("folder", "captions", "cache", "vae")  # settings of ours that name files
+OURS: dict[str, Callable[..., FilmData]] = {
+    "shot_world": ShotWorld,
+    "video_films": VideoFilms,
+    "latent_films": LatentFilms,
+}
 
 
 def find(name: str) -> Callable[..., FilmData]:
-    """The class of a datamodule: "shot_world", "video_films", "path/of/file.py:Class" or "package.module:Class".
+    """The class of a datamodule: one of `OURS`, "path/of/file.py:Class" or "package.module:Class".
 
     Raises `ZooError` if there is none.
     """
@@ -72,6 +78,15 @@ def find(name: str) -> Callable[..., FilmData]:
     return cast("Callable[..., FilmData]", classes[wanted])
 
 
+def declares(films: Callable[..., FilmData]) -> Callable[..., Any]:
+    """Return what declares the settings of a datamodule: the dataclass of one of ours, or the class itself.
+
+    A class of yours that inherits from one of ours and has no `__init__` of its own takes the same settings.
+    """
+    own = getattr_static(films, "__init__")
+    return next((DATA[name] for name, cls in OURS.items() if own is getattr_static(cls, "__init__")), films)
+
+
 def _is_data(cls: type) -> bool:
     return issubclass(cls, LightningDataModule) and cls is not LightningDataModule
 
@@ -82,11 +97,11 @@ def absolute(settings: Mapping[str, Any], films: Callable[..., FilmData]) -> dic
     Paths are `PATHS` of our own classes, and whatever a class of yours declares as `Path`; so is the file in its name.
     An expression, which stands for a text of the environment, stays one.
     """
-    hints = get_type_hints(getattr_static(films, "__init__"))
+    types = declared_types(films)
     ours = PATHS if films in OURS.values() else ()
     made = dict(settings)
     for key, value in settings.items():
-        if key in ours or hints.get(key) is Path or Path in get_args(hints.get(key)):
+        if key in ours or types.get(key) is Path or Path in get_args(types.get(key)):
             made[key] = [_absolute(one) for one in value] if isinstance(value, list) else _absolute(value)
     place, colon, wanted = str(settings["name"]).rpartition(":")
     if place.endswith(".py"):
@@ -98,6 +113,12 @@ def _absolute(place: Any) -> Any:
     if not isinstance(place, str) or place.startswith("package:") or "://" in place or "${" in place:
         return place
     return os.path.realpath(os.path.expanduser(place))
+
+
+def shape(data: FilmData) -> dict[str, Any]:
+    """The arguments of `VideoDiT` that follow from the data."""
+    text = {"text_dim": data.text_dim} if hasattr(data, "text_dim") else {}
+    return {"channels": data.channels, "patch": list(data.patch), "vocabulary": data.vocabulary, **text}
 
 
 def build(settings: Mapping[str, Any]) -> FilmData:

@@ -12,8 +12,11 @@ import inspect
 import json
 import re
 import types
+from collections.abc import Callable, Mapping
 from functools import cache
-from typing import TYPE_CHECKING, Any, Literal, Union, get_args, get_origin
+from typing import TYPE_CHECKING, Any, Literal, Union, get_args, get_origin, get_type_hints
+
+from sparse_zoo.errors import unknown
 
 if TYPE_CHECKING:
     from pydantic import ConfigDict, TypeAdapter
@@ -66,14 +69,48 @@ def as_declared(value: Any, hint: Any) -> Any:
 
 
 def misfit(key: str, value: Any, hint: Any) -> str:
-    """Why a value cannot stand for a parameter of this type; nothing where it can."""
-    if fits(value, hint):
+    """Return why a value cannot stand for a parameter of this type; "" where it can, or is a `${...}` to resolve."""
+    if "${" in str(value) or fits(value, hint):
         return ""
     if choices := _choices(hint):
         return f"{key} must be one of {', '.join(dict.fromkeys(map(str, choices)))}, got {value!r}"
     wanted = hint.__name__ if inspect.isclass(hint) else re.sub(r"typing\.|collections\.abc\.", "", str(hint))
     wanted = re.sub(r"\bbool\b", "true or false", wanted)
     return f"{key} must be {wanted}, got {value!r}"
+
+
+def misfits(section: str, given: Mapping[str, Any], build: Callable[..., Any], *, partial: bool = False) -> list[str]:
+    """Return why a class cannot be made from settings: unknown ones, values of a wrong type, and missing ones.
+
+    Args:
+        section: Name of the settings in messages.
+        given: The settings by name.
+        build: The class, or what else makes an object of them: its signature declares the settings.
+        partial: Whether other settings may still be added, so that none is missing yet.
+
+    Returns:
+        The reasons; none where all settings fit.
+    """
+    declared, hints = parameters(build), declared_types(build)
+    needed = [] if partial else [name for name, x in declared.items() if x.default is x.empty and name not in given]
+    reasons = [
+        *(unknown(f"key of {section}", key, declared) for key in given if key not in declared),
+        *(f"{section}.{name} is needed" for name in needed),
+        *(misfit(f"{section}.{key}", given[key], hints.get(key, Any)) for key in given if key in declared),
+    ]
+    return [reason for reason in reasons if reason]
+
+
+def parameters(build: Callable[..., Any]) -> dict[str, inspect.Parameter]:
+    """Return the parameters that `build` names, without `*args` and `**kwargs`."""
+    every = inspect.signature(build).parameters.items()
+    return {name: x for name, x in every if x.kind not in (x.VAR_KEYWORD, x.VAR_POSITIONAL)}
+
+
+@cache
+def declared_types(build: Callable[..., Any]) -> dict[str, Any]:
+    """Return the declared types of what a class is made from."""
+    return get_type_hints(inspect.getattr_static(build, "__init__"))
 
 
 def _choices(hint: Any) -> list[Any]:

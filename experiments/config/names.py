@@ -10,7 +10,6 @@ import ast
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cache
-from importlib.metadata import entry_points
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -18,9 +17,12 @@ from typing import Any
 import yaml  # type: ignore[import-untyped]
 
 from experiments.config import yaml12
+from experiments.config.declared import misfits
+from experiments.config.sections import DATA, SECTIONS, Match, without_result
 from sparse_zoo.errors import ZooError, refuse, unknown, unknown_setting
 
 CONFIGS = Path(__file__).parents[1] / "configs"
+<<<<<<< HEAD
 # The class that each section of a config is made into.
 SECTIONS = {
     "model": "lit_modules.settings:Model",
@@ -45,6 +47,8 @@ GIVEN: dict[str, set[str]] = {
 }
 DATA = {"shot_world": "datamodules.shot_world:ShotWorld", "video_films": "datamodules.videos:VideoFilms"}
 MATCH = ("density", "flops", "seconds", "within", "also", "set")
+=======
+>>>>>>> main
 # Options that take one of a few names.
 CHOICES = {
     "executor": ("local", "slurm", "ray"),
@@ -92,17 +96,18 @@ def misspelt(overrides: Sequence[Override], *, plugins: bool) -> list[str]:
         if section not in base:
             reasons.append(unknown("config key", key, base))
         elif below:
-            inside[section][below[0]] = None
+            for part in reversed(below[1:]):
+                value = {part: value}
+            inside[section][below[0]] = value
         elif section in named:
             named[section] = {"name": value} if isinstance(value, str) else value
             if section == "attention" or (isinstance(value, Mapping) and "name" in value):
                 inside[section] = {}
         if section in base and not below and isinstance(value, Mapping):
             inside[section] |= value
-    for section, place in SECTIONS.items():
-        allowed = (settings(place) or set()) - GIVEN.get(section, set())
-        reasons += [unknown(f"key of {section}", x, allowed) for x in inside[section] if x not in allowed]
-    reasons += [unknown("key of match", x, MATCH) for x in inside["match"] if x not in MATCH]
+    for section, declared in {**SECTIONS, "match": Match}.items():
+        reasons += misfits(section, inside[section], declared, partial=True)
+    reasons += without_result(inside["trainer"])
     reasons += _data(named["data"], inside["data"]) + _attention(named["attention"], inside["attention"], plugins)
     return list(dict.fromkeys(reasons))
 
@@ -133,8 +138,7 @@ def misspelt_choices(plugins: bool, **given: str | None) -> list[str]:
 
 def misspelt_match(asked: str | None) -> list[str]:
     """The same for a budget, KIND=VALUE."""
-    key = MATCH[0] if asked is None else parse(asked)[0]
-    return [] if key in MATCH else [unknown("key of match", key, MATCH)]
+    return [] if asked is None else misfits("match", dict([parse(asked)]), Match)
 
 
 def _pairs(overrides: Sequence[Override], reasons: list[str]) -> list[tuple[str, Any]]:
@@ -153,8 +157,8 @@ def _pairs(overrides: Sequence[Override], reasons: list[str]) -> list[tuple[str,
 def _data(named: Any, inside: Mapping[str, Any]) -> list[str]:
     name = str(named.get("name")) if isinstance(named, Mapping) else ""
     if name in DATA:
-        allowed = {"name"} | (settings(DATA[name]) or set())
-        return [unknown("key of data", key, allowed - {"name"}) for key in inside if key not in allowed]
+        own = {key: value for key, value in inside.items() if key != "name"}
+        return misfits("data", own, DATA[name], partial=True)
     if ":" in name:
         return []
     known = unknown("data", name, _yaml("data.yaml"))
@@ -189,6 +193,8 @@ def _misspelt_method(name: str, keys: Iterable[str], plugins: bool) -> list[str]
 
 def _more(plugins: bool) -> bool:
     """Whether there may be methods and kernels beside those of `sparse_zoo`."""
+    from importlib.metadata import entry_points  # here: it takes a tenth of the time of `zoo --help`
+
     return plugins or any(entry_points(group="sparse_zoo.methods"))
 
 
@@ -237,16 +243,8 @@ def settings(place: str) -> set[str] | None:
         found = {x.arg for x in (*arguments.posonlyargs, *arguments.args, *arguments.kwonlyargs)} - {"self"}
         if arguments.kwarg is None:
             return found
-    elif any("dataclass" in ast.unparse(decorator) for decorator in node.decorator_list):
-        found = {x.target.id for x in node.body if isinstance(x, ast.AnnAssign) and isinstance(x.target, ast.Name)}
     bases = [settings(f"{module}:{base.id}") if isinstance(base, ast.Name) else None for base in node.bases]
     return None if None in bases else found.union(*(base for base in bases if base))
-
-
-def class_at(place: str) -> tuple[str, ast.ClassDef]:
-    """The module and the source of a class, "package.module:Class"."""
-    module, name = place.split(":")
-    return module, _classes(module)[name]
 
 
 @cache

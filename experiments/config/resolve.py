@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import json
 import logging
 import os
@@ -11,9 +10,9 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from copy import deepcopy
 from functools import cache, lru_cache, partial
-from importlib import import_module
-from typing import Any, get_type_hints
+from typing import Any
 
+import torch
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from omegaconf.resolvers import oc
@@ -22,12 +21,15 @@ import sparse_zoo as zoo
 from experiments.analysis.metrics import TOLERANCE
 from experiments.config import datamodule
 from experiments.config.budget import Budget
-from experiments.config.declared import as_declared, fits, misfit
-from experiments.config.names import CONFIGS, GIVEN, MATCH, SECTIONS, Override, parse
+from experiments.config.declared import as_declared, declared_types, fits, misfit, misfits, parameters
+from experiments.config.names import CONFIGS, Override, parse
+from experiments.config.names import methods as shipped_methods
+from experiments.config.sections import PRECISIONS, SECTIONS, Match, without_result
 from experiments.config.yaml12 import read_yaml
 from experiments.redact import hide
 from experiments.tracking.identity import identity
 from experiments.tracking.store import Cell, config_id, home
+from lit_modules.precision import default_precision
 from sparse_zoo.errors import ZooError, refuse, unknown
 from sparse_zoo.layers import per_layer
 from sparse_zoo.schedule import phases as phases_of
@@ -88,19 +90,25 @@ def _canonical(config: Config) -> Config:
     A number is as its setting is declared (`1` is `1.0` where a float is wanted), a tuple is a list, a path of data is
     absolute, a precision has Lightning's full name. What does not fit stays as it is, for `check` to refuse.
     """
-    from lightning.fabric.plugins.precision.precision import _PRECISION_INPUT_STR_ALIAS_CONVERSION as PRECISIONS
-
     made = dict(config)
+<<<<<<< HEAD
     for section, build in _sections().items():
         if isinstance(config.get(section), Mapping):
             made[section] = _declared(config[section], _hints(build))
+=======
+    for section, build in SECTIONS.items():
+        if isinstance(config[section], Mapping):
+            made[section] = _declared(config[section], declared_types(build))
+>>>>>>> main
     if isinstance(made["trainer"], Mapping) and "precision" in made["trainer"]:
         precision = made["trainer"]["precision"]
         made["trainer"] = {**made["trainer"]} | {"precision": PRECISIONS.get(str(precision), precision)}
     if isinstance(config["data"], Mapping):
         with suppress(ZooError):  # `check` says why there is no such class
             films = datamodule.find(str(config["data"].get("name")))
-            made["data"] = datamodule.absolute(_declared(config["data"], _hints(films)), films)
+            made["data"] = datamodule.absolute(
+                _declared(config["data"], declared_types(datamodule.declares(films))), films
+            )
     layers = config["attention"] if isinstance(config["attention"], list) else [config["attention"]]
     layers = [_declared_method(layer) for layer in layers]
     made["attention"] = layers if isinstance(config["attention"], list) else layers[0]
@@ -118,8 +126,15 @@ def _is_method(name: Any) -> bool:
 
 
 def cell(name: str, config: Config, group: str | None = None) -> Cell:
-    """The cell of a resolved config; its id is of all settings, so that a default written out changes nothing."""
-    return Cell(name, config, group, config_id(identity(_complete(config))))
+    """Return the cell of a config.
+
+    Its id is that of all settings, so that a default that is written out changes nothing. A text from the environment
+    is part of the id in `attention`, where it may decide what is computed, and not in `data`, where it is a place.
+    """
+    computed = config
+    if any("${" in text for text in _texts(config["attention"])):
+        computed = config | {"attention": resolve(config)["attention"]}
+    return Cell(name, config, group, config_id(identity(_complete(computed))))
 
 
 # What Lightning makes of None.
@@ -137,14 +152,20 @@ NONE_MEANS = {
 
 def _complete(config: Config) -> Config:
     """The config with every default of its classes written out, and a method for each layer."""
-
     made = dict(config)
+<<<<<<< HEAD
     for section, build in _sections().items():
         if section in config:
             made[section] = _defaults(_parameters(build, GIVEN.get(section, ())), _hints(build)) | config[section]
+=======
+    for section, build in SECTIONS.items():
+        made[section] = _defaults(build) | config[section]
+>>>>>>> main
     made["trainer"] |= {key: value for key, value in NONE_MEANS.items() if made["trainer"].get(key) is None}
+    if is_default_precision(made["trainer"]):
+        made["trainer"]["precision"] = None
     films = datamodule.find(str(config["data"]["name"]))
-    made["data"] = datamodule.absolute(_defaults(_parameters(films), _hints(films)) | config["data"], films)
+    made["data"] = datamodule.absolute(_defaults(datamodule.declares(films)) | config["data"], films)
     layers = config["attention"] if isinstance(config["attention"], list) else [config["attention"]]
     layers = [_default_settings(layer["name"]) | layer for layer in layers]
     made["attention"] = layers * config["model"]["depth"] if isinstance(config["attention"], dict) else layers
@@ -153,10 +174,20 @@ def _complete(config: Config) -> Config:
     return made
 
 
-def _defaults(parameters: Mapping[str, inspect.Parameter], hints: Mapping[str, Any]) -> dict[str, Any]:
+def is_default_precision(trainer: Mapping[str, Any]) -> bool:
+    """Return whether the trainer's precision is written out and is the default of its accelerator on this machine.
+
+    A GPU that is asked for and is not here is another machine's, whose default is not known.
+    """
+    accelerator = trainer.get("accelerator", "auto")
+    elsewhere = accelerator in ("gpu", "cuda") and not torch.cuda.is_available()
+    return not elsewhere and trainer.get("precision") == default_precision(accelerator)
+
+
+def _defaults(build: Callable[..., Any]) -> dict[str, Any]:
     """The defaults that JSON knows, by name."""
-    found = {}
-    for name, parameter in parameters.items():
+    found, hints = {}, declared_types(build)
+    for name, parameter in parameters(build).items():
         with suppress(TypeError, ValueError):
             json.dumps(parameter.default, allow_nan=False)
             found[name] = as_declared(parameter.default, hints.get(name, Any))
@@ -220,10 +251,11 @@ def _texts(part: Any) -> Iterator[str]:
 
 
 def _storable(config: Config, resolved: Config) -> Config:
-    """The resolved config, but in `data` with the expression in place of each text that comes from the environment.
+    """The resolved config, with the expression in place of each free text that comes from the environment.
 
-    Such a text may be a secret, or a place on this machine: it is no part of what is written, nor of the id. Numbers
-    are (`oc.decode`), and so are the name by which the class is found and every other section: what the run computes.
+    Such a text may be a secret, or a place on this machine, so it is never written. Free texts are those of `data`, of
+    methods of one's own and of `trainer.model_registry`: every other text is one of a few choices, and stays, as do
+    numbers (`oc.decode`) and the names of methods and data.
     """
     secrets: set[str] = set()
 
@@ -238,11 +270,27 @@ def _storable(config: Config, resolved: Config) -> Config:
             return {key: inner if key == "name" else keep(raw.get(key), inner) for key, inner in value.items()}
         if isinstance(raw, list) and isinstance(value, list):
             return [keep(*pair) for pair in zip(raw, value, strict=True)]
-        told = isinstance(value, str | list | Mapping) and any(secret in str(value) for secret in secrets)
-        return raw if isinstance(raw, str) and "${" in raw and told else value
+        secret = isinstance(value, str | list | Mapping) and any(one in str(value) for one in secrets)
+        return raw if isinstance(raw, str) and "${" in raw and secret else value
+
+    def keep_methods(raw: Any, value: Any) -> Any:
+        if isinstance(raw, list) and isinstance(value, list):
+            return [keep_methods(*pair) for pair in zip(raw, value, strict=True)]
+        if not isinstance(raw, Mapping) or not isinstance(value, Mapping):
+            return value
+        if "cycle" in value:
+            return {**value, "cycle": keep_methods(raw.get("cycle"), value["cycle"])}
+        return value if value.get("name") in shipped_methods() else keep(raw, value)
 
     collect(config, resolved)
-    return resolved | {"data": keep(config["data"], resolved["data"])}
+    if not secrets:
+        return resolved
+    trainer = resolved["trainer"]
+    if isinstance(trainer, Mapping) and "model_registry" in trainer:
+        registry = keep(config["trainer"]["model_registry"], trainer["model_registry"])
+        trainer = {**trainer, "model_registry": registry}
+    attention = keep_methods(config["attention"], resolved["attention"])
+    return resolved | {"data": keep(config["data"], resolved["data"]), "trainer": trainer, "attention": attention}
 
 
 def _items(part: Any) -> Iterable[tuple[Any, Any]]:
@@ -251,12 +299,6 @@ def _items(part: Any) -> Iterable[tuple[Any, Any]]:
 
 def _at(part: Any, key: Any) -> Any:
     return part[key] if isinstance(part, Mapping | list) else None
-
-
-def _sections() -> dict[str, Callable[..., Any]]:
-    """The class that each section of a config is made into."""
-    places = {section: place.split(":") for section, place in SECTIONS.items()}
-    return {section: getattr(import_module(module), name) for section, (module, name) in places.items()}
 
 
 @cache
@@ -269,31 +311,43 @@ def check(config: Config) -> list[str]:
     """Every reason why this config cannot run; none when it can."""
     config = resolve(config)
     from lit_modules import VideoDiT
+<<<<<<< HEAD
     from lit_modules.settings import Flow, Model, Optim, Parallel, Sampling
+=======
+>>>>>>> main
 
     model, films = config["model"], {key: value for key, value in config["data"].items() if key != "name"}
     # What has the right names and types may still be out of range: the parts themselves know.
     parts: dict[str, Callable[[], object]] = {
+<<<<<<< HEAD
         "flow": lambda: Flow(**config["flow"]),
         "optim": lambda: Optim(**config["optim"]),
         "sampling": lambda: Sampling(**config["sampling"]),
         "parallel": lambda: Parallel(**config.get("parallel", {})),
+=======
+        section: partial(SECTIONS[section], **config[section]) for section in ("flow", "optim", "sampling")
+>>>>>>> main
     }
     try:
-        reasons = _misfits("data", films, datamodule.find(str(config["data"].get("name"))))
+        reasons = misfits("data", films, datamodule.declares(datamodule.find(str(config["data"].get("name")))))
     except ZooError as error:
         reasons = [str(error)]
     reasons = reasons or refusals(lambda: datamodule.build(config["data"]))
+<<<<<<< HEAD
     for section, build in _sections().items():
         wrong = [] if section == "model" else _misfits(section, config.get(section, {}), build, GIVEN.get(section, ()))
+=======
+    for section, build in SECTIONS.items():
+        wrong = [] if section == "model" else misfits(section, config[section], build)
+>>>>>>> main
         reasons += wrong or refusals(parts.get(section, lambda: None))
         if section == "trainer":
-            reasons += _trainer({key: value for key, value in config[section].items() if _declares(build, key, value)})
+            reasons += _trainer({key: value for key, value in config[section].items() if _takes(build, key, value)})
     if not fits(config["seed"], int) or not 0 <= config["seed"] < 2**32:
         reasons.append(f"seed must be a whole number from 0 to 2³² - 1, got {config['seed']!r}")
     if "match" in config:
         reasons += refusals(lambda: Budget.of(config["match"]))
-    wrong = _misfits("model", model, Model)
+    wrong = misfits("model", model, SECTIONS["model"])
     if not wrong and (model["heads"] < 1 or model["dim"] % model["heads"]):
         wrong = [f"model.heads {model['heads']} must divide model.dim {model['dim']}"]
     # Where the model's shape is wrong, the attention is still judged, in one that is right.
@@ -345,13 +399,16 @@ def _parallel(config: Config) -> list[str]:
 
 def known(config: Config) -> set[str]:
     """The dotted keys, at most two deep, that the parts of a config know; they need not be set."""
-
-    inside = {section: [*_parameters(build, GIVEN.get(section, ()))] for section, build in _sections().items()}
-    inside |= {"match": [key for key in MATCH if key != "set"], "attention": ["name", "schedule"], "data": ["name"]}
+    inside = {section: [*parameters(build)] for section, build in SECTIONS.items()}
+    inside |= {
+        "match": [key for key in parameters(Match) if key != "set"],
+        "attention": ["name", "schedule"],
+        "data": ["name"],
+    }
     if isinstance(config["attention"], dict) and (method := config["attention"].get("name")) in zoo.names():
         inside["attention"] += zoo.settings(method)
     with suppress(ZooError):
-        inside["data"] += _parameters(datamodule.find(str(config["data"].get("name"))))
+        inside["data"] += parameters(datamodule.declares(datamodule.find(str(config["data"].get("name")))))
     return {"seed", *inside, *(f"{section}.{key}" for section, keys in inside.items() for key in keys)}
 
 
@@ -431,6 +488,8 @@ def _out_of_range(given: Mapping[str, Any]) -> dict[str, str]:
     }
     if given.get("max_time") == NO_TIME:
         low["max_time"] = f"trainer.max_time must be above {NO_TIME}, got {NO_TIME!r}"
+    if refused := without_result(given):
+        low["fast_dev_run"] = refused[0]
     return low | {
         key: f"trainer.{key} must be above 0, got {given[key]!r}"
         for key in ABOVE_ZERO
@@ -512,8 +571,6 @@ def _attention(config: Config, dim: int, heads: int) -> list[str]:
 
 def _attends(settings: Mapping[str, Any], dim: int, heads: int, trainer: Mapping[str, Any]) -> list[str]:
     """Why a layer's method cannot be built or attend, in every phase where its settings are scheduled."""
-    import torch
-
     own = {key: value for key, value in settings.items() if key != "schedule"}
     try:
         phases = {0: own} if settings.get("schedule") is None else phases_of(own, settings["schedule"])
@@ -524,8 +581,6 @@ def _attends(settings: Mapping[str, Any], dim: int, heads: int, trainer: Mapping
         return [_since(start, reason) for reason, start in misfits.items()]
     layout = zoo.Layout.film([zoo.Shot(2, 2, 2, 1), zoo.Shot(1, 2, 2)], caption=1)
     cuda = torch.cuda.is_available() and trainer.get("accelerator", "auto") in ("auto", "gpu", "cuda")
-    from lit_modules.precision import default_precision
-
     precision = str(trainer.get("precision") or default_precision(trainer.get("accelerator", "auto")))
     dtype = torch.bfloat16 if "bf16" in precision else torch.float16 if "16" in precision else torch.float32
     device = "cuda" if cuda else "cpu"
@@ -558,16 +613,8 @@ def _hints_of_method(name: str) -> dict[str, Any]:
     """The declared types of a method's settings, those of its bases too."""
     hints: dict[str, Any] = {}
     for cls in reversed(zoo.get(name).__mro__[:-1]):
-        hints |= _hints(cls)
+        hints |= declared_types(cls)
     return hints
-
-
-@cache
-def _hints(build: Callable[..., Any]) -> dict[str, Any]:
-    """The declared types of what a class is made from."""
-    hints = get_type_hints(inspect.getattr_static(build, "__init__"))
-    # Lightning's limits and intervals count where they are ints and are shares where they are floats; this is a length.
-    return hints | ({"gradient_clip_val": float | None} if "gradient_clip_val" in hints else {})
 
 
 def _since(step: int, reason: str) -> str:
@@ -630,30 +677,6 @@ def _assign_data(config: Config, value: dict[str, Any]) -> str:
     return ""
 
 
-def _misfits(section: str, given: Mapping[str, Any], build: Callable[..., Any], taken: Iterable[str] = ()) -> list[str]:
-    """Why the class `build` cannot be made from `given`."""
-    hints = _hints(build)
-    parameters = _parameters(build, taken)
-    needed = [name for name, parameter in parameters.items() if parameter.default is parameter.empty]
-    return [
-        reason
-        for reason in [
-            *(unknown(f"key of {section}", key, parameters) for key in given if key not in parameters),
-            *(f"{section}.{name} is needed" for name in needed if name not in given),
-            *(misfit(f"{section}.{key}", given[key], hints.get(key, Any)) for key in given if key in parameters),
-        ]
-        if reason
-    ]
-
-
-def _declares(build: Callable[..., Any], key: str, value: Any) -> bool:
+def _takes(build: Callable[..., Any], key: str, value: Any) -> bool:
     """Whether a class takes such a value under this key."""
-    return key in _parameters(build) and fits(value, _hints(build).get(key, Any))
-
-
-def _parameters(build: Callable[..., Any], taken: Iterable[str] = ()) -> dict[str, inspect.Parameter]:
-    return {
-        name: parameter
-        for name, parameter in inspect.signature(build).parameters.items()
-        if name not in taken and parameter.kind not in (parameter.VAR_KEYWORD, parameter.VAR_POSITIONAL)
-    }
+    return key in parameters(build) and fits(value, declared_types(build).get(key, Any))

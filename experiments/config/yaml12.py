@@ -39,6 +39,7 @@ class Loader(yaml.SafeLoader):  # type: ignore[misc]
     yaml_constructors: dict[str | None, Any] = {}
 
     def construct_mapping(self, node: Any, deep: bool = False) -> dict[str, Any]:
+        """Return a mapping whose keys are the texts that were written; raises `yaml.YAMLError` for a repeated key."""
         lines: dict[str, int] = {}
         for key, _ in node.value:
             line = key.start_mark.line + 1

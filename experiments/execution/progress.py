@@ -83,8 +83,11 @@ class Bar:
 
 
 @contextmanager
-def counting(console: Console, what: str, total: int) -> Iterator[Callable[..., None]]:
-    """One line that moves on with each of `total` steps; call what this gives with a note, and 0 if no step is done."""
+def counting(console: Console, what: str, total: int | None) -> Iterator[Callable[..., None]]:
+    """One line that moves on with each of `total` steps (None: not known).
+
+    Call what this gives with a note, and 0 if no step is done.
+    """
     columns = (
         TextColumn(what),
         BarColumn(),

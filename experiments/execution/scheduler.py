@@ -9,26 +9,24 @@ from __future__ import annotations
 
 import logging
 import os
-import signal
 import sys
 import time
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
-from multiprocessing import get_context
 from multiprocessing.connection import Connection
 from multiprocessing.connection import wait as wait_for
 from pathlib import Path
 from typing import Any
-from unittest.mock import patch
 
 import torch
 
 from experiments.execution import signals
+from experiments.execution.processes import Worker, end
 from experiments.execution.progress import Bar
 from experiments.execution.work import POLL, Work, devices, on_gpu
 from experiments.sweep.expand import Sweep
-from experiments.sweep.grid import flatten
+from experiments.tracking.identity import flatten
 from experiments.tracking.mlflow_logger import Tracker
 from experiments.tracking.store import Asked, Cell, Result, asked_before, read, write_sweep
 from sparse_zoo.errors import ZooError, refuse
@@ -36,7 +34,6 @@ from sparse_zoo.registry import import_file
 
 OVERVIEW = 60.0  # seconds between looks of MLflow's parent run at its cells
 ABOVE = "Parameters list the values of all cells, metrics are means over finished ones, cells.json has each. Report:"
-ENDING = 10.0  # seconds that a process has, beyond a step, to write its cell down when the sweep is interrupted
 
 
 def execute(
@@ -183,8 +180,12 @@ def _in_processes(works: list[Work], jobs: int, bar: Bar) -> Iterator[Result]:
     No pool of a library: those take the death of one process, say for want of memory, for the end of all.
     """
     waiting, told = deque(works), set[str]()
+<<<<<<< HEAD
     each = max(devices(work.cell) for work in works)
     workers = [_Worker(number, jobs, each) for number in range(jobs)]
+=======
+    workers = [Worker(number, jobs, _serve) for number in range(jobs)]
+>>>>>>> main
     try:
         while waiting or any(worker.work for worker in workers):
             for worker in workers:
@@ -197,7 +198,11 @@ def _in_processes(works: list[Work], jobs: int, bar: Bar) -> Iterator[Result]:
                 try:
                     kind, *told_of = worker.pipe.recv()
                 except EOFError:
+<<<<<<< HEAD
                     workers[worker.number] = _Worker(worker.number, jobs, each)
+=======
+                    workers[worker.number] = Worker(worker.number, jobs, _serve)
+>>>>>>> main
                     bar.dropped(work.cell.name, f"its process {worker.fate()}; the same command goes on with it")
                     yield read(work.cell, work.sweep)
                     continue
@@ -215,6 +220,7 @@ def _in_processes(works: list[Work], jobs: int, bar: Bar) -> Iterator[Result]:
                     told.add(work.cell.name)
                 waiting.append(work)
     finally:
+<<<<<<< HEAD
         for worker in workers:
             worker.process.terminate()
         try:
@@ -252,6 +258,9 @@ class _Worker:
         self.process.join()
         code = self.process.exitcode or 0
         return f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
+=======
+        end(workers)
+>>>>>>> main
 
 
 def _serve(pipe: Connection, threads: int) -> None:

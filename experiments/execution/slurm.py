@@ -10,7 +10,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -94,6 +94,22 @@ def submit(works: list[Work], settings: Mapping[str, Any], at_once: int | None) 
 
     `settings` are parameters of sbatch: those that submitit knows, or else as they are.
     """
+    needed()
+    folder = home() / works[0].sweep / "slurm"
+    register = folder / "jobs.json"
+    before: dict[str, str] = json.loads(register.read_text(encoding="utf-8")) if register.exists() else {}
+    alive = queued()
+    jobs = {before[work.cell.id]: work for work in works if before.get(work.cell.id) in alive}
+    new = [work for work in works if before.get(work.cell.id) not in alive]
+    if new:
+        made = queue_up([Job(work, home()) for work in new], folder, works[0].sweep, settings, at_once or len(new))
+        jobs |= {job.job_id: work for job, work in zip(made, new, strict=True)}
+    write_json(register, before | {work.cell.id: job for job, work in jobs.items()})
+    return jobs
+
+
+def needed() -> None:
+    """Raise `ZooError` where there is no SLURM."""
     refuse(
         "--executor slurm",
         [
@@ -101,9 +117,30 @@ def submit(works: list[Work], settings: Mapping[str, Any], at_once: int | None) 
             "there is no sbatch on this machine" if shutil.which("sbatch") is None else "",
         ],
     )
+
+
+def queue_up(
+    calls: Sequence[Callable[[], object]], folder: Path, name: str, settings: Mapping[str, Any], at_once: int
+) -> list[Any]:
+    """Submit calls as one array job.
+
+    Args:
+        calls: One an element of the array.
+        folder: For submitit's files and the logs.
+        name: Of the job.
+        settings: Parameters of sbatch: those that submitit knows, or else as they are.
+        at_once: How many elements run at a time.
+
+    Returns:
+        submitit's job of each call.
+
+    Raises:
+        ZooError: if SLURM does not take the job.
+    """
     import submitit
     from submitit.core.utils import FailedJobError, FailedSubmissionError
 
+<<<<<<< HEAD
     folder = home() / works[0].sweep / "slurm"
     register = folder / "jobs.json"
     before: dict[str, str] = json.loads(register.read_text(encoding="utf-8")) if register.exists() else {}
@@ -133,6 +170,25 @@ def submit(works: list[Work], settings: Mapping[str, Any], at_once: int | None) 
         jobs |= {job.job_id: work for job, work in zip(made, new, strict=True)}
     write_json(register, before | {work.cell.id: job for job, work in jobs.items()})
     return jobs
+=======
+    executor = submitit.SlurmExecutor(folder, max_num_timeout=REQUEUES, python=shlex.quote(sys.executable))
+    known = {key: value for key, value in settings.items() if key in executor._valid_parameters()}
+    rest = {key: value for key, value in settings.items() if key not in known}
+    executor.update_parameters(
+        **{
+            "job_name": name,
+            "signal_delay_s": NOTICE,
+            "array_parallelism": at_once,
+            "additional_parameters": rest,
+            **known,
+        }
+    )
+    try:
+        with executor.batch():
+            return [executor.submit(call) for call in calls]
+    except (FailedJobError, FailedSubmissionError) as error:
+        raise ZooError(f"--executor slurm: {' '.join(str(error).split())}") from error
+>>>>>>> main
 
 
 def results(jobs: Mapping[str, Work], bar: Bar) -> Iterator[Result]:
@@ -140,7 +196,7 @@ def results(jobs: Mapping[str, Work], bar: Bar) -> Iterator[Result]:
     missed = dict.fromkeys(jobs, 0)
     while missed:
         time.sleep(POLL)
-        alive = _queued()  # before the results are looked at: a job that is gone has written its own
+        alive = queued()  # before the results are looked at: a job that is gone has written its own
         for job, work in jobs.items():
             if job not in missed:
                 continue
@@ -159,8 +215,12 @@ def results(jobs: Mapping[str, Work], bar: Bar) -> Iterator[Result]:
                 bar.dropped(work.cell.name, f"SLURM's job {job} ended without a result, see {log}")
 
 
-def _queued() -> set[str]:
-    """The jobs of this user that wait or run, elements of arrays as 12_3; ZooError where SLURM does not answer."""
+def queued() -> set[str]:
+    """Return the jobs of this user that wait or run, elements of arrays as 12_3.
+
+    Raises:
+        ZooError: where SLURM does not answer.
+    """
     asked = ["squeue", "--noheader", "--array", "--me", "--format=%i"]
     for _ in range(GONE):
         found = subprocess.run(asked, capture_output=True, encoding="utf-8", errors="replace", check=False)

@@ -24,13 +24,13 @@ from lightning.pytorch.callbacks import Callback, LearningRateMonitor, ModelChec
 from lightning.pytorch.loggers import Logger
 from typing_extensions import override
 
-from experiments.config.datamodule import build
+from experiments.config.datamodule import build, shape
 from experiments.config.resolve import Config, resolve
 from experiments.execution import signals
 from experiments.execution.checkpointing import Saving, WholeCheckpoints, saved_step
 from experiments.redact import redact, redact_all
 from experiments.reporting import pictures
-from experiments.sweep.grid import flatten
+from experiments.tracking.identity import flatten
 from experiments.tracking.mlflow_logger import Log, Tracker, figures
 from experiments.tracking.provenance import provenance
 from experiments.tracking.store import Cell, Result, home, read
@@ -293,10 +293,9 @@ def train(stored: Config, folder: Path, result: Result, log: Logger, observer: O
     data.prepare_data()
     data.setup("fit")
     result.data = redact_all(data.summary())
-    shape = {"channels": data.channels, "patch": list(data.patch), "vocabulary": data.vocabulary}
     sampling = {key: value for key, value in config["sampling"].items() if key != "every"}
     module = LitVideoDiT(
-        {**config["model"], **shape, "attention": config["attention"]},
+        {**config["model"], **shape(data), "attention": config["attention"]},
         config["flow"],
         config["optim"],
         seed=config["seed"],
@@ -304,6 +303,7 @@ def train(stored: Config, folder: Path, result: Result, log: Logger, observer: O
         sampling=sampling,
         whole_metrics=getattr(data, "whole_metrics", dict)(),
     )
+<<<<<<< HEAD
     if isinstance(log, Log):
         log.data(stored["data"]["name"], stored["data"], result.data)
     parallel, rank = Parallel(**config.get("parallel", {})), int(os.environ.get("LOCAL_RANK", 0))
@@ -311,6 +311,14 @@ def train(stored: Config, folder: Path, result: Result, log: Logger, observer: O
     own = Path(tempfile.mkdtemp(prefix="zoo-rank-")) if several and rank else folder
     history, cost, timer = History(result, observer), AttentionCost(every=10), StepTimer()
     films, routing = SampleFilms(own, **config["sampling"]), RoutingWatch(own)
+=======
+    module.hparams["model"] |= {"attention": stored["attention"]}  # which checkpoints keep
+    log.data(stored["data"]["name"], stored["data"], result.data)
+    history, cost, timer = History(result, observer), AttentionCost(every=10), StepTimer()
+    decode, routing = getattr(data, "decoder", None), RoutingWatch(folder)
+    films = SampleFilms(folder, decode=decode, **config["sampling"])
+    shown = [films] if decode is not None or data.channels in (1, 3) else []  # latents without their VAE are not
+>>>>>>> main
     # After validation, which raises on a loss that is not finite: what is kept is good.
     # A run that goes on may write one anew that it had written when it was killed: over it, not beside it.
     keep = ModelCheckpoint(
@@ -332,7 +340,7 @@ def train(stored: Config, folder: Path, result: Result, log: Logger, observer: O
         **where,
         logger=log,
         default_root_dir=folder,
-        callbacks=[history, cost, timer, routing, films, LearningRateMonitor("step"), keep, saving],
+        callbacks=[history, cost, timer, routing, *shown, LearningRateMonitor("step"), keep, saving],
         # Lightning would take a SLURM allocation of several tasks for one run of several processes.
         plugins=[WholeCheckpoints(), LightningEnvironment()],
         enable_progress_bar=False,

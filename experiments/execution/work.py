@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from experiments.execution.train import Observer, run
+from experiments.redact import redacted_messages
 from experiments.tracking.mlflow_logger import Tracker
 from experiments.tracking.store import Cell, Result, lock, read
 from lit_modules.settings import Parallel
@@ -38,7 +39,7 @@ class Work:
 
     def attempt(self, tracker: Tracker, observer: Observer) -> Result | None:
         """What became of the cell; None if it runs elsewhere."""
-        with lock(self.cell.folder(self.sweep)) as mine:
+        with redacted_messages(), lock(self.cell.folder(self.sweep)) as mine:
             if not mine:
                 return None
             since = self.since()

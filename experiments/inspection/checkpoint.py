@@ -6,7 +6,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from experiments.config.names import DATA, misspelt
+from experiments.config.names import misspelt
+from experiments.config.sections import DATA
 from experiments.tracking.schema import read_result
 from sparse_zoo.errors import ZooError, refuse
 

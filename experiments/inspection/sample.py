@@ -18,17 +18,21 @@ from torchmetrics import Metric, MetricCollection
 from experiments.inspection.trained import Batch, Trained
 from experiments.tracking.store import write_json
 from lit_modules import Euler, SampleFilms
-from lit_modules.callbacks import film_pictures, write_picture
+from lit_modules.callbacks import write_picture
+from lit_modules.mp4 import write_mp4
 from sparse_zoo.errors import refuse
+from sparse_zoo.strips import film_pictures
+
+FPS = 8.0  # of videos where the data knows no rate
 
 
 @dataclass(frozen=True)
 class Sampled:
     """What was drawn, ready for JSON.
 
-    `films`: {"name", "shots", "given", "strip" (a path), "taken"} each; "taken" maps each shot that was drawn to the
-    earlier ones it was drawn beside, and is None where all were drawn at once. `metrics` are those of the datamodule,
-    with those of whole films where no shot was given; `notes` what was warned of.
+    `films`: {"name", "shots", "given", "strip" and "video" (paths), "taken"} each; "taken" maps each shot that was
+    drawn to the earlier ones it was drawn beside, and is None where all were drawn at once. `metrics` are those of the
+    datamodule, with those of whole films where no shot was given; `notes` what was warned of.
     """
 
     checkpoint: str
@@ -76,6 +80,8 @@ class Drawing:
         # Where nothing is given a film is right if it agrees with itself.
         whole = dict[str, Metric]() if given else getattr(trained.data, "whole_metrics", dict)()
         self.metrics = MetricCollection({**trained.data.sample_metrics(), **whole}, compute_groups=False)
+        latents = self.module.model.channels not in (1, 3) and getattr(trained.data, "decoder", None) is None
+        refuse("zoo sample", ["the model makes latents; give data.vae=FOLDER to decode them"] if latents else [])
         every = all(bool(self._known(batch).all()) for batch in self.batches)
         refuse("zoo sample", [f"with {given} shots given there is nothing left to draw"] if every else [])
 
@@ -85,7 +91,7 @@ class Drawing:
         return sum(self.euler.count(batch, self._known(batch)) for batch in self.batches)
 
     def draw(self, out: Path | None, told: Callable[[], object]) -> Sampled:
-        """Draw every film, write strips and `sample.json` into `out`; `told` is called once a step.
+        """Draw every film, write strips, MP4s and `sample.json` into `out`; `told` is called once a step.
 
         By default `out` is a new folder in the run's `samples`. A strip shows the real film, the model's guess of it
         from half noise, and what was drawn.
@@ -106,16 +112,31 @@ class Drawing:
                 )
             caught += new
             metrics.update(drawn.clips, batch)
-            rows = (batch["clips"], guess, drawn.clips)
+            decode = getattr(self.trained.data, "decoder", None)
+            rows = [batch["clips"], guess, drawn.clips]
+            rows = rows if decode is None else [decode(clips) for clips in rows]
             for item in range(len(batch["text"])):
+                first = 0
                 for i, picture in enumerate(film_pictures(batch["layout"], rows, item)):
                     shots = len(batch["layout"].films[i].shots)
+                    clips = [clip[item] for clip in rows[-1][first : first + shots]]
+                    first += shots
+                    place = folder / f"film_{len(films):03d}.png"
+                    video = place.with_suffix(".mp4")
                     films.append(
                         {
-                            "name": _name(batch, item, i) or f"film {len(films)}",
+                            "name": _of_film(batch, "names", item, i) or f"film {len(films)}",
                             "shots": shots,
                             "given": min(self.given, shots),
-                            "strip": str(write_picture(folder / f"film_{len(films):03d}.png", picture)),
+                            "strip": str(write_picture(place, picture)),
+                            "video": str(
+                                write_mp4(
+                                    video,
+                                    clips,
+                                    _of_film(batch, "rates", item, i) or FPS,
+                                    _of_film(batch, "captions", item, i) or (),
+                                )
+                            ),
                             "taken": drawn.taken[i][item] if drawn.taken else None,
                         }
                     )
@@ -139,8 +160,8 @@ class Drawing:
         return number < self.given
 
 
-def _name(batch: Batch, item: int, film: int) -> str:
-    """What our datamodules call a film: either batch items or the films of a stream are many."""
-    names: list[str] = batch.get("names", [])
+def _of_film(batch: Batch, what: str, item: int, film: int) -> Any:
+    """What our datamodules say of a film, None where they do not: batch items or the films of a stream are many."""
+    given: list[Any] = batch.get(what, [])
     number = item * len(batch["layout"].films) + film
-    return names[number] if number < len(names) else ""
+    return given[number] if number < len(given) else None

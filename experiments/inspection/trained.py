@@ -67,6 +67,13 @@ class Trained:
         )
         data.prepare_data()
         data.setup("validate")
+        width = getattr(data, "text_dim", None)  # known once the films are
+        refuse(
+            command,
+            [f"captions are {width or 'ids'} wide, the model's {model.text_dim or 'ids'}"]
+            if width != model.text_dim
+            else [],
+        )
         self.data = data
         self.batches = _first(data.val_dataloader(), films)
         logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)  # it would tell of GPUs and products
@@ -107,7 +114,7 @@ def _load(checkpoint: Path) -> tuple[LitVideoDiT, int]:
     try:
         step = int(state["global_step"])
         # Not load_from_checkpoint: it imports the "_instantiator" that a checkpoint names.
-        module = LitVideoDiT(**state["hyper_parameters"])
+        module = LitVideoDiT(**resolve(state["hyper_parameters"]))
         module.on_load_checkpoint(state)
         module.load_state_dict(state["state_dict"])
         return module, step

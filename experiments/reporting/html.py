@@ -26,8 +26,8 @@ from experiments.reporting.plots import GREY, PALETTE, Mark
 from experiments.reporting.report import Report, machines
 from experiments.tracking.schema import find_file
 from experiments.tracking.store import Result, home, whole
-from lit_modules.callbacks import picture_rows
 from sparse_zoo.errors import ZooError
+from sparse_zoo.strips import picture_rows
 
 WIDE = 12  # times as wide as high, from which on a film needs the whole page
 LONG = 25  # points of a curve from which on it is smoothed

@@ -178,8 +178,8 @@ def save(image: Tensor, path: Path) -> Path:
 
 def _of_tokens(result: zoo.Result) -> dict[int, zoo.Plan]:
     """Plans by branch; those over pooled queries or keys have no place on a map of tokens."""
-    length = len(result.layout)
-    return {branch: plan for branch, plan in enumerate(result.plans) if plan.shape == (length, length)}
+    plans, length = [plan.first_segment for plan in result.plans], len(result.layout)
+    return {branch: plan for branch, plan in enumerate(plans) if plan.shape == (length, length)}
 
 
 def _picks(found: Sequence[Diagnosis], branch: int) -> Tensor | None:

@@ -100,15 +100,13 @@ def pareto(
     faint = [(cost.unit * paid.mean, good.mean) for name, (good, paid) in points.items() if name not in numbered]
     if faint:
         axis.scatter(*zip(*faint, strict=True), s=8, color=QUIET, alpha=0.4, lw=0, zorder=1)
-    for name, (good, paid) in points.items():
-        if name not in numbered:
-            continue
-        x, y, colour = cost.unit * paid.mean, good.mean, marks[name].colour
+    shown = {name: (cost.unit * paid.mean, good) for name, (good, paid) in points.items() if name in numbered}
+    for name, (x, good) in shown.items():
         if good.low is not None and good.high is not None:
-            axis.plot([x, x], [good.low, good.high], color=colour, lw=1.6, alpha=0.55)
-        ring = INK if name in found else "none"
-        axis.scatter(x, y, s=120, color=colour, edgecolors=ring, linewidths=1.3, zorder=4)
-        _number(axis, x, y, marks[name])
+            axis.plot([x, x], [good.low, good.high], color=marks[name].colour, lw=1.6, alpha=0.55)
+    rings = [INK if name in found else "none" for name in shown]
+    places = [(x, good.mean, marks[name]) for name, (x, good) in shown.items()]
+    _draw_badges(axis, places, s=120, edgecolors=rings, linewidths=1.3)
     axis.set_xlabel(visible(cost.label))
     axis.locator_params(axis="x", nbins=6)  # more of long figures would run into each other
     axis.set_ylabel(visible(quality.label))
@@ -121,9 +119,12 @@ def effect(one: Effect, measure: Measure, levels: Levels) -> Any:
     """The mean and interval at each value of a setting, in order; single runs as faint dots."""
     canvas, axis = _panel(2.9, 2.4)
     places = range(len(one.levels))
+    spread: list[float] = []
     for x, level in zip(places, one.levels, strict=True):
-        spread = x + np.linspace(-0.08, 0.08, len(level.values)) if len(level.values) > 1 else [x]
-        axis.scatter(spread, level.values, s=9, color=QUIET, alpha=0.55, lw=0, zorder=2)
+        spread += (x + np.linspace(-0.08, 0.08, len(level.values))).tolist() if len(level.values) > 1 else [x]
+    runs = [value for level in one.levels for value in level.values]
+    axis.scatter(spread, runs, s=9, color=QUIET, alpha=0.55, lw=0, zorder=2)
+    for x, level in zip(places, one.levels, strict=True):
         if level.figure.low is not None:
             axis.plot([x, x], [level.figure.low, level.figure.high], color=INK, lw=1.4, zorder=3)
     means = [level.figure.mean for level in one.levels]
@@ -155,13 +156,15 @@ def curves(
     from matplotlib.ticker import LogLocator, NullLocator
 
     canvas, axis = _panel(4.3, 3.1)
+    badges = []
     for name, of in runs.items():
         steps, values = together(of)
         dots = {"marker": "o", "ms": 3} if len(steps) < 12 else {}
         if len(values) > 1 and len(runs) <= BANDS:
             axis.fill_between(steps, values.min(0), values.max(0), color=marks[name].colour, alpha=0.18, lw=0)
         axis.plot(steps, values.mean(0), color=marks[name].colour, lw=1.5, **dots)
-        _number_line(axis, steps, values.mean(0), marks[name])
+        badges.append(_place_on_line(steps, values.mean(0), marks[name]))
+    _draw_badges(axis, badges, s=70)
     axis.set_xlabel("step")
     axis.set_ylabel(visible(label))
     axis.margins(x=0.02)
@@ -183,6 +186,7 @@ def distances(lines: Mapping[str, Mapping[int, Figure]], marks: Mapping[str, Mar
     from matplotlib.ticker import MaxNLocator
 
     canvas, axis = _panel(4.3, 3.5)
+    badges = []
     for name, figures in lines.items():
         places, mark = list(figures), marks[name]
         means = [figure.mean for figure in figures.values()]
@@ -190,7 +194,8 @@ def distances(lines: Mapping[str, Mapping[int, Figure]], marks: Mapping[str, Mar
         if known and len(lines) <= BANDS:
             axis.fill_between(*zip(*known, strict=True), color=mark.colour, alpha=0.18, lw=0)
         axis.plot(places, means, color=mark.colour, lw=1.5, marker="o", ms=3)
-        _number_line(axis, places, means, mark)
+        badges.append(_place_on_line(places, means, mark))
+    _draw_badges(axis, badges, s=70)
     axis.set_xlabel("shots back to the nearest that shows the subject")
     axis.set_ylabel(visible(label))
     axis.xaxis.set_major_locator(MaxNLocator(integer=True))
@@ -221,17 +226,27 @@ def _cut(label: str) -> str:
     return label if len(label) <= LONGEST_LABEL else f"{label[: LONGEST_LABEL - 1]}…"
 
 
-def _number_line(axis: Any, x: Sequence[float] | np.ndarray, y: Sequence[float] | np.ndarray, mark: Mark) -> None:
-    """A number for each line at another place, so that they are told apart without their colours; late on long ones."""
+Badge = tuple[float, float, Mark]
+
+
+def _place_on_line(x: Sequence[float] | np.ndarray, y: Sequence[float] | np.ndarray, mark: Mark) -> Badge:
+    """A place for a line's number, each line's at another, so that numbers do not meet; late on long lines."""
     reach = len(x) if len(x) < 6 else len(x) // 2
     places = min(reach, 8)
     at = len(x) - 1 - (reach - 1) * (mark.number % places) // max(1, places - 1)
-    axis.scatter(x[at], y[at], s=70, color=mark.colour, zorder=4)
-    _number(axis, x[at], y[at], mark)
+    return float(x[at]), float(y[at]), mark
 
 
-def _number(axis: Any, x: float, y: float, mark: Mark) -> None:
-    axis.text(x, y, str(mark.number), color="white", size=7, weight="bold", ha="center", va="center_baseline", zorder=5)
+def _draw_badges(axis: Any, badges: Sequence[Badge], **style: Any) -> None:
+    """All at once: a scatter for each would take most of a plot's time."""
+    if not badges:
+        return
+    xs, ys, marks = zip(*badges, strict=True)
+    axis.scatter(xs, ys, color=[mark.colour for mark in marks], zorder=4, **style)
+    in_white = {"color": "white", "size": 7, "weight": "bold", "ha": "center", "va": "center_baseline", "zorder": 5}
+    for x, y, mark in badges:
+        # Inside the axes, so that the layout need not measure it.
+        axis.text(x, y, str(mark.number), **in_white).set_in_layout(False)
 
 
 def _panel(width: float, height: float) -> tuple[Any, Any]:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -12,7 +14,18 @@ from rich.table import Table
 
 from experiments.analysis.ablations import Cells, Effect, effects
 from experiments.analysis.formatting import giga, half, interval, mean, number, p_value, percent, signed
-from experiments.analysis.metrics import BESIDE, CONTROLS, COSTS, FIGURES, HEADLINES, RECALL, TOLERANCE, WHOLE, Measure
+from experiments.analysis.metrics import (
+    BESIDE,
+    CONTROLS,
+    COSTS,
+    FIGURES,
+    HEADLINES,
+    RECALL,
+    TOLERANCE,
+    WHOLE,
+    Measure,
+    measures_to_rank_by,
+)
 from experiments.analysis.seed_groups import Group, Line, commit, controls_elsewhere
 from experiments.analysis.significance import Difference, Films, detectable, differences, letters, over_films
 from experiments.escape import for_terminal as escape
@@ -50,11 +63,11 @@ class Report:
         """
         asked = asked or read_sweep(name)
         by_name: dict[str, list[Result]] = {}
-        for cell in asked.cells:
-            by_name.setdefault(cell.group or cell.name, []).append(read(cell, name))
+        with _without_collection():
+            for cell in asked.cells:
+                by_name.setdefault(cell.group or cell.name, []).append(read(cell, name))
         groups = [Group(key, tuple(runs)) for key, runs in by_name.items()]
-        known = [key for key in (*FIGURES, *_metrics(groups)) if key not in COSTS]
-        measured = [key for key in known if any(group.values(key) for group in groups)]
+        measured = measures_to_rank_by(result for group in groups for result in group.results)
         refuse(f"report {name}", [unknown("measure", by, measured)] if by is not None and by not in measured else [])
         headline = Measure.of(by or next((key for key in HEADLINES if key in measured), HEADLINES[-1]))
         refuse(
@@ -65,7 +78,12 @@ class Report:
         )
         memory = RECALL in _metrics(groups)
         elsewhere = controls_elsewhere(name, groups) if memory else ()
-        return Report(name, asked.about, _best_first(groups, headline), headline, asked.command, elsewhere)
+        found = Report(name, asked.about, _best_first(groups, headline), headline, asked.command, elsewhere)
+        if not found.entire:
+            drawn = {group.name for group in found.plotted}
+            for result in (result for group in found.groups if group.name not in drawn for result in group.results):
+                result.curves = {}  # millions of points that nothing shows; to free them at the end takes seconds
+        return found
 
     @cached_property
     def results(self) -> list[Result]:
@@ -173,8 +191,8 @@ class Report:
         """The first of the leaderboard, where its difference from every other method is significant."""
         if len(self._contest) < 2:
             return None
-        first, *others = self._contest
-        return first if all(self._pairs[first.name, other.name].holds for other in others) else None
+        first = self._contest[0]
+        return first if all(pair.holds for pair in self._of_the_first) else None
 
     @property
     def conclusion(self) -> str:
@@ -188,11 +206,10 @@ class Report:
             return f"Best {label}: {value}, by {first.name}; its difference from every other method is significant."
         if not others:
             return f"No significant winner: only one method has {label}."
-        pairs = [self._pairs[first.name, other.name] for other in others]
-        if all(pair.p is None for pair in pairs):
+        if all(pair.p is None for pair in self._of_the_first):
             why = "each method has one seed" if self.seeds == 1 else "the first has no two seeds in common with another"
             return f"No significant winner: no test is possible, because {why}."
-        pair = next(pair for pair in pairs if not pair.holds)
+        pair = next(pair for pair in self._of_the_first if not pair.holds)
         if pair.p is None:
             return f"No significant winner: {pair.a} and {pair.b} share fewer than two seeds, so no test is possible."
         gap = f"{pair.a} and {pair.b} differ by {signed(pair.mean)}"
@@ -204,8 +221,11 @@ class Report:
         return [group for group in self.ranked if group.values(self.headline.name)]
 
     @cached_property
-    def _pairs(self) -> dict[tuple[str, str], Difference]:
-        return {(pair.a, pair.b): pair for pair in self.differences}
+    def _of_the_first(self) -> list[Difference]:
+        """The differences of the first of the contest from all others of it."""
+        first, *others = [group.name for group in self._contest]
+        pairs = {pair.b: pair for pair in self.differences if pair.a == first}
+        return [pairs[other] for other in others]
 
     @cached_property
     def measures(self) -> list[str]:
@@ -406,8 +426,8 @@ class Report:
             "verdict": self.verdict,
             "caution": self.caution,
             "drift": self.drift,
-            "differences": [{**vars(pair), "holds": pair.holds} for pair in listed],
-            "films": [{**vars(pair), "holds": pair.holds} for pair in self.films],
+            "differences": [vars(pair) | {"holds": pair.holds} for pair in listed],
+            "films": [vars(pair) | {"holds": pair.holds} for pair in self.films],
             "effects": [asdict(effect) for effect in self.effects],
             "winner": self.winner.name if self.winner else None,
             "conclusion": self.conclusion,
@@ -507,6 +527,19 @@ def machines(report: Report) -> list[dict[str, Any]]:
             if one["about"] == kept:
                 one["runs"].append(result.name)
     return found
+
+
+@contextmanager
+def _without_collection() -> Iterator[None]:
+    """No garbage collection meanwhile: results hold no cycles, and looking for some in millions of points takes as long
+    as to read them."""
+    before = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if before:
+            gc.enable()
 
 
 def _metrics(groups: Sequence[Group]) -> list[str]:

@@ -1,0 +1,1 @@
+"""Sweeps: files, grids of cells, budgets, and the checks before the first cell runs."""

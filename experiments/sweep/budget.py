@@ -14,7 +14,7 @@ from typing import Any
 import sparse_zoo as zoo
 from experiments.analysis.metrics import TOLERANCE
 from experiments.config.budget import Budget
-from experiments.config.resolve import Config, refusals
+from experiments.config.resolve import Config, refusals, resolve
 from experiments.sweep.preflight import layer_settings, run_preflight, step_seconds
 from experiments.tracking.identity import identity
 from lit_modules.flops import ModelShape, inner
@@ -52,6 +52,7 @@ class Solution:
 
     @property
     def reached(self) -> bool:
+        """Whether the cost is near enough to the budget."""
         return self.error <= self.within
 
     def why_not(self, knob: zoo.Knob, method: str, kind: str, advice: str) -> str:
@@ -222,7 +223,7 @@ def solved(config: Config, earlier: Iterable[Config] = ()) -> Config:
             found = with_settings(config, before["match"]["set"])
             if budget.kind == "seconds" or abs(_total(budget, found) - budget.target) <= budget.within * budget.target:
                 return found
-    return with_settings(config, _solve(config, budget))
+    return with_settings(config, _solve(resolve(config), budget))  # methods are built while it is solved
 
 
 class Unreached(ZooError):

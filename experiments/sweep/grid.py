@@ -6,6 +6,8 @@ from collections.abc import Mapping, Sequence
 from itertools import chain, product
 from typing import Any
 
+from experiments.tracking.identity import flatten
+
 Choice = tuple[str, dict[str, Any]]  # a name and overrides
 
 
@@ -74,14 +76,6 @@ def _lookup(config: Mapping[str, Any], key: str) -> Any:
     for part in key.split("."):
         node = node.get(part, _NOTHING) if isinstance(node, Mapping) else _NOTHING
     return node
-
-
-def flatten(config: Mapping[str, Any], above: str = "") -> dict[str, Any]:
-    """Return {dotted key: value}, as overrides name them. A list is one value, and so is an empty mapping."""
-    found: dict[str, Any] = {}
-    for key, value in config.items():
-        found |= flatten(value, f"{above}{key}.") if isinstance(value, Mapping) and value else {f"{above}{key}": value}
-    return found
 
 
 def varying_settings(configs: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:

@@ -83,11 +83,13 @@ class Planning(nn.Module):
     """
 
     def __init__(self, attention: zoo.Attention) -> None:
+        """Stand in for a method, which makes the plans."""
         super().__init__()
         self.attention = attention
         self.checked = False
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, layout: zoo.Layout, **context: Any) -> zoo.Result:
+        """Return the method's plans with an output of zeros, (B, H, L, D)."""
         call = zoo.Call(q, k, v, layout.to(q.device), **context)
         method = self.attention.at(call.step) if isinstance(self.attention, zoo.Scheduled) else self.attention
         if call.hidden is not None:
@@ -247,8 +249,7 @@ def _data(settings: str) -> tuple[datamodule.FilmData, Sequence[Batch]]:
 
 def _model(config: Config, made: datamodule.FilmData) -> VideoDiT:
     torch.manual_seed(config["seed"])
-    shape: dict[str, Any] = {"channels": made.channels, "patch": made.patch, "vocabulary": made.vocabulary}
-    return VideoDiT(**config["model"], **shape, attention=config["attention"])
+    return VideoDiT(**config["model"], **datamodule.shape(made), attention=config["attention"])
 
 
 def _loss(config: Config, model: VideoDiT, batch: Batch, number: int, device: str) -> FlowLoss:

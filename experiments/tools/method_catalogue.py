@@ -1,6 +1,6 @@
-"""docs/zoo.md and its pictures, from what the classes of methods say of themselves.
+"""Write docs/zoo.md and its pictures from what the method classes declare.
 
-`python -m experiments.tools.method_catalogue` writes them.
+Run `python -m experiments.tools.method_catalogue`.
 """
 
 from __future__ import annotations
@@ -24,35 +24,44 @@ DOCS = Path(__file__).parents[2] / "docs"
 HEADS, HEAD_DIM = 8, 64
 PIXELS, GAP, COLOURS = 200, 12, 16
 
-INTRODUCTION = f"""# The zoo: every method on one page
+INTRODUCTION = f"""# Catalogue of methods
 
-Written by `python -m experiments.tools.method_catalogue` from what the classes declare. `zoo list NAME` shows settings
-with their defaults, `zoo cost NAME` counts a method at a size of yours, `zoo map NAME` draws it in more detail.
+Every built-in method on one page: a table, then rule, paper, our choices and a picture for each.
+`python -m experiments.tools.method_catalogue` writes this page from what the classes declare.
 
-- **Who -> whom**: what chooses, of what. **Chosen by**: nothing where the layout alone decides.
-- **Branches**: what is summed: softmaxes over tokens, softmaxes over pooled tokens (coarse), terms outside any softmax.
-- **Parameters**: what a layer gains at {HEADS} heads of {HEAD_DIM}, {HEADS * HEAD_DIM} wide.
-- **Trained**: how the paper trains with it, if it does; all of them train here.
-- **Knob**: the setting that buys density, from its least to its most.
-- **Claim**: the paper's own figure, not ours. What was measured here stands in the README and in `LOG.md`.
+| command | what it prints |
+|---|---|
+| `zoo list NAME` | settings of one method with their defaults |
+| `zoo cost NAME` | attended pairs and FLOPs at a size that you choose |
+| `zoo map NAME` | a larger drawing of the mask |
+
+Columns of the table:
+
+- **who -> whom**: what chooses, and what it chooses.
+- **chosen by**: the score behind the choice; empty where the layout alone decides.
+- **branches**: what is summed: softmaxes over tokens, softmaxes over pooled tokens (coarse), terms outside a softmax.
+- **parameters**: parameters that one layer gains with {HEADS} heads of {HEAD_DIM} channels, width {HEADS * HEAD_DIM}.
+- **trained**: how the paper trains with the method, if it does. Every method trains here.
+- **knob**: the setting that controls density, from its least to its most.
+- **claim**: the paper's own figure, not ours. The README and `LOG.md` hold what was measured here.
 """
 
 PICTURES = """## The methods
 
-Pictures: one for each softmax over tokens, of the first head; queries downwards, keys to the right, in a film of 12
-shots. Orange marks text, thin lines cuts; the darker, the more of the pairs are attended. Queries and keys are
-simulated, the same for all (`zoo map`); settings are the small ones of the conformance suite.
+Each picture shows one softmax over tokens, for the first head: queries from top to bottom, keys from left to right, in
+a film of 12 shots. Orange marks text, thin lines mark cuts; darker means that more of the pairs are attended. Queries
+and keys are simulated, the same for all methods (`zoo map`), with the small settings of the conformance suite.
 """
 
 
 def methods() -> list[str]:
-    """Those of this package, without plug-ins: dense first, then by name."""
+    """Names of the built-in methods, without plug-ins: dense first, then in alphabetical order."""
     own = [name for name in zoo.names() if zoo.get(name).__module__.startswith("sparse_zoo.methods.")]
     return sorted(own, key=lambda name: (name != "dense", name))
 
 
 def page() -> str:
-    """docs/zoo.md."""
+    """The text of docs/zoo.md."""
     titles = ("method", "who -> whom", "chosen by", "branches", "parameters", "trained", "knob", "causality", "claim")
     table = [titles, ("---",) * len(titles), *map(_row, methods())]
     lines = [f"| {' | '.join(cells)} |" for cells in table]
@@ -60,7 +69,7 @@ def page() -> str:
 
 
 def drawing(name: str) -> Image.Image:
-    """A method's softmaxes over tokens side by side, in few colours so that the file is small."""
+    """A method's softmaxes over tokens side by side, in few colours, so that the file stays small."""
     plans = [branch.plan for branch in _branches(name) if isinstance(branch, Branch) and branch.k is None]
     images = [picture(plan, FILM, pixels=PIXELS) for plan in plans]
     gap = torch.tensor(PAPER, dtype=torch.uint8).expand(len(images[0]), GAP, 3)
@@ -90,13 +99,19 @@ def _row(name: str) -> tuple[str, ...]:
 def _section(name: str) -> str:
     cls = zoo.get(name)
     assert cls.card is not None
-    told = (inspect.getdoc(cls) or "").partition("\nArgs:")[0].strip()
-    return f"### {name}\nPaper: {cls.card.paper}.\n\n{told}\n\n![{name}](zoo/{name}.png)\n"
+    text = (inspect.getdoc(cls) or "").partition("\nArgs:")[0].strip()
+    return f"### {name}\nPaper: {cls.card.paper}.\n\n{text}\n\n![{name}](zoo/{name}.png)\n"
 
 
 def _kinds(name: str) -> str:
     kinds = Counter(
-        "term" if not isinstance(branch, Branch) else "softmax" if branch.k is None else "coarse softmax"
+        "term"
+        if not isinstance(branch, Branch)
+        else f"softmax over {len(branch.key_sets)} key sets"
+        if branch.segments
+        else "softmax"
+        if branch.k is None
+        else "coarse softmax"
         for branch in _branches(name)
     )
     return " + ".join(kind if count == 1 else f"{count} × {kind}" for kind, count in kinds.items())

@@ -128,7 +128,8 @@ def count(case: Case) -> Count:
         attention.router.bias.zero_()
         features = attention.features(torch.randn(1, len(layout), dim, generator=draws))
     branches = attention.branches(zoo.Call(q, k, k, layout, features=features))
-    pairs = sum(int(branch.plan.pairs.sum()) for branch in branches if isinstance(branch, zoo.Branch))
+    segments = [segment for branch in branches if isinstance(branch, zoo.Branch) for segment in branch.key_sets]
+    pairs = sum(int(segment.plan.pairs.sum()) for segment in segments)
     routing = attention.routing_flops(shape_only(layout, 1, 1, HEAD_DIM, WAN_DIM))
     return Count(len(layout), pairs, layout.dense_pairs, routing)
 

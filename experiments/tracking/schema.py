@@ -165,13 +165,12 @@ def read_result(folder: Path) -> dict[str, Any]:
     Raises `FileNotFoundError` where there is none, and `ValueError` where it cannot be used.
     """
     plain = _read(find_file(folder, "result.json"), ResultFile)
-    found = {key: value for key, value in plain.items() if key in ResultFile.__annotations__}
+    found = {key: value for key, value in plain.items() if key in _hints(ResultFile)}
     for key in ("metrics", "chance"):
         found[key] = {name: value for name, value in found.get(key, {}).items() if value is not None}
     found["films"] = {name: each for name, each in found.get("films", {}).items() if None not in each}
     found["curves"] = {
-        name: [(step, value) for step, value in points if value is not None]
-        for name, points in found.get("curves", {}).items()
+        name: [point for point in points if point[1] is not None] for name, points in found.get("curves", {}).items()
     }
     return found
 
@@ -280,9 +279,13 @@ def _predicate(hint: Any) -> Callable[[Any], bool]:
             width, columns = len(get_args(args[0])), [_column(one) for one in get_args(args[0])]
             return lambda value: (
                 isinstance(value, list)
-                and all(type(row) is list and len(row) == width for row in value)
+                and {*map(type, value)} <= {list}
+                and {*map(len, value)} <= {width}
                 and all(fits(column) for fits, column in zip(columns, zip(*value, strict=True), strict=False))
             )
+        if float in (args[0], *get_args(args[0])):
+            numbers = _column(args[0])
+            return lambda value: isinstance(value, list) and (not value or numbers(tuple(value)))
         return lambda value: isinstance(value, list) and all(map(inner, value))
     if origin is tuple:
         parts = [_predicate(one) for one in args]
@@ -299,7 +302,7 @@ def _predicate(hint: Any) -> Callable[[Any], bool]:
         return lambda value: isinstance(value, dict) and all(map(of_values, value.values()))
     if is_typeddict(hint):
         needed = _required(hint)
-        known = {key: _predicate(inner) for key, inner in get_type_hints(hint).items()}
+        known = {key: _predicate(inner) for key, inner in _hints(hint).items()}
         return lambda value: (
             isinstance(value, dict)
             and needed <= value.keys()
@@ -318,8 +321,8 @@ def _column(hint: Any) -> Callable[[tuple[Any, ...]], bool]:
     plain: set[type] = {int, float} if float in (hint, *get_args(hint)) else {int}
 
     def column_fits(column: tuple[Any, ...]) -> bool:
-        if set(map(type, column)) <= plain:
-            return fits(min(column)) and fits(max(column)) and all(x == x for x in column)
+        if {*map(type, column)} <= plain:  # no NaN among them: `read_json` refuses it
+            return fits(min(column)) and fits(max(column))
         return all(map(fits, column))
 
     return column_fits
@@ -329,12 +332,18 @@ def _of_object(value: Any, hint: Any, where: str) -> Iterator[str]:
     if not isinstance(value, dict):
         yield f"{where} must be an object, got {_shown(value)}"
         return
-    for key, inner in get_type_hints(hint).items():
+    for key, inner in _hints(hint).items():
         place = f"{where}.{key}" if where else key
         if key in value:
             yield from misfits(value[key], inner, place)
         elif key in _required(hint):
             yield f"{place} is missing"
+
+
+@cache
+def _hints(hint: Any) -> dict[str, Any]:
+    """The types of an object's values; `get_type_hints` evaluates their text at every call."""
+    return get_type_hints(hint)
 
 
 @cache

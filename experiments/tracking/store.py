@@ -122,7 +122,7 @@ class Result:
 
     def to_json(self) -> dict[str, Any]:
         """This as JSON knows it: non-finite numbers become null."""
-        plain: dict[str, Any] = _finite(asdict(self))
+        plain: dict[str, Any] = _finite(vars(self))
         return plain | {"version": schema.VERSION}
 
     def write(self, folder: Path) -> None:

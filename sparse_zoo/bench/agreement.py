@@ -49,10 +49,15 @@ def _wrong(attention: zoo.Attention, given: large.Inputs, film: zoo.Layout, hidd
 
 
 def _fitting(given: large.Inputs, plan: Plan) -> large.Inputs:
-    """A coarse branch has fewer queries and keys: for them, the first of these do as well."""
+    """A coarse branch has fewer queries and keys: for them, the first of these do as well.
+
+    One of several segments has more keys than there are tokens: the first serve again.
+    """
     queries, keys = plan.shape
     q, k, v, grad = given
-    return large.Inputs(q[:, :, :queries], k[:, :, :keys], v[:, :, :keys], grad[:, :, :queries])
+    place = torch.arange(keys, device=k.device) % k.shape[2]
+    k, v = (x[:, :, :keys] if keys <= x.shape[2] else x[:, :, place] for x in (k, v))
+    return large.Inputs(q[:, :, :queries], k, v, grad[:, :, :queries])
 
 
 def _sum(attention: zoo.Attention, given: large.Inputs, film: zoo.Layout, hidden: Tensor) -> list[large.Finding]:
@@ -64,7 +69,7 @@ def _sum(attention: zoo.Attention, given: large.Inputs, film: zoo.Layout, hidden
         return []
     total: Tensor | None = None
     for branch in branches:
-        if not isinstance(branch, zoo.Branch) or not branch.q is branch.k is branch.v is branch.rows is None:
+        if not isinstance(branch, zoo.Branch) or not branch.of_tokens:
             return []
         part = branch.weight * zoo.attend(q, k, v, branch.plan, kernel=attention.kernel).out
         total = part if total is None else total + part

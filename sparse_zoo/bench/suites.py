@@ -52,12 +52,20 @@ CPU_ENTRIES = (
 QUICK_FILM = zoo.Layout.film([zoo.Shot(2, 8, 16, text=8)] * 6, caption=8)
 # Blocks of 32 to 64 tokens where the papers have 64 to 512: so that there is something to choose in 1,592 tokens.
 QUICK: dict[str, dict[str, Any]] = {
+    "bsa": {"tile": [2, 4, 4], "threshold": 0.3},
+    "llsa": {"block_tokens": 8},
     "moba": {"block_tokens": 64, "top_k": 4},
     "moc_fixed": {"chunk_tokens": 64},
+    "nabla": {"tile": [1, 4, 8], "window": [3, 1, 1], "threshold": 0.2},
     "nsa": {"block_tokens": 32, "top_k": 4, "window": 3},
+    "psa": {"query_tokens": 32, "block_tokens": 32},
     "radial": {"block_tokens": 16, "decay": 0.1},
     "sla": {"block_tokens": 32, "top_fraction": 0.2},
+    "sla2": {"block_tokens": 32, "top_fraction": 0.2},
+    "sol": {"block_tokens": 32},
+    "sparge2": {"query_tokens": 32, "block_tokens": 32, "top_p": 0.2},
     "sta": {"tile": [2, 4, 4]},
+    "subblock": {"block_tokens": 32},
     "svg": {"width": 1},
     "svg2": {"top_p": 0.3, "query_clusters": 24, "key_clusters": 48, "first_rounds": 10},
     "vmoba": {"temporal": 1, "spatial": [4, 4], "spatiotemporal": [2, 4, 4]},

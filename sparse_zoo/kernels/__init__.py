@@ -94,6 +94,7 @@ def attend(
     if check:
         plan.validate()
     chosen = _choose(kernel, q, v)
+    refuse(f"kernel {chosen!r}", _unweighed(chosen, plan))
     out, lse = _kernels[chosen].run(q, k, v, plan, q.shape[-1] ** -0.5 if scale is None else scale)
     return Attended(out, lse, chosen)
 
@@ -116,8 +117,17 @@ def attend_sum(
     for plan in plans:
         refuse("attend", _mismatches(q, k, v, plan))
     chosen = _choose(kernel, q, v)
+    refuse(f"kernel {chosen!r}", [reason for plan in plans for reason in _unweighed(chosen, plan)])
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     return _kernels[chosen].run_sum(q, k, v, plans, weights, scale), chosen
+
+
+def _unweighed(kernel: str, plan: Plan) -> list[str]:
+    """Why a kernel would leave the log-weights of a plan out."""
+    if _kernels[kernel].weighs_keys or not plan.weighs_keys:
+        return []
+    weighing = ", ".join(name for name, other in _kernels.items() if other.weighs_keys)
+    return [f"the plan has log-weights of keys, which it does not add to scores; kernels that do: {weighing}"]
 
 
 def _choose(kernel: str, q: Tensor, v: Tensor) -> str:
@@ -182,4 +192,10 @@ def _mismatches(q: Tensor, k: Tensor, v: Tensor, plan: Plan) -> list[str]:
         f"q, k, v must share dtype and device, got {[(x.dtype, str(x.device)) for x in (q, k, v)]}"
         if len({(x.dtype, x.device) for x in (q, k, v)}) > 1
         else "",
+        *(
+            f"the log-weights of part {i} are {tuple(part.log_weight.shape)}; {given}"
+            for i, part in enumerate(plan.parts)
+            if part.log_weight is not None
+            and (part.log_weight.shape[0] not in (1, q.shape[0]) or part.log_weight.shape[1] not in (1, q.shape[1]))
+        ),
     ]

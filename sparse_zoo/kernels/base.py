@@ -19,6 +19,9 @@ class Kernel(ABC):
     compiles_each_shape: ClassVar[bool] = False
     """Whether a new shape costs seconds: such a kernel is judged by its own suite, not on every method's films."""
 
+    weighs_keys: ClassVar[bool] = False
+    """Whether `run` adds the `log_weight` of parts to scaled scores. Plans with log-weights run on no other kernel."""
+
     @abstractmethod
     def why_not(self, q: Tensor | None = None, v: Tensor | None = None) -> list[str]:
         """Every reason why it cannot run here (without arguments) or on these tensors; empty when it can."""

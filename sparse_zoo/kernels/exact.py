@@ -8,7 +8,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from sparse_zoo.kernels.grouped import Gather, Grouped, Rows
+from sparse_zoo.kernels.grouped import Gather, Grouped, Rows, Weigh
 from sparse_zoo.kernels.rectangles import Rectangles, rectangles
 from sparse_zoo.plan import Plan
 
@@ -39,38 +39,39 @@ class Exact(Grouped):
         return sum(int((rects.q_size * rects.k_size).sum()) for rects in rectangles(plan, batch, heads))
 
     def forward(
-        self, rects: Rectangles, at: Rows, q: Tensor, k: Tensor, v: Tensor, scale: float
+        self, rects: Rectangles, at: Rows, q: Tensor, k: Tensor, v: Tensor, scale: float, weigh: Weigh | None
     ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        for q_rows, k_rows in _blocks(rects, at):
+        for q_rows, k_rows, weight in _blocks(rects, at, weigh):
             with _in_full(q.device):
-                scores = _wide(q, q_rows) @ _wide(k, k_rows).mT * scale
+                scores = _wide(q, q_rows) @ _wide(k, k_rows).mT * scale + weight
                 lse = scores.logsumexp(-1)
                 out = (scores - lse[:, None]).exp() @ _wide(v, k_rows)
             yield q_rows, out.to(q.dtype), lse
 
     def backward(
-        self, rects: Rectangles, at: Rows, saved: tuple[Tensor, ...], grad: Gather, scale: float
+        self, rects: Rectangles, at: Rows, saved: tuple[Tensor, ...], grad: Gather, scale: float, weigh: Weigh | None
     ) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor, Tensor]]:
         q, k, v, out, lse = saved
-        for q_rows, k_rows in _blocks(rects, at):
+        for q_rows, k_rows, weight in _blocks(rects, at, weigh):
             with _in_full(q.device):
                 queries, keys, values = _wide(q, q_rows), _wide(k, k_rows), _wide(v, k_rows)
                 asked = grad(q_rows).to(queries.dtype)
-                weights = (queries @ keys.mT * scale - lse[q_rows, None]).exp()
+                weights = (queries @ keys.mT * scale + weight - lse[q_rows, None]).exp()
                 delta = (asked * _wide(out, q_rows)).sum(-1, keepdim=True)
                 scores = weights * (asked @ values.mT - delta) * scale
                 found = scores @ keys, scores.mT @ queries, weights.mT @ asked
             yield q_rows, found[0], k_rows, found[1], found[2]
 
 
-def _blocks(rects: Rectangles, at: Rows) -> Iterator[tuple[Tensor, Tensor]]:
-    """Rows of queries and of keys of each rectangle, some queries at a time."""
+def _blocks(rects: Rectangles, at: Rows, weigh: Weigh | None) -> Iterator[tuple[Tensor, Tensor, Tensor | float]]:
+    """Rows of queries and of keys of each rectangle, some queries at a time, and the keys' log-weights."""
     table = [x.tolist() for x in (rects.group, rects.q_start, rects.q_size, rects.k_start, rects.k_size)]
     for i, (_, q_start, q_size, k_start, k_size) in enumerate(zip(*table, strict=True)):
         group = rects.group[i]
-        keys = at.of_keys(group, rects.k_list[k_start : k_start + k_size])
+        tokens = rects.k_list[k_start : k_start + k_size]
+        keys, weight = at.of_keys(group, tokens), 0.0 if weigh is None else weigh(group, tokens)
         for queries in rects.q_list[q_start : q_start + q_size].split(max(1, PAIRS // k_size)):
-            yield at.of_queries(group, queries), keys
+            yield at.of_queries(group, queries), keys, weight
 
 
 def _wide(x: Tensor, rows: Tensor) -> Tensor:

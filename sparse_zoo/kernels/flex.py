@@ -34,6 +34,7 @@ class Flex(Kernel):
 
     name = "flex"
     compiles_each_shape = True
+    weighs_keys = True
 
     def why_not(self, q: Tensor | None = None, v: Tensor | None = None) -> list[str]:
         if q is None or v is None:
@@ -60,7 +61,7 @@ class Flex(Kernel):
             q, k, v = (pad(x, (0, LEAST_DIM - dim)) for x in (q, k, v))
         if not torch.is_grad_enabled():
             q, k, v = q.detach(), k.detach(), v.detach()
-        parts = [_attend(q, k, v, _blocks(part, batch, heads), scale) for part in plan.parts]
+        parts = [_attend(q, k, v, _blocks(part, batch, heads), scale, part.log_weight) for part in plan.parts]
         outs, lses = torch.stack([out for out, _ in parts]), torch.stack([lse for _, lse in parts])
         # Where a part has no key its lse is -inf, which has no gradient to pass on.
         weights = lses.masked_fill(lses == -torch.inf, torch.finfo(lses.dtype).min).softmax(0)
@@ -113,13 +114,24 @@ class Blocks:
     number: int
 
 
-def _attend(q: Tensor, k: Tensor, v: Tensor, blocks: Blocks, scale: float) -> tuple[Tensor, Tensor]:
+def _attend(
+    q: Tensor, k: Tensor, v: Tensor, blocks: Blocks, scale: float, log_weight: Tensor | None
+) -> tuple[Tensor, Tensor]:
     """out (B, H, Lq, D), lse (B, H, Lq) of one part, in stream order."""
-    heads = q.shape[1]
+    batch, heads = q.shape[:2]
+    weigh = None
+    if log_weight is not None:
+        given = log_weight.float().expand(batch, heads, -1)
+        weight = given.gather(2, blocks.k_order.expand(batch, heads, -1))
+
+        def weigh(score: Tensor, b: Tensor, h: Tensor, query: Tensor, key: Tensor) -> Tensor:  # noqa: ARG001
+            return score + weight[b, h, key]
+
     if blocks.k_order.shape[1] > 1:
         k, v = (x.repeat_interleave(heads // x.shape[1], dim=1) for x in (k, v))
     out, aux = _flex(
         *(_take(x, order) for x, order in ((q, blocks.q_order), (k, blocks.k_order), (v, blocks.k_order))),
+        score_mod=weigh,
         block_mask=blocks.mask,
         scale=scale,
         enable_gqa=k.shape[1] != heads,

@@ -18,7 +18,7 @@ from torch.nn.functional import embedding
 
 from sparse_zoo.kernels.base import Kernel, plus
 from sparse_zoo.kernels.rectangles import Cost, Rectangles, alike, rectangles, slabs
-from sparse_zoo.plan import Plan
+from sparse_zoo.plan import Part, Plan
 
 SLAB_BYTES = 64 << 20
 BATCH_BYTES = 12 << 20
@@ -31,6 +31,10 @@ PAIRS_OF_A_CALL = 1 << 16
 
 Gather = Callable[[Tensor], Tensor]
 """Numbers of rows, int64 or int32 of any shape (...) -> those rows (..., D)."""
+
+
+Weigh = Callable[[Tensor, Tensor], Tensor]
+"""Groups and key tokens, which broadcast -> the log-weights of these keys, float32 or wider."""
 
 
 @dataclass(frozen=True)
@@ -51,12 +55,24 @@ class Rows:
             item * self.kv_heads + torch.div(head * self.kv_heads, self.heads, rounding_mode="floor")
         ) * self.keys + token
 
+    def weigh(self, part: Part) -> Weigh | None:
+        """What the keys of a part weigh, None where it has no log-weights."""
+        given = part.log_weight
+        if given is None:
+            return None
+        wide = given.to(torch.promote_types(given.dtype, torch.float32))
+        apart = [int(size > 1) for size in given.shape[:2]]
+        return lambda group, token: wide[
+            torch.div(group, self.heads, rounding_mode="floor") * apart[0], group % self.heads * apart[1], token.long()
+        ]
+
 
 class Grouped(Kernel, ABC):
     """A kernel made of a dense engine on gathered rectangles."""
 
     cost: Cost = staticmethod(alike)
     """Which rectangles suit the engine."""
+    weighs_keys = True
 
     def run(self, q: Tensor, k: Tensor, v: Tensor, plan: Plan, scale: float) -> tuple[Tensor, Tensor]:
         out, lse = _Sum.apply(q, k, v, self, scale, (plan,), 1.0)
@@ -72,13 +88,16 @@ class Grouped(Kernel, ABC):
 
     @abstractmethod
     def forward(
-        self, rects: Rectangles, at: Rows, q: Tensor, k: Tensor, v: Tensor, scale: float
+        self, rects: Rectangles, at: Rows, q: Tensor, k: Tensor, v: Tensor, scale: float, weigh: Weigh | None
     ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        """Yield (rows of queries (n,), partial outputs (n, D), lse (n,)); rows that mean nothing have lse -inf."""
+        """Yield (rows of queries (n,), partial outputs (n, D), lse (n,)); rows that mean nothing have lse -inf.
+
+        What `weigh` gives for a key is added to its scaled scores.
+        """
 
     @abstractmethod
     def backward(
-        self, rects: Rectangles, at: Rows, saved: tuple[Tensor, ...], grad: Gather, scale: float
+        self, rects: Rectangles, at: Rows, saved: tuple[Tensor, ...], grad: Gather, scale: float, weigh: Weigh | None
     ) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor, Tensor]]:
         """From saved = (q, k, v, final out, final lse), yield (rows of queries, dq, rows of keys, dk, dv) to add.
 
@@ -135,9 +154,10 @@ class _Sum(torch.autograd.Function):
             to_weights.append(to_weight)
             some = _gather(grad, gate, factor)
             saved = (q, k, v, out, lse)
-            for rects in rectangles(plan, q_shape[0], q_shape[1], ctx.engine.cost):
+            lists = rectangles(plan, q_shape[0], q_shape[1], ctx.engine.cost)
+            for part, rects in zip(plan.parts, lists, strict=True):
                 for q_rows, q_part, k_rows, k_part, v_part in ctx.engine.backward(
-                    rects, ctx.at, saved, some, ctx.scale
+                    rects, ctx.at, saved, some, ctx.scale, ctx.at.weigh(part)
                 ):
                     dq.index_add_(0, q_rows, q_part.to(wide))
                     dk.index_add_(0, k_rows, k_part.to(wide))
@@ -155,9 +175,9 @@ def _softmax(
     lists = rectangles(plan, batch, at.heads, engine.cost)
     total = _Softmax(len(q), q.shape[1], q)
     for low, high in slabs(lists, batch * at.heads, SLAB_BYTES // (q.shape[1] * q.element_size())):
-        for rects in lists:
+        for part, rects in zip(plan.parts, lists, strict=True):
             if len(some := rects.of_groups(low, high)):
-                for partial in engine.forward(some, at, q, k, v, scale):
+                for partial in engine.forward(some, at, q, k, v, scale, at.weigh(part)):
                     total.add(*partial)
                     del partial  # else it would stay beside the next one
     return total.result(q.dtype)
@@ -266,20 +286,21 @@ class Cpu(Grouped):
         )
 
     def forward(
-        self, rects: Rectangles, at: Rows, q: Tensor, k: Tensor, v: Tensor, scale: float
+        self, rects: Rectangles, at: Rows, q: Tensor, k: Tensor, v: Tensor, scale: float, weigh: Weigh | None
     ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        for batch in _batches(rects, at, q):
+        for batch in _batches(rects, at, q, weigh):
             yield _attend(batch, q, k, v, scale)
 
     def backward(
-        self, rects: Rectangles, at: Rows, saved: tuple[Tensor, ...], grad: Gather, scale: float
+        self, rects: Rectangles, at: Rows, saved: tuple[Tensor, ...], grad: Gather, scale: float, weigh: Weigh | None
     ) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor, Tensor]]:
-        for batch in _batches(rects, at, saved[0]):
+        for batch in _batches(rects, at, saved[0], weigh):
             yield _gradients(batch, saved, grad, scale)
 
 
 class _Batch(NamedTuple):
-    """Rows of queries (R, n), which are padding, rows of keys (R, m), and a mask (R, 1, 1, m) of padded keys."""
+    """Rows of queries (R, n), which are padding, rows of keys (R, m), and what is added to the scores of each key,
+    (R, 1, 1, m): its log-weight, -inf for padding."""
 
     q_rows: Tensor
     q_pad: Tensor | None
@@ -287,10 +308,11 @@ class _Batch(NamedTuple):
     k_mask: Tensor | None
 
 
-def _batches(rects: Rectangles, at: Rows, q: Tensor) -> list[_Batch]:
+def _batches(rects: Rectangles, at: Rows, q: Tensor, weigh: Weigh | None) -> list[_Batch]:
     """All of them before the first is computed: one at a time between calls of the engine, which leave nothing in the
     caches, they took twice as long."""
-    return [_padded(some, at, q.dtype) for some in _alike(rects, q.shape[-1] * q.element_size(), _budget(q))]
+    some = _alike(rects, q.shape[-1] * q.element_size(), _budget(q))
+    return [_padded(alike, at, q.dtype, weigh) for alike in some]
 
 
 def _attend(batch: _Batch, q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor, Tensor]:
@@ -402,12 +424,17 @@ def _size_class(size: Tensor) -> Tensor:
     return -(-size // step) * step
 
 
-def _padded(rects: Rectangles, at: Rows, dtype: torch.dtype) -> _Batch:
+def _padded(rects: Rectangles, at: Rows, dtype: torch.dtype, weigh: Weigh | None) -> _Batch:
     q_tokens, q_pad = _table(rects.q_list, rects.q_start, rects.q_size)
     k_tokens, k_pad = _table(rects.k_list, rects.k_start, rects.k_size)
     mask = None
-    if k_pad is not None:
-        mask = torch.zeros(k_pad.shape, dtype=dtype).masked_fill_(k_pad, -torch.inf)[:, None, None]
+    if weigh is not None:
+        # The engine takes a mask in float32 beside half precision, which would round a log-weight by 1 %.
+        mask = weigh(rects.group[:, None], k_tokens).to(torch.promote_types(dtype, torch.float32))
+    elif k_pad is not None:
+        mask = torch.zeros(k_pad.shape, dtype=dtype)
+    if mask is not None:
+        mask = (mask if k_pad is None else mask.masked_fill_(k_pad, -torch.inf))[:, None, None]
     none = torch.zeros_like(rects.group)
     q_first, k_first = at.of_queries(rects.group, none), at.of_keys(rects.group, none)
     return _Batch(q_first[:, None] + q_tokens, q_pad, k_first[:, None] + k_tokens, mask)

@@ -13,6 +13,7 @@ class Reference(Kernel):
     """Makes the whole L × L: for small streams, anywhere; float64 inputs give a float64 result."""
 
     name = "reference"
+    weighs_keys = True
 
     def why_not(self, q: Tensor | None = None, v: Tensor | None = None) -> list[str]:  # noqa: ARG002
         if q is None or q.is_floating_point():
@@ -26,6 +27,9 @@ class Reference(Kernel):
         mask = plan.dense_mask()
         reached = mask.any(-1)
         scores = (q.to(wide) @ keys.transpose(-1, -2)) * scale
+        for part in plan.parts:
+            if part.log_weight is not None:
+                scores = scores + part.log_weight[:, :, None].to(wide) * part.mask()
         # A row without keys gets zeros for scores, so that no NaN arises, and loses them again below.
         scores = scores.masked_fill(~mask & reached[..., None], -torch.inf).masked_fill(~reached[..., None], 0)
         out = (scores.softmax(-1) * reached[..., None]) @ values

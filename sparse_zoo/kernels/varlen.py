@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from sparse_zoo.kernels.grouped import Gather, Grouped, Rows
+from sparse_zoo.errors import refuse
+from sparse_zoo.kernels.grouped import Gather, Grouped, Rows, Weigh
 from sparse_zoo.kernels.rectangles import Rectangles, rectangles
 from sparse_zoo.plan import Plan
 
@@ -24,6 +25,12 @@ grid of flash attention 2 ends at.
 
 flash_forward = torch.ops.aten._flash_attention_forward
 flash_backward = torch.ops.aten._flash_attention_backward
+
+
+CARRIERS = 8
+"""Channels added to rows that carry log-weights: head dims are multiples of 8."""
+TERMS = 3
+"""Numbers in half precision whose sum is a log-weight as exactly as float32 holds it."""
 
 
 class Segments(NamedTuple):
@@ -82,24 +89,30 @@ class Varlen(Grouped):
         return total
 
     def forward(
-        self, rects: Rectangles, at: Rows, q: Tensor, k: Tensor, v: Tensor, scale: float
+        self, rects: Rectangles, at: Rows, q: Tensor, k: Tensor, v: Tensor, scale: float, weigh: Weigh | None
     ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         for some in _calls(rects):
-            q_rows, k_rows, segments = _packed(some, at)
-            out, lse = self.attend(q[q_rows, None], k[k_rows, None], v[k_rows, None], segments, scale)
-            yield q_rows, out[:, 0], lse[0]
+            q_rows, k_rows, segments, weight = _packed(some, at, weigh)
+            queries, keys, values = q[q_rows, None], k[k_rows, None], v[k_rows, None]
+            if weight is not None:
+                queries, keys, values = _carrying(queries, keys, values, weight / scale)
+            out, lse = self.attend(queries, keys, values, segments, scale)
+            yield q_rows, out[:, 0, : q.shape[-1]], lse[0]
 
     def backward(
-        self, rects: Rectangles, at: Rows, saved: tuple[Tensor, ...], grad: Gather, scale: float
+        self, rects: Rectangles, at: Rows, saved: tuple[Tensor, ...], grad: Gather, scale: float, weigh: Weigh | None
     ) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor, Tensor]]:
         q, k, v, out, lse = saved
         for some in _calls(rects):
-            q_rows, k_rows, segments = _packed(some, at)
-            some_grad, some_q, some_out = grad(q_rows)[:, None], q[q_rows, None], out[q_rows, None]
-            dq, dk, dv = self.gradients(
-                some_grad, some_q, k[k_rows, None], v[k_rows, None], some_out, lse[None, q_rows], segments, scale
-            )
-            yield q_rows, dq[:, 0], k_rows, dk[:, 0], dv[:, 0]
+            q_rows, k_rows, segments, weight = _packed(some, at, weigh)
+            some_grad, some_out = grad(q_rows)[:, None], out[q_rows, None]
+            queries, keys, values = q[q_rows, None], k[k_rows, None], v[k_rows, None]
+            if weight is not None:
+                queries, keys, values = _carrying(queries, keys, values, weight / scale)
+                some_grad, some_out = (pad(x, (0, CARRIERS)) for x in (some_grad, some_out))
+            found = self.gradients(some_grad, queries, keys, values, some_out, lse[None, q_rows], segments, scale)
+            dq, dk, dv = (x[:, 0, : q.shape[-1]] for x in found)
+            yield q_rows, dq, k_rows, dk, dv
 
 
 class TorchVarlen(Varlen):
@@ -123,6 +136,21 @@ class TorchVarlen(Varlen):
         return dq, dk, dv
 
 
+def _carrying(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """q (n, 1, D), k, v (m, 1, D) with channels that add `bias` (m,) to the products of each key, the engines having
+    no argument for it: 1 in q, and in k numbers that sum to it. Those of v are 0."""
+    dim, most = q.shape[-1], 256 - CARRIERS
+    refuse(
+        "log-weights", [f"head dim {dim}; at most {most}: {CARRIERS} more channels carry them"] if dim > most else []
+    )
+    terms = torch.zeros(len(k), CARRIERS, dtype=k.dtype, device=k.device)
+    for i in range(TERMS):
+        terms[:, i] = bias
+        bias = bias - terms[:, i].to(bias.dtype)
+    ones = (torch.arange(CARRIERS, device=q.device) < TERMS).to(q.dtype).expand(len(q), 1, -1)
+    return torch.cat([q, ones], dim=-1), torch.cat([k, terms[:, None]], dim=-1), pad(v, (0, CARRIERS))
+
+
 def _calls(rects: Rectangles) -> Iterator[Rectangles]:
     """Runs of rectangles of bounded size; one that passes the bound alone goes alone."""
     start, held = 0, 0
@@ -135,8 +163,8 @@ def _calls(rects: Rectangles) -> Iterator[Rectangles]:
         yield rects.select(slice(start, len(rects)))
 
 
-def _packed(rects: Rectangles, at: Rows) -> tuple[Tensor, Tensor, Segments]:
-    """Rows of queries and of keys of all segments one after the other, and the segments' bounds."""
+def _packed(rects: Rectangles, at: Rows, weigh: Weigh | None) -> tuple[Tensor, Tensor, Segments, Tensor | None]:
+    """Rows of queries and of keys of all segments one after the other, the segments' bounds, and what keys weigh."""
     rows, ends = [], []
     for listed, start, size, to_row in (
         (rects.q_list, rects.q_start, rects.q_size, at.of_queries),
@@ -146,6 +174,8 @@ def _packed(rects: Rectangles, at: Rows) -> tuple[Tensor, Tensor, Segments]:
         total = int(end[-1])
         shift = (start - end[:-1]).repeat_interleave(size, output_size=total)
         place = shift + torch.arange(total, device=size.device)
-        rows.append(to_row(rects.group.repeat_interleave(size, output_size=total), listed[place].long()))
+        group, token = rects.group.repeat_interleave(size, output_size=total), listed[place].long()
+        rows.append(to_row(group, token))
         ends.append(end.int())
-    return rows[0], rows[1], Segments(ends[0], ends[1], int(rects.q_size.max()), int(rects.k_size.max()))
+    segments = Segments(ends[0], ends[1], int(rects.q_size.max()), int(rects.k_size.max()))
+    return rows[0], rows[1], segments, None if weigh is None else weigh(group, token)

@@ -1,4 +1,4 @@
-"""Mixture of Block Attention: each query attends to its own block and to a few more, chosen by the mean of their keys.
+"""Mixture of Block Attention (MoBA): each query attends to its own key block and to the best other blocks.
 
 Paper: MoBA: Mixture of Block Attention for Long-Context LLMs, arXiv 2502.13189.
 """
@@ -24,19 +24,36 @@ from sparse_zoo.routing import top_chunks
 
 @register("moba")
 class MoBA(Attention):
-    """The own block of keys and the best others, by q · mean(keys).
+    """The own key block and the best other blocks, by q · mean(keys).
 
-    The paper's (section 2): blocks of equal length, the gate s_i = q · mean(K of block i) without parameters, the
-    top_k blocks of largest s_i, the query's own block always, which counts as one of top_k; one softmax over their
-    keys. Its scaling-law models: block_tokens 512, top_k 3. The paper's models read text from left to right: no block
-    after the own one is a candidate, and the own one is attended causally. Ours, for video: attention is bidirectional,
-    every block of the film is a candidate and the own one is attended whole; blocks are cut from the video of a film
-    in the order of the stream, the last may be shorter (its mean is over the tokens that it has), captions are in no
-    block, read by all and read all. Scores are float32, ties go to the earlier block, and where a film has fewer
-    blocks than top_k all are taken.
+    **Rule**
+
+    The video of a film is cut into blocks of `block_tokens` consecutive tokens. A query scores block i with the gate
+    s_i = q · mean(K_i), which has no parameters. It attends to its own block and to the `top_k` - 1 other blocks of
+    highest score, in one softmax over their keys.
+
+    **Paper**
+
+    - Section 2: blocks have equal length; the own block is always attended and counts as one of `top_k`.
+    - The scaling-law models use block_tokens 512 and top_k 3.
+    - The models are causal language models: blocks after the own one are no candidates, and the own block is attended
+      causally.
+
+    **Our choices**
+
+    - Attention in video is bidirectional: every block of the film is a candidate, and the own block is attended whole.
+    - Blocks follow the order of the stream and restart at each film. The last block may be shorter; its mean is over
+      the tokens that it has.
+    - Text is in no block. Every token attends to the text of its film; text attends to the whole film.
+    - Scores are float32, and ties go to the earlier block. A film with fewer blocks than `top_k` is attended whole.
+
+    **Not to be confused with**
+
+    - `moc`: its chunks end at frames, shots and captions, and its anchors are attended besides the `top_k` chunks.
+    - `vmoba`: its blocks are 1D, 2D or 3D by layer, and a share of the similarity decides how many are kept.
 
     Args:
-        top_k: Blocks each query attends to, its own among them.
+        top_k: Blocks that each query attends to, its own block included.
         block_tokens: Video tokens in a block; the count restarts at each film.
     """
 
@@ -67,6 +84,7 @@ class MoBA(Attention):
         self.top_k, self.block_tokens = top_k, block_tokens
 
     def branches(self, call: Call) -> list[Branch | Term]:
+        """One branch over the own block, the chosen blocks and text."""
         static = _static(call.layout, self.block_tokens)
         own = static.own if call.q_rows is None else static.own[call.q_rows]
         kind = own.where(own >= 0, static.blocks.count)
@@ -91,9 +109,10 @@ class MoBA(Attention):
 
 @dataclass(frozen=True, eq=False)
 class _Static:
-    """The blocks, the own one of each token, int64 (L,), -1 for text, and which others a query may choose.
+    """What follows from the layout.
 
-    `others`, bool (blocks + 1, blocks), is by the own block; its last row is for text, which chooses none.
+    `blocks` is the cut. `own`, int64 (L,), is the own block of each token, -1 for text. `others`, bool (blocks + 1,
+    blocks), tells by own block which other blocks a query may choose; its last row is for text, which chooses none.
     """
 
     blocks: Partition

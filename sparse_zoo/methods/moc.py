@@ -1,4 +1,4 @@
-"""Mixture of Contexts: each query attends to a few chunks, chosen by the mean of their keys, and to anchors.
+"""Mixture of Contexts (MoC): each query attends to a few chunks, chosen by the mean of their keys, and to anchors.
 
 Paper: Mixture of Contexts for Long Video Generation, arXiv 2508.21058.
 """
@@ -29,31 +29,53 @@ CAUSAL = (None, "routing", "strict")
 
 @register("moc")
 class MoC(Attention):
-    """Anchors, and the top_k chunks by q · mean(keys), for each query.
+    """Anchors, and for each query the top_k chunks by q · mean(keys).
 
-    The paper's: scores by mean-pooled keys without parameters, top-k per query and head, chunks that end at frame, shot
-    and caption bounds, text and own shot attended always and never routed to, and chunk-level causality that breaks
-    loops between shots (its section on causal routing), random drop-off and drop-in of chunks in training. Its films of
-    many shots: chunk_tokens 10240, then 5120, 2560 and at last 1280, top_k 5, anchors text and shot, causal "routing".
-    Its single shots: chunk_tokens 256, top_k 3, anchors text and chunk, causal null. Ours, where the paper is silent:
-    how a token target becomes whole frames; a chunk that the anchors hold whole is no candidate, one held in part is
-    scored over all its keys, costs one of k and adds the rest; with fewer candidates than k all are taken; ties go to
-    the earlier chunk; text queries follow the same rule, the global caption having no shot. With fixed chunks and
-    causality, what lies of the own chunk in another shot cannot be reached.
+    **Rule**
+
+    The stream is cut into chunks that end at frame, shot and caption boundaries. A query and head scores each candidate
+    chunk c with q · mean(K_c), which has no parameters, and chooses the `top_k` of highest score. One softmax runs over
+    the keys of the chosen chunks and of the anchors (by default the text of the film and the own shot).
+
+    **Paper**
+
+    - Routing by mean-pooled keys, top-k per query and head; anchors are always attended and never routed to.
+    - Chunk-level causality breaks loops between shots (section on causal routing).
+    - In training, chunks are dropped at random (drop-off) and added at random (drop-in). The paper gives neither p_max
+      nor λ.
+    - Multi-shot films: chunk_tokens 10240, then 5120, 2560 and at last 1280; top_k 5, anchors text and shot, causal
+      "routing". Single shots: chunk_tokens 256, top_k 3, anchors text and chunk, causal null.
+
+    **Our choices**
+
+    - chunk="tokens" cuts each shot evenly into whole frames; the paper does not say how a token target becomes frames.
+    - A chunk that the anchors cover whole is no candidate. A chunk covered in part is scored over all its keys, counts
+      as one of `top_k`, and adds the keys that were not covered.
+    - If a query has fewer than `top_k` candidates, it takes all of them. Ties go to the earlier chunk.
+    - Text queries follow the same rule. The global caption belongs to no shot.
+    - With fixed chunks and causality, a query cannot reach the tokens of its own chunk that lie in another shot.
+
+    **Not to be confused with**
+
+    - `moba`: blocks of equal length, no anchors besides text, and the own block counts as one of `top_k`.
+    - `moc_fixed`: this class with chunk="fixed", from which the paper sets itself apart.
 
     Args:
-        top_k: Chunks each query chooses; anchors are not counted.
-        chunk: How the stream is cut: by "shot", by "frame" (frames_per_chunk), by "tokens" (as many whole frames of a
-            shot as chunk_tokens hold, evenly), or "fixed" (chunk_tokens, blind to shots, frames and text).
-        frames_per_chunk: Frames in a chunk cut by frame; restarts at each shot.
-        chunk_tokens: The most tokens in a chunk cut by tokens (but at least one frame); all tokens in a fixed one.
-        anchors: Attended always: any of "text" (of the film), "shot" (the own one, caption too), "chunk" (the own one).
-        causal: "routing": only chunks before the own one are candidates, anchors stay bidirectional; "strict": text
-            of later shots is unseen too, so that a prefix of shots is attended as alone; null: every chunk of the film.
-        drop_off: In training, of the n chosen chunks of a query and head floor(p·n) at random are left out, p uniform
-            between 0 and this (the paper's p_max, whose value it does not tell), 0 … 1.
-        drop_in: In training, as many more chunks as a Poisson number of this mean (the paper's λ, not told either) come
-            in at random from the candidates that were not chosen; what was left out does not come back.
+        top_k: Chunks that each query chooses; anchors are not counted.
+        chunk: How the stream is cut: by "shot"; by "frame" (`frames_per_chunk`); by "tokens" (as many whole frames of a
+            shot as `chunk_tokens` hold, evenly); or "fixed" (`chunk_tokens`, without regard to shots, frames and text).
+        frames_per_chunk: Frames in a chunk when chunk is "frame"; the count restarts at each shot.
+        chunk_tokens: Tokens in a chunk: the most when chunk is "tokens" (at least one frame), exactly when it is
+            "fixed".
+        anchors: What every query attends to, any of "text" (of the film), "shot" (the own one and its caption), "chunk"
+            (the own one).
+        causal: "routing": only chunks before the own one are candidates, anchors stay bidirectional. "strict": text of
+            later shots is masked too, so that a prefix of shots attends as if it were alone. null: every chunk of the
+            film is a candidate.
+        drop_off: In training, floor(p·n) of the n chosen chunks of a query and head are dropped at random, with p
+            uniform between 0 and this value (p_max of the paper), in [0, 1].
+        drop_in: In training, a Poisson number of chunks with this mean (λ of the paper) is added at random from the
+            candidates that were not chosen. A dropped chunk is not added again.
     """
 
     limits = Limit({"top_k": 1 << 30, "causal": None})
@@ -101,6 +123,7 @@ class MoC(Attention):
         self.may_be_empty = causal is not None and "chunk" not in anchors and not {"text", "shot"} <= set(anchors)
 
     def branches(self, call: Call) -> list[Branch | Term]:
+        """One branch over the anchors and the chosen chunks."""
         static = _static(call.layout, self.cut)
         kind, anchors = static.kind, static.anchors
         if call.q_rows is not None:
@@ -119,7 +142,7 @@ class MoC(Attention):
         routed = Plan.routed(static.chunks, chosen)
         if anchors is None:
             return [Branch(routed)]
-        # Where no chunk is anchored in part, no chosen chunk meets an anchor: nothing is to be cut.
+        # Unless a chunk is anchored in part, no chosen chunk overlaps an anchor, and the parts can simply be joined.
         return [Branch(anchors | routed if static.straddles else Plan(*anchors.parts, *routed.parts))]
 
     def routing_flops(self, call: Call) -> int:
@@ -131,25 +154,44 @@ class MoC(Attention):
 
 @register("moc_fixed")
 class MoCFixed(MoC):
-    """`moc` with fixed chunks, blind to shots, frames and text.
+    """`moc` with chunks of a fixed length, blind to shots and frames.
+
+    **Rule**
+
+    As `moc`, with chunk="fixed": chunks are `chunk_tokens` consecutive tokens of the stream, text included.
+
+    **Paper**
+
+    Mixture of Contexts sets its aligned chunks apart from fixed ones, and prints no figures for fixed chunks.
+
+    **Our choices**
+
+    As for `moc`.
+
+    **Not to be confused with**
+
+    `moba`, whose blocks hold video alone and whose own block counts as one of `top_k`.
 
     Args:
-        top_k: Chunks each query chooses; anchors are not counted.
+        top_k: Chunks that each query chooses; anchors are not counted.
         chunk_tokens: Tokens in a chunk; the count restarts at each film.
-        anchors: Attended always: any of "text" (of the film), "shot" (the own one, caption too), "chunk" (the own one).
-        causal: "routing": only chunks before the own one are candidates; "strict": text of later shots is unseen too;
-            null: every chunk of the film.
-        drop_off: In training, of a query's n chosen chunks floor(p·n) are left out, p uniform between 0 and this.
-        drop_in: In training, a Poisson number of this mean of further candidates comes in at random.
-        kernel: Kernel by name, or "auto".
-        text_reads: "method": as the method says; "text": text queries attend to the text of their film alone.
-        dense_above: Attend densely in sampling while the noise time is above this; null: never.
+        anchors: What every query attends to, any of "text" (of the film), "shot" (the own one and its caption), "chunk"
+            (the own one).
+        causal: "routing": only chunks before the own one are candidates. "strict": text of later shots is masked too.
+            null: every chunk of the film is a candidate.
+        drop_off: In training, floor(p·n) of a query's n chosen chunks are dropped, with p uniform between 0 and this
+            value.
+        drop_in: In training, a Poisson number of further candidates with this mean is added at random.
+        kernel: Name of a kernel, or "auto".
+        text_reads: "method": text queries attend as the method says. "text": they attend to the text of their film
+            alone.
+        dense_above: In sampling, attend densely while the noise time is above this value; null: never.
     """
 
     knob: ClassVar[Knob] = Knob("top_k", 1, 64)
     card = Card(
-        paper="what Mixture of Contexts, arXiv 2508.21058, sets itself apart from",
-        granularity="query token and head -> chunk of so many tokens of the stream",
+        paper="Mixture of Contexts, arXiv 2508.21058, which sets itself apart from fixed chunks",
+        granularity="query token and head -> chunk of `chunk_tokens` tokens of the stream",
         chosen_by="q · mean of the chunk's keys",
         trained="no",
         claim="none found: the paper prints no figures for fixed chunks",
@@ -191,7 +233,7 @@ class MoCFixed(MoC):
 
 @dataclass(frozen=True)
 class _Cut:
-    """The settings that decide all that does not depend on q and k."""
+    """The settings that fix everything that does not depend on q and k."""
 
     chunk: Chunk
     frames: int
@@ -202,8 +244,12 @@ class _Cut:
 
 @dataclass(frozen=True, eq=False)
 class _Static:
-    """What follows from the layout: chunks; the plan of the anchors; the kind of each token, by which `legal`, bool
-    (kinds, C), tells what it may choose; whether a legal chunk can be anchored in part."""
+    """What follows from the layout.
+
+    `chunks` is the cut, `anchors` the plan of the anchors. `kind` is the kind of each token, by which `legal`, bool
+    (kinds, C), tells which chunks it may choose. `straddles` tells whether a legal chunk can be covered in part by
+    anchors.
+    """
 
     chunks: Partition
     anchors: Plan | None
@@ -253,7 +299,7 @@ def _anchors(layout: Layout, chunks: Partition, cut: _Cut) -> Plan | None:
 
 
 def _held(anchors: Plan, kinds: Partition, chunks: Partition) -> Tensor:
-    """How many tokens of each chunk the anchors give to each kind of query: int64 (kinds, C)."""
+    """The number of tokens of each chunk that the anchors give to each kind of query: int64 (kinds, C)."""
     total = torch.zeros(kinds.count, chunks.count, dtype=torch.int64, device=kinds.device)
     for part in anchors.parts:
         atoms = refine(part.keys, chunks)

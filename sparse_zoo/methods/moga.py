@@ -1,4 +1,4 @@
-"""Mixture-of-Groups Attention: a learned router sorts tokens into groups that attend within themselves.
+"""Mixture-of-Groups Attention (MoGA): a learned router assigns tokens to groups; tokens attend within their group.
 
 Paper: Mixture-of-Groups Attention for End-to-End Long Video Generation, arXiv 2510.18692.
 """
@@ -27,23 +27,45 @@ BORROWED = 2
 
 @register("moga")
 class MoGA(Attention):
-    """Mean of routed groups, local groups in space-time, single frames.
+    """Mean of routed groups, local space-time groups and single frames.
 
-    The paper's: g(x) = argmax of softmax(W x), one assignment per token and layer for all heads, output p(g(x)|x) ·
-    attention within the group; STGA, windows × temporal groups that stop at shots and borrow keys, not queries, of two
-    latent frames from each adjacent shot; attention within each frame; the mean of the three; a balance loss. Ours,
-    where the paper has no joint stream: text is never routed, its keys join every branch, and text queries attend to
-    all text and their own shot in each branch with weight 1 (the global caption: all text). A window's bound on an axis
-    of n windows and r rows is row · n // r; every temporal group of a shot borrows, shorter shots lend all they have.
+    **Rule**
+
+    The output is the mean of the branches in `mix`:
+
+    - "group": a router assigns each token to the group g(x) = argmax softmax(W x), one assignment per token and layer
+      for all heads. The output is p(g(x) | x) · attention within the group.
+    - "stga": spatial-temporal group attention, within spatial windows × temporal groups of one shot.
+    - "frame": attention within each frame.
+
+    Training adds the balance loss α · M · Σ_i F_i P_i.
+
+    **Paper**
+
+    - Temporal groups stop at shots and borrow the keys, not the queries, of two latent frames of each adjacent shot.
+    - The three branches are averaged; `balance` names two readings of the loss's P.
+
+    **Our choices**
+
+    - The paper has no joint text and video stream. Here text is never routed: its keys are in every branch. Text
+      queries attend, in each branch with weight 1, to all text and to the video of their own shot; the global caption
+      attends to all text.
+    - On an axis of r rows cut into n windows, the row x lies in window x · n // r.
+    - Every temporal group of a shot borrows keys. A shot of fewer than two frames lends all that it has.
+
+    **Not to be confused with**
+
+    - `moc`, `moba`: routing without parameters, by similarity of queries and pooled keys.
+    - `svg2`: groups from k-means clusters of queries and keys, without training.
 
     Args:
-        groups: Number of groups M of the router.
-        windows: Spatial windows of STGA along (rows, cols).
-        frames_per_group: Frames in a temporal group of STGA; null: the whole shot.
-        mix: Branches whose mean is taken, any of "group", "stga", "frame".
-        balance: Reading of the balance loss's P: "printed" (p summed over the tokens assigned to the group, as the
-            paper prints it) or "switch" (mean of p over all tokens).
-        alpha: Weight of the balance loss α · M · Σ F_i P_i; 0 leaves it out.
+        groups: Groups M of the router.
+        windows: Spatial windows of the "stga" branch along (rows, cols).
+        frames_per_group: Latent frames in a temporal group of the "stga" branch; null: the whole shot.
+        mix: Branches that are averaged, any of "group", "stga", "frame".
+        balance: P_i of the balance loss: "printed" (p summed over the tokens assigned to group i, as the paper prints
+            it) or "switch" (mean of p over all tokens).
+        alpha: Weight α of the balance loss; 0 turns it off.
     """
 
     limits = Limit({"groups": 1, "mix": ("group",)}, text=False)
@@ -96,11 +118,19 @@ class MoGA(Attention):
         self.router = nn.Linear(self.dim or 0, groups)
 
     def features(self, hidden: Tensor) -> dict[str, Tensor]:
-        """`p`, float32 (B, L, M), and `group`, int64 (B, L): the router's softmax and its argmax."""
+        """The router's decision for each token.
+
+        Args:
+            hidden: Hidden features (B, L, dim).
+
+        Returns:
+            `p`, float32 (B, L, M), the router's softmax, and `group`, int64 (B, L), its argmax.
+        """
         p = self.router(hidden).float().softmax(-1)
         return {"p": p, "group": p.argmax(-1)}
 
     def branches(self, call: Call) -> list[Branch | Term]:
+        """One branch for each name in `mix`, weighted by the router's probability and 1 / len(mix)."""
         return [Branch(self._plan(name, call), self._weight(name, call) / len(self.mix)) for name in self.mix]
 
     def _plan(self, name: str, call: Call) -> Plan:
@@ -116,7 +146,7 @@ class MoGA(Attention):
         if text is None:
             return plan
         text = text if call.q_rows is None else text.narrow(call.q_rows)
-        # Branches join video to video; these parts have text on one side.
+        # The branch's plan joins video to video; these parts have text on one side, so that no pair is held twice.
         return Plan(*text.parts, *plan.parts)
 
     def _weight(self, name: str, call: Call) -> Tensor | float:
@@ -128,7 +158,10 @@ class MoGA(Attention):
         return (p if call.q_rows is None else p[:, call.q_rows])[:, None].to(call.q.dtype)
 
     def losses(self, call: Call) -> dict[str, Tensor]:
-        """`balance`: α · M · Σ F_i P_i over the video tokens of each film, mean over films; F carries no gradient."""
+        """The balance loss, α · M · Σ_i F_i P_i over the video tokens of each film, averaged over films.
+
+        F carries no gradient.
+        """
         video = _videos(call.layout)
         if self.alpha == 0 or "group" not in self.mix or not len(video.number):
             return {}
@@ -144,12 +177,12 @@ class MoGA(Attention):
         return {"balance": self.alpha * self.groups * (share * mass).sum(-1).mean()}
 
     def routing_flops(self, call: Call) -> int:
-        """The router's product, if there is one to route."""
+        """The router's matrix product, if the "group" branch is in `mix`."""
         return 2 * call.k.shape[0] * call.k.shape[2] * (self.dim or 0) * self.groups if "group" in self.mix else 0
 
 
 class _Videos(NamedTuple):
-    """The tokens of video, int64 (n,), the film of each, and how many each film has, of the films that have any."""
+    """Video tokens, int64 (n,), the film of each, and the number of tokens of each film that has any."""
 
     tokens: Tensor
     film: Tensor
@@ -170,7 +203,7 @@ def _frames(layout: Layout) -> Plan:
 
 @remembered(32)
 def _stga(layout: Layout, windows: tuple[int, ...], frames_per_group: int | None) -> Plan:
-    """Windows × temporal groups; to their keys come the nearest frames of the shots beside, in the same window."""
+    """Windows × temporal groups; the nearest frames of adjacent shots, in the same window, are added to their keys."""
     time = layout.shot_frame // frames_per_group if frames_per_group else torch.zeros_like(layout.shot_frame)
     place = [layout.row * windows[0] // layout.rows, layout.col * windows[1] // layout.cols]
     first = layout.shot_frame < BORROWED
@@ -191,7 +224,7 @@ def _stga(layout: Layout, windows: tuple[int, ...], frames_per_group: int | None
 
 @remembered(32)
 def _text(layout: Layout) -> Plan | None:
-    """All tokens read the text of their film; captions also read the video of their shot."""
+    """All tokens attend to the text of their film; captions also attend to the video of their shot."""
     if not bool(layout.is_text.any()):
         return None
     everyone, text = layout.partition(), layout.partition(where=layout.is_text)
@@ -199,5 +232,5 @@ def _text(layout: Layout) -> Plan | None:
     captions = layout.partition("shot", where=layout.is_text & (layout.shot >= 0))
     shots = layout.partition("shot", where=~layout.is_text)
     same = (captions.sample[:, None] == shots.sample) & (captions.shot[:, None] == shots.shot)
-    # Text keys above, video keys here.
+    # `read` has text keys, the captions' part has video keys: no pair is held twice.
     return Plan(*read.parts, *Plan.blocks(captions, shots, same).parts)

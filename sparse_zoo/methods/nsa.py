@@ -1,4 +1,4 @@
-"""Native Sparse Attention: three gated branches, over block means, over chosen blocks and over a window.
+"""Native Sparse Attention (NSA): three gated branches, over block means, over chosen blocks and over a window.
 
 Paper: Native Sparse Attention: Hardware-Aligned and Natively Trainable Sparse Attention, arXiv 2502.11089.
 """
@@ -25,30 +25,46 @@ from sparse_zoo.routing import top_chunks
 class NSA(Attention):
     """Block means, chosen blocks and a window, mixed by learned gates.
 
-    The paper's (section 3): for each token, o = Σ g_c · softmax attention over the keys of branch c, where g_c in
-    [0, 1] is learned from the token's features for each head. "Compressed": one key and one value for each block.
-    "Selected": all tokens of the blocks whose compressed keys the query scores highest, and always of the first block
-    and the two local ones. "Window": what lies near. It chooses 16 blocks of 64 in all, 3 of them fixed, in the case
-    that it writes as l' = l = d, where one cut serves both branches and its equation 8 gives the scores directly.
+    **Rule**
 
-    Ours: video has no order to mask, so blocks on both sides are read; the local ones are the own block and the one
-    before. top_k counts the others alone, so that tokens of the first two blocks read fewer in all. The window is exact
-    to blocks, not to tokens: the query's own in the middle, cut off at the ends of the film, 9 blocks of 64 where the
-    paper's holds the last 512 tokens. A block is compressed to its mean (as the public code of fla-org does), where the
-    paper has an MLP with a position embedding; an embedding that is added before a mean would shift all keys alike and
-    change no softmax. Keys and values serve all three branches, where the paper projects them for each. Each head
-    chooses for itself, where the paper sums scores over the heads that share keys, to load less while decoding. Gates
-    are a linear layer and a sigmoid. Blocks are stretches of each film's video; text is read by all and reads all in
-    the selected and the window branch, and reads the block means too.
+    o = Σ_c g_c · attention_c for the three branches c, with g_c in [0, 1] learned from the token's features, per head:
+
+    - compressed: one key and one value for each block;
+    - selected: all tokens of the `top_k` blocks whose compressed keys score highest, of the first block of the film, of
+      the own block and of the block before it;
+    - window: the `window` blocks around the own one.
+
+    **Paper**
+
+    - Section 3; with l' = l = d one cut serves the compressed and the selected branch, and equation 8 gives the scores.
+    - It selects 16 blocks of 64 tokens, 3 of them fixed, and its window holds the last 512 tokens.
+    - Blocks are compressed by an MLP with a position embedding. Each branch has its own projections of keys and values.
+    - Scores are summed over the heads that share keys, so that decoding loads fewer blocks.
+
+    **Our choices**
+
+    - Video has no order to mask: blocks on both sides are attended.
+    - `top_k` does not count the three fixed blocks. Tokens of the first two blocks therefore attend to fewer blocks.
+    - The window is a whole number of blocks around the own one, 9 blocks of 64, and is cut off at the ends of the film.
+    - A block is compressed to its mean, as in the public code of fla-org. A position embedding added before a mean
+      would shift all keys alike and change no softmax.
+    - All branches share keys and values. Each head selects for itself. Gates are a linear layer and a sigmoid.
+    - Blocks are cut from the video of each film. Text is attended by all tokens, and attends to all, in the selected
+      and the window branch; it attends to the block means too.
+
+    **Not to be confused with**
+
+    - `vsa`: blocks of queries choose, cubes are 3D, and there is no window branch.
+    - `moba`: the selected branch alone, without gates.
 
     Args:
-        top_k: Blocks chosen by score, besides the film's first, the own one and the one before it.
+        top_k: Blocks chosen by score, besides the first block of the film, the own block and the one before it.
         block_tokens: Video tokens in a block.
-        window: Blocks in the window, odd: the own one and as many on either side.
+        window: Blocks in the window, an odd number: the own block and equally many on either side.
     """
 
     limits = "three branches are mixed, one of them over means of blocks"
-    strict = "blocks on both sides are read"
+    strict = "blocks on both sides are attended"
     anchors = ("text",)
     own_heads = "each head has gates of its own"
     knob = Knob("top_k", 1, 64)
@@ -80,10 +96,11 @@ class NSA(Attention):
         self.gate = nn.Linear(self.dim or 0, 3 * self.heads)
 
     def features(self, hidden: Tensor) -> dict[str, Tensor]:
-        """`gates`, (B, L, heads, 3): of the compressed, the selected and the window branch."""
+        """The gates of the compressed, the selected and the window branch: `gates`, (B, L, heads, 3)."""
         return {"gates": self.gate(hidden).sigmoid().unflatten(-1, (self.heads, 3))}
 
     def branches(self, call: Call) -> list[Branch | Term]:
+        """The compressed branch (keys and values are block means), the selected branch and the window branch."""
         blocks, static = stretches(call.layout, self.block_tokens), _static(call.layout, self.block_tokens, self.window)
 
         def mine(plan: Plan) -> Plan:
@@ -95,13 +112,13 @@ class NSA(Attention):
             return [Branch(fixed, select), window]
         kind = static.kind if call.q_rows is None else static.kind[call.q_rows]
         best = top_chunks(call.q, call.k, blocks, static.legal, kind, self.top_k, on_device=self.on_device(call))
-        # No fixed block is legal, so that none is held twice.
+        # A fixed block is never a candidate, so that no pair is held twice.
         selected = Branch(Plan(*fixed.parts, *Plan.routed(blocks, best).parts), select)
         k, v = (pooled(blocks, x).to(x.dtype) for x in (call.k, call.v))
         return [Branch(mine(whole_film(call.layout, blocks)), compress, k=k, v=v), selected, window]
 
     def _gates(self, call: Call) -> Tensor:
-        """(B, H, Lq, 3) for this call's heads."""
+        """The gates of this call's heads, (B, H, Lq, 3)."""
         heads = slice(call.head_offset, call.head_offset + call.q.shape[1])
         gates = self.featured(call)["gates"][:, :, heads].transpose(1, 2).to(call.q.dtype)
         return gates if call.q_rows is None else gates[:, :, call.q_rows]
@@ -115,8 +132,11 @@ class NSA(Attention):
 
 @dataclass(frozen=True, eq=False)
 class _Static:
-    """What follows from the layout: the plans of fixed blocks and of the window, with text; the kind of each token
-    (its block, the last for text), by which `legal`, bool (kinds, C), tells which blocks it may choose."""
+    """What follows from the layout.
+
+    `fixed` and `window` are the plans of the fixed blocks and of the window, with text. `kind` is the kind of each
+    token (its block, the last for text), by which `legal`, bool (kinds, C), tells which blocks it may choose.
+    """
 
     fixed: Plan
     window: Plan
@@ -130,7 +150,7 @@ def _static(layout: Layout, block_tokens: int, window: int) -> _Static:
     together = same_film(blocks, blocks)
     place = torch.arange(blocks.count, device=layout.device)
     gap = place[:, None] - place
-    # Blocks of a film follow each other, so the first is as far back as there are blocks of the film before.
+    # Blocks of a film are consecutive, so the first one is as far back as the film has earlier blocks.
     first = place - (together & (gap > 0)).sum(-1)
     fixed = together & ((gap == 0) | (gap == 1) | (place == first[:, None]))
     near = together & (gap.abs() <= window // 2)

@@ -23,26 +23,42 @@ from sparse_zoo.remember import remembered
 
 @register("radial")
 class Radial(Attention):
-    """Near frames in full, farther ones along ever thinner diagonals.
+    """Near frames in full, farther frames along ever thinner diagonals.
 
-    The paper's: frames d apart are in band b, the number of binary digits of d (0, 1, 2 and 3, 4 to 7, ...). Frames at
-    most one apart attend in full, and all attend to the first frame. Farther on a query attends to the keys near its
-    own place in the frame, within a width that halves from band to band; where that would be less than the grain of the
-    kernel it stays there, and only every second, fourth, ... distance is kept instead. Exact numbers as in the authors'
-    code: for frames of s tokens the width is w = 2^(binary digits of s) / 2^b, times `decay` but at least
-    `block_tokens`, and of distances those are kept that block_tokens // w divides. A pair of blocks is attended if, of
-    the keys in it that any query of the block sees, more than 0.6 are seen by more than a third of its queries.
+    **Rule**
 
-    Ours: that rule is applied to the whole mask, where the code takes each pair of frames apart and drops the tail of
-    some frames (the same where `block_tokens` divides the frames); a block always attends to itself; blocks count the
-    video tokens of a film, and frames are counted through it, across cuts; where frames differ in size, s is the
-    query's, and key l of s' is at place (2l + 1) s // 2s' in its frame; text is dense. The paper keeps the first noise
-    steps dense, for which there is `dense_above`, and the first layer, for which there are lists of layers. Without
-    parameters: it serves trained models as they are, and the paper also tunes them with it for longer films.
+    Frames that are d apart are in band b, the number of binary digits of d (d = 0; 1; 2 and 3; 4 to 7; ...).
+
+    - Frames at most one apart attend to each other in full, and all frames attend to the first frame.
+    - In farther frames, a query attends to the keys within a width of its own position in the frame. For frames of s
+      tokens the width is w = 2^(binary digits of s) / 2^b, times `decay`, and at least `block_tokens`.
+    - Where w is less than `block_tokens`, only those distances d are kept that block_tokens // w divides.
+    - The token mask becomes a block mask: a pair of blocks is attended if, of the keys that any query of the block
+      sees, more than 0.6 are seen by more than a third of its queries.
+
+    **Paper**
+
+    - The widths halve from band to band; the exact numbers above are those of the authors' code.
+    - The first noise steps and the first layer stay dense: use `dense_above` and a list of attention per layer.
+    - There are no parameters: it serves trained models as they are. The paper also fine-tunes models for longer films.
+
+    **Our choices**
+
+    - The block rule looks at the whole mask. The authors' code looks at each pair of frames and drops the tail of some
+      frames; the two agree where `block_tokens` divides the frame.
+    - A block always attends to itself.
+    - Blocks and frames are counted through the video of a film, across cuts.
+    - Where frames differ in size, s is the size of the query's frame, and key l of a frame of s' tokens is at position
+      (2l + 1) s // 2s'.
+    - Text attends to everything and is attended by everything.
+
+    **Not to be confused with**
+
+    `window` and `sta`, whose window has the same width at every distance and ends there.
 
     Args:
-        decay: Factor of the widths: how slowly they decay with distance.
-        block_tokens: Tokens of a block of queries and of keys, and the least width.
+        decay: Factor of the widths; a larger value keeps more at a distance.
+        block_tokens: Tokens in a block of queries and of keys, and the least width.
     """
 
     limits = Limit({"block_tokens": 1 << 30})
@@ -75,6 +91,7 @@ class Radial(Attention):
         self.decay, self.block_tokens = float(decay), block_tokens
 
     def plan(self, q: Tensor, k: Tensor, layout: Layout) -> Plan:  # noqa: ARG002
+        """The block mask, which depends on the layout alone."""
         return _radial(layout, self.block_tokens, self.decay)
 
 
@@ -89,7 +106,7 @@ def _radial(layout: Layout, block_tokens: int, decay: float) -> Plan:
 
 
 def _dense_enough(layout: Layout, blocks: Partition, block_tokens: int, decay: float) -> Tensor:
-    """Pairs of blocks of which the token mask holds enough: bool (P, P). No mask of tokens is made.
+    """Pairs of blocks of which the token mask covers enough: bool (P, P). No mask of tokens is built.
 
     For each key token and each run of queries of one frame in one block, the queries that see the key are an interval.
     """
@@ -104,7 +121,7 @@ def _dense_enough(layout: Layout, blocks: Partition, block_tokens: int, decay: f
     first = place[runs.offsets[0, 0, :-1].long()][:, None].int()
     last = first + runs.sizes[0, 0, :, None].int() - 1
 
-    # The place of each key in frames of each size that there is.
+    # The position of each key, scaled to every frame size that occurs.
     sizes, kind = size.unique(return_inverse=True)
     carried = ((2 * place + 1) * sizes[:, None] // (2 * size[frame])).int()
 
@@ -127,7 +144,7 @@ def _dense_enough(layout: Layout, blocks: Partition, block_tokens: int, decay: f
 
 
 def _reach(frames: Partition, block_tokens: int, decay: float) -> Tensor:
-    """How far from its own place a query of one frame sees in another: int32 (F, F) in tokens, -1 not at all."""
+    """How far from its own position a query of one frame sees in another: int32 (F, F) in tokens, -1 for none."""
     size, number = frames.sizes[0, 0], frames.frame
     apart = (number[:, None] - number).abs()
     width = torch.exp2((_digits(size)[:, None] - _digits(apart)).double())

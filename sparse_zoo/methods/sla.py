@@ -1,56 +1,66 @@
-"""Sparse-Linear Attention: the heaviest blocks exactly, the lightest not at all, the rest by linear attention.
+"""Sparse-Linear Attention (SLA): heavy blocks exactly, light blocks skipped, the rest by linear attention.
 
 Paper: SLA: Beyond Sparsity in Diffusion Transformers via Fine-Tunable Sparse-Linear Attention, arXiv 2509.24006.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from sparse_zoo.attention import Attention, Branch, Call, Card, Knob, Limit, Term, is_count
-from sparse_zoo.blocks import chosen, joint, largest, members, pooled, same_film, stretches
+from sparse_zoo.blocks import joint, pooled, same_film, stretches
 from sparse_zoo.errors import refuse
-from sparse_zoo.gather import take
-from sparse_zoo.layout import Layout
+from sparse_zoo.linear import linear_attention
 from sparse_zoo.plan import Plan
 from sparse_zoo.registry import register
-from sparse_zoo.remember import remembered
-
-EPS = 1e-5
-"""Added to the sum of linear weights, as the authors' code does: 0 where there are none, gradients finite."""
+from sparse_zoo.selectors import chosen, largest
 
 
 @register("sla")
 class SLA(Attention):
-    """Critical blocks exactly, marginal ones by linear attention.
+    """Critical blocks exactly, marginal blocks by linear attention.
 
-    The paper's (section 4): blocks of 64 tokens; P_c = softmax(pool(Q) pool(K)^T / sqrt(D)) by means; for each block of
-    queries the `top_fraction` of the blocks of keys is critical, the `negligible` share of smallest P_c is skipped, and
-    what is left is marginal. O_s is softmax attention to the critical blocks; O_l = φ(Q) H / φ(Q) Z with
-    H = Σ φ(K_j)^T V_j and Z = Σ φ(K_j)^T 1 over the marginal blocks j, φ a softmax over channels; the output is
-    O_s + Proj(O_l), Proj a learned D × D map for all heads. It fine-tunes with shares of 5 % and 10 %.
+    **Rule**
 
-    The authors' code (github.com/thu-ml/SLA) differs: its branch SLA-1 has no negligible blocks, and its main branch
-    runs the linear part over all blocks, critical ones too (issues 7, 11 and 18 ask about it). This is the paper's
-    text. From the code: Proj starts at zero, so that the sparse part is all there is at first; shares of n blocks are
-    rounded down; 1e-5 is added to φ(Q) Z. Ours: at least one block is critical; what is critical is never negligible;
-    ties go to the earlier block; Proj has no bias, so that it gives nothing where nothing is marginal. Shares are of
-    the blocks of the own film, which are stretches of its video. Text is read by all and reads all, exactly; the linear
-    part joins video to video.
+    P_c = softmax(pool(Q) pool(K)^T / √D) over block means ranks the blocks of keys for each block of queries. The share
+    `top_fraction` of largest P_c is critical, the share `negligible` of smallest P_c is skipped, the rest is marginal.
+
+    - O_s is softmax attention to the critical blocks.
+    - O_l = φ(Q) H / φ(Q) Z, with H = Σ_j φ(K_j)^T V_j and Z = Σ_j φ(K_j)^T 1 over the marginal blocks j, and φ a
+      softmax over channels.
+    - The output is O_s + Proj(O_l), where Proj is a learned D × D map shared by all heads.
+
+    **Paper**
+
+    Section 4: blocks of 64 tokens; models are fine-tuned with shares of 5 % (critical) and 10 % (negligible).
+
+    **Our choices**
+
+    - We follow the paper's text. The authors' code (github.com/thu-ml/SLA) differs: its branch SLA-1 has no negligible
+      blocks, and its main branch runs the linear part over all blocks (its issues 7, 11 and 18 ask about this).
+    - From that code: Proj starts at zero, so that at first only the sparse part acts; shares are rounded down to whole
+      blocks; 1e-5 is added to φ(Q) Z.
+    - At least one block is critical, and a critical block is never negligible. Ties go to the earlier block.
+    - Proj has no bias, so that it adds nothing where no block is marginal.
+    - Blocks are cut from the video of each film, and shares are of the blocks of the own film.
+    - Text attends exactly to everything and is attended exactly by everything. The linear part joins video to video.
+
+    **Not to be confused with**
+
+    - `vsa`: its coarse stage is softmax attention over block means, and covers all blocks.
+    - `nsa`: its compressed branch is likewise a softmax over means.
 
     Args:
-        top_fraction: Share of a film's blocks that are critical to each block of queries, in (0, 1].
-        negligible: Share of the blocks that is skipped, in [0, 1); no more than are not critical.
+        top_fraction: Share of a film's blocks that are critical for each block of queries, in (0, 1].
+        negligible: Share of the blocks that is skipped, in [0, 1); critical blocks are never skipped.
         block_tokens: Video tokens in a block.
     """
 
     limits = Limit({"top_fraction": 1.0})
-    strict = "blocks are ranked among those of all shots"
+    strict = "blocks of all shots are ranked together"
     anchors = ("text",)
     pools_queries = True
     knob = Knob("top_fraction", 0.05, 1.0)
@@ -85,6 +95,7 @@ class SLA(Attention):
         nn.init.zeros_(self.proj.weight)
 
     def branches(self, call: Call) -> list[Branch | Term]:
+        """One exact branch over the critical blocks and one linear term over the marginal blocks."""
         width = call.v.shape[-1]
         refuse(
             type(self).__name__,
@@ -102,7 +113,7 @@ class SLA(Attention):
         return [Branch(exact), self._linear(call, attended & ~critical)]
 
     def _counts(self, legal: Tensor) -> tuple[Tensor, Tensor]:
-        """How many blocks of each row are critical, and how many are critical or marginal: int64 (..., 1)."""
+        """The number of critical blocks of each row, and of critical or marginal ones: int64 (..., 1)."""
         count = legal.sum(-1, keepdim=True)
         critical = (count.double() * self.top_fraction).long().clamp(min=1)
         negligible = (count.double() * self.negligible).long().minimum(count - critical)
@@ -110,56 +121,13 @@ class SLA(Attention):
 
     def _linear(self, call: Call, marginal: Tensor) -> Term:
         """Proj(O_l), with marginal, bool (B, H, blocks, blocks)."""
-        batch, heads, _, dim = call.q.shape
-        share = heads // call.k.shape[1]
-        places = _places(call.layout, self.block_tokens)
-        q, k, v, pairs = (x.flatten(0, 1).unbind() for x in (call.q, call.k, call.v, marginal))
-        found = []
-        for i in range(batch * heads):
-            # One head at a time, and again in the backward pass: sums for each block of queries are (blocks, D, D + 1).
-            given = (q[i], k[i // share], v[i // share], pairs[i], places)
-            found.append(checkpoint(_one_head, *given, use_reentrant=False, preserve_rng_state=False))
-        value = torch.stack(found).view(call.q.shape).to(self.proj.weight.dtype)
-        each = 2 * dim * (dim + 1) * (2 * places.tokens + marginal.shape[-1] ** 2) + 2 * dim**2 * places.tokens
-        return Term(self.proj(value).to(call.q.dtype), batch * heads * each)
+        value, flops = linear_attention(call, stretches(call.layout, self.block_tokens), marginal)
+        tokens = call.layout.video_tokens
+        projected = self.proj(value.to(self.proj.weight.dtype)).to(call.q.dtype)
+        return Term(projected, flops + 2 * call.q.shape[0] * call.q.shape[1] * call.q.shape[-1] ** 2 * tokens)
 
     def routing_flops(self, call: Call) -> int:
         """Pooling of q and k, and two passes of one product for each pair of blocks and head."""
         batch, heads, length, dim = call.q.shape
         count = stretches(call.layout, self.block_tokens).count
         return batch * dim * (2 * 2 * heads * count**2 + (heads + call.k.shape[1]) * length)
-
-
-@dataclass(frozen=True, eq=False)
-class _Places:
-    """Tokens in a table of blocks: `table`, int64 (blocks, size), which token is where, `held`, bool, where there is
-    one; and back: where each token is, int64 (L,), if it is one of the `tokens` of video."""
-
-    table: Tensor
-    held: Tensor
-    back: Tensor
-    text: Tensor
-    tokens: int
-
-
-@remembered(32)
-def _places(layout: Layout, block_tokens: int) -> _Places:
-    table = members(stretches(layout, block_tokens))
-    held = table >= 0
-    back = torch.zeros_like(layout.sample)
-    back[table[held]] = held.flatten().nonzero()[:, 0]
-    return _Places(table.clamp(min=0), held, back, layout.is_text, int(held.sum()))
-
-
-def _one_head(q: Tensor, k: Tensor, v: Tensor, marginal: Tensor, places: _Places) -> Tensor:
-    """O_l of one batch item and head, float32 at least: q, k, v (L, D), marginal bool (blocks, blocks) -> (L, D)."""
-    with torch.autocast(q.device.type, enabled=False):
-        wide = torch.promote_types(q.dtype, torch.float32)
-        q, k, v = (take(x.to(wide), 0, places.table) for x in (q, k, v))  # (blocks, size, D)
-        k = k.softmax(-1) * places.held[..., None]
-        v = torch.nn.functional.pad(v, (0, 1), value=1.0)  # its last channel sums the weights
-        own = k.transpose(1, 2) @ v  # (blocks, D, D + 1)
-        sums = (marginal.to(wide) @ own.flatten(1)).view_as(own)
-        out = q.softmax(-1) @ sums
-        out = out[..., :-1] / (out[..., -1:] + EPS)
-        return take(out.flatten(0, 1), 0, places.back).masked_fill(places.text[:, None], 0)

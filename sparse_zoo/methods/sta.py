@@ -1,4 +1,4 @@
-"""Sliding tile attention: a static 3D window of tiles for each head.
+"""Sliding tile attention (STA): a static 3D window of tiles for each head.
 
 Paper: Fast Video Generation with Sliding Tile Attention, arXiv 2502.04507.
 """
@@ -24,22 +24,35 @@ EVERY_TILE = (1 << 30) + 1
 
 @register("sta")
 class STA(Attention):
-    """A window of tiles around each tile, of a fixed size for each head.
+    """A 3D window of tiles around each tile, with a fixed size per head.
 
-    The paper's: video is cut into tiles of (frames, rows, cols); a tile of queries attends to whole tiles, those in a
-    window around its own that is pushed inside at the edges; text is dense. Without training each head has the window
-    that loses least on a few prompts (its search is not part of this class: give the windows it found), and the first
-    noise steps stay dense (`dense_above`); after fine-tuning all heads have one. Its films are 30 × 48 × 80 tokens in
-    tiles of 6 × 8 × 8, with a window of 3 × 3 × 3 tiles when tuned. Ours: tiles restart at each shot and windows reach
-    across cuts; ragged tiles at the edges are exact, where the paper wants sizes that the tile divides. Sizes are odd;
-    the authors' code takes even ones too, where 6 is as wide as 7.
+    **Rule**
 
-    For one window with other edges, or with tiles blind to cuts, take `window`.
+    Video is cut into tiles of (frames, rows, cols) tokens. The queries of a tile attend to all keys of the tiles in a
+    window around it. At the edges the window is shifted inside, so that it keeps its size.
+
+    **Paper**
+
+    - Text is dense.
+    - Training-free: each head takes the window that loses least on a few prompts, and the first noise steps stay dense
+      (`dense_above`). Fine-tuned: all heads have one window, 3 × 3 × 3 tiles.
+    - Its films have 30 × 48 × 80 tokens, in tiles of 6 × 8 × 8.
+
+    **Our choices**
+
+    - The search for windows is not part of this class: pass the windows that it found.
+    - Tiles restart at each shot; windows reach across cuts.
+    - Partial tiles at the edges are exact. The paper asks for sizes that the tile divides.
+    - Window sizes are odd. The authors' code also accepts even sizes, where 6 is as wide as 7.
+
+    **Not to be confused with**
+
+    `window`: one window for all heads, with a choice of how edges and cuts are treated.
 
     Args:
         tile: Tokens of a tile along (frames, rows, cols).
-        window: Tiles of a window along (frames, rows, cols), odd; or a list of such windows, which the heads of a layer
-            take in turn.
+        window: Tiles of a window along (frames, rows, cols), odd numbers; or a list of such windows, which the heads of
+            a layer use in turn.
     """
 
     limits = Limit({"window": (EVERY_TILE, EVERY_TILE, EVERY_TILE)})
@@ -78,6 +91,7 @@ class STA(Attention):
             self.own_heads = "heads have windows of their own"
 
     def branches(self, call: Call) -> list[Branch | Term]:
+        """One branch with one window table for each head."""
         heads = range(call.head_offset, call.head_offset + call.q.shape[1])
         windows = tuple(self.windows[head % len(self.windows)] for head in heads)
         plan = _sta(call.layout, self.tile, windows if len(set(windows)) > 1 else windows[:1])

@@ -1,4 +1,4 @@
-"""Sparse VideoGen: each head attends either near in time or near in space, whichever a few queries find better.
+"""Sparse VideoGen (SVG): each head attends near in time or near in space, whichever loses less on a few queries.
 
 Paper: Sparse VideoGen: Accelerating Video Diffusion Transformers with Spatial-Temporal Sparsity, arXiv 2502.01776.
 """
@@ -22,22 +22,36 @@ from sparse_zoo.remember import remembered
 
 @register("svg")
 class SVG(Attention):
-    """Each head spatial or temporal, by what sampled queries lose.
+    """Spatial or temporal mask per head, by error on sampled queries.
 
-    The paper's: a spatial head attends to the own frame and its neighbours, a temporal head to the same place and its
-    neighbours across all frames, both to text and to the first frame. Its online profiling: for some queries attention
-    is computed in full and under both masks, and each head takes the mask of the smaller mean squared error,
+    **Rule**
+
+    A spatial head attends to its own frame and the frames near it. A temporal head attends to its own place and the
+    places near it, in all frames. Both attend to text and to the first frame. In every call, each head takes the mask m
+    of smaller error on a few sampled queries:
 
         E_m = mean over queries and channels of (softmax(q k^T / sqrt(D) within m) v - softmax(q k^T / sqrt(D)) v)²
 
-    anew in every call. Ours: the choice is made for each film, from queries spread evenly over its video, where the
-    paper draws them; a tie makes a spatial head. The masks are whole frames, `width` before and after, and their mirror
-    image: places in as many groups as the film has frames (group = place * frames // places), `width` groups before and
-    after, so that both kinds of head cost alike. The authors' code has a band of tokens instead, in frame order and in
-    place order, in blocks of 128, and there the first places stand for the first frame in a temporal head; its scripts
-    for Wan keep a band of 0.3 of all pairs, as a width of 3 does of 21 frames. Places compare by group where shots
-    differ in size. Training-free in the paper, it trains here as any other: gradients pass through attention, not
-    through the choice.
+    **Paper**
+
+    - Training-free, with this choice ("online profiling") made in every call.
+    - The masks of the authors' code are bands of tokens, in frame order and in place order, in blocks of 128. In a
+      temporal head the first places stand for the first frame. Its scripts for Wan keep a band of 0.3 of all pairs, as
+      width 3 does for 21 frames.
+
+    **Our choices**
+
+    - Each film chooses for itself, from queries spread evenly over its video; the paper samples them at random. A tie
+      gives a spatial head.
+    - The spatial mask is `width` whole frames before and after the own one. The temporal mask is its mirror image:
+      places are cut into as many groups as the film has frames (group = place * frames // places), and `width` groups
+      before and after the own one are attended. Both kinds of head therefore cost the same.
+    - Where shots differ in frame size, places are compared by group.
+    - It trains like any other method: gradients pass through attention, not through the choice.
+
+    **Not to be confused with**
+
+    `svg2`, which clusters tokens by content instead of choosing between two static masks.
 
     Args:
         width: Frames, or groups of places, attended before and after the own one.
@@ -72,12 +86,13 @@ class SVG(Attention):
         self.width, self.rows = width, rows
 
     def branches(self, call: Call) -> list[Branch | Term]:
+        """One branch: each head's spatial or temporal mask, chosen from sampled queries."""
         with torch.no_grad(), torch.autocast(call.q.device.type, enabled=False):
             temporal = self._temporal(call)
         sink, bands = _bands(call.layout, self.width)
         parts = [
             Part(queries, keys, near & chosen[:, :, queries.sample, None], routed=True)
-            for (queries, keys, near), chosen in zip(bands, (~temporal, temporal), strict=False)  # none of one frame
+            for (queries, keys, near), chosen in zip(bands, (~temporal, temporal), strict=False)  # no bands: one frame
         ]
         return [Branch(joint(call.layout, *sink, *parts))]
 
@@ -107,7 +122,7 @@ class SVG(Attention):
         return errors[1] < errors[0]
 
     def routing_flops(self, call: Call) -> int:
-        """The sampled queries' scores, and what they read in full and under both masks."""
+        """The scores of the sampled queries, and their outputs in full and under both masks."""
         batch, heads, _, dim = call.q.shape
         pairs = sum(len(_sampled(call.layout, i, self.rows)) * len(film) for i, film in enumerate(call.layout.films))
         return batch * heads * pairs * dim * (2 + 3 * 2)
@@ -115,7 +130,7 @@ class SVG(Attention):
 
 @remembered(32)
 def _places(layout: Layout) -> tuple[Tensor, Tensor]:
-    """The frame of each token, and its group of places, of which a film has as many: int64 (L,)."""
+    """The frame of each token, and its group of places (as many groups as the film has frames): int64 (L,)."""
     frames = torch.tensor([sum(shot.frames for shot in film.shots) for film in layout.films], device=layout.device)
     place = layout.row * layout.cols + layout.col
     return layout.frame, place * frames[layout.sample] // (layout.rows * layout.cols)
@@ -131,8 +146,10 @@ def _sampled(layout: Layout, film: int, rows: int) -> Tensor:
 
 @remembered(32)
 def _bands(layout: Layout, width: int) -> tuple[tuple[Part, ...], list[tuple[Partition, Partition, Tensor]]]:
-    """What all video reads, the first frames; and for either kind of head the pieces of queries, those of the other
-    keys, and which are near: bool (Q, K)."""
+    """The first frames, which all video attends to, and the bands of the two kinds of head.
+
+    A band is the pieces of queries, those of the other keys, and which of them are near, bool (Q, K).
+    """
     video = ~layout.is_text
     everyone, first = layout.partition(where=video), layout.partition(where=layout.frame == 0)
     sink = Plan.blocks(everyone, first, same_film(everyone, first)).parts if first.count else ()

@@ -1,7 +1,7 @@
-"""Sparse VideoGen2: tokens are clustered by what they say, and clusters of queries choose clusters of keys.
+"""Sparse VideoGen2 (SVG2): k-means clusters of queries choose k-means clusters of keys.
 
-Paper: Sparse VideoGen2: Accelerate Video Generation with Sparse Attention via Semantic-Aware Permutation,
-arXiv 2505.18875.
+Paper: Sparse VideoGen2: Accelerate Video Generation with Sparse Attention via Semantic-Aware Permutation, arXiv
+2505.18875.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from sparse_zoo.attention import Attention, Branch, Call, Card, Knob, Limit, Term, is_count
-from sparse_zoo.blocks import chosen, heaviest, joint, largest
+from sparse_zoo.blocks import joint
 from sparse_zoo.errors import refuse
 from sparse_zoo.kmeans import clusters
 from sparse_zoo.layout import Layout
@@ -22,34 +22,50 @@ from sparse_zoo.partition import Partition
 from sparse_zoo.plan import Part
 from sparse_zoo.registry import register
 from sparse_zoo.remember import remembered
+from sparse_zoo.selectors import chosen, heaviest, largest
 
 
 @register("svg2")
 class SVG2(Attention):
     """K-means clusters of queries choose clusters of keys, by top-p.
 
-    The paper's: in each head queries and keys are clustered by k-means (Euclidean) and permuted by cluster; a cluster a
-    of queries gives cluster b of keys the estimated share
+    **Rule**
+
+    In each head, queries and keys are clustered by k-means (Euclidean distance). Query cluster a estimates the share of
+    its attention that key cluster b holds,
 
         P_ab ~ |b| exp(q_a k_b / sqrt(D)),  q_a and k_b the centroids,  sum over b of P_ab = 1
 
-    and attends to the fewest clusters that together hold `top_p`; the centroids of one noise step are where the next
-    one starts. Numbers of clusters, rounds, and `least` are those of the authors' scripts. Ours: clusters are made of
-    each film's video alone (text is dense); they start from tokens spread evenly over it, where the code draws them; a
-    fixed number of rounds, where it stops at small moves; a token at equal distances goes to the earlier cluster. An
-    empty cluster stays where it was and is never chosen. Keys shared by several query heads are clustered once.
+    and attends to the fewest key clusters that together hold `top_p`.
 
-    Centroids are kept in `call.memory`, if there is one, by layer, heads and layout: the result is a function of the
-    call and of what the memory holds for it. Without it, as in training, every call starts anew. Training-free in the
-    paper, it trains here as any other: gradients pass through attention, not through the choice.
+    **Paper**
+
+    - Training-free; tokens are permuted by cluster, so that clusters are contiguous in memory.
+    - The centroids of one noise step are the starting points of the next.
+    - The numbers of clusters and rounds, and `least`, are those of the authors' scripts.
+
+    **Our choices**
+
+    - Clusters are made from the video of each film alone; text is dense.
+    - K-means starts from tokens spread evenly over the film, where the code starts from random tokens. It runs a fixed
+      number of rounds, where the code stops at small moves. A token at equal distances joins the earlier cluster.
+    - An empty cluster keeps its centroid and is never chosen. Keys shared by several query heads are clustered once.
+    - Centroids are cached in `call.memory`, if there is one, by layer, heads and layout: the result depends on the call
+      and on what that cache holds for it. Without a cache, as in training, every call starts from scratch.
+    - It trains like any other method: gradients pass through attention, not through the choice.
+
+    **Not to be confused with**
+
+    - `svg`: two static masks per head, no clusters.
+    - `moga`: learned groups, one assignment for all heads, queries and keys grouped alike.
 
     Args:
-        top_p: Share of the estimated attention that the chosen clusters of keys hold.
-        query_clusters: Clusters of queries in each film, or as many as it has tokens.
-        key_clusters: Clusters of keys in each film, likewise.
+        top_p: Share of the estimated attention that the chosen key clusters hold, in (0, 1].
+        query_clusters: Clusters of queries in each film, at most one per token.
+        key_clusters: Clusters of keys in each film, at most one per token.
         least: Share of the key clusters that is chosen in any case, best first, rounded down.
-        first_rounds: Rounds of k-means where nothing is remembered.
-        later_rounds: Rounds that start from remembered centroids.
+        first_rounds: Rounds of k-means without cached centroids.
+        later_rounds: Rounds of k-means that start from cached centroids.
     """
 
     limits = Limit({"top_p": 1.0})
@@ -96,6 +112,7 @@ class SVG2(Attention):
         self.first_rounds, self.later_rounds = first_rounds, later_rounds
 
     def branches(self, call: Call) -> list[Branch | Term]:
+        """One branch: query clusters × the key clusters that they chose, with text."""
         if not _videos(call.layout):
             return [Branch(joint(call.layout))]
         with torch.no_grad(), torch.autocast(call.q.device.type, enabled=False):
@@ -124,13 +141,15 @@ class SVG2(Attention):
         return Part(queries, keys, edges, routed=True)
 
     def _enough(self, sizes: Tensor, scores: Tensor, legal: Tensor) -> Tensor:  # noqa: ARG002
-        """What some clusters of queries choose of a film's clusters of keys, by scores (B, H, rows, K)."""
+        """The key clusters of a film that some query clusters choose, by scores (B, H, rows, K)."""
         weights = (scores + sizes.log()).softmax(-1)
         return heaviest(weights, self.top_p) | largest(weights, int(self.least * weights.shape[-1]))
 
     def routing_flops(self, call: Call) -> int:
-        """Distances and means in each round, and the products of centroids; of rounds as many as were run last for what
-        the memory holds."""
+        """Distances and means in each round of k-means, and the products of centroids.
+
+        With cached centroids, the rounds are those that ran last.
+        """
         (batch, heads, _, dim), kv_heads = call.q.shape, call.k.shape[1]
         kept = self._kept(call)
         rounds = kept.rounds if kept else self.first_rounds
@@ -141,7 +160,7 @@ class SVG2(Attention):
         return batch * total * dim
 
     def _kept(self, call: Call) -> _Kept | None:
-        """What the memory holds for such a call."""
+        """The cached centroids for such a call, or None."""
         return None if call.memory is None else call.memory.get(self._place(call))
 
     def _place(self, call: Call) -> tuple[Any, ...]:
@@ -151,7 +170,7 @@ class SVG2(Attention):
 
 @dataclass(frozen=True)
 class _Kept:
-    """Centroids of queries and keys, float32 (B, H, clusters, D), one tensor a film with video; and the rounds run."""
+    """Cached centroids, float32 (B, H, clusters, D), one tensor per film with video, and the rounds that were run."""
 
     queries: list[Tensor]
     keys: list[Tensor]

@@ -1,4 +1,4 @@
-"""Video Mixture of Block Attention: blocks in time, in space, in both by turns; a share of a head's similarity kept.
+"""Video Mixture of Block Attention (VMoBA): 1D, 2D and 3D blocks by layer; a share of the similarity is kept.
 
 Paper: VMoBA: Mixture-of-Block Attention for Video Diffusion Models, arXiv 2506.23858.
 """
@@ -12,13 +12,14 @@ import torch
 from torch import Tensor
 
 from sparse_zoo.attention import Attention, Branch, Call, Card, Knob, Limit, Term, is_count
-from sparse_zoo.blocks import film_by_film, heaviest, joint, largest, products
+from sparse_zoo.blocks import film_by_film, joint, products
 from sparse_zoo.budgets import weights, within_budget
 from sparse_zoo.errors import ZooError, refuse, unknown
 from sparse_zoo.partition import Partition
 from sparse_zoo.plan import Plan
 from sparse_zoo.registry import register
 from sparse_zoo.remember import remembered
+from sparse_zoo.selectors import heaviest, largest
 
 SCOPES = ("query", "head", "global")
 WHOLE = 1 << 30
@@ -29,32 +30,47 @@ WHOLE = 1 << 30
 class VMoBA(Attention):
     """The most similar pairs of a query and a block, up to a share.
 
-    The paper's (section 3): blocks of keys are cut by turns from layer to layer, 1D (`temporal` frames), 2D (`spatial`
-    patches through all frames), 3D (`spatiotemporal` cuboids); a query's similarity to a block is q · mean(keys);
-    pairs of a query and a block compete over a whole head ("head"), and the fewest are kept whose similarities add up
-    to a share `threshold` of all. The authors' code (KwaiVGI/VMoBA): similarities are first moved and scaled to
-    0 … 1 over the scope; the own block is kept always, counts towards the share, and the others fill it up, largest
-    first; scope "query" (each query and head by itself) and "global" (all heads at once); or a number of blocks
-    instead of a share, `top_k` for each query, the own one among them, that a scope's queries spend together. The
-    paper trains at threshold 0.25; block sizes are those of FastVideo's port for Wan 1.3B.
+    **Rule**
 
-    Ours: batch items and films never compete, text does not either (it is read by all and reads all); sizes need not
-    divide the film; ties go to the earlier query, then head, then block; where all similarities of a scope are equal
-    they weigh the same; with a share of 1 everything is kept, what weighs 0 too. The code keeps at least one other
-    block in each scope, even where the own ones hold the share: here it is not kept. Over a head or all heads nothing
-    is sorted: `within_budget` finds the least similarity that is kept, exactly, similarities being rounded to 2^-24 of
-    their range, and products are made anew in each of its four passes. Sets of very different sizes make
-    indices longer than a table: edges are a byte for each head, query and block.
+    Keys are cut into blocks, whose shape alternates from layer to layer: 1D (`temporal` frames), 2D (`spatial` patches
+    through all frames), 3D (`spatiotemporal` cuboids). The similarity of a query and a block is q · mean(keys). All
+    pairs of a query and a block within a `scope` compete; the fewest pairs are kept whose similarities sum to the share
+    `threshold` of the scope's total.
+
+    **Paper**
+
+    - Section 3; pairs compete over a whole head (scope "head"). The paper trains with threshold 0.25.
+    - From the authors' code (KwaiVGI/VMoBA): similarities are shifted and scaled to [0, 1] over the scope; the own
+      block is always kept and counts towards the share, and the other blocks fill it up, largest first; the scopes
+      "query" and "global"; and `top_k` blocks per query instead of a share, spent jointly by the scope.
+    - Default block sizes are those of FastVideo's port for Wan 1.3B.
+
+    **Our choices**
+
+    - Batch items and films never compete, nor does text: every token attends to the text of its film, and text attends
+      to the whole film.
+    - Block sizes need not divide the film. Ties go to the earlier query, then head, then block.
+    - If all similarities of a scope are equal, all pairs weigh the same. With threshold 1 every pair is kept, those of
+      weight 0 too.
+    - The code keeps at least one other block in each scope even where the own blocks hold the share; we do not.
+    - Scopes "head" and "global" sort nothing: `within_budget` finds the smallest kept similarity exactly, after
+      rounding similarities to 2^-24 of their range, and recomputes the products in each of its four passes.
+    - The sizes of the kept sets differ so much that index lists would be longer than a table: edges are one byte for
+      each head, query and block.
+
+    **Not to be confused with**
+
+    `moba`: one cut for all layers, and exactly `top_k` blocks for each query.
 
     Args:
-        threshold: Share of the scope's similarity that is kept, in (0, 1]; null: by top_k.
-        top_k: Blocks for each query, its own among them, on average over the scope; null: by threshold.
-        scope: Where pairs compete: for each "query" (and head), over a "head", or "global", over all heads of an item;
-            then a head depends on the others, and some heads alone (sharded) are refused.
+        threshold: Share of the scope's similarity that is kept, in (0, 1]; null: use `top_k`.
+        top_k: Blocks per query, the own one included, on average over the scope; null: use `threshold`.
+        scope: Where pairs compete: "query" (each query and head alone), "head", or "global" (all heads of an item).
+            With "global" a head depends on the others, so that a call with some of the heads (sharding) is refused.
         temporal: Frames in a 1D block (layers 0, 3, …).
         spatial: Rows and columns in a 2D block, all frames (layers 1, 4, …).
         spatiotemporal: Frames, rows and columns in a 3D block (layers 2, 5, …).
-        stop_at_shots: Blocks restart at each shot, so that none holds frames of two.
+        stop_at_shots: Blocks restart at each shot, so that no block holds frames of two shots.
     """
 
     limits = Limit({"threshold": 1.0, "top_k": None})
@@ -111,6 +127,7 @@ class VMoBA(Attention):
         self.needs_all_heads = "with scope 'global' all heads share a budget" if scope == "global" else None
 
     def branches(self, call: Call) -> list[Branch | Term]:
+        """One branch: the own block of each query and the pairs that its scope kept."""
         if self.scope == "global" and call.q.shape[1] != self.heads:
             raise ZooError(f"vmoba: scope 'global' needs all {self.heads} heads at once, got {call.q.shape[1]}")
         blocks = self._blocks(call)
@@ -122,13 +139,13 @@ class VMoBA(Attention):
 
     @torch.no_grad()
     def _chosen(self, call: Call, blocks: Partition) -> Tensor:
-        """bool (B, H, Lq, C)"""
+        """The pairs of a query and a block that are kept: bool (B, H, Lq, C)."""
         means = blocks.mean(call.k.float())
         own = blocks.piece_of[0, 0] if call.q_rows is None else blocks.piece_of[0, 0, call.q_rows]
         choose = self._by_query if self.scope == "query" else self._together
         chosen = torch.zeros(*call.q.shape[:3], blocks.count, dtype=torch.bool, device=call.q.device)
         for film, tokens in _films(blocks):
-            # Which of some queries are of this film a GPU would have to tell: all choose, and the others' is dropped.
+            # Selecting the film's queries would wait for a GPU: all choose, and other films' choices are dropped.
             rows = tokens if call.q_rows is None else torch.arange(len(call.q_rows), device=call.q.device)
             of_film, start = own[rows] - film.start, 0
             for some in choose(call.q[:, :, rows], means[:, :, film], of_film):
@@ -140,9 +157,9 @@ class VMoBA(Attention):
         return chosen
 
     def _by_query(self, q: Tensor, means: Tensor, own: Tensor) -> Iterator[Tensor]:
-        """What queries (B, H, n, D) choose, each by itself, of the blocks of their film: some rows of (B, H, n, C).
+        """The blocks that queries (B, H, n, D) of one film choose, each alone: rows of (B, H, n, C), slice by slice.
 
-        means (B, Hk, C, D); `own`, int64 (n,), is the block of each query.
+        `means` is (B, Hk, C, D); `own`, int64 (n,), is the block of each query.
         """
         for rows, scores in products(q, means):
             mine = _is(own[rows], scores)
@@ -153,7 +170,7 @@ class VMoBA(Attention):
                 yield heaviest(scale, self.threshold, first=mine)
 
     def _together(self, q: Tensor, means: Tensor, own: Tensor) -> Iterator[Tensor]:
-        """As `_by_query`, but pairs compete over a head, or over all heads."""
+        """As `_by_query`, but pairs compete over a head or over all heads."""
         batch, heads, length, _ = q.shape
         across = self.scope == "global"
 
@@ -181,7 +198,7 @@ class VMoBA(Attention):
 
 
 def _is(own: Tensor, scores: Tensor) -> Tensor:
-    """Whether a block is the query's own, `own`, int64 (n,): bool (B, H, n, C), as scores are shaped."""
+    """Whether a block is the query's own block `own`, int64 (n,): bool (B, H, n, C), in the shape of `scores`."""
     return (own[:, None] == torch.arange(scores.shape[-1], device=own.device)).expand_as(scores)
 
 

@@ -1,4 +1,4 @@
-"""Video Sparse Attention: cubes attend to cubes coarsely, and to the tokens of the best of them.
+"""Video Sparse Attention (VSA): coarse attention among pooled cubes, then full attention to the best cubes.
 
 Paper: Faster Video Diffusion with Trainable Sparse Attention, arXiv 2505.13389.
 """
@@ -11,41 +11,57 @@ from typing import Any, Literal
 from torch import Tensor, nn
 
 from sparse_zoo.attention import Attention, Branch, Call, Card, Knob, Limit, Term, is_count
-from sparse_zoo.blocks import chosen, joint, largest, pooled, same_film, whole_film
+from sparse_zoo.blocks import joint, pooled, same_film, whole_film
 from sparse_zoo.errors import refuse, unknown
 from sparse_zoo.plan import Plan
 from sparse_zoo.registry import register
+from sparse_zoo.selectors import chosen, largest
 
 GATES = ("both", "coarse", "none")
 
 
 @register("vsa")
 class VSA(Attention):
-    """Attention among pooled cubes; then each one's best cubes in full.
+    """Attention among pooled cubes, then to the best cubes in full.
 
-    The paper's (section 2.2): video is cut into cubes of 4 × 4 × 4 tokens, over which q, k and v are averaged. The
-    coarse stage is attention among these means, O_c = softmax(Q_c K_c^T / sqrt(D)) V_c, which every token of a cube
-    reads. In the fine stage the tokens of a cube attend to those of the top_k cubes of largest score, O_f; the own cube
-    has no privilege. The output is O_c · G_c + O_f · G_f, the gates linear in hidden, for each token, head and channel,
-    without an activation. Where a model trained with full attention is adapted (section 2.3), G_c starts at zero, G_f
-    is left out (gates="coarse"; the authors' code has no other gate) and top_k falls from all cubes, as a `schedule`
-    can. gates="none" is the ablation "F (no O_c)" of table 1b.
+    **Rule**
 
-    Ours: with gates="both" they start as torch starts a linear layer (the paper: at random). Ragged cubes are averaged
-    over the tokens they have (the paper asks for sizes that 4 divides). Cubes restart at each shot. Choices are made
-    for each head, in float32; ties go to the earlier cube. Text is in no cube: it is read by all and reads all in the
-    fine stage, ungated, and gets nothing from the coarse one.
+    Video is cut into cubes of `tile` tokens, and q, k, v are averaged over each cube.
+
+    - Coarse stage: O_c = softmax(Q_c K_c^T / √D) V_c among the means; all tokens of a cube receive its row.
+    - Fine stage: O_f is attention of the tokens of a cube to the tokens of the `top_k` cubes of highest coarse score.
+    - The output is O_c · G_c + O_f · G_f, with gates linear in the hidden features, per token, head and channel.
+
+    **Paper**
+
+    - Section 2.2: cubes of 4 × 4 × 4; the own cube has no privilege; the gates have no activation.
+    - Section 2.3, adapting a dense model: G_c starts at zero and G_f is left out (gates="coarse"; the authors' code has
+      no other gate), and top_k falls from all cubes, which a `schedule` expresses.
+    - gates="none" is the ablation "F (no O_c)" of table 1b.
+
+    **Our choices**
+
+    - With gates="both" the gates start as torch initialises a linear layer (the paper: at random).
+    - Partial cubes are averaged over the tokens they have; the paper asks for sizes that 4 divides.
+    - Cubes restart at each shot. Each head chooses for itself, in float32; ties go to the earlier cube.
+    - Text is in no cube. In the fine stage it attends to everything and is attended by everything, ungated; it takes no
+      part in the coarse stage.
+
+    **Not to be confused with**
+
+    - `nsa`: single queries choose, blocks are 1D, and there is a window branch.
+    - `sla`: a linear term, not a softmax over means, covers what is not attended exactly.
 
     Args:
-        top_k: Cubes each cube of queries chooses for the fine stage.
+        top_k: Cubes that each cube of queries chooses for the fine stage.
         tile: Tokens of a cube along (frames, rows, cols).
-        stop_at_shots: Cubes restart at each shot, so that none holds frames of two.
-        gates: "both": coarse and fine stage have a gate; "coarse": the coarse one alone, from zero; "none": there is no
-            coarse stage and no gate.
+        stop_at_shots: Cubes restart at each shot, so that no cube holds frames of two shots.
+        gates: "both": gates on the coarse and the fine stage. "coarse": a gate on the coarse stage alone, from zero.
+            "none": no coarse stage and no gates.
     """
 
     limits = Limit({"top_k": 1 << 30, "gates": "none"})
-    strict = "cubes choose among those of all shots"
+    strict = "cubes of all shots are candidates"
     anchors = ("text",)
     pools_queries = True
     own_heads = "each head has gates of its own"
@@ -93,6 +109,7 @@ class VSA(Attention):
         return {name: gate(hidden) for name, gate in self.gates.items()}
 
     def branches(self, call: Call) -> list[Branch | Term]:
+        """The fine branch and, unless gates is "none", the coarse branch."""
         cubes = call.layout.tiles(self.tile, stop_at_shots=self.stop_at_shots)
         if not cubes.count:
             return [Branch(joint(call.layout))]
@@ -108,7 +125,7 @@ class VSA(Attention):
         return made
 
     def _gates(self, call: Call) -> dict[str, Tensor]:
-        """Those of this call's heads, (B, H, L, D) each, 1 for text."""
+        """The gates of this call's heads, (B, H, L, D) each, 1 for text."""
         width = call.v.shape[-1]
         refuse(
             type(self).__name__,

@@ -1,4 +1,4 @@
-"""Tile-aligned 3D window attention.
+"""3D window attention aligned to tiles.
 
 Paper: Fast Video Generation with Sliding Tile Attention, arXiv 2502.04507, whose windows move by whole tiles.
 """
@@ -23,18 +23,32 @@ EVERY_TILE = (1 << 30) + 1
 
 @register("window")
 class Window(Attention):
-    """A 3D window of tiles around each tile; text joins everyone.
+    """A 3D window of tiles around each tile; text attends to all.
 
-    A tile attends to the tiles whose place differs from its own by at most (window - 1) / 2 on each axis. Places in
-    time count tiles through the film, so a window reaches across cuts; rows and columns are compared by number where
-    shots differ in size. Ragged tiles at the edges are exact. One window for all heads, with a choice of edges and of
-    cuts; for windows that differ by head, as in the paper, take `sta`.
+    **Rule**
+
+    A tile attends to the tiles whose index differs from its own by at most (window - 1) / 2 on each axis.
+
+    **Paper**
+
+    The geometry of sliding tile attention, with one window for all heads.
+
+    **Our choices**
+
+    - Time counts tiles through the film, so that a window reaches across cuts. Rows and columns are compared by index
+      where shots differ in size.
+    - Partial tiles at the edges are exact.
+    - `edge` and `stop_at_shots` choose how the edges of the film and the cuts are treated.
+
+    **Not to be confused with**
+
+    `sta`: windows that differ by head, as in the paper.
 
     Args:
         tile: Tokens of a tile along (frames, rows, cols).
-        window: Tiles of a window along (frames, rows, cols), odd.
-        edge: At the edges the window is pushed inside ("shift", as sliding tile attention does) or cut off ("cut").
-        stop_at_shots: Tiles restart at each shot, so that none holds frames of two.
+        window: Tiles of a window along (frames, rows, cols), odd numbers.
+        edge: At the edges the window is shifted inside ("shift", as in sliding tile attention) or cut off ("cut").
+        stop_at_shots: Tiles restart at each shot, so that no tile holds frames of two shots.
     """
 
     limits = Limit({"window": (EVERY_TILE, EVERY_TILE, EVERY_TILE)})
@@ -75,6 +89,7 @@ class Window(Attention):
         self.edge: Literal["shift", "cut"] = edge
 
     def plan(self, q: Tensor, k: Tensor, layout: Layout) -> Plan:  # noqa: ARG002
+        """The table of tiles in each window, which depends on the layout alone."""
         return _window(layout, self.tile, self.window, self.edge, self.stop_at_shots)
 
 

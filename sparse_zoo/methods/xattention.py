@@ -1,4 +1,4 @@
-"""XAttention: blocks of queries read the blocks of keys whose antidiagonals promise most of their attention.
+"""XAttention: blocks of queries attend to the blocks of keys whose antidiagonals score highest.
 
 Paper: XAttention: Block Sparse Attention with Antidiagonal Scoring, arXiv 2503.16428.
 """
@@ -11,37 +11,51 @@ import torch
 from torch import Tensor
 
 from sparse_zoo.attention import Attention, Call, Card, Knob, Limit, is_count
-from sparse_zoo.blocks import SLICE, film_by_film, heaviest, joint, stretches
+from sparse_zoo.blocks import SLICE, film_by_film, joint, stretches
 from sparse_zoo.errors import refuse
 from sparse_zoo.layout import Layout
 from sparse_zoo.plan import Plan
 from sparse_zoo.registry import register
 from sparse_zoo.remember import remembered
+from sparse_zoo.selectors import heaviest
 
 
 @register("xattention")
 class XAttention(Attention):
-    """Blocks that hold a share of attention, guessed by antidiagonals.
+    """Blocks that hold a share of attention, scored by antidiagonals.
 
-    The paper's (section 2), training-free: queries and keys are taken in groups of `stride` neighbours; a group of
-    queries scores a group of keys by Σ q[stride - 1 - i] · k[i] over the antidiagonal of their square, divided by
-    stride · √D; softmax over the groups of keys; the sum over the groups of a block of queries and a block of keys
-    says how much of the one's attention the other holds; each block of queries and head reads the fewest blocks, most
-    first, that hold a share `threshold` of the sum. The authors' code (mit-han-lab/x-attention) has blocks of 128 and,
-    for HunyuanVideo, stride 8, threshold 0.9 or 0.95, no causality and no block that is kept whatever it scores, so
-    that a block may leave itself out; its first 5 of 50 noise steps are dense (here: `dense_above`).
+    **Rule**
 
-    Ours: it trains, decisions passing no gradient. Blocks are cut from the video of a film in the order of the stream,
-    text is in none, is read by all and reads all (HunyuanVideo's code puts it at the end of the blocked stream). The
-    last group and block may be shorter: what they lack adds nothing to a product and is no candidate of the softmax,
-    where the code pads the keys with zeros that are. The first block is kept if it is chosen, where the code's indexing
-    keeps it always. Scores are float32; ties go to the earlier block. With a
-    threshold of 1 all blocks are read.
+    Queries and keys are taken in groups of `stride` neighbours. A group of queries scores a group of keys with the
+    antidiagonal of their square, Σ_i q[stride - 1 - i] · k[i] / (stride · √D). After a softmax over the groups of keys,
+    the sum over the groups of two blocks estimates how much attention the block of queries gives to the block of keys.
+    Each block of queries and head attends to the fewest blocks, largest first, that hold the share `threshold`.
+
+    **Paper**
+
+    - Section 2, training-free.
+    - The authors' code (mit-han-lab/x-attention) has blocks of 128 and, for HunyuanVideo, stride 8, threshold 0.9 or
+      0.95, no causality, and no block that is always kept: a block may leave itself out. The first 5 of 50 noise steps
+      are dense (here: `dense_above`).
+
+    **Our choices**
+
+    - It trains; gradients do not pass through the choice.
+    - Blocks are cut from the video of a film in the order of the stream. Text is in no block: it attends to everything
+      and is attended by everything. HunyuanVideo's code puts text at the end of the blocked stream.
+    - The last group and block may be shorter. Missing tokens add nothing to a product and are no candidates of the
+      softmax; the code pads keys with zeros, which are candidates.
+    - The first block is kept if it is chosen; the indexing of the code always keeps it.
+    - Scores are float32; ties go to the earlier block. With threshold 1 all blocks are attended.
+
+    **Not to be confused with**
+
+    `svg2` and `vmoba`, which also keep a share (top-p), but score cluster or block means.
 
     Args:
-        threshold: Share of the guessed attention that is kept, in (0, 1].
-        block_tokens: Video tokens in a block of queries and of keys, a multiple of stride; restarts at each film.
-        stride: Tokens in a group: one product guesses stride² pairs.
+        threshold: Share of the estimated attention that is kept, in (0, 1].
+        block_tokens: Video tokens in a block of queries and of keys, a multiple of `stride`; restarts at each film.
+        stride: Tokens in a group: one product estimates stride² pairs.
     """
 
     limits = Limit({"threshold": 1.0})
@@ -53,7 +67,7 @@ class XAttention(Attention):
         paper="XAttention: Block Sparse Attention with Antidiagonal Scoring, arXiv 2503.16428",
         granularity="block of queries -> block of keys",
         chosen_by="share of the sum of antidiagonal scores after softmax",
-        trained="no",
+        trained="training-free",
         claim="up to 13.5x faster attention than dense (prefill of a language model, up to 256k tokens)",
     )
     small = {"threshold": 0.65, "block_tokens": 8, "stride": 4}
@@ -77,6 +91,7 @@ class XAttention(Attention):
         self.threshold, self.block_tokens, self.stride = threshold, block_tokens, stride
 
     def plan(self, q: Tensor, k: Tensor, layout: Layout) -> Plan:
+        """Blocks × the blocks that they chose, with text."""
         blocks = stretches(layout, self.block_tokens)
         if not blocks.count:
             return joint(layout)
@@ -86,7 +101,7 @@ class XAttention(Attention):
         return joint(layout, *Plan.blocks(blocks, blocks, wanted, routed=True).parts)
 
     def _chosen(self, q: Tensor, k: Tensor, slots: Tensor) -> Tensor:
-        """Which blocks of keys each block of queries of a film reads: bool (B, H, C, C).
+        """The blocks of keys that each block of queries of a film attends to: bool (B, H, C, C).
 
         `slots`, int64 (C, groups, stride), are the tokens of each group of each block, -1 where there are fewer.
         """
@@ -117,7 +132,7 @@ def _gathered(x: Tensor, slots: Tensor) -> Tensor:
 
 @remembered(64)
 def _slots(layout: Layout, tokens: int, stride: int) -> list[tuple[slice, Tensor]]:
-    """For each film that has video: its blocks, and the tokens of their groups, as `XAttention._chosen` takes them."""
+    """For each film with video: its blocks, and the tokens of their groups as `XAttention._chosen` takes them."""
     blocks = stretches(layout, tokens)
     piece = blocks.piece_of[0, 0]
     token = (piece >= 0).nonzero()[:, 0]

@@ -7,7 +7,7 @@ Needs torch alone. pytest is imported by `parametrize_methods` only; `check_kern
 where that is installed.
 """
 
-from sparse_zoo.testing import slow_blockwise, slow_coarse, slow_tiles
+from sparse_zoo.testing import slow_blocks, slow_blockwise, slow_coarse, slow_tiles
 from sparse_zoo.testing.kernels import KernelSubject, check_kernel, kernel_checks, run_kernel_checks
 from sparse_zoo.testing.methods import check_method, checks, parametrize_methods, run_checks
 from sparse_zoo.testing.routing import slow_routing
@@ -29,6 +29,7 @@ __all__ = [
     "parametrize_methods",
     "run_checks",
     "run_kernel_checks",
+    "slow_blocks",
     "slow_blockwise",
     "slow_coarse",
     "slow_routing",

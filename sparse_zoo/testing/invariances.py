@@ -54,8 +54,10 @@ def films_packed(subject: Subject) -> None:
     for attention, call in ((subject.build(), make(PACKED)), (subject.build_for(MANY), MANY.call(batch=1))):
         sample = call.layout.sample
         for branch in branches(attention, call):
-            if branch.rows is None and branch.k is None:  # pooled keys are no tokens: the outputs below tell
-                across = oracle.mask_of(branch.plan) & (sample[:, None] != sample)
+            for segment in branch.key_sets if branch.rows is None else ():
+                if segment.k is not None:
+                    continue  # pooled keys are no tokens: the outputs below tell
+                across = oracle.mask_of(segment.plan) & (sample[:, None] != sample)
                 expect(~across.any(), "no pair of two films", f"pairs {some(across)}", "cut pieces by sample too")
         together = attention.run(call).out
         for number, film in enumerate(call.layout.films):
@@ -188,7 +190,9 @@ def _nothing_ahead(attention: Attention, call: Call) -> None:
     later = (layout.shot > layout.shot[:, None]) & (layout.sample == layout.sample[:, None])
     ahead = later & ~layout.is_text
     for branch in branches(attention, call):
-        mask = oracle.masks(attention, call, branch)
+        if branch.k is not None:
+            continue  # pooled keys are no tokens: the outputs below tell
+        mask = oracle.masks(attention, call, branch)[..., : len(layout)]
         # The own chunk is attended both ways, and may reach over a cut where chunks are blind to shots.
         mutual = mask & mask.transpose(-1, -2) if "chunk" in attention.anchors else torch.zeros_like(mask)
         leak = mask & ahead & ~mutual
@@ -222,8 +226,10 @@ def anchors_attended(subject: Subject) -> None:
     for attention, call in calls:
         wanted = _anchors(attention, call.layout)
         for branch in branches(attention, call):
-            if branch.rows is None and branch.k is None:
-                missing = wanted & ~oracle.masks(attention, call, branch)
+            if not branch.pools_queries and branch.k is None:
+                mask = oracle.masks(attention, call, branch)[..., : len(call.layout)]
+                mask = mask if branch.rows is None else oracle.at_rows(mask, branch.rows)
+                missing = wanted & ~mask
                 expect(
                     ~missing.any(),
                     f"every query to attend to its {', '.join(attention.anchors)}",

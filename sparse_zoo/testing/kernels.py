@@ -91,6 +91,7 @@ class Recipe:
     seed: int
 
     def plan(self, device: str) -> Plan:
+        """The plan, on a device: the same for the same seed."""
         draw = torch.Generator().manual_seed(self.seed)
         plan: Plan | None = None
         for kind in self.kinds:
@@ -153,11 +154,11 @@ class Large:
 LARGE = (
     Large(Recipe(620, 700, ("routed", "groups", "sparse"), 90, 1, 2, 101), (1, 2), 1, (HEAD_DIM, 16, 32, 64)),
     Large(Recipe(40, 1100, ("groups",), 1, 1, 1, 102), (1, 1), 1, (HEAD_DIM, 16, 32, 64)),
-    Large(Recipe(70, 90, ("blocks", "routed", "singles", "groups", "sparse"), 9, 6, 12, 103), (6, 12), 2, (80, 96)),
+    Large(Recipe(70, 90, 2 * ("blocks", "routed", "singles", "groups", "sparse"), 9, 6, 12, 103), (6, 12), 2, (80, 96)),
     Large(Recipe(33, 150, ("groups", "blocks"), 3, 1, 10, 104), (5, 10), 10, (128, 256)),
 )
-"""More than 512 queries and keys, 1,024 keys in one rectangle, 4 batch items, 8 heads, 4 query heads for a key head, 64
-channels."""
+"""More than 512 queries and keys, 1,024 keys in one rectangle, 8 parts, 4 batch items, 8 heads, 4 query heads for a key
+head, 64 channels."""
 
 
 # -- comparing --------------------------------------------------------------------------------------------------------
@@ -188,13 +189,15 @@ def inputs(
 
 
 def by_kernel(subject: KernelSubject, given: list[Tensor], plan: Plan, scale: float | None = None) -> Run:
+    """What the kernel under test gives on `given`: q, k, v (B, H, L, D). `scale` is 1 / sqrt(D) by default."""
     scale = given[0].shape[-1] ** -0.5 if scale is None else scale
     return _run(*subject.kernel.run(given[0], given[1], given[2], plan, scale), given)
 
 
 def by_oracle(given: list[Tensor], plan: Plan, dtype: torch.dtype = torch.float64, scale: float | None = None) -> Run:
+    """What plain masked softmax gives in `dtype`, float64 by default. Arguments as `by_kernel`."""
     q, k, v = (x.to(dtype) for x in given)
-    return _run(*oracle.masked_softmax(q, k, v, oracle.mask_of(plan), scale), given)
+    return _run(*oracle.masked_softmax(q, k, v, oracle.mask_of(plan), scale, oracle.log_weights_of(plan)), given)
 
 
 def _run(out: Tensor, lse: Tensor, given: list[Tensor]) -> Run:
@@ -478,6 +481,34 @@ def kernel_scale(subject: KernelSubject) -> None:
         for name, ours, right, plain in zip("qkv", got.grads, want.grads, rough.grads, strict=True):
             atol = allowed(given, ours, right, plain)
             same(ours, right, atol, f"gradients of {name} at scale {scale}", "scale in the backward too")
+
+
+@_all
+def kernel_log_weights(subject: KernelSubject) -> None:
+    """Log-weights of keys, of some parts or of all, are added to scaled scores: outputs, lse and gradients."""
+    if not subject.kernel.weighs_keys:
+        raise Skip("weighs_keys is False: plans with log-weights are refused before they reach it")
+    draw = torch.Generator().manual_seed(8)
+    for recipe in [x for x in recipes() if len(x.kinds) > 1][:3]:
+        plan, (batch, heads) = recipe.plan(subject.device), (recipe.batch, recipe.heads)
+        for weighted in (slice(1, None), slice(None)):
+            # As large as the logarithms of block sizes, and some that all but hide a key.
+            leads = ((1, 1), (batch, 1), (batch, heads))
+            drawn = [4 * torch.randn(*lead, recipe.keys, generator=draw) for lead in leads]
+            parts = list(plan.parts)
+            for i in range(len(parts))[weighted]:
+                parts[i] = replace(parts[i], log_weight=drawn[i % 3].to(subject.device))
+            given = inputs(subject, recipe.queries, recipe.keys, seed=recipe.seed)
+            some = "all" if weighted == slice(None) else "some"
+            compare(subject, given, Plan(*parts), f"with log-weights of {some} parts on {recipe}")
+    # A segment of pooled keys beside one of tokens, in half precision too: log-weights may not be rounded to it.
+    tokens = Plan.groups(torch.arange(24, device=subject.device) // 8)
+    pooled = Plan.groups(torch.zeros(24, dtype=torch.int64, device=subject.device), torch.zeros(6).long())
+    plan = Plan.beside(tokens, pooled.weighted(torch.linspace(5.3, 9.7, 6, device=subject.device)[None, None]))
+    for dtype in dict.fromkeys((subject.dtype, torch.bfloat16, torch.float16)):
+        given = inputs(replace(subject, dtype=dtype), 24, 30)
+        if not subject.kernel.why_not(given[0], given[2]):
+            compare(subject, given, plan, f"of tokens beside pooled keys in {dtype}")
 
 
 @_all

@@ -24,7 +24,7 @@ from sparse_zoo.kernels.base import Kernel
 from sparse_zoo.kernels.triton import dense
 from sparse_zoo.layout import Layout, Shot
 from sparse_zoo.partition import Partition
-from sparse_zoo.plan import Plan
+from sparse_zoo.plan import Part, Plan
 from sparse_zoo.testing.oracle import EAGER
 
 FILM = Layout.film([Shot(3, 16, 32, text=20), Shot(3, 16, 31, text=21), Shot(3, 15, 32), Shot(4, 16, 30, text=33)], 17)
@@ -43,6 +43,7 @@ class Finding:
 
     @property
     def passed(self) -> bool:
+        """Whether the error is small enough; a NaN is not."""
         return self.error <= self.allowed  # not so for NaN
 
     def __str__(self) -> str:
@@ -73,6 +74,7 @@ class Inputs(NamedTuple):
 
     @property
     def scale(self) -> float:
+        """The usual scale of scores, 1 / sqrt(D)."""
         return float(self.q.shape[-1] ** -0.5)
 
 
@@ -101,17 +103,33 @@ def seen(plan: Plan, item: int, head: int, queries: Tensor, keys: Tensor) -> Ten
     """Whether each of some queries reads each of some keys: int64 (n,), (m,) -> bool (n, m)."""
     reads = torch.zeros(len(queries), len(keys), dtype=torch.bool, device=queries.device)
     for part in plan.parts:
-        of_query, of_key = _piece(part.queries, item, head)[queries], _piece(part.keys, item, head)[keys]
-        there = (of_query >= 0)[:, None] & (of_key >= 0)
-        edges = _own(part.edges, item, head)
-        if not edges.numel():
-            continue
-        rows = edges[of_query.clamp(min=0)]
-        if part.by_table:
-            reads |= rows[:, of_key.clamp(min=0)] & there
-        else:
-            for column in rows.unbind(-1):  # rather than (n, k, m) at once
-                reads |= (column[:, None] == of_key) & there
+        reads |= _seen(part, item, head, queries, keys)
+    return reads
+
+
+def added(plan: Plan, item: int, head: int, queries: Tensor, keys: Tensor) -> Tensor | float:
+    """What log-weights add to the scaled scores of some pairs: float64 (n, m), or 0."""
+    total: Tensor | float = 0.0
+    for part in plan.parts:
+        if part.log_weight is not None:
+            seen_by = _seen(part, item, head, queries, keys)
+            total = total + seen_by * _own(part.log_weight, item, head)[keys].double()
+    return total
+
+
+def _seen(part: Part, item: int, head: int, queries: Tensor, keys: Tensor) -> Tensor:
+    """Whether a part lets each of some queries read each of some keys: bool (n, m)."""
+    of_query, of_key = _piece(part.queries, item, head)[queries], _piece(part.keys, item, head)[keys]
+    there = (of_query >= 0)[:, None] & (of_key >= 0)
+    edges = _own(part.edges, item, head)
+    if not edges.numel():
+        return torch.zeros_like(there)
+    rows = edges[of_query.clamp(min=0)]
+    if part.by_table:
+        return rows[:, of_key.clamp(min=0)] & there
+    reads = torch.zeros_like(there)
+    for column in rows.unbind(-1):  # rather than (n, k, m) at once
+        reads |= (column[:, None] == of_key) & there
     return reads
 
 
@@ -141,10 +159,15 @@ class _Rows(NamedTuple):
     grad_scores: Tensor
 
 
-def _rows(q: Tensor, k: Tensor, v: Tensor, grad: Tensor, reads: Tensor, scale: float) -> _Rows:
-    """Plain masked softmax and its backward, in the dtype given: all the keys of some queries."""
+def _rows(
+    q: Tensor, k: Tensor, v: Tensor, grad: Tensor, reads: Tensor, scale: float, more: Tensor | float = 0.0
+) -> _Rows:
+    """Plain masked softmax and its backward, in the dtype given: all the keys of some queries.
+
+    `more` is added to the scaled scores.
+    """
     wide = torch.promote_types(q.dtype, torch.float32)
-    scores = (q @ k.mT * scale).masked_fill(~reads, -torch.inf)
+    scores = (q @ k.mT * scale + more).to(q.dtype).masked_fill(~reads, -torch.inf)
     weights = scores.softmax(-1).nan_to_num(0.0)  # of queries without keys
     out = weights @ v
     delta = (grad.to(wide) * out.to(wide)).sum(-1, keepdim=True)
@@ -203,12 +226,12 @@ def judge_whole(got: Run, plan: Plan, given: Inputs) -> list[Finding]:
             if head % share == 0:  # query heads that share keys add up
                 totals = {dtype: _zeros(given.k[item, 0], dtype) for dtype in (torch.float64, given.q.dtype)}
             for queries in torch.arange(length, device=given.q.device).split(BLOCK):
-                reads = seen(plan, item, head, queries, keys)
+                reads, more = seen(plan, item, head, queries, keys), added(plan, item, head, queries, keys)
                 made: dict[torch.dtype, _Rows] = {}
                 for dtype, (dk, dv) in totals.items():
                     q, grad = (x[item, head, queries].to(dtype) for x in (given.q, given.grad))
                     k, v = (x[item, head // share].to(dtype) for x in (given.k, given.v))
-                    rows = made[dtype] = _rows(q, k, v, grad, reads, given.scale)
+                    rows = made[dtype] = _rows(q, k, v, grad, reads, given.scale, more)
                     dk += rows.grad_scores.mT @ q * given.scale
                     dv += rows.weights.mT @ grad
                 for what in ("out", "lse", "dq"):
@@ -254,11 +277,12 @@ class Sampled:
         share = given.q.shape[1] // given.k.shape[1]
         for head in range(kv_head * share, (kv_head + 1) * share):
             reads = seen(self.plan, item, head, self.queries, every)
+            more = added(self.plan, item, head, self.queries, every)
             made = []
             for dtype in (torch.float64, given.q.dtype):
                 q, grad = (x[item, head, self.queries].to(dtype) for x in (given.q, given.grad))
                 k, v = (x[item, kv_head].to(dtype) for x in (given.k, given.v))
-                made.append(_rows(q, k, v, grad, reads, given.scale))
+                made.append(_rows(q, k, v, grad, reads, given.scale, more))
             yield (
                 (item, head),
                 {what: (getattr(made[0], what), getattr(made[1], what)) for what in ("out", "lse", "dq")},
@@ -290,9 +314,10 @@ class Sampled:
         for head in range(kv_head * share, (kv_head + 1) * share):
             for queries in torch.arange(given.q.shape[2], device=k.device).split(64 * BLOCK):
                 reads = seen(self.plan, item, head, queries, self.keys)
+                more = added(self.plan, item, head, queries, self.keys)
                 q, grad, out = (x[item, head, queries].to(dtype) for x in (given.q, given.grad, got.out))
                 lse = got.lse[item, head, queries].to(wide).nan_to_num(neginf=0.0)
-                scores = (q @ k.mT * scale).to(wide).masked_fill(~reads, -torch.inf)
+                scores = (q @ k.mT * scale + more).to(wide).masked_fill(~reads, -torch.inf)
                 weights = (scores - lse[:, None]).exp()
                 delta = (grad.to(wide) * out.to(wide)).sum(-1, keepdim=True)
                 grad_scores = (weights * ((grad @ v.mT).to(wide) - delta)).to(dtype)

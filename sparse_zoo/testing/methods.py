@@ -34,8 +34,13 @@ def run_checks(
         method: A registered name, or a class; settings are those of its `small`, changed by `settings`.
         known_failures: Reasons by name of check: such a failure is "known", and one that passes fails.
         only: Names of checks to run; all, when not given.
+        **settings: Settings of the method, instead of those of its `small`.
 
-    Raises `ZooError` for unknown methods, settings and checks.
+    Yields:
+        One outcome a check, as soon as it is known.
+
+    Raises:
+        ZooError: For unknown methods, settings and checks.
     """
     subject = _subject(method, settings)
     yield from _all.run(subject.name, subject, known_failures=known_failures, only=only, first=plans.builds.__name__)

@@ -25,7 +25,8 @@ T = TypeVar("T")
 
 
 def plans(attention: Attention, call: Call) -> list[Plan]:
-    return [branch.plan for branch in branches(attention, call)]
+    """The plan of each key set of each branch."""
+    return [segment.plan for branch in branches(attention, call) for segment in branch.key_sets]
 
 
 def branches(attention: Attention, call: Call) -> list[Branch]:
@@ -173,13 +174,14 @@ def pairs_counted(subject: Subject) -> None:
     """Reported pairs, density and FLOPs are those of the branches' masks; kernels execute no fewer."""
     for film, attention, call in everywhere(subject):
         layout, (batch, heads) = call.layout, call.q.shape[:2]
-        result = attention.run(call)
-        masks = [oracle.masks(attention, call, branch) for branch in branches(attention, call)]
+        with torch.no_grad():
+            result, (_, made) = attention.run(call), oracle.routed(attention, call)
+        masks = [oracle.masks(attention, call, branch) for branch in made if isinstance(branch, Branch)]
         pairs = sum(int(mask.expand(batch, heads, -1, -1).sum()) for mask in masks)
         dense = batch * heads * sum(len(film) ** 2 for film in layout.films)
         cost, dim = result.cost(), result.out.shape[-1]
         pooled = any(plan.shape != (len(layout), len(layout)) for plan in result.plans)
-        terms = sum(x.flops for x in oracle.routed(attention, call)[1] if not isinstance(x, Branch))
+        terms = sum(x.flops for x in made if not isinstance(x, Branch))
         wanted: dict[str, float] = {
             "pairs": pairs,
             "flops": 4 * pairs * dim + terms,
@@ -311,6 +313,7 @@ def text_reads_text(subject: Subject) -> None:
         for branch, plan, other in zip(kinds, result.plans, before.plans, strict=True):
             if branch.k is not None or branch.rows is not None:
                 continue  # no tokens on both sides: the outputs below tell
+            plan, other = plan.first_segment, other.first_segment
             mask = oracle.mask_of(plan)
             text, video = mask[:, :, layout.is_text], mask[:, :, ~layout.is_text]
             wrong = text != among[layout.is_text]

@@ -21,6 +21,8 @@ from sparse_zoo import Layout
 
 @dataclass(frozen=True)
 class Token:
+    """What a token of the stream is; `in_shot` counts frames from the start of its shot."""
+
     sample: int
     shot: int
     frame: int
@@ -32,11 +34,13 @@ class Token:
 
 @lru_cache(16)
 def tokens(layout: Layout) -> list[Token]:
+    """The tokens of the stream, in order."""
     names = ("sample", "shot", "frame", "row", "col", "is_text", "shot_frame")
     return [Token(*row) for row in zip(*(getattr(layout, name).tolist() for name in names), strict=True)]
 
 
 def dense(layout: Layout) -> list[set[int]]:
+    """The film of each token."""
     films: dict[int, set[int]] = {}
     for i, t in enumerate(tokens(layout)):
         films.setdefault(t.sample, set()).add(i)
@@ -51,6 +55,7 @@ def even_chunks(frames: int, per_frame: int, size: int) -> list[int]:
 
 
 def chunk_names(layout: Layout, chunk: str, frames: int, size: int) -> list[tuple[Any, ...]]:
+    """The name of the chunk of each token; equal names are one chunk."""
     position: dict[int, int] = {}
     found: list[tuple[Any, ...]] = []
     for t in tokens(layout):
@@ -148,10 +153,11 @@ def moc(
     return result
 
 
+@lru_cache(16)
 def moga_branch(
-    name: str, group: list[int], layout: Layout, *, windows: tuple[int, ...], frames: int | None
+    name: str, group: tuple[int, ...], layout: Layout, *, windows: tuple[int, ...], frames: int | None
 ) -> list[set[int]]:
-    """`group`: the router's choice of each token of one batch item."""
+    """`group`: the router's choice of each token of one batch item; empty for branches that do not ask."""
     all_tokens = tokens(layout)
     shots = {(s, n): shot for s, film in enumerate(layout.films) for n, shot in enumerate(film.shots)}
 
@@ -182,7 +188,9 @@ def moga_branch(
     return [{j for j in film if reads(i, j)} for i, film in enumerate(dense(layout))]
 
 
+@lru_cache(64)
 def window(layout: Layout, *, tile: tuple[int, ...], size: tuple[int, ...], edge: str, restart: bool) -> list[set[int]]:
+    """Keys of each token in a 3D window of tiles: `tile` and `size`, in tiles, are of frames, rows and columns."""
     all_tokens = tokens(layout)
     shots = {(s, n): shot for s, film in enumerate(layout.films) for n, shot in enumerate(film.shots)}
     steps: dict[int, list[Any]] = {}
@@ -227,6 +235,7 @@ def window(layout: Layout, *, tile: tuple[int, ...], size: tuple[int, ...], edge
 
 
 def as_mask(kept: list[set[int]]) -> Tensor:
+    """Sets of keys, one for each query, as bool (L, L)."""
     mask = torch.zeros(len(kept), len(kept), dtype=torch.bool)
     rows = torch.tensor([i for i, keys in enumerate(kept) for _ in keys], dtype=torch.int64)
     mask[rows, torch.tensor([j for keys in kept for j in keys], dtype=torch.int64)] = True

@@ -21,6 +21,8 @@ Blocks = dict[Hashable, list[int]]
 
 @slow_routing(MoBA)
 def moba(attention: MoBA, call: Call) -> list[tuple[Tensor, Tensor | float]]:
+    """The own block and the best others, up to `top_k` blocks; text beside them."""
+
     def choose(q: Tensor, k: Tensor) -> list[set[int]]:
         kept = beside_text(call.layout)
         for film in video(call.layout):
@@ -39,6 +41,7 @@ def moba(attention: MoBA, call: Call) -> list[tuple[Tensor, Tensor | float]]:
 
 @slow_routing(VMoBA)
 def vmoba(attention: VMoBA, call: Call) -> list[tuple[Tensor, Tensor | float]]:
+    """Blocks in one, two or three dimensions by layer, best pairs first until the budget is spent."""
     batch, heads = call.q.shape[:2]
     kept = [[beside_text(call.layout) for _ in range(heads)] for _ in range(batch)]
     for film in video(call.layout):
@@ -74,6 +77,7 @@ def vmoba(attention: VMoBA, call: Call) -> list[tuple[Tensor, Tensor | float]]:
 
 @slow_routing(XAttention)
 def xattention(attention: XAttention, call: Call) -> list[tuple[Tensor, Tensor | float]]:
+    """Blocks of keys by their share of antidiagonal scores, best first up to the threshold."""
     stride = attention.stride
 
     def choose(q: Tensor, k: Tensor) -> list[set[int]]:
@@ -135,6 +139,7 @@ def beside_text(layout: Layout) -> list[set[int]]:
 
 
 def cut(some: Sequence[int], size: int) -> list[list[int]]:
+    """Runs of at most `size` items, in order."""
     return [list(some[start : start + size]) for start in range(0, len(some), size)]
 
 

@@ -40,6 +40,7 @@ def ranked(queries: Tensor, keys: Tensor) -> list[list[int]]:
 
 
 def cubes(call: Call, film: list[int], tile: tuple[int, ...], restart: bool) -> Pieces:
+    """Tokens of a film's video by the cube of `tile` that holds them; `restart`: cubes end at shots."""
     found: Pieces = {}
     named = tokens(call.layout)
     for i in film:
@@ -50,10 +51,12 @@ def cubes(call: Call, film: list[int], tile: tuple[int, ...], restart: bool) -> 
 
 
 def runs(film: list[int], size: int) -> Pieces:
+    """A film's tokens in stretches of at most `size`."""
     return {start: film[start : start + size] for start in range(0, len(film), size)}
 
 
 def means(x: Tensor, pieces: Pieces) -> Tensor:
+    """The mean of each piece of x (L, D): (pieces, D)."""
     return torch.stack([x[held].mean(0) for held in pieces.values()])
 
 
@@ -72,6 +75,7 @@ def per_film(call: Call, one: Callable[..., None]) -> None:
 
 @slow_routing(VSA)
 def vsa(attention: VSA, call: Call) -> Tensor:
+    """Cubes attend to cubes by their means, and to the tokens of the best cubes; gates weigh the two."""
     out = torch.zeros_like(call.q, dtype=torch.float64)
     gates = {}
     for name, gate in attention.gates.items():
@@ -104,6 +108,7 @@ def vsa(attention: VSA, call: Call) -> Tensor:
 
 @slow_routing(NSA)
 def nsa(attention: NSA, call: Call) -> Tensor:
+    """Means of blocks, chosen blocks and a window of blocks, each weighted by its gate."""
     assert call.hidden is not None
     out = torch.zeros_like(call.q, dtype=torch.float64)
     gates = (call.hidden @ attention.gate.weight.T + attention.gate.bias).sigmoid()
@@ -133,6 +138,7 @@ def nsa(attention: NSA, call: Call) -> Tensor:
 
 @slow_routing(SLA)
 def sla(attention: SLA, call: Call) -> Tensor:
+    """Softmax over text and critical blocks, plus linear attention over marginal ones."""
     out = torch.zeros_like(call.q, dtype=torch.float64)
 
     def one(item: int, head: int, q: Tensor, k: Tensor, v: Tensor, video: list[int], text: list[int]) -> None:

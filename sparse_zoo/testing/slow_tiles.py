@@ -24,6 +24,8 @@ Masks = list[tuple[Tensor, Tensor | float]]
 
 @slow_routing(STA)
 def sta(attention: STA, call: Call) -> Masks:
+    """A window of tiles, one for each head in turn."""
+
     def mask(head: int) -> Tensor:
         size = attention.windows[(call.head_offset + head) % len(attention.windows)]
         return slow.as_mask(slow.window(call.layout, tile=attention.tile, size=size, edge="shift", restart=True))
@@ -33,10 +35,13 @@ def sta(attention: STA, call: Call) -> Masks:
 
 @slow_routing(Radial)
 def radial(attention: Radial, call: Call) -> Masks:
+    """Blocks that the mask of tokens fills enough; the same for all heads."""
     return [(slow.as_mask(radial_keys(call.layout, attention.block_tokens, attention.decay)), 1.0)]
 
 
+@lru_cache(16)
 def radial_keys(layout: Layout, block_tokens: int, decay: float) -> list[set[int]]:
+    """The keys of each token, from the mask of tokens and the blocks made of it."""
     every = tokens(layout)
     video: dict[int, list[int]] = {}
     for i, t in enumerate(every):
@@ -84,8 +89,10 @@ def band(size: int, distance: int, block_tokens: int, decay: float) -> tuple[int
 
 
 def by_head(call: Call, rule: Callable[[Tensor, Tensor, Tensor], list[set[int]]]) -> Tensor:
-    """The mask, bool (B, H, L, L), of what a rule makes of q, k, v (L, D) of each batch item and head, as decisions see
-    them: rounded to float32, then reckoned with in float64."""
+    """The mask, bool (B, H, L, L), that a rule makes of q, k, v (L, D) of each batch item and head.
+
+    The rule sees them as decisions do: rounded to float32. It computes in float64.
+    """
     (batch, heads), share = call.q.shape[:2], call.q.shape[1] // call.k.shape[1]
     q, k, v = (x.detach().float().double() for x in (call.q, call.k, call.v))
     masks = [
@@ -97,6 +104,7 @@ def by_head(call: Call, rule: Callable[[Tensor, Tensor, Tensor], list[set[int]]]
 
 @slow_routing(SVG)
 def svg(attention: SVG, call: Call) -> Masks:
+    """Near frames or near places, whichever loses less for sampled queries of a head and film."""
     return [(by_head(call, lambda q, k, v: svg_keys(q, k, v, call.layout, attention.width, attention.rows)), 1.0)]
 
 
@@ -143,6 +151,8 @@ def svg_masks(layout: Layout, width: int) -> dict[str, list[set[int]]]:
 
 @slow_routing(SVG2)
 def svg2(attention: SVG2, call: Call) -> Masks:
+    """Clusters of queries read the clusters of keys that hold a share `top_p` of their weight."""
+
     def rule(q: Tensor, k: Tensor, _: Tensor) -> list[set[int]]:
         (queries, keys), rounds = attention.clusters, attention.first_rounds
         return svg2_keys(q, k, call.layout, attention.top_p, queries, keys, attention.least, rounds)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from functools import partial
+from functools import lru_cache, partial
 from types import MappingProxyType
 from typing import Any
 
@@ -93,8 +93,8 @@ CASES = {
     "a long film": Case(LONG, context={"layer": 9, "layers": 12, "step": 1001, "noise": 0.9995}),
     "many films, items and heads": Case(
         CROWD,
-        batch=6,
-        heads=12,
+        batch=5,
+        heads=10,
         kv_heads=2,
         head_dim=80,
         context={"layer": 22, "layers": 40, "step": 123_457, "noise": 1e-4},
@@ -106,6 +106,10 @@ CASES = {
         SILENT, q_scale=1e-3, k_offset=1.0, context={"layer": 60, "layers": 61, "step": 0, "noise": 0.0}
     ),
 }
+
+
+AUTO = {"kernel": "auto"}
+"""A change of settings: the kernel that a user gets."""
 
 
 @dataclass(frozen=True)
@@ -128,11 +132,12 @@ class Subject:
     ) -> Attention:
         """The method with some settings changed, in eval mode.
 
-        Parameters are the same for the same `start`, and none is left at zero.
+        It attends by the dense mask unless told otherwise (`AUTO`): what judges a choice needs no kernel. Parameters
+        are the same for the same `start`, and none is left at zero.
         """
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(start)
-            given = dict(self.cls.small) | dict(self.settings) | dict(changes)
+            given = {"kernel": "reference"} | dict(self.cls.small) | dict(self.settings) | dict(changes)
             # A schedule is no setting of the class: the registry makes one of its classes for each phase.
             make = partial(build, self.name) if "schedule" in given else self.cls
             attention = make(heads=heads, head_dim=head_dim, dim=DIM, **given)
@@ -160,15 +165,17 @@ def make(
     **context: Any,
 ) -> Call:
     """A call on random q, k, v, hidden; the same numbers for the same seed and sizes, whatever the dtype."""
-    draw = torch.Generator().manual_seed(seed)
-
-    def normal(*shape: int) -> Tensor:
-        x = torch.randn(*shape, generator=draw, dtype=torch.float64).to(device=device, dtype=dtype)
-        return x.requires_grad_(grad)
-
     length = len(layout)
-    q, k, v = (normal(batch, h, length, head_dim) for h in (heads, kv_heads, kv_heads))
-    return Call(q, k, v, layout.to(device), hidden=normal(batch, length, DIM), **context)
+    shapes = *((batch, h, length, head_dim) for h in (heads, kv_heads, kv_heads)), (batch, length, DIM)
+    q, k, v, hidden = (x.to(device=device, dtype=dtype, copy=True).requires_grad_(grad) for x in _normal(seed, shapes))
+    return Call(q, k, v, layout.to(device), hidden=hidden, **context)
+
+
+@lru_cache(32)
+def _normal(seed: int, shapes: tuple[tuple[int, ...], ...]) -> list[Tensor]:
+    """Normal numbers in float64."""
+    draw = torch.Generator().manual_seed(seed)
+    return [torch.randn(shape, generator=draw, dtype=torch.float64) for shape in shapes]
 
 
 def usable() -> Iterator[tuple[str, str, torch.dtype, int]]:

@@ -67,6 +67,7 @@ class Checks(dict[str, Check[S]]):
     """Checks by name; calling it on a function of that name and docstring adds one."""
 
     def __call__(self, function: Callable[[S], None]) -> Callable[[S], None]:
+        """Add a function under its own name; the first line of its docstring says what it checks."""
         doc = (inspect.getdoc(function) or "").partition("\n")[0]
         self[function.__name__] = Check(function.__name__, doc, function)
         return function
@@ -137,10 +138,12 @@ def settle(outcomes: Iterable[Outcome]) -> list[Outcome]:
 
 
 def fail(expected: str, came: str, change: str) -> NoReturn:
+    """Raise `CheckFailure` with what was expected, what came instead, and what to change."""
     raise CheckFailure(expected=expected, came=came, change=change)
 
 
 def expect(condition: bool | Tensor, expected: str, came: str, change: str) -> None:
+    """Raise `CheckFailure` unless the condition holds."""
     if not bool(condition):
         fail(expected, came, change)
 

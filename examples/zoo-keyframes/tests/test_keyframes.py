@@ -1,4 +1,4 @@
-"""The suite that ships with sparse-attention-zoo, and the rule in words: token by token, slow, obviously right."""
+"""Run the conformance suite of sparse-attention-zoo, with a slow rule that goes token by token."""
 
 from collections.abc import Callable
 
@@ -24,10 +24,10 @@ def rule(attention: Keyframes, call: zoo.Call) -> list[tuple[Tensor, float]]:
 
 
 @testing.parametrize_methods("keyframes")
-def test_conforms(check: Callable[[], None]) -> None:
+def test_keyframes_passes_the_conformance_suite(check: Callable[[], None]) -> None:
     check()
 
 
-def test_bad_settings_are_refused_at_once() -> None:
+def test_bad_settings_are_refused_together() -> None:
     with pytest.raises(zoo.ZooError, match=r"reach must be at least 0, got -1(.|\n)*frames must be at least 1, got 0"):
         zoo.build("keyframes", heads=1, head_dim=4, reach=-1, frames=0)

@@ -28,6 +28,7 @@ class Triton(Kernel):
     """Any plan, forward and backward: bfloat16 and float16 on CUDA, float32 and float16 in Triton's interpreter."""
 
     name = "triton"
+    weighs_keys = True
     by_cudnn = False
     """Whether parts that route tokens to slices of the stream go to cuDNN's variable-length attention."""
 

@@ -60,8 +60,11 @@ def rectangles(part: Part) -> list[Rectangle] | None:
     """The rectangles of a part that is large and dense, None of any other. Remembered; never waits for the device.
 
     Large and dense: made from a layout, shared by batch items and heads, of at most CALLS pieces of queries that are
-    not single tokens, with at least PAIRS pairs in a rectangle on average.
+    not single tokens, with at least PAIRS pairs in a rectangle on average. Parts whose keys have log-weights are none:
+    the vendor's kernel takes no weights.
     """
+    if part.log_weight is not None:
+        return None
     if part.batch_heads != (1, 1) or not 0 < part.queries.count <= CALLS or part.queries.is_singles:
         return None
     found = origin(part)

@@ -71,14 +71,26 @@ def _block(
 
 
 @triton.jit
+def _biases(bias, others, place, end, LISTED: tl.constexpr, MASKED: tl.constexpr):
+    """What is added to the unscaled scores of the keys at some places."""
+    token = _places(others, place, end, LISTED, MASKED)
+    if MASKED:
+        return tl.load(bias + token, mask=place < end, other=0.0)
+    return tl.load(bias + token)
+
+
+@triton.jit
 def _attend_step(
-    q, k, v, others, item, head, begin, end, k_row, v_row, scale, top, total, acc,
-    STEP: tl.constexpr, DIM: tl.constexpr, LISTED: tl.constexpr, TMA: tl.constexpr, MASKED: tl.constexpr,
+    q, k, v, others, item, head, begin, end, k_row, v_row, bias, scale, top, total, acc,
+    STEP: tl.constexpr, DIM: tl.constexpr, LISTED: tl.constexpr, TMA: tl.constexpr, WEIGHTED: tl.constexpr,
+    MASKED: tl.constexpr,
 ):  # fmt: skip
     """One step of online softmax over STEP keys."""
     place = begin + tl.arange(0, STEP)
     keys = _block(k, others, item, head, begin, end, k_row, STEP, DIM, LISTED, TMA, MASKED)
     scores = tl.dot(q, tl.trans(keys), input_precision="ieee")
+    if WEIGHTED:
+        scores += _biases(bias, others, place, end, LISTED, MASKED)[None, :]
     if MASKED:
         scores = tl.where((place < end)[None, :], scores, float("-inf"))
     higher = tl.maximum(top, tl.max(scores, 1) * scale)
@@ -92,29 +104,33 @@ def _attend_step(
 
 @triton.jit
 def _attend_segment(
-    q, k, v, others, item, head, segment, k_row, v_row, scale, top, total, acc,
-    STEP: tl.constexpr, DIM: tl.constexpr, PIECES: tl.constexpr, TMA: tl.constexpr,
+    q, k, v, others, item, head, segment, k_row, v_row, bias, scale, top, total, acc,
+    STEP: tl.constexpr, DIM: tl.constexpr, PIECES: tl.constexpr, TMA: tl.constexpr, WEIGHTED: tl.constexpr,
 ):  # fmt: skip
     begin, end = tl.load(segment), tl.load(segment + 1)
     whole = begin + (end - begin) // STEP * STEP
     for at in tl.range(begin, whole, STEP):
         top, total, acc = _attend_step(
-            q, k, v, others, item, head, at, end, k_row, v_row, scale, top, total, acc, STEP, DIM, PIECES, TMA, False
-        )
+            q, k, v, others, item, head, at, end, k_row, v_row, bias, scale, top, total, acc,
+            STEP, DIM, PIECES, TMA, WEIGHTED, False,
+        )  # fmt: skip
     if whole < end:
         top, total, acc = _attend_step(
-            q, k, v, others, item, head, whole, end, k_row, v_row, scale, top, total, acc, STEP, DIM, PIECES, TMA, True
-        )
+            q, k, v, others, item, head, whole, end, k_row, v_row, bias, scale, top, total, acc,
+            STEP, DIM, PIECES, TMA, WEIGHTED, True,
+        )  # fmt: skip
     return top, total, acc
 
 
 @_launched
 def attend(
-    q, k, v, rows, rows_lse, tokens, tiles, others, segments, scale,
+    q, k, v, rows, rows_lse, tokens, tiles, others, segments, bias, scale,
     heads, number, first_head, share,
     q_item, q_head, q_row, k_item, k_head, k_row, v_item, v_head, v_row, rows_group, rows_lse_group,
     tokens_item, tokens_head, tiles_item, tiles_head, others_item, others_head, segments_item, segments_head,
+    bias_item, bias_head,
     ROWS: tl.constexpr, STEP: tl.constexpr, DIM: tl.constexpr, PIECES: tl.constexpr, TMA: tl.constexpr,
+    WEIGHTED: tl.constexpr,
 ):  # fmt: skip
     """One tile of queries × all its segments of keys -> one row of partial output and log-sum-exp for each query."""
     group, tile = tl.program_id(0) // number, tl.program_id(0) % number
@@ -134,6 +150,8 @@ def attend(
         v += item * v_item + kv_head * v_head
     others += item * others_item + head * others_head
     segments += item * segments_item + head * segments_head
+    if WEIGHTED:
+        bias += item * bias_item + head * bias_head
     scale *= LOG2_E
     top = tl.full([ROWS], float("-inf"), tl.float32)
     total = tl.zeros([ROWS], tl.float32)
@@ -141,13 +159,13 @@ def attend(
     if PIECES:
         for i in tl.range(low, high):
             top, total, acc = _attend_segment(
-                queries, k, v, others, item, kv_head, segments + i * 2, k_row, v_row, scale, top, total, acc,
-                STEP, DIM, True, False,
+                queries, k, v, others, item, kv_head, segments + i * 2, k_row, v_row, bias, scale, top, total,
+                acc, STEP, DIM, True, False, WEIGHTED,
             )  # fmt: skip
     else:
         top, total, acc = _attend_segment(
-            queries, k, v, others, item, kv_head, segments + low * 2, k_row, v_row, scale, top, total, acc,
-            STEP, DIM, False, TMA,
+            queries, k, v, others, item, kv_head, segments + low * 2, k_row, v_row, bias, scale, top, total,
+            acc, STEP, DIM, False, TMA, WEIGHTED,
         )  # fmt: skip
     # Without keys: 0 / 1, and -inf + log(0).
     acc = acc / tl.where(total == 0, 1.0, total)[:, None]
@@ -158,13 +176,16 @@ def attend(
 
 @triton.jit
 def _grad_queries_step(
-    queries, grads, lse, delta, k, v, others, item, head, begin, end, k_row, v_row, scale, acc,
-    STEP: tl.constexpr, DIM: tl.constexpr, LISTED: tl.constexpr, TMA: tl.constexpr, MASKED: tl.constexpr,
+    queries, grads, lse, delta, k, v, others, item, head, begin, end, k_row, v_row, bias, scale, acc,
+    STEP: tl.constexpr, DIM: tl.constexpr, LISTED: tl.constexpr, TMA: tl.constexpr, WEIGHTED: tl.constexpr,
+    MASKED: tl.constexpr,
 ):  # fmt: skip
     place = begin + tl.arange(0, STEP)
     keys = _block(k, others, item, head, begin, end, k_row, STEP, DIM, LISTED, TMA, MASKED)
     values = _block(v, others, item, head, begin, end, v_row, STEP, DIM, LISTED, TMA, MASKED)
     scores = tl.dot(queries, tl.trans(keys), input_precision="ieee")
+    if WEIGHTED:
+        scores += _biases(bias, others, place, end, LISTED, MASKED)[None, :]
     if MASKED:
         # Zero keys are not enough: with an lse near -200, exp2(0 - lse) is inf, and inf * 0 a NaN in every row.
         scores = tl.where((place < end)[None, :], scores, float("-inf"))
@@ -175,32 +196,34 @@ def _grad_queries_step(
 
 @triton.jit
 def _grad_queries_segment(
-    queries, grads, lse, delta, k, v, others, item, head, segment, k_row, v_row, scale, acc,
-    STEP: tl.constexpr, DIM: tl.constexpr, PIECES: tl.constexpr, TMA: tl.constexpr,
+    queries, grads, lse, delta, k, v, others, item, head, segment, k_row, v_row, bias, scale, acc,
+    STEP: tl.constexpr, DIM: tl.constexpr, PIECES: tl.constexpr, TMA: tl.constexpr, WEIGHTED: tl.constexpr,
 ):  # fmt: skip
     begin, end = tl.load(segment), tl.load(segment + 1)
     whole = begin + (end - begin) // STEP * STEP
     for at in tl.range(begin, whole, STEP):
         acc = _grad_queries_step(
-            queries, grads, lse, delta, k, v, others, item, head, at, end, k_row, v_row, scale, acc,
-            STEP, DIM, PIECES, TMA, False,
+            queries, grads, lse, delta, k, v, others, item, head, at, end, k_row, v_row, bias, scale, acc,
+            STEP, DIM, PIECES, TMA, WEIGHTED, False,
         )  # fmt: skip
     if whole < end:
         acc = _grad_queries_step(
-            queries, grads, lse, delta, k, v, others, item, head, whole, end, k_row, v_row, scale, acc,
-            STEP, DIM, PIECES, TMA, True,
+            queries, grads, lse, delta, k, v, others, item, head, whole, end, k_row, v_row, bias, scale, acc,
+            STEP, DIM, PIECES, TMA, WEIGHTED, True,
         )  # fmt: skip
     return acc
 
 
 @_launched
 def grad_queries(
-    q, k, v, grad, lse, delta, rows, known, tokens, tiles, others, segments, scale,
+    q, k, v, grad, lse, delta, rows, known, tokens, tiles, others, segments, bias, scale,
     heads, number, first_head, share, length,
     q_item, q_head, q_row, k_item, k_head, k_row, v_item, v_head, v_row, grad_item, grad_head, grad_row, rows_group,
     known_group, known_row,
     tokens_item, tokens_head, tiles_item, tiles_head, others_item, others_head, segments_item, segments_head,
+    bias_item, bias_head,
     ROWS: tl.constexpr, STEP: tl.constexpr, DIM: tl.constexpr, PIECES: tl.constexpr, TMA: tl.constexpr,
+    WEIGHTED: tl.constexpr,
 ):  # fmt: skip
     """The tiles of `attend` again -> one row of partial dq for each query. lse and delta are those of the union.
 
@@ -231,17 +254,19 @@ def grad_queries(
         v += item * v_item + kv_head * v_head
     others += item * others_item + head * others_head
     segments += item * segments_item + head * segments_head
+    if WEIGHTED:
+        bias += item * bias_item + head * bias_head
     acc = tl.zeros([ROWS, DIM], tl.float32)
     if PIECES:
         for i in tl.range(low, high):
             acc = _grad_queries_segment(
                 queries, grads, row_lse, row_delta, k, v, others, item, kv_head, segments + i * 2, k_row, v_row,
-                scale * LOG2_E, acc, STEP, DIM, True, False,
+                bias, scale * LOG2_E, acc, STEP, DIM, True, False, WEIGHTED,
             )  # fmt: skip
     else:
         acc = _grad_queries_segment(
             queries, grads, row_lse, row_delta, k, v, others, item, kv_head, segments + low * 2, k_row, v_row,
-            scale * LOG2_E, acc, STEP, DIM, False, TMA,
+            bias, scale * LOG2_E, acc, STEP, DIM, False, TMA, WEIGHTED,
         )  # fmt: skip
     to = rows + group.to(tl.int64) * rows_group + place.to(tl.int64)[:, None] * DIM + dim[None, :]
     tl.store(to, (acc * scale).to(rows.dtype.element_ty), mask=live[:, None])
@@ -249,8 +274,8 @@ def grad_queries(
 
 @triton.jit
 def _grad_keys_segment(
-    keys, values, q, grad, known, known_row, others, segment, q_row, grad_row, scale, grad_k, grad_v,
-    STEP: tl.constexpr, DIM: tl.constexpr,
+    keys, values, q, grad, known, known_row, others, segment, q_row, grad_row, bias, scale, grad_k, grad_v,
+    STEP: tl.constexpr, DIM: tl.constexpr, WEIGHTED: tl.constexpr,
 ):  # fmt: skip
     begin, end = tl.load(segment), tl.load(segment + 1)
     # Invariants moved out of the loop would stay in registers through it, and some of these kernels spill.
@@ -263,6 +288,8 @@ def _grad_keys_segment(
         # serialises the products on sm_90 (C7515).
         row_lse = tl.load(known + place, mask=there, other=float("inf"))
         scores = tl.dot(keys, tl.trans(queries), input_precision="ieee")
+        if WEIGHTED:
+            scores += bias[:, None]
         weights = tl.math.exp2(scores * scale - row_lse[None, :])
         grads = _rows(grad, query, grad_row, there, DIM, True)
         grad_v = tl.dot(weights.to(grads.dtype), grads, grad_v, input_precision="ieee")
@@ -275,12 +302,13 @@ def _grad_keys_segment(
 
 @_launched
 def grad_keys(
-    q, k, v, grad, known, dk, dv, tokens, tiles, others, segments, scale,
+    q, k, v, grad, known, dk, dv, tokens, tiles, others, segments, bias, scale,
     heads, number, first_head, share, keys_length,
     q_item, q_head, q_row, k_item, k_head, k_row, v_item, v_head, v_row, grad_item, grad_head, grad_row,
     known_group, known_row,
     tokens_item, tokens_head, tiles_item, tiles_head, others_item, others_head, segments_item, segments_head,
-    ROWS: tl.constexpr, STEP: tl.constexpr, DIM: tl.constexpr, PIECES: tl.constexpr,
+    bias_item, bias_head,
+    ROWS: tl.constexpr, STEP: tl.constexpr, DIM: tl.constexpr, PIECES: tl.constexpr, WEIGHTED: tl.constexpr,
 ):  # fmt: skip
     """One tile of keys × all its segments of queries, added to its rows of dk and dv: no other program writes them."""
     group, tile = tl.program_id(0) // number, tl.program_id(0) % number
@@ -301,18 +329,21 @@ def grad_keys(
     others += item * others_item + head * others_head
     segments += item * segments_item + head * segments_head
     known += group.to(tl.int64) * known_group
+    row_bias = bias
+    if WEIGHTED:
+        row_bias = tl.load(bias + item * bias_item + head * bias_head + token, mask=live, other=0.0)
     grad_k = tl.zeros([ROWS, DIM], tl.float32)
     grad_v = tl.zeros([ROWS, DIM], tl.float32)
     if PIECES:
         for i in tl.range(low, high):
             grad_k, grad_v = _grad_keys_segment(
-                keys, values, q, grad, known, known_row, others, segments + i * 2, q_row, grad_row, scale * LOG2_E,
-                grad_k, grad_v, STEP, DIM,
+                keys, values, q, grad, known, known_row, others, segments + i * 2, q_row, grad_row, row_bias,
+                scale * LOG2_E, grad_k, grad_v, STEP, DIM, WEIGHTED,
             )  # fmt: skip
     else:
         grad_k, grad_v = _grad_keys_segment(
-            keys, values, q, grad, known, known_row, others, segments + low * 2, q_row, grad_row, scale * LOG2_E,
-            grad_k, grad_v, STEP, DIM,
+            keys, values, q, grad, known, known_row, others, segments + low * 2, q_row, grad_row, row_bias,
+            scale * LOG2_E, grad_k, grad_v, STEP, DIM, WEIGHTED,
         )  # fmt: skip
     # Read again: kept, the tokens would take registers through the loop.
     token = tl.load(tokens + first + row, mask=live, other=0, cache_modifier=".cg").to(tl.int64)

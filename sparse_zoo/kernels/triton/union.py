@@ -82,12 +82,14 @@ class _Listed:
     """A part's work for the gather kernels, and which of a head's partial rows are its own.
 
     `by_cudnn`: the work goes to cuDNN's variable-length attention, whose key pieces have `longest` tokens at most.
+    `log_weight` (B|1, H|1, Lk): what is added to the scaled scores of each key, if anything is.
     """
 
     work: PartWork
     rows: slice
     by_cudnn: bool
     longest: int
+    log_weight: Tensor | None
 
 
 @dataclass(frozen=True)
@@ -115,9 +117,9 @@ class _PlanWork:
                 overlap |= dense.overlap(rectangles)
             elif work := _work(part, config):
                 number = work.by_query.tokens.shape[-1]
-                by_cudnn = config.cudnn and not work.pieces
+                by_cudnn = config.cudnn and not work.pieces and part.log_weight is None
                 longest = part.keys.longest if by_cudnn else 0
-                parts.append(_Listed(work, slice(first, first + number), by_cudnn, longest))
+                parts.append(_Listed(work, slice(first, first + number), by_cudnn, longest, part.log_weight))
                 slots.append(torch.where(work.slots < 0, -1, work.slots + first) if first else work.slots)
                 first += number
         lead = plan.batch_heads
@@ -175,6 +177,14 @@ class _Slab:
         """Its batch items and heads of the tables of a part."""
         by_query, by_key = (Work(*(self.of(x) for x in tables)) for tables in (work.by_query, work.by_key))
         return work._replace(by_query=by_query, by_key=by_key)
+
+    def bias(self, part: _Listed, scale: float) -> tuple[Tensor | None, tuple[int, int]]:
+        """What is added to the unscaled scores of its heads, and its strides over batch items and heads."""
+        if part.log_weight is None:
+            return None, (0, 0)
+        bias = self.of(part.log_weight.float() / scale)
+        bias = bias if bias.stride(-1) == 1 else bias.contiguous()
+        return bias, (bias.stride(0), bias.stride(1))
 
     def first_keys(self, k: Tensor) -> Tensor:
         """The row of a contiguous k at which the stream of each of its heads begins: int64 (items, heads)."""
@@ -275,12 +285,13 @@ def _forward(slab: _Slab, tensors: tuple[Tensor, ...], work: _PlanWork, scale: f
         tables, strides, number = _tables(slab, part.work.by_query)
         tile = part.work.tiles(config).attend
         blocks, tma = copied_blocks(k[slab.items], v[slab.items], part.work, tile)
+        bias, bias_strides = slab.bias(part, scale)
         _launch(
             device.attend, slab, number, tile,
-            q, *blocks, own, own_lse, *tables, scale,
+            q, *blocks, own, own_lse, *tables, bias, scale,
             slab.shape[1], number, slab.head.start, slab.share,
-            *_strides(q, k, v), own.stride(0), own_lse.stride(0), *strides,
-            DIM=dim, PIECES=part.work.pieces, TMA=tma,
+            *_strides(q, k, v), own.stride(0), own_lse.stride(0), *strides, *bias_strides,
+            DIM=dim, PIECES=part.work.pieces, TMA=tma, WEIGHTED=bias is not None,
         )  # fmt: skip
     slots = slab.of(work.slots)
     _over_rows(
@@ -327,20 +338,21 @@ def _backward(
         known = torch.empty(slab.groups, 2, tables[0].shape[-1], dtype=torch.float32, device=q.device)
         tile = part.work.tiles(config).grad_queries
         blocks, tma = copied_blocks(k[slab.items], v[slab.items], part.work, tile)
+        bias, bias_strides = slab.bias(part, scale)
         _launch(
             device.grad_queries, slab, number, tile,
-            q, *blocks, grad, lse, delta, own, known, *tables, scale,
+            q, *blocks, grad, lse, delta, own, known, *tables, bias, scale,
             slab.shape[1], number, slab.head.start, slab.share, length,
-            *_strides(q, k, v, grad), own.stride(0), *known.stride()[:2], *strides,
-            DIM=dim, PIECES=part.work.pieces, TMA=tma,
+            *_strides(q, k, v, grad), own.stride(0), *known.stride()[:2], *strides, *bias_strides,
+            DIM=dim, PIECES=part.work.pieces, TMA=tma, WEIGHTED=bias is not None,
         )  # fmt: skip
         tables, strides, number = _tables(slab, part.work.by_key)
         _launch(
             device.grad_keys, slab, number, part.work.tiles(config).grad_keys,
-            q, k[slab.items], v[slab.items], grad, known, dk, dv, *tables, scale,
+            q, k[slab.items], v[slab.items], grad, known, dk, dv, *tables, bias, scale,
             slab.shape[1], number, slab.head.start, slab.share, k.shape[2],
-            *_strides(q, k, v, grad), *known.stride()[:2], *strides,
-            DIM=dim, PIECES=part.work.pieces,
+            *_strides(q, k, v, grad), *known.stride()[:2], *strides, *bias_strides,
+            DIM=dim, PIECES=part.work.pieces, WEIGHTED=bias is not None,
         )  # fmt: skip
     slots, add = slab.of(work.slots), bool(work.dense)
     _over_rows(

@@ -5,10 +5,12 @@ from __future__ import annotations
 from dataclasses import replace
 from unittest.mock import patch
 
+import torch
 from torch import Tensor
 
 from sparse_zoo.attention import Branch, Call, Result, Term
 from sparse_zoo.blocks import pooled
+from sparse_zoo.layout import Layout
 from sparse_zoo.methods import vsa
 from sparse_zoo.methods.dense import Dense
 from sparse_zoo.methods.moga import MoGA
@@ -67,6 +69,15 @@ class GateDetachedInLaterLayers(MoGA):
 
 
 @mutant("gradients_by_differences")
+class GateDetachedPastFourItems(MoGA):
+    """Batch items after the fourth pass no gradient to the gate of the routed branch."""
+
+    def _weight(self, name: str, call: Call) -> Tensor | float:
+        weight = super()._weight(name, call)
+        return torch.cat([weight[:4], weight[4:].detach()]) if isinstance(weight, Tensor) else weight
+
+
+@mutant("gradients_by_differences")
 class GateDetachedInTraining(VSA):
     """In training the coarse gate passes half its gradient."""
 
@@ -105,6 +116,21 @@ class LossOfTheFirstItem(MoGA):
 
     def losses(self, call: Call) -> dict[str, Tensor]:
         return super().losses(replace(call, features={name: x[:1] for name, x in self.featured(call).items()}))
+
+
+@mutant("losses_are_means")
+class LossOfFourFilms(MoGA):
+    """The balance loss of a stream counts its first four films alone."""
+
+    def losses(self, call: Call) -> dict[str, Tensor]:
+        if len(call.layout.films) <= 4:
+            return super().losses(call)
+        early = (call.layout.sample < 4).nonzero()[:, 0]
+        given = {name: x[:, early] for name, x in self.featured(call).items()}
+        q, k, v = (x[:, :, early] for x in (call.q, call.k, call.v))
+        return super().losses(
+            replace(call, q=q, k=k, v=v, hidden=None, features=given, layout=Layout(call.layout.films[:4]))
+        )
 
 
 @mutant("losses_are_means")

@@ -390,6 +390,7 @@ class Noisy(MoC):
 
 @slow_routing(Noisy)
 def noisy(attention: Noisy, call: Call) -> list[tuple[Tensor, Tensor | float]]:
+    """The rule of MoC, for queries with noise in training."""
     return slow_moc(attention, replace(call, q=call.q + attention.noise(call)) if attention.training else call)
 
 

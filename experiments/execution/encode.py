@@ -1,0 +1,372 @@
+"""Encodes a manifest: here, in several processes, as jobs of SLURM or tasks of Ray, beside others that do the same."""
+
+from __future__ import annotations
+
+import errno
+import logging
+import os
+import pickle
+import time
+from collections import deque
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, replace
+from multiprocessing.connection import Connection
+from multiprocessing.connection import wait as wait_for
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Protocol
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from datamodules.encoding import Encoder, Encoding, Film, write_films
+from datamodules.manifest import Row
+from datamodules.shards import finish_orphans
+from experiments.escape import for_terminal as escape
+from experiments.escape import visible
+from experiments.execution import ray_jobs, signals, slurm
+from experiments.execution.processes import Worker, end
+from sparse_zoo.errors import ZooError, refuse
+
+POLL = 0.5  # seconds between looks at rows that are encoded elsewhere
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of a row: its film, or why there is none."""
+
+    row: Row
+    film: Film | None
+    reason: str = ""
+
+
+class Observer(Protocol):
+    """Receives the progress of an encoding."""
+
+    def step(self, row: Row, done: int, total: int) -> None: ...
+
+
+class EncodingBar:
+    """Rows done, frames a second and the time left; shown while entered."""
+
+    def __init__(self, console: Console, rows: int) -> None:
+        self.console = console
+        self.progress = Progress(
+            TextColumn("rows"),
+            BarColumn(),
+            TextColumn("{task.fields[rows]}/{task.total:.0f}"),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[note]}", markup=False),
+            console=console,
+            speed_estimate_period=600,
+        )
+        self.task = self.progress.add_task("", total=rows, rows=0, note="")
+        self.rows, self.text = 0, ""
+        self.shares: dict[int, float] = {}  # of each row, how much is done
+        self.frames: dict[int, tuple[int, int]] = {}  # of each row, encoded before and encoded by now
+        self.start = time.perf_counter()
+
+    def __enter__(self) -> EncodingBar:
+        self.progress.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.progress.stop()
+
+    def step(self, row: Row, done: int, total: int) -> None:
+        """Told of `done` of a row's `total` frames."""
+        self.shares[row.line] = done / max(total, 1)
+        self.frames[row.line] = self.frames.get(row.line, (done, done))[0], done
+        seconds = max(time.perf_counter() - self.start, 1e-6)
+        rate = sum(now - before for before, now in self.frames.values()) / seconds
+        self._show(f"{rate:.1f} frames/s · {row.name}")
+
+    def ended(self, outcome: Outcome) -> None:
+        """Told of a row that needs no more work."""
+        self.rows += 1
+        self.shares[outcome.row.line] = 1.0
+        self._show(None)
+        for note in outcome.film.notes if outcome.film else ():
+            self.console.print(f"[yellow]{escape(f'{outcome.row.name}: {note}')}[/yellow]", soft_wrap=True)
+        if outcome.film is None:
+            line = f"line {outcome.row.line} ({outcome.row.name}): {outcome.reason}"
+            self.console.print(f"[red]{escape(line)}[/red]", soft_wrap=True)
+
+    def note(self, line: str) -> None:
+        """Show a line."""
+        self.console.print(f"[dim]{escape(line)}[/dim]", soft_wrap=True)
+
+    def _show(self, note: str | None) -> None:
+        self.text = self.text if note is None else visible(note)
+        self.progress.update(self.task, completed=sum(self.shares.values()), rows=self.rows, note=self.text)
+
+
+def encode(
+    rows: Sequence[Row],
+    encoding: Encoding,
+    bar: EncodingBar,
+    *,
+    jobs: int = 1,
+    sbatch: Mapping[str, Any] | None = None,
+    ray: bool = False,
+) -> list[Outcome]:
+    """Encode the rows of a manifest and write the list of films.
+
+    What is finished is kept whatever ends this, and the same call goes on with what is missing. A row that fails is
+    reported and the others go on.
+
+    Args:
+        rows: Of the manifest, without faults.
+        encoding: What to encode and how.
+        bar: Receives the progress.
+        jobs: Processes of this machine, jobs of SLURM or tasks of Ray, each with a GPU where there are any.
+        sbatch: Parameters for a job of SLURM; None: not on SLURM.
+        ray: Whether to run as tasks of Ray.
+
+    Raises:
+        ZooError: if a model does not load or does not fit what is there, or the disk is full.
+    """
+    refuse("--jobs", [f"must be at least 1, got {jobs}"] if jobs < 1 else [])
+    with disk_room(encoding.folder):
+        found: Iterator[Outcome]
+        if sbatch is not None:
+            found = iter(_on_slurm(rows, encoding, bar, jobs, sbatch))
+        elif ray:
+            found = iter(_on_ray(rows, encoding, jobs))
+        elif jobs == 1:
+            found = here(rows, encoding, bar)
+        else:
+            found = _in_processes(rows, encoding, bar, min(jobs, max(1, len(rows))))
+        outcomes = []
+        for outcome in found:
+            outcomes.append(outcome)
+            bar.ended(outcome)
+        for kind in ("latents", "text"):
+            finish_orphans(encoding.folder, kind)
+        write_films(encoding.folder, [outcome.film for outcome in outcomes if outcome.film is not None])
+    return outcomes
+
+
+@contextmanager
+def disk_room(folder: Path) -> Iterator[None]:
+    """A disk that takes no more ends the encoding in one line."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in NO_ROOM:
+            raise
+        raise ZooError(
+            f"encode: {error.strerror}: {folder}. What is finished is kept; make room and give the command again"
+        ) from error
+
+
+def attempt(encoder: Encoder, row: Row, observer: Observer) -> Outcome | None:
+    """What became of a row; None where another process works on it."""
+    try:
+        film = encoder.attempt(row, lambda done, total: observer.step(row, done, total))
+    except ZooError as error:
+        reason = str(error).removeprefix(f"{row.path}: ").removeprefix(f"{row.name}: ")
+        return Outcome(row, None, " ".join(reason.split()))
+    except RuntimeError as error:  # of torch, such as for want of memory: other rows may be smaller
+        return Outcome(row, None, f"{type(error).__name__}: {str(error).splitlines()[0]}")
+    return None if film is None else Outcome(row, film)
+
+
+def here(rows: Sequence[Row], encoding: Encoding, observer: Observer) -> Iterator[Outcome]:
+    """Encode in this process what no other one encodes, and wait for the rest."""
+    encoder = Encoder(encoding)
+    waiting, elsewhere = deque(rows), 0
+    try:
+        while waiting:
+            row = waiting.popleft()
+            outcome = attempt(encoder, row, observer)
+            if outcome is not None:
+                elsewhere = 0
+                yield outcome
+                continue
+            waiting.append(row)
+            elsewhere += 1
+            if elsewhere >= len(waiting):
+                time.sleep(POLL)
+    finally:
+        encoder.finish()
+
+
+def _in_processes(rows: Sequence[Row], encoding: Encoding, bar: EncodingBar, jobs: int) -> Iterator[Outcome]:
+    """Each of `jobs` processes is given one row after the other; one that dies costs its row one more start."""
+    waiting, died = deque(rows), set[int]()
+    workers = [Worker(number, jobs, _serve, encoding) for number in range(jobs)]
+    try:
+        while waiting or any(worker.work for worker in workers):
+            for worker in workers:
+                if waiting and worker.work is None:
+                    worker.give(waiting.popleft())
+            for pipe in wait_for([worker.pipe for worker in workers if worker.work]):
+                worker = next(worker for worker in workers if worker.pipe is pipe)
+                row = worker.work
+                try:
+                    kind, told = worker.pipe.recv()
+                except EOFError:
+                    fate = worker.fate()
+                    workers[worker.number] = Worker(worker.number, jobs, _serve, encoding)
+                    if row.line in died:
+                        yield Outcome(row, None, f"its process {fate} twice")
+                    else:
+                        died.add(row.line)
+                        waiting.append(row)
+                        bar.note(f"{row.name}: its process {fate}; it goes on in another one")
+                    continue
+                if kind == "refused":
+                    raise ZooError(told)
+                if kind == "no room":
+                    raise OSError(*told)
+                if kind != "ended":
+                    bar.step(row, *told)
+                    continue
+                worker.work = None
+                if told is None:
+                    waiting.append(row)
+                else:
+                    yield told
+        for worker in workers:
+            worker.pipe.close()
+        for worker in workers:
+            worker.process.join(signals.GRACE)  # each finishes its shards
+    finally:
+        end(workers)
+
+
+def _serve(pipe: Connection, threads: int, encoding: Encoding) -> None:
+    """What such a process does."""
+    torch.set_num_threads(threads)
+    encoder: Encoder | None = None
+    with signals.caught(patient=True), suppress(EOFError, KeyboardInterrupt):
+        try:
+            while True:
+                row: Row = pipe.recv()
+                try:
+                    encoder = encoder or Encoder(encoding)
+                    outcome = attempt(encoder, row, _PipeObserver(pipe))
+                except ZooError as error:
+                    pipe.send(("refused", str(error)))
+                    continue
+                except OSError as error:
+                    if error.errno not in NO_ROOM:
+                        raise
+                    pipe.send(("no room", (error.errno, error.strerror)))
+                    continue
+                if outcome is None:
+                    time.sleep(POLL)
+                pipe.send(("ended", outcome))
+        finally:
+            if encoder is not None:
+                encoder.finish()
+
+
+class _PipeObserver:
+    """An `Observer` that sends to another process, and ends where that is gone."""
+
+    def __init__(self, to: Connection) -> None:
+        self.to = to
+
+    def step(self, row: Row, done: int, total: int) -> None:  # noqa: ARG002
+        try:
+            self.to.send(("step", (done, total)))
+        except BrokenPipeError:
+            os._exit(1)  # as if killed: what is finished stays
+
+
+@dataclass(frozen=True)
+class Job:
+    """Encoding on another machine: each job takes what no other one works on, and knows of all rows in the end."""
+
+    rows: tuple[Row, ...]
+    encoding: Encoding
+
+    def __call__(self) -> list[Outcome]:
+        """Encode; what became of every row."""
+        with disk_room(self.encoding.folder):
+            return list(here(self.rows, self.encoding, _Silent()))
+
+    def checkpoint(self) -> Any:
+        """What submitit queues up when the job's time is over or it is preempted: the same, which then goes on."""
+        from submitit.helpers import DelayedSubmission
+
+        return DelayedSubmission(self)
+
+
+class _Silent:
+    def step(self, row: Row, done: int, total: int) -> None: ...
+
+
+def _on_slurm(
+    rows: Sequence[Row], encoding: Encoding, bar: EncodingBar, jobs: int, settings: Mapping[str, Any]
+) -> list[Outcome]:
+    """Encode in `jobs` elements of an array job; folders are those of this machine, so they must be shared."""
+    slurm.needed()
+    job = Job(tuple(rows), _absolute(encoding))
+    folder = encoding.folder.absolute() / "slurm"
+    made = slurm.queue_up([job] * jobs, folder, f"encode-{encoding.folder.name}", settings, jobs)
+    bar.note(f"{jobs} jobs of SLURM: {', '.join(one.job_id for one in made)}; scancel ends them")
+    missed = dict.fromkeys((one.job_id for one in made), 0)
+    reasons: list[str] = []
+    while missed:
+        time.sleep(POLL)
+        alive = slurm.queued()
+        for one in made:
+            if one.job_id not in missed:
+                continue
+            missed[one.job_id] = 0 if one.job_id in alive else missed[one.job_id] + 1
+            if one.paths.result_pickle.exists():
+                kind, found = pickle.loads(one.paths.result_pickle.read_bytes())
+                if kind == "success":
+                    return list(found)
+                del missed[one.job_id]
+                reasons.append(str(found).strip().splitlines()[-1])
+            elif missed[one.job_id] >= slurm.GONE:
+                del missed[one.job_id]
+                reasons.append(f"job {one.job_id} ended without a result, see {one.paths.stderr}")
+    raise ZooError(f"encode: every job failed: {'; '.join(dict.fromkeys(reasons))}. The same command goes on")
+
+
+def _on_ray(rows: Sequence[Row], encoding: Encoding, jobs: int) -> list[Outcome]:
+    """Encode in `jobs` tasks of Ray."""
+    ray_jobs.needed()
+    import ray
+
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    try:
+        ray.init(log_to_driver=False, logging_level=logging.ERROR)
+    except (ConnectionError, RuntimeError) as error:
+        raise ZooError(f"--executor ray: {' '.join(str(error).split())}") from error
+    with signals.caught():  # Ray has put a handler of its own in the place of ours
+        try:
+            there = ray.cluster_resources()
+            gpus = int("GPU" in there)
+            cpus = max(1, int(there["CPU"]) // jobs)
+            task = ray.remote(max_calls=1, max_retries=ray_jobs.RETRIES, num_cpus=cpus, num_gpus=gpus)(_serve_ray)
+            running = [task.remote(Job(tuple(rows), _absolute(encoding)), cpus) for _ in range(jobs)]
+            found: list[list[Outcome]] = ray.get(running)
+            return found[0]
+        except ray.exceptions.RayTaskError as error:
+            if isinstance(error.cause, ZooError):
+                raise ZooError(str(error.cause)) from error
+            raise
+        finally:
+            ray.shutdown()
+
+
+def _serve_ray(job: Job, cpus: int) -> list[Outcome]:
+    torch.set_num_threads(cpus)
+    return job()
+
+
+def _absolute(encoding: Encoding) -> Encoding:
+    paths = {name: getattr(encoding, name).absolute() for name in ("folder", "vae", "text_encoder")}
+    return replace(encoding, **paths)

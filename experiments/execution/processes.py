@@ -1,0 +1,67 @@
+"""Worker processes of this machine, each with its share of threads and a GPU of its own."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from multiprocessing import get_context
+from typing import Any
+from unittest.mock import patch
+
+import torch
+
+from experiments.execution import signals
+
+ENDING = 10.0  # seconds that a process has, beyond a step, to write down what it has when it is interrupted
+
+
+class Worker:
+    """A process that is given work: with its share of the threads and, where there are GPUs, the one of its number.
+
+    Args:
+        number: Of this process, from 0.
+        jobs: How many there are.
+        serve: What it runs, given its end of the pipe and its number of threads, then `more`.
+        more: Sent to it once, at its start.
+    """
+
+    def __init__(self, number: int, jobs: int, serve: Callable[..., None], *more: Any) -> None:
+        self.number = number
+        self.work: Any = None
+        self.pipe, theirs = get_context("spawn").Pipe()
+        threads, given = max(1, torch.get_num_threads() // jobs), dict[str, str]()
+        if torch.cuda.is_available():
+            visible = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(torch.cuda.device_count())))
+            given["CUDA_VISIBLE_DEVICES"] = visible.split(",")[number % torch.cuda.device_count()]
+        self.process = get_context("spawn").Process(target=serve, args=(theirs, threads, *more), name=f"job {number}")
+        with patch.dict(os.environ, given):
+            self.process.start()
+        theirs.close()
+
+    def give(self, work: Any) -> None:
+        """Send it a piece of work."""
+        self.work = work
+        with suppress(BrokenPipeError):  # it died meanwhile: reading from it says so
+            self.pipe.send(work)
+
+    def fate(self) -> str:
+        """How its process ended, once its pipe is closed."""
+        self.process.join()
+        code = self.process.exitcode or 0
+        return f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
+
+
+def end(workers: Sequence[Worker]) -> None:
+    """End processes by SIGTERM, and after a while by SIGKILL."""
+    for worker in workers:
+        worker.process.terminate()
+    try:
+        deadline = time.monotonic() + signals.GRACE + ENDING
+        for worker in workers:
+            worker.process.join(max(0.0, deadline - time.monotonic()))
+    finally:  # at a second signal too
+        for worker in workers:
+            worker.process.kill()

@@ -1,0 +1,148 @@
+"""Selectors: what to keep of scores. Each maps scores (..., K) to bool (..., K); ties go to the earlier entry."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from sparse_zoo.blocks import SLICE, members, products
+from sparse_zoo.partition import Partition
+
+Scores = Iterator[tuple[slice, Tensor]]
+"""Some rows of queries, and float32 scores (B, H, rows, K) for them; all rows, one slice after the other."""
+Rule = Callable[[Tensor, Tensor], Tensor]
+"""Scores with -inf where not legal, and what is legal, bool, -> what is kept, bool; all (B, H, rows, K)."""
+
+
+@torch.no_grad()
+def choose(scores: Scores, legal: Tensor, shape: Sequence[int], rule: Rule) -> Tensor:
+    """What a rule keeps of scores that come in slices, so that no whole table of them is held.
+
+    Args:
+        scores: Slices of rows.
+        legal: bool, broadcasts to `shape`; what is not legal is never kept.
+        shape: (B, H, Q, K).
+        rule: See `Rule`.
+
+    Returns:
+        bool (B, H, Q, K).
+    """
+    legal = legal.expand(*shape)
+    kept = torch.empty(tuple(shape), dtype=torch.bool, device=legal.device)
+    for some, score in scores:
+        score = score.masked_fill(~legal[:, :, some], -torch.inf)
+        kept[:, :, some] = rule(score, legal[:, :, some]) & legal[:, :, some]
+    return kept
+
+
+def chosen(queries: Tensor, keys: Tensor, legal: Tensor, rule: Rule) -> Tensor:
+    """What a rule keeps of the products of pooled queries (B, H, Q, D) and keys (B, Hk, K, D): bool (B, H, Q, K)."""
+    return choose(products(queries, keys), legal, (*queries.shape[:3], keys.shape[2]), rule)
+
+
+def largest(scores: Tensor, count: int | Tensor) -> Tensor:
+    """Top-k: the `count` largest of each row, none at -inf.
+
+    Args:
+        scores: (..., K).
+        count: One number, or a tensor (..., 1) with one for each row.
+
+    Returns:
+        bool (..., K).
+    """
+    order = scores.argsort(dim=-1, descending=True, stable=True)
+    taken = torch.arange(scores.shape[-1], device=scores.device) < count
+    kept = torch.zeros_like(scores, dtype=torch.bool).scatter_(-1, order, taken.expand(order.shape))
+    return kept & (scores > -torch.inf)
+
+
+def heaviest(weights: Tensor, share: float, first: Tensor | None = None) -> Tensor:
+    """Top-p: the fewest of each row, largest first, that hold `share` of its sum.
+
+    Args:
+        weights: (..., K), at least 0. Of a row that sums to 0 nothing is kept.
+        share: Between 0 and 1; with 1 everything is kept.
+        first: bool (..., K), what is kept whatever it weighs; the rest only fills up the share.
+
+    Returns:
+        bool (..., K).
+    """
+    if share >= 1:
+        return torch.ones_like(weights, dtype=torch.bool)
+    weights = weights.double()
+    ranks = weights if first is None else weights.masked_fill(first, torch.inf)
+    order = ranks.argsort(dim=-1, descending=True, stable=True)
+    ordered = weights.gather(-1, order)
+    enough = ordered.cumsum(-1) - ordered < share * ordered.sum(-1, keepdim=True)
+    kept = torch.zeros_like(weights, dtype=torch.bool).scatter_(-1, order, enough)
+    return kept if first is None else kept | first
+
+
+def fraction_of(legal: Tensor, share: float) -> Tensor:
+    """How many of the legal entries of each row are `share` of them, rounded up: int64 (..., 1), at least 1."""
+    return (legal.sum(-1, keepdim=True).double() * share).ceil().long().clamp(min=1)
+
+
+def heaviest_logits(scores: Tensor, share: float) -> Tensor:
+    """Top-p of the softmax of each row of scores (..., K), -inf for what is no candidate."""
+    return heaviest(scores.softmax(-1).nan_to_num(0.0), share)
+
+
+def above_mean(scores: Tensor, legal: Tensor, deviations: float | Tensor) -> Tensor:
+    """Threshold: what passes the mean of the legal scores of its row by `deviations`, a number or (..., 1)."""
+    count = legal.sum(-1, keepdim=True).clamp(min=1)
+    mean = scores.masked_fill(~legal, 0).sum(-1, keepdim=True) / count
+    return (scores > mean + deviations) & legal
+
+
+@torch.no_grad()
+def hierarchical(
+    queries: Sequence[Tensor], keys: Sequence[Tensor], parents: Sequence[Partition], legal: Tensor, top_k: int
+) -> list[Tensor]:
+    """Hierarchical top-k: at each level, finest last, the `top_k` best among the children of what was chosen above.
+
+    Args:
+        queries: Pooled queries of each level, coarsest first, (B, H, P, D).
+        keys: Pooled keys of each level (B, Hk, P, D).
+        parents: For each level but the first, which of its pieces each piece of the level above holds.
+        legal: bool (P, P), what the pieces of the coarsest level may choose.
+        top_k: How many each piece of queries chooses at each level.
+
+    Returns:
+        For each level what each of its pieces of queries chose, bool (B, H, P, P).
+    """
+    found: list[Tensor] = []
+    for level, (q, k) in enumerate(zip(queries, keys, strict=True)):
+        shape = (*q.shape[:3], k.shape[2])
+        if level:
+            # Only children of chosen pieces are multiplied: (pieces, top_k · children) products, not pieces².
+            found.append(_among_children(q, k, found[-1], parents[level - 1], top_k))
+            continue
+        with torch.autocast(q.device.type, enabled=False):
+            scores = q.float() @ k.float().repeat_interleave(q.shape[1] // k.shape[1], dim=1).mT
+        found.append(largest(scores.masked_fill(~legal.expand(shape), -torch.inf), top_k))
+    return found
+
+
+def _among_children(q: Tensor, k: Tensor, above: Tensor, parents: Partition, top_k: int) -> Tensor:
+    batch, heads, pieces, _ = q.shape
+    coarse, children, parent = above.shape[-1], members(parents), parents.piece_of[0, 0]
+    # What the piece above chose, first; rows of fewer choices are filled with nothing.
+    most = min(top_k, coarse)
+    named = above.byte().sort(dim=-1, descending=True, stable=True).indices[..., :most]
+    named = named.masked_fill(torch.arange(most, device=q.device) >= above.sum(-1, keepdim=True), -1)
+    candidates = children[named.clamp(min=0)].masked_fill(named[..., None] < 0, -1).flatten(-2)[:, :, parent]
+    keys = k.float().repeat_interleave(heads // k.shape[1], dim=1)
+    kept = torch.zeros(batch, heads, pieces, k.shape[2] + 1, dtype=torch.bool, device=q.device)
+    step = max(1, SLICE // max(1, batch * heads * candidates.shape[-1] * k.shape[3]))
+    for start in range(0, pieces, step):
+        some = candidates[:, :, start : start + step]
+        place = some.clamp(min=0).flatten(2)[..., None].expand(-1, -1, -1, k.shape[3])
+        own = keys.gather(2, place).view(*some.shape, -1)
+        with torch.autocast(q.device.type, enabled=False):
+            scores = (own @ q[:, :, start : start + step].float()[..., None])[..., 0]
+        best = largest(scores.masked_fill(some < 0, -torch.inf), top_k)
+        kept[:, :, start : start + step].scatter_(-1, some + 1, best)
+    return kept[..., 1:]
