@@ -374,14 +374,10 @@ class SampleFilms(Callback):
         with trainer.precision_plugin.forward_context():
             guessed = trained.flow.denoise(trained.model, batch, self.GUESS_FROM, step=step, seed=self.seed)
             drawn = self.euler.sample(trained.model, trained.flow, batch, step=step, seed=self.seed)
-<<<<<<< HEAD
         if not trainer.is_global_zero:
             return
-        rows = (batch["clips"], guessed, drawn)
-=======
         rows = [batch["clips"], guessed, drawn]
         rows = rows if self.decode is None else [self.decode(clips) for clips in rows]
->>>>>>> main
         for number, picture in enumerate(film_pictures(batch["layout"], rows)):
             path = write_picture(self.folder / f"step_{step:06d}_film_{number}.png", picture)
             self.paths.append(path)

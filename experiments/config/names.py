@@ -22,33 +22,6 @@ from experiments.config.sections import DATA, SECTIONS, Match, without_result
 from sparse_zoo.errors import ZooError, refuse, unknown, unknown_setting
 
 CONFIGS = Path(__file__).parents[1] / "configs"
-<<<<<<< HEAD
-# The class that each section of a config is made into.
-SECTIONS = {
-    "model": "lit_modules.settings:Model",
-    "flow": "lit_modules.settings:Flow",
-    "optim": "lit_modules.settings:Optim",
-    "trainer": "lightning.pytorch.trainer.trainer:Trainer",
-    "sampling": "lit_modules.settings:Sampling",
-    "parallel": "lit_modules.settings:Parallel",
-}
-# What the run itself hands to these classes; a config may not.
-GIVEN: dict[str, set[str]] = {
-    "trainer": {
-        "logger",
-        "callbacks",
-        "default_root_dir",
-        "enable_progress_bar",
-        "enable_checkpointing",
-        "enable_model_summary",
-        "barebones",
-        "plugins",
-    },
-}
-DATA = {"shot_world": "datamodules.shot_world:ShotWorld", "video_films": "datamodules.videos:VideoFilms"}
-MATCH = ("density", "flops", "seconds", "within", "also", "set")
-=======
->>>>>>> main
 # Options that take one of a few names.
 CHOICES = {
     "executor": ("local", "slurm", "ray"),

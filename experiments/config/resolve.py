@@ -91,15 +91,9 @@ def _canonical(config: Config) -> Config:
     absolute, a precision has Lightning's full name. What does not fit stays as it is, for `check` to refuse.
     """
     made = dict(config)
-<<<<<<< HEAD
-    for section, build in _sections().items():
-        if isinstance(config.get(section), Mapping):
-            made[section] = _declared(config[section], _hints(build))
-=======
     for section, build in SECTIONS.items():
-        if isinstance(config[section], Mapping):
+        if isinstance(config.get(section), Mapping):
             made[section] = _declared(config[section], declared_types(build))
->>>>>>> main
     if isinstance(made["trainer"], Mapping) and "precision" in made["trainer"]:
         precision = made["trainer"]["precision"]
         made["trainer"] = {**made["trainer"]} | {"precision": PRECISIONS.get(str(precision), precision)}
@@ -153,14 +147,9 @@ NONE_MEANS = {
 def _complete(config: Config) -> Config:
     """The config with every default of its classes written out, and a method for each layer."""
     made = dict(config)
-<<<<<<< HEAD
-    for section, build in _sections().items():
-        if section in config:
-            made[section] = _defaults(_parameters(build, GIVEN.get(section, ())), _hints(build)) | config[section]
-=======
     for section, build in SECTIONS.items():
-        made[section] = _defaults(build) | config[section]
->>>>>>> main
+        if section in config:
+            made[section] = _defaults(build) | config[section]
     made["trainer"] |= {key: value for key, value in NONE_MEANS.items() if made["trainer"].get(key) is None}
     if is_default_precision(made["trainer"]):
         made["trainer"]["precision"] = None
@@ -311,35 +300,20 @@ def check(config: Config) -> list[str]:
     """Every reason why this config cannot run; none when it can."""
     config = resolve(config)
     from lit_modules import VideoDiT
-<<<<<<< HEAD
-    from lit_modules.settings import Flow, Model, Optim, Parallel, Sampling
-=======
->>>>>>> main
 
     model, films = config["model"], {key: value for key, value in config["data"].items() if key != "name"}
     # What has the right names and types may still be out of range: the parts themselves know.
     parts: dict[str, Callable[[], object]] = {
-<<<<<<< HEAD
-        "flow": lambda: Flow(**config["flow"]),
-        "optim": lambda: Optim(**config["optim"]),
-        "sampling": lambda: Sampling(**config["sampling"]),
-        "parallel": lambda: Parallel(**config.get("parallel", {})),
-=======
-        section: partial(SECTIONS[section], **config[section]) for section in ("flow", "optim", "sampling")
->>>>>>> main
+        section: partial(SECTIONS[section], **config.get(section, {}))
+        for section in ("flow", "optim", "sampling", "parallel")
     }
     try:
         reasons = misfits("data", films, datamodule.declares(datamodule.find(str(config["data"].get("name")))))
     except ZooError as error:
         reasons = [str(error)]
     reasons = reasons or refusals(lambda: datamodule.build(config["data"]))
-<<<<<<< HEAD
-    for section, build in _sections().items():
-        wrong = [] if section == "model" else _misfits(section, config.get(section, {}), build, GIVEN.get(section, ()))
-=======
     for section, build in SECTIONS.items():
-        wrong = [] if section == "model" else misfits(section, config[section], build)
->>>>>>> main
+        wrong = [] if section == "model" else misfits(section, config.get(section, {}), build)
         reasons += wrong or refusals(parts.get(section, lambda: None))
         if section == "trainer":
             reasons += _trainer({key: value for key, value in config[section].items() if _takes(build, key, value)})

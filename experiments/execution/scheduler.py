@@ -180,12 +180,8 @@ def _in_processes(works: list[Work], jobs: int, bar: Bar) -> Iterator[Result]:
     No pool of a library: those take the death of one process, say for want of memory, for the end of all.
     """
     waiting, told = deque(works), set[str]()
-<<<<<<< HEAD
     each = max(devices(work.cell) for work in works)
-    workers = [_Worker(number, jobs, each) for number in range(jobs)]
-=======
-    workers = [Worker(number, jobs, _serve) for number in range(jobs)]
->>>>>>> main
+    workers = [Worker(number, jobs, _serve, gpus=each) for number in range(jobs)]
     try:
         while waiting or any(worker.work for worker in workers):
             for worker in workers:
@@ -198,11 +194,7 @@ def _in_processes(works: list[Work], jobs: int, bar: Bar) -> Iterator[Result]:
                 try:
                     kind, *told_of = worker.pipe.recv()
                 except EOFError:
-<<<<<<< HEAD
-                    workers[worker.number] = _Worker(worker.number, jobs, each)
-=======
-                    workers[worker.number] = Worker(worker.number, jobs, _serve)
->>>>>>> main
+                    workers[worker.number] = Worker(worker.number, jobs, _serve, gpus=each)
                     bar.dropped(work.cell.name, f"its process {worker.fate()}; the same command goes on with it")
                     yield read(work.cell, work.sweep)
                     continue
@@ -220,47 +212,7 @@ def _in_processes(works: list[Work], jobs: int, bar: Bar) -> Iterator[Result]:
                     told.add(work.cell.name)
                 waiting.append(work)
     finally:
-<<<<<<< HEAD
-        for worker in workers:
-            worker.process.terminate()
-        try:
-            deadline = time.monotonic() + signals.GRACE + ENDING
-            for worker in workers:
-                worker.process.join(max(0.0, deadline - time.monotonic()))
-        finally:  # at a second signal too
-            for worker in workers:
-                worker.process.kill()
-
-
-class _Worker:
-    """A process that runs cells: with its share of the threads and, where there are GPUs, `each` of its own."""
-
-    def __init__(self, number: int, jobs: int, each: int = 1) -> None:
-        self.number = number
-        self.work: Work | None = None
-        self.pipe, theirs = get_context("spawn").Pipe()
-        threads, given = max(1, torch.get_num_threads() // jobs), dict[str, str]()
-        if torch.cuda.is_available():
-            visible = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(torch.cuda.device_count())))
-            first = number * each % torch.cuda.device_count()
-            given["CUDA_VISIBLE_DEVICES"] = ",".join(visible.split(",")[first : first + each])
-        self.process = get_context("spawn").Process(target=_serve, args=(theirs, threads), name=f"job {number}")
-        with patch.dict(os.environ, given):
-            self.process.start()
-        theirs.close()
-
-    def give(self, work: Work) -> None:
-        self.work = work
-        with suppress(BrokenPipeError):  # it died meanwhile: reading from it says so
-            self.pipe.send(work)
-
-    def fate(self) -> str:
-        self.process.join()
-        code = self.process.exitcode or 0
-        return f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
-=======
         end(workers)
->>>>>>> main
 
 
 def _serve(pipe: Connection, threads: int) -> None:

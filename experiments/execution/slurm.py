@@ -102,7 +102,10 @@ def submit(works: list[Work], settings: Mapping[str, Any], at_once: int | None) 
     jobs = {before[work.cell.id]: work for work in works if before.get(work.cell.id) in alive}
     new = [work for work in works if before.get(work.cell.id) not in alive]
     if new:
-        made = queue_up([Job(work, home()) for work in new], folder, works[0].sweep, settings, at_once or len(new))
+        each = max(devices(work.cell) for work in new)  # one process of a job starts those of all its devices
+        gpus = {"gpus_per_node": each} if each > 1 and all(on_gpu(work.cell) for work in new) else {}
+        jobs_of = [Job(work, home()) for work in new]
+        made = queue_up(jobs_of, folder, works[0].sweep, {**gpus, **settings}, at_once or len(new))
         jobs |= {job.job_id: work for job, work in zip(made, new, strict=True)}
     write_json(register, before | {work.cell.id: job for job, work in jobs.items()})
     return jobs
@@ -140,37 +143,6 @@ def queue_up(
     import submitit
     from submitit.core.utils import FailedJobError, FailedSubmissionError
 
-<<<<<<< HEAD
-    folder = home() / works[0].sweep / "slurm"
-    register = folder / "jobs.json"
-    before: dict[str, str] = json.loads(register.read_text(encoding="utf-8")) if register.exists() else {}
-    alive = _queued()
-    jobs = {before[work.cell.id]: work for work in works if before.get(work.cell.id) in alive}
-    new = [work for work in works if before.get(work.cell.id) not in alive]
-    if new:
-        executor = submitit.SlurmExecutor(folder, max_num_timeout=REQUEUES, python=shlex.quote(sys.executable))
-        known = {key: value for key, value in settings.items() if key in executor._valid_parameters()}
-        rest = {key: value for key, value in settings.items() if key not in known}
-        each = max(devices(work.cell) for work in new)  # one job, and one process there, starts those of all devices
-        executor.update_parameters(
-            **{
-                "job_name": works[0].sweep,
-                "signal_delay_s": NOTICE,
-                "array_parallelism": at_once or len(new),
-                "additional_parameters": rest,
-                **({"gpus_per_node": each} if each > 1 and all(on_gpu(work.cell) for work in new) else {}),
-                **known,
-            }
-        )
-        try:
-            with executor.batch():
-                made = [executor.submit(Job(work, home())) for work in new]
-        except (FailedJobError, FailedSubmissionError) as error:
-            raise ZooError(f"--executor slurm: {' '.join(str(error).split())}") from error
-        jobs |= {job.job_id: work for job, work in zip(made, new, strict=True)}
-    write_json(register, before | {work.cell.id: job for job, work in jobs.items()})
-    return jobs
-=======
     executor = submitit.SlurmExecutor(folder, max_num_timeout=REQUEUES, python=shlex.quote(sys.executable))
     known = {key: value for key, value in settings.items() if key in executor._valid_parameters()}
     rest = {key: value for key, value in settings.items() if key not in known}
@@ -188,7 +160,6 @@ def queue_up(
             return [executor.submit(call) for call in calls]
     except (FailedJobError, FailedSubmissionError) as error:
         raise ZooError(f"--executor slurm: {' '.join(str(error).split())}") from error
->>>>>>> main
 
 
 def results(jobs: Mapping[str, Work], bar: Bar) -> Iterator[Result]:

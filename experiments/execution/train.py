@@ -303,22 +303,16 @@ def train(stored: Config, folder: Path, result: Result, log: Logger, observer: O
         sampling=sampling,
         whole_metrics=getattr(data, "whole_metrics", dict)(),
     )
-<<<<<<< HEAD
+    module.hparams["model"] |= {"attention": stored["attention"]}  # which checkpoints keep
     if isinstance(log, Log):
         log.data(stored["data"]["name"], stored["data"], result.data)
     parallel, rank = Parallel(**config.get("parallel", {})), int(os.environ.get("LOCAL_RANK", 0))
     several = parallel.devices > 1
     own = Path(tempfile.mkdtemp(prefix="zoo-rank-")) if several and rank else folder
     history, cost, timer = History(result, observer), AttentionCost(every=10), StepTimer()
-    films, routing = SampleFilms(own, **config["sampling"]), RoutingWatch(own)
-=======
-    module.hparams["model"] |= {"attention": stored["attention"]}  # which checkpoints keep
-    log.data(stored["data"]["name"], stored["data"], result.data)
-    history, cost, timer = History(result, observer), AttentionCost(every=10), StepTimer()
-    decode, routing = getattr(data, "decoder", None), RoutingWatch(folder)
-    films = SampleFilms(folder, decode=decode, **config["sampling"])
+    decode, routing = getattr(data, "decoder", None), RoutingWatch(own)
+    films = SampleFilms(own, decode=decode, **config["sampling"])
     shown = [films] if decode is not None or data.channels in (1, 3) else []  # latents without their VAE are not
->>>>>>> main
     # After validation, which raises on a loss that is not finite: what is kept is good.
     # A run that goes on may write one anew that it had written when it was killed: over it, not beside it.
     keep = ModelCheckpoint(

@@ -21,13 +21,11 @@ def identity(config: Mapping[str, Any]) -> dict[str, Any]:
         else own
         for section, own in config.items()
     }
-<<<<<<< HEAD
     if "parallel" in made:
         # How many devices share a film changes no number beyond rounding; whether they do decides how it is kept.
         parallel = made["parallel"]
         made["parallel"] = {"data": parallel.get("data", 1), "shards": parallel.get("sequence", 1) > 1}
     return made
-=======
 
 
 def flatten(config: Mapping[str, Any], above: str = "") -> dict[str, Any]:
@@ -36,4 +34,3 @@ def flatten(config: Mapping[str, Any], above: str = "") -> dict[str, Any]:
     for key, value in config.items():
         found |= flatten(value, f"{above}{key}.") if isinstance(value, Mapping) and value else {f"{above}{key}": value}
     return found
->>>>>>> main
