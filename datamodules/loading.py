@@ -61,8 +61,9 @@ class ResumableLoader(DataLoader[Batch]):
 
 def train_loader(films: FilmSplit, batch: int, seed: int, workers: int, trainer: Trainer | None) -> ResumableLoader:
     """Shuffled batches of `batch` films (the last of an epoch may be smaller), divided among the trainer's ranks."""
-    replicas, rank = (trainer.world_size, trainer.global_rank) if trainer else (1, 0)
-    order = Order(films, seed, replicas, rank)
+    # Of ranks that share films, all see the same ones.
+    shared = (trainer.distributed_sampler_kwargs if trainer else None) or {"num_replicas": 1, "rank": 0}
+    order = Order(films, seed, shared["num_replicas"], shared["rank"])
     return ResumableLoader(_dataset(films), batch, sampler=order, num_workers=workers, collate_fn=_as_it_is)
 
 

@@ -6,7 +6,7 @@ import resource
 import statistics
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -20,6 +20,7 @@ from torch.optim.swa_utils import AveragedModel
 from typing_extensions import override
 
 import sparse_zoo as zoo
+from lit_modules.parallel import Shards, mean_over_ranks
 from lit_modules.sampling import Euler
 from lit_modules.settings import Sampling
 from lit_modules.strips import film_rows
@@ -44,15 +45,49 @@ class _Average(AveragedModel):
     @override
     def update_parameters(self, model: nn.Module) -> None:
         """Move the averaged weights towards those of `model`."""
-        n = int(self.n_averaged)
         with torch.no_grad():
-            means: list[Tensor] = list(self.module.parameters())
-            # With weights in half precision the average stays in float32, or it would not move.
-            wide = [weight.to(mean.dtype) for weight, mean in zip(model.parameters(), means, strict=True)]
-            torch._foreach_lerp_(means, wide, 1 - min(self.decay, (1 + n) / (10 + n)) if n else 1.0)
+            _follow(list(self.module.parameters()), list(model.parameters()), self.decay, int(self.n_averaged))
             for own, buffer in zip(self.module.buffers(), model.buffers(), strict=True):
                 own.copy_(buffer)
         self.n_averaged += 1
+
+
+class _ShardAverage(nn.Module):
+    """As `_Average`, of a model whose parameters are shards, which cannot be copied as a module: each rank averages its
+    own shards. Its state has the names that `_Average`'s has."""
+
+    n_averaged: Tensor
+
+    def __init__(self, model: nn.Module, decay: float) -> None:
+        super().__init__()
+        self.names = [f"module.{name}" for name, _ in model.named_parameters()]
+        self.module = nn.ParameterList(nn.Parameter(p.detach().clone(), False) for p in model.parameters())
+        self.register_buffer("n_averaged", torch.tensor(0))
+        self.decay = decay
+
+    def update_parameters(self, model: nn.Module) -> None:
+        with torch.no_grad():
+            means, weights = ([p.to_local() for p in x.parameters()] for x in (self.module, model))  # type: ignore[attr-defined]
+            _follow(means, weights, self.decay, int(self.n_averaged))
+        self.n_averaged += 1
+
+    @override
+    def state_dict(self, *_: Any, **__: Any) -> dict[str, Any]:  # type: ignore[override]
+        means = (p.detach() for p in self.module.parameters())
+        return dict(zip(self.names, means, strict=True)) | {"n_averaged": self.n_averaged}
+
+    @override
+    def load_state_dict(self, state_dict: Mapping[str, Any], *_: Any, **__: Any) -> Any:
+        with torch.no_grad():
+            for name, mean in self.state_dict().items():
+                mean.copy_(state_dict[name])
+
+
+def _follow(means: list[Tensor], weights: list[Tensor], decay: float, n: int) -> None:
+    """Update n + 1 of averages, in place."""
+    # With weights in half precision the average stays in float32, or it would not move.
+    wide = [weight.to(mean.dtype) for weight, mean in zip(weights, means, strict=True)]
+    torch._foreach_lerp_(means, wide, 1 - min(decay, (1 + n) / (10 + n)) if n else 1.0)
 
 
 class EMA(WeightAveraging):
@@ -67,9 +102,14 @@ class EMA(WeightAveraging):
 
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        if stage == "fit":
+        if stage == "fit" and not isinstance(trainer.strategy, Shards):
             # The model is moved to its device after this: where it is now, each update would copy it back to the CPU.
             self._average_model = _Average(pl_module, self.decay, trainer.strategy.root_device)
+
+    @override
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if isinstance(trainer.strategy, Shards):  # the model is sharded by now, and not yet restored
+            self._average_model = _ShardAverage(pl_module, self.decay)  # type: ignore[assignment]
 
     # Training that was over before it was resumed does not end again, and so leaves the last weights in their place.
     @override
@@ -105,7 +145,7 @@ class AttentionCost(Callback):
             self.results = outputs["results"]
         if not due:
             return
-        costs = [result.cost() for result in self.results]
+        costs = _of_all_ranks([result.cost() for result in self.results], trainer)
         self._layers = [a + b for a, b in zip(self._layers, costs, strict=True)] if self._layers else costs
         self._counted += 1
         total = _sum(costs)
@@ -143,11 +183,26 @@ class AttentionCost(Callback):
         }
 
 
+def _of_all_ranks(costs: list[zoo.Cost], trainer: Trainer) -> list[zoo.Cost]:
+    """The costs of a film's whole stream, of which ranks have some heads each; a mean over films."""
+    if trainer.world_size == 1:
+        return costs
+    mine = torch.tensor([list(asdict(cost).values()) for cost in costs], dtype=torch.float64)
+    sequence = trainer.strategy.sequence if isinstance(trainer.strategy, Shards) else 1
+    total = mean_over_ranks(mine) * sequence
+    return [zoo.Cost(*map(round, row)) for row in total.tolist()]
+
+
 def _sum(costs: Sequence[zoo.Cost]) -> zoo.Cost:
     total = costs[0]
     for cost in costs[1:]:
         total = total + cost
     return total
+
+
+def takes_part(trainer: Trainer) -> bool:
+    """Whether this rank runs the model for what only the first writes: the first, or all where they share its work."""
+    return trainer.is_global_zero or isinstance(trainer.strategy, Shards)
 
 
 class StepTimer(Callback):
@@ -317,7 +372,7 @@ class SampleFilms(Callback):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        if batch_idx or dataloader_idx or trainer.sanity_checking or not trainer.is_global_zero:
+        if batch_idx or dataloader_idx or trainer.sanity_checking or not takes_part(trainer):
             return
         trained = cast("LitVideoDiT", pl_module)
         self._validations += 1
@@ -327,6 +382,8 @@ class SampleFilms(Callback):
         with trainer.precision_plugin.forward_context():
             guessed = trained.flow.denoise(trained.model, batch, self.GUESS_FROM, step=step, seed=self.seed)
             drawn = self.euler.sample(trained.model, trained.flow, batch, step=step, seed=self.seed)
+        if not trainer.is_global_zero:
+            return
         rows = [batch["clips"], guessed, drawn]
         rows = rows if self.decode is None else [self.decode(clips) for clips in rows]
         for number, film in enumerate(film_rows(batch["layout"], rows)):

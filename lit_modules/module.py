@@ -11,6 +11,7 @@ from lightning.pytorch import LightningModule
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torchmetrics import Metric, MetricCollection
 from typing_extensions import override
 
@@ -20,10 +21,12 @@ from lit_modules.dit import Block, VideoDiT
 from lit_modules.flow import RectifiedFlow, generator
 from lit_modules.metrics import LossByTime
 from lit_modules.muon import MuonAdamW
+from lit_modules.parallel import mean_over_ranks, shard
 from lit_modules.sampling import Euler
 from lit_modules.settings import Optim
 from lit_modules.stream import stream
 from sparse_zoo.errors import refuse, unknown
+from sparse_zoo.parallel import Ulysses
 
 VALIDATION_TIMES = (0.125, 0.375, 0.625, 0.875)  # the middles of four equal strata
 
@@ -100,7 +103,32 @@ class LitVideoDiT(LightningModule):
         self.sample_metrics = MetricCollection(dict(sample_metrics or {}), prefix="val/", compute_groups=False)
         self.test_metrics = self.sample_metrics.clone(prefix="test/")
         self.whole_metrics = MetricCollection(dict(whole_metrics or {}), prefix="test/", compute_groups=False)
+        # Every device validates all films, so there is nothing to reduce.
+        for metric in (
+            self.val_loss,
+            *self.sample_metrics.values(),
+            *self.test_metrics.values(),
+            *self.whole_metrics.values(),
+        ):
+            metric.sync_on_compute = False
+        self._sharded = False
         self.film_outcomes: dict[str, list[float]] = {}  # of the last validation or test, per film, in order
+
+    @override
+    def configure_model(self) -> None:
+        """Share films and weights among the devices, where the strategy has a mesh of them."""
+        mesh = self._device_mesh
+        if mesh is None or self._sharded:
+            return
+        self._sharded = True
+        self.model.sequence = Ulysses(mesh["tensor_parallel"])
+        shard(self.model, list(self.model.blocks), mesh)
+
+    @property
+    def data_rank(self) -> int:
+        """Which of the groups of devices that have films of their own this one belongs to."""
+        mesh = self._device_mesh
+        return self.global_rank if mesh is None else mesh["data_parallel"].get_local_rank()
 
     @override
     def configure_callbacks(self) -> list[Callback]:
@@ -134,19 +162,21 @@ class LitVideoDiT(LightningModule):
     @override
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> dict[str, Any]:
         # Batches seen, not optimizer steps: accumulated batches must not share their draws. Resuming restores it.
-        purpose = (self.seed, self.global_rank, self.trainer.fit_loop.total_batch_idx)
+        purpose = (self.seed, self.data_rank, self.trainer.fit_loop.total_batch_idx)
         draws, attention = generator("train", *purpose), generator("attention", *purpose).initial_seed()
         found = self.flow.training_loss(self.model, batch, draws, step=self.global_step, seed=attention)
         losses = {"flow": found.loss} | {f"aux/{name}": loss for name, loss in found.output.losses.items()}
         loss = torch.stack(list(losses.values())).sum()
-        if not torch.isfinite(loss):
-            bad = {name: float(part) for name, part in losses.items() if not part.isfinite()}
-            raise NonFiniteLoss(self.global_step, bad or {"loss": float(loss)})
+        # The same on all devices: where one has met NaN, all stop here.
+        mean, *parts = mean_over_ranks(torch.stack([loss, *losses.values()]).detach())
+        if not torch.isfinite(mean):
+            bad = {name: float(part) for name, part in zip(losses, parts, strict=True) if not part.isfinite()}
+            raise NonFiniteLoss(self.global_step, bad or {"loss": float(mean)})
         size = len(batch["layout"].films) * len(batch["text"])
-        self.log("train/loss", loss, prog_bar=True, batch_size=size)
-        self.log_dict({f"train/{name}": part for name, part in losses.items()}, batch_size=size)
+        self.log("train/loss", mean, prog_bar=True, batch_size=size)
+        self.log_dict({f"train/{name}": part for name, part in zip(losses, parts, strict=True)}, batch_size=size)
         self.log_dict(schedules(self.model, self.global_step), batch_size=size)
-        return {"loss": loss, "flow": found.loss.detach(), "results": found.output.results}
+        return {"loss": loss, "flow": parts[0], "results": found.output.results}
 
     @override
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
@@ -158,7 +188,7 @@ class LitVideoDiT(LightningModule):
         shots = len(stream(layout).film_of_shot)
         for which, at in enumerate(VALIDATION_TIMES):
             time = torch.full((text.shape[0], shots), at, device=text.device)
-            draws = generator("validation", self.global_rank, batch_idx, which)
+            draws = generator("validation", 0, batch_idx, which)
             found = self.flow.loss(self.model, batch["clips"], text, time, layout, draws, step=self.global_step)
             self.val_loss.update(found.per_token, which)
         if not self.trainer.sanity_checking:
@@ -207,15 +237,24 @@ def log_gradient_norm(trained: LightningModule) -> None:
     """Log `train/grad_norm`; raises `NonFiniteLoss` where it is not finite, before the gradients reach the weights."""
     model, trainer = cast("nn.Module", trained.model), trained.trainer
     named = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
-    norm = nn.utils.get_total_norm(list(named.values()))
+    norm = _value(nn.utils.get_total_norm(list(named.values())))
     if not torch.isfinite(norm):
         # With float16 an overflow of scaled gradients is expected: the scaler skips the step and halves its scale.
         scaler = getattr(trainer.precision_plugin, "scaler", None)
         if scaler is not None and scaler.get_scale() > 1:
             return
-        bad = {f"gradient of {name}": float(g.norm()) for name, g in named.items() if not g.isfinite().all()}
+        bad = {
+            f"gradient of {name}": float(_value(g.norm()))
+            for name, g in named.items()
+            if not bool(_value(g.isfinite().all()))
+        }
         raise NonFiniteLoss(trained.global_step, bad or {"gradient norm": float(norm)})
     trained.log("train/grad_norm", norm)
+
+
+def _value(x: Tensor) -> Tensor:
+    """A number that is a sum over shards, as a plain tensor."""
+    return x.full_tensor() if isinstance(x, DTensor) else x
 
 
 def schedules(model: VideoDiT, step: int) -> dict[str, float]:

@@ -17,7 +17,7 @@ from torch import nn
 from typing_extensions import override
 
 import sparse_zoo as zoo
-from lit_modules.callbacks import synchronize
+from lit_modules.callbacks import synchronize, takes_part
 from lit_modules.flow import generator
 from lit_modules.stream import stream
 from sparse_zoo.diagnostics import Diagnosis, Routing, churn, diagnose
@@ -43,8 +43,8 @@ class RoutingWatch(Callback):
 
     The probe is the first item of the batch of the first step that this callback sees, with fixed noise at the noise
     times 0.5 and 0.9. The model is in eval mode, with the weights in training, not their average. Neither weights nor
-    random state are changed. Of several processes only the first one probes. A resumed run keeps the probe, and removes
-    what was written for steps that it repeats.
+    random state are changed. Of several processes only the first one probes; where they share films, the figures are of
+    its heads. A resumed run keeps the probe, and removes what was written for steps that it repeats.
 
     It logs the figures of `sparse_zoo.diagnostics` at time 0.5, averaged over heads: `diagnostics/<figure>`, the mean
     over layers, and `diagnostics/<figure>/layer_<i>`; of the routed branches if a layer has any, else of all. Also
@@ -72,7 +72,7 @@ class RoutingWatch(Callback):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         step = trainer.global_step
-        due = trainer.is_global_zero and step != self._step and (not self._batch or step % self.every == 0)
+        due = takes_part(trainer) and step != self._step and (not self._batch or step % self.every == 0)
         if due:
             synchronize(pl_module.device)  # the step's time holds what it left running
         ended = time.perf_counter()

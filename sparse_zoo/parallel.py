@@ -199,12 +199,13 @@ class Ulysses:
             head_offset=head_offset + self.rank * q.shape[1],
             **context,
         )
-        return replace(
+        made: Result = replace(
             result,
             out=self._to_tokens(result.out, rows),
             losses={name: self.mean(loss) for name, loss in result.losses.items()},
             heads=q.shape[1],
         )
+        return made
 
     def _mismatches(
         self, q: Tensor, k: Tensor, v: Tensor, hidden: Tensor | None, layout: Layout, q_rows: Tensor | None

@@ -180,10 +180,10 @@ def test_all_reasons_of_a_trainer_come_at_once() -> None:
 
 
 def test_a_device_that_is_not_on_this_machine_cannot_start_here(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert cannot_start({"accelerator": "cpu", "strategy": "auto"}) == []
+    assert cannot_start({"trainer": {"accelerator": "cpu", "strategy": "auto"}}) == []
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
-    (reason,) = cannot_start({"accelerator": "cuda", "devices": 1})
+    (reason,) = cannot_start({"trainer": {"accelerator": "cuda", "devices": 1}})
     assert reason.startswith("trainer: ")
 
 

@@ -244,6 +244,11 @@ def cost(
     every_head: Annotated[
         bool, typer.Option("--every-head", help="Simulate every head, for methods whose heads differ; two, if not.")
     ] = False,
+    parallel: Annotated[
+        str | None, typer.Option(help="Besides: what each device takes of a run on several, data=8,sequence=4.")
+    ] = None,
+    bandwidth: Annotated[float, typer.Option(help="With --parallel: GB/s that a device sends and receives.")] = 50.0,
+    speed: Annotated[float, typer.Option(help="With --parallel: TFLOP/s that a device attains.")] = 400.0,
     plugin: Plugin = [],  # noqa: B006
     as_json: AsJson = False,
 ) -> None:
@@ -296,10 +301,21 @@ def cost(
         asked = dict([parse(match)])
         own |= solved_alone(method, own, asked, films.layout(), shape, batch=batch, every_head=every_head)
     found = compare(method, own, films, shape, batch=batch, kernel=kernel, every_head=every_head)
+    rates = {"bandwidth": bandwidth, "speed": speed}
+    if parallel is not None:
+        from experiments.inspection.devices import NOTES as DEVICE_NOTES
+        from experiments.inspection.devices import at_scale, read_parallel, table, to_json
+
+        several, density = read_parallel(parallel), found.ours.attention.cost.density
+        shares = at_scale(method, own, films.layout(), shape, several, density, **rates)
     if as_json:
-        print(json.dumps(found.to_json()))
+        print(json.dumps(found.to_json() | ({} if parallel is None else {"devices": to_json(shares)})))
         return
     console.print(found.table())
+    if parallel is not None:
+        console.print(table(shares, several, **rates))
+        for note in DEVICE_NOTES:
+            console.print(f"[dim]{note}[/dim]", soft_wrap=True)
     if match is not None:
         console.print(escape(f"At {', '.join(f'{key} {plain(value)}' for key, value in own.items())}"))
     for note in NOTES:

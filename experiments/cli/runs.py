@@ -58,7 +58,7 @@ def train(
 
     tracking_uri()  # refused before anything is solved or trained
     asked = load(given)
-    refuse("zoo train", cannot_start(asked["trainer"]))
+    refuse("zoo train", cannot_start(asked))
     resolved = solved(asked)
     methods = resolved["attention"] if isinstance(resolved["attention"], list) else [resolved["attention"]]
     cell = make_cell("-".join(dict.fromkeys(str(method["name"]) for method in methods)), resolved)
@@ -74,8 +74,10 @@ def train(
     else:
         console.print(_one_run(result, settings(resolved["attention"])))
         console.print(f"The run lies in {escape(result.folder)}", soft_wrap=True)
-    if result.status == "failed":
-        errors.print(f"[bold red]Failed:[/bold red] {escape(result.reason or '')}", soft_wrap=True)
+    if result.status != "finished":
+        errors.print(
+            f"[bold red]{result.status.capitalize()}:[/bold red] {escape(result.reason or '')}", soft_wrap=True
+        )
         raise typer.Exit(1)
 
 
@@ -300,7 +302,7 @@ def _cannot_start(cells: Sequence[Cell]) -> list[str]:
     """Why some cells cannot start on this very machine, each reason once."""
     from experiments.config.resolve import cannot_start
 
-    return list(dict.fromkeys(reason for cell in cells for reason in cannot_start(cell.config["trainer"])))
+    return list(dict.fromkeys(reason for cell in cells for reason in cannot_start(cell.config)))
 
 
 def _machine_dependent(cells: Sequence[Cell]) -> list[str]:

@@ -84,6 +84,8 @@ def merge(overrides: Sequence[Override]) -> tuple[Config, list[str]]:
         reasons += misfits
     if not config["match"]:
         del config["match"]  # so that a run has one id, whether or not a sweep around it matches budgets
+    if all(value == 1 for value in (config["parallel"] or {}).values()):
+        del config["parallel"]  # one device, as where nothing is said
     return _canonical(config), reasons
 
 
@@ -95,7 +97,7 @@ def _canonical(config: Config) -> Config:
     """
     made = dict(config)
     for section, build in _sections(config["model"]).items():
-        if isinstance(config[section], Mapping):
+        if isinstance(config.get(section), Mapping):
             made[section] = _declared(config[section], declared_types(build))
     if isinstance(made["trainer"], Mapping) and "precision" in made["trainer"]:
         precision = made["trainer"]["precision"]
@@ -183,7 +185,8 @@ def _complete(config: Config) -> Config:
     """The config with every default of its classes written out, and a method for each layer."""
     made = dict(config)
     for section, build in _sections(config["model"]).items():
-        made[section] = _defaults(build) | config[section]
+        if section in config:
+            made[section] = _defaults(build) | config[section]
     made["trainer"] |= {key: value for key, value in NONE_MEANS.items() if made["trainer"].get(key) is None}
     if is_default_precision(made["trainer"]):
         made["trainer"]["precision"] = None
@@ -346,7 +349,8 @@ def check(config: Config) -> list[str]:
     model, films = config["model"], {key: value for key, value in config["data"].items() if key != "name"}
     # What has the right names and types may still be out of range: the parts themselves know.
     parts: dict[str, Callable[[], object]] = {
-        section: partial(_sections(model)[section], **config[section]) for section in ("flow", "optim", "sampling")
+        section: partial(_sections(model)[section], **config.get(section, {}))
+        for section in ("flow", "optim", "sampling", "parallel")
     }
     try:
         reasons = misfits("data", films, datamodule.declares(datamodule.find(str(config["data"].get("name")))))
@@ -354,7 +358,7 @@ def check(config: Config) -> list[str]:
         reasons = [str(error)]
     reasons = reasons or refusals(lambda: datamodule.build(config["data"], pretrained=is_pretrained(model)))
     for section, build in _sections(model).items():
-        wrong = [] if section == "model" else misfits(section, config[section], build)
+        wrong = [] if section == "model" else misfits(section, config.get(section, {}), build)
         reasons += wrong or refusals(parts.get(section, lambda: None))
         if section == "trainer":
             reasons += _trainer({key: value for key, value in config[section].items() if _takes(build, key, value)})
@@ -372,16 +376,57 @@ def check(config: Config) -> list[str]:
     if not wrong and not attention:
         shape: dict[str, Any] = {"channels": 3, "patch": (1, 1, 1), "vocabulary": 1, "attention": {"name": "dense"}}
         wrong = refusals(lambda: VideoDiT(**{**model, "depth": min(model["depth"], 1)}, **shape))
-    return reasons + wrong + attention
+    several = [] if reasons + wrong + attention else _parallel(config)
+    return reasons + wrong + attention + several
+
+
+def _parallel(config: Config) -> list[str]:
+    """Every reason why a run cannot have the devices that it asks for; `cannot_start` counts those of this machine."""
+    from lit_modules.settings import Parallel
+    from sparse_zoo.parallel import why_not
+
+    if "parallel" not in config:
+        return []
+    parallel, trainer, model = Parallel(**config["parallel"]), config["trainer"], config["model"]
+    accelerator = trainer.get("accelerator", "auto")
+    reasons = [
+        f"parallel needs trainer.accelerator cpu, gpu, cuda or auto, got {accelerator!r}: no backend exchanges there"
+        if accelerator not in ("auto", "cpu", "gpu", "cuda")
+        else "",
+        f"parallel chooses the strategy; leave out trainer.strategy, got {trainer['strategy']!r}"
+        if trainer.get("strategy", "auto") != "auto"
+        else "",
+    ]
+    if parallel.sequence > 1:
+        precision = str(trainer.get("precision") or "")
+        heads, layers = model["heads"], config["attention"]
+        layers = layers if isinstance(layers, list) else [layers]
+        for settings in [layer for i, layer in enumerate(layers) if layer not in layers[:i]]:
+            built = zoo.build(**settings, heads=heads, head_dim=model["dim"] // heads, dim=model["dim"])
+            reasons += why_not(built, heads, parallel.sequence)
+        reasons += [
+            "optim.optimizer muon needs whole matrices, which parallel.sequence above 1 shards; use adamw"
+            if config["optim"].get("optimizer") == "muon"
+            else "",
+            f"trainer.precision {precision} scales losses, which shards do not take; use bf16-mixed or 32-true"
+            if precision.startswith("16")
+            else "",
+            "sampling.context reads the first block's input outside of a pass, where weights are shards; leave it out"
+            if config["sampling"].get("context") is not None
+            else "",
+        ]
+    return [f"parallel: {reason}" for reason in dict.fromkeys(reasons) if reason]
 
 
 def _pretrained(config: Config) -> list[str]:
     """Every reason against a pretrained model's settings, its folder, and what cannot apply to one."""
     from lit_modules.pretrained import inapplicable
-    from lit_modules.settings import Pretrained
+    from lit_modules.settings import Parallel, Pretrained
 
     reasons = refusals(lambda: Pretrained(**config["model"]))
     reasons += filter(None, inapplicable(config["flow"], config["optim"], config["sampling"]))
+    if Parallel(**config.get("parallel", {})).devices > 1:
+        reasons.append("parallel: a pretrained model trains on one device; leave out parallel")
     try:
         shape = attention_shape(config["model"])
     except ZooError as error:
@@ -451,10 +496,20 @@ def _trainer(given: Mapping[str, Any]) -> list[str]:
     return reasons + _several(given)
 
 
-def cannot_start(trainer: Mapping[str, Any]) -> list[str]:
-    """Why Lightning cannot make this trainer on this very machine, with the device that is asked for."""
-    reason = _refused_trainer({"devices": 1, **trainer})
-    return [reason] if reason else []
+def cannot_start(config: Mapping[str, Any]) -> list[str]:
+    """Why a run cannot start on this very machine, with the devices that its config asks for."""
+    import torch
+
+    from lit_modules.settings import Parallel
+
+    trainer, wanted = config["trainer"], Parallel(**config.get("parallel", {})).devices
+    reason, there = _refused_trainer({"devices": 1, **trainer}), torch.cuda.device_count()
+    few = wanted > there > 0 and trainer.get("accelerator", "auto") in ("auto", "gpu", "cuda")
+    return ([reason] if reason else []) + (
+        [f"parallel asks for {wanted} devices, this machine has {there}; lower parallel.data or parallel.sequence"]
+        if few
+        else []
+    )
 
 
 def _without(settings: Mapping[str, Any], key: str) -> dict[str, Any]:

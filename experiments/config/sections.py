@@ -28,7 +28,7 @@ from typing import Any, Literal
 
 from datamodules.settings import LatentFilmsSettings, ShotWorldSettings, VideoFilmsSettings
 from experiments.analysis.metrics import TOLERANCE
-from lit_modules.settings import Flow, Model, Optim, Pretrained, Sampling
+from lit_modules.settings import Flow, Model, Optim, Parallel, Pretrained, Sampling
 
 Precision = Literal[
     "32-true",
@@ -156,8 +156,9 @@ SECTIONS: dict[str, type] = {
     "optim": Optim,
     "trainer": Trainer,
     "sampling": Sampling,
+    "parallel": Parallel,
 }
-"""Section of a config that is always there -> the dataclass of its settings."""
+"""Section of a config -> the dataclass of its settings."""
 
 
 def sections_of(*, pretrained: bool) -> dict[str, type]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import time
 import zipfile
 from pathlib import Path
@@ -9,13 +10,16 @@ from typing import IO, Any, cast
 
 import lightning.pytorch as pl
 import torch
+import torch.distributed as dist
 from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.plugins import TorchCheckpointIO
+from torch.distributed.checkpoint.filesystem import FileSystemReader
 from typing_extensions import override
 
 from experiments.execution import signals
 from experiments.tracking.mlflow_logger import Log
 from experiments.tracking.store import atomic_write
+from lit_modules.parallel import META, recover_folder
 
 
 class WholeCheckpoints(TorchCheckpointIO):
@@ -83,18 +87,36 @@ class Saving(Checkpoint):
         amid = trainer.fit_loop.epoch_loop._should_accumulate() or (
             trainer.global_step >= trainer.estimated_stepping_batches
         )
-        if amid or not (signals.pending() or time.monotonic() - self._last >= self.seconds):
+        if amid:
+            return
+        ending, due = _agreed(bool(signals.pending()), time.monotonic() - self._last >= self.seconds)
+        if not (ending or due):
             return
         for logger in trainer.loggers:
             logger.flush() if isinstance(logger, Log) else logger.save()  # what came before is not repeated
         trainer.save_checkpoint(self.path)
         self._last = time.monotonic()
         signals.raise_pending()
+        if ending:  # the signal has reached the first process, and is on its way to this one
+            raise signals.Ended(signal.SIGTERM)
+
+
+def _agreed(*answers: bool) -> list[bool]:
+    """What the first process of the run answers: all save at the same step, or none."""
+    if not dist.is_initialized():
+        return list(answers)
+    held = torch.tensor(answers, dtype=torch.uint8)
+    dist.broadcast(held, 0)
+    return [bool(answer) for answer in held]
 
 
 def saved_step(path: Path) -> int:
     """The number of optimizer steps in a checkpoint; ValueError, with the reason, if it cannot be gone on from."""
+    recover_folder(path)
     try:
+        if path.is_dir():  # of several devices
+            FileSystemReader(path).read_metadata()
+            return int(load_plain(path / META)["global_step"])
         with zipfile.ZipFile(path) as file:
             broken = file.testzip()
         if broken is not None:

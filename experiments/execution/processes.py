@@ -19,23 +19,25 @@ ENDING = 10.0  # seconds that a process has, beyond a step, to write down what i
 
 
 class Worker:
-    """A process that is given work: with its share of the threads and, where there are GPUs, the one of its number.
+    """A process that is given work: with its share of the threads and, where there are GPUs, its own of them.
 
     Args:
         number: Of this process, from 0.
         jobs: How many there are.
         serve: What it runs, given its end of the pipe and its number of threads, then `more`.
         more: Sent to it once, at its start.
+        gpus: How many GPUs are its own.
     """
 
-    def __init__(self, number: int, jobs: int, serve: Callable[..., None], *more: Any) -> None:
+    def __init__(self, number: int, jobs: int, serve: Callable[..., None], *more: Any, gpus: int = 1) -> None:
         self.number = number
         self.work: Any = None
         self.pipe, theirs = get_context("spawn").Pipe()
         threads, given = max(1, torch.get_num_threads() // jobs), dict[str, str]()
         if torch.cuda.is_available():
             visible = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(torch.cuda.device_count())))
-            given["CUDA_VISIBLE_DEVICES"] = visible.split(",")[number % torch.cuda.device_count()]
+            first = number * gpus % torch.cuda.device_count()
+            given["CUDA_VISIBLE_DEVICES"] = ",".join(visible.split(",")[first : first + gpus])
         self.process = get_context("spawn").Process(target=serve, args=(theirs, threads, *more), name=f"job {number}")
         with patch.dict(os.environ, given):
             self.process.start()

@@ -14,7 +14,7 @@ import torch
 from experiments.execution import signals
 from experiments.execution.progress import Bar
 from experiments.execution.slurm import Job
-from experiments.execution.work import POLL, Work, on_gpu
+from experiments.execution.work import POLL, Work, devices, on_gpu
 from experiments.tracking.store import Result, home, read
 from sparse_zoo.errors import ZooError, refuse
 
@@ -54,8 +54,15 @@ def _tasks(works: Sequence[Work], jobs: int | None, bar: Bar) -> Iterator[Result
     waiting, running = deque(works), dict[Any, Work]()
     try:
         there = ray.cluster_resources()
-        wanted = {work.cell.id: int("GPU" in there and on_gpu(work.cell)) for work in works}
-        room = int(there["GPU" if any(wanted.values()) else "CPU"])
+        wanted = {work.cell.id: devices(work.cell) if "GPU" in there and on_gpu(work.cell) else 0 for work in works}
+        most = max(devices(work.cell) for work in works)
+        room = int(there["GPU" if any(wanted.values()) else "CPU"]) // most
+        refuse(
+            "--executor ray",
+            [f"a cell asks for {most} devices, and the cluster has fewer; lower parallel.data or parallel.sequence"]
+            if not room
+            else [],
+        )
         at_once = min(len(works), room if jobs is None else jobs)
         largest = max(node["Resources"].get("CPU", 0) for node in ray.nodes() if node["Alive"])
         cpus = int(max(1, min(largest, there["CPU"] // at_once)))

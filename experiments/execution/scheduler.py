@@ -24,7 +24,7 @@ import torch
 from experiments.execution import signals
 from experiments.execution.processes import Worker, end
 from experiments.execution.progress import Bar
-from experiments.execution.work import POLL, Work, on_gpu
+from experiments.execution.work import POLL, Work, devices, on_gpu
 from experiments.sweep.expand import Sweep
 from experiments.tracking.identity import flatten
 from experiments.tracking.mlflow_logger import Tracker
@@ -166,10 +166,11 @@ def _here(works: list[Work], tracker: Tracker, bar: Bar) -> Iterator[Result]:
 
 def _too_many(jobs: int, cells: list[Cell]) -> list[str]:
     with_gpus = torch.cuda.is_available() and any(map(on_gpu, cells))
-    gpus = torch.cuda.device_count()
+    gpus, each = torch.cuda.device_count(), max(map(devices, cells), default=1)
+    has = "a GPU" if each == 1 else f"{each} GPUs"
     return [
         f"must be at least 1, got {jobs}" if jobs < 1 else "",
-        f"a job has a GPU to itself, and there are {gpus}; got {jobs}" if with_gpus and jobs > gpus else "",
+        f"a job has {has} to itself, and there are {gpus}; got {jobs}" if with_gpus and jobs * each > gpus else "",
     ]
 
 
@@ -179,7 +180,8 @@ def _in_processes(works: list[Work], jobs: int, bar: Bar) -> Iterator[Result]:
     No pool of a library: those take the death of one process, say for want of memory, for the end of all.
     """
     waiting, told = deque(works), set[str]()
-    workers = [Worker(number, jobs, _serve) for number in range(jobs)]
+    each = max(devices(work.cell) for work in works)
+    workers = [Worker(number, jobs, _serve, gpus=each) for number in range(jobs)]
     try:
         while waiting or any(worker.work for worker in workers):
             for worker in workers:
@@ -192,7 +194,7 @@ def _in_processes(works: list[Work], jobs: int, bar: Bar) -> Iterator[Result]:
                 try:
                     kind, *told_of = worker.pipe.recv()
                 except EOFError:
-                    workers[worker.number] = Worker(worker.number, jobs, _serve)
+                    workers[worker.number] = Worker(worker.number, jobs, _serve, gpus=each)
                     bar.dropped(work.cell.name, f"its process {worker.fate()}; the same command goes on with it")
                     yield read(work.cell, work.sweep)
                     continue
@@ -217,7 +219,7 @@ def _serve(pipe: Connection, threads: int) -> None:
     """What such a process does."""
     torch.set_num_threads(threads)
     logging.getLogger("datamodules").setLevel(logging.ERROR)  # what the data leaves out was said before the first cell
-    observer, trackers = _PipeObserver(pipe), dict[str, Tracker]()
+    observer, trackers = PipeObserver(pipe), dict[str, Tracker]()
     # Ctrl-C reaches all processes of a terminal: the driver alone answers it, and ends the others by SIGTERM.
     with signals.caught(patient=True), suppress(EOFError, KeyboardInterrupt):
         while True:
@@ -236,7 +238,7 @@ def _serve(pipe: Connection, threads: int) -> None:
             observer.tell("done", result)
 
 
-class _PipeObserver:
+class PipeObserver:
     """An `Observer` that sends to another process, and ends where that is gone."""
 
     def __init__(self, to: Connection) -> None:

@@ -18,7 +18,7 @@ from typing import Any
 
 from experiments.execution import signals
 from experiments.execution.progress import Bar
-from experiments.execution.work import POLL, Work
+from experiments.execution.work import POLL, Work, devices, on_gpu
 from experiments.tracking.mlflow_logger import Tracker
 from experiments.tracking.store import Result, home, write_json
 from sparse_zoo.errors import ZooError, refuse
@@ -102,7 +102,10 @@ def submit(works: list[Work], settings: Mapping[str, Any], at_once: int | None) 
     jobs = {before[work.cell.id]: work for work in works if before.get(work.cell.id) in alive}
     new = [work for work in works if before.get(work.cell.id) not in alive]
     if new:
-        made = queue_up([Job(work, home()) for work in new], folder, works[0].sweep, settings, at_once or len(new))
+        each = max(devices(work.cell) for work in new)  # one process of a job starts those of all its devices
+        gpus = {"gpus_per_node": each} if each > 1 and all(on_gpu(work.cell) for work in new) else {}
+        jobs_of = [Job(work, home()) for work in new]
+        made = queue_up(jobs_of, folder, works[0].sweep, {**gpus, **settings}, at_once or len(new))
         jobs |= {job.job_id: work for job, work in zip(made, new, strict=True)}
     write_json(register, before | {work.cell.id: job for job, work in jobs.items()})
     return jobs

@@ -8,6 +8,7 @@ import os
 import shutil
 import signal
 import statistics
+import tempfile
 import time
 import warnings
 from collections.abc import Iterator, Mapping
@@ -20,6 +21,7 @@ import lightning.pytorch as pl
 import torch
 from lightning.fabric.plugins.environments.lightning import LightningEnvironment
 from lightning.pytorch.callbacks import Callback, LearningRateMonitor, ModelCheckpoint
+from lightning.pytorch.loggers import Logger
 from typing_extensions import override
 
 from experiments.config.datamodule import FilmData, build, shape
@@ -34,7 +36,9 @@ from experiments.tracking.mlflow_logger import Log, Tracker, figures
 from experiments.tracking.provenance import provenance
 from experiments.tracking.store import Cell, Result, home, read
 from lit_modules import AttentionCost, LitPretrained, LitVideoDiT, RoutingWatch, SampleFilms, StepTimer
+from lit_modules.parallel import strategy
 from lit_modules.precision import default_precision
+from lit_modules.settings import Parallel
 from sparse_zoo.errors import ZooError
 
 FIRST, LAST = 3, 20  # steps whose mean is the first and the last training loss
@@ -45,6 +49,10 @@ NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 
 
 SAVE_EVERY = 60.0  # seconds of training that a kill may cost, unless $ZOO_SAVE_SECONDS says otherwise
+
+
+class RankDied(RuntimeError):
+    """A process of a run on several devices died; the message names it."""
 
 
 class Observer(Protocol):
@@ -89,13 +97,21 @@ def run(
         result.write(folder)
         log.about(params or flatten(cell.config), {})
         try:
-            with _quiet(folder / "warnings.txt"), signals.caught(), _interruptible():
-                _train(cell.config, folder, result, log, observer, resume=bool(step))
+            with quiet(folder / "warnings.txt"), signals.caught(), interruptible():
+                if Parallel(**cell.config.get("parallel", {})).devices > 1:
+                    from experiments.execution.ranks import train_on_ranks  # its processes run this module
+
+                    train_on_ranks(cell, folder, result, log, observer, resume=bool(step))
+                else:
+                    train(cell.config, folder, result, log, observer, resume=bool(step))
             result.status, ended = "finished", "FINISHED"
         except KeyboardInterrupt as error:
             by = f" by {error}" if isinstance(error, signals.Ended) else ""
             result.status, result.reason = "missing", f"was interrupted{by} after {result.steps} steps"
             raise
+        except RankDied as error:  # as if this process had died: the same command goes on with the run
+            result.status, result.reason = "missing", f"was interrupted after {result.steps} steps: {error}"
+            observer.note(f"{cell.name}: {error}; the same command goes on with it")
         except OSError as error:
             if error.errno in NO_ROOM:
                 result.status, result.reason = "missing", f"was interrupted after {result.steps} steps: {error}"
@@ -117,7 +133,8 @@ def run(
                 if tracker.incomplete is not None:
                     result.provenance["tracking"] = f"incomplete: {tracker.incomplete}"
                 result.write(folder)
-        (folder / RESUME).unlink(missing_ok=True)
+        if result.status != "missing":
+            _remove(folder / RESUME)
     observer.ended(result)
     return result
 
@@ -139,7 +156,7 @@ def _begin(cell: Cell, sweep: str, observer: Observer, fresh: bool) -> tuple[Res
         aside = _set_aside(folder)
         observer.note(f"{cell.name} starts anew: {before.reason}; what there was is kept in {aside}")
     for path in list(folder.glob("**/*.part")) if step else [path for path in folder.iterdir() if path.name != "lock"]:
-        shutil.rmtree(path) if path.is_dir() else path.unlink()
+        _remove(path)
     result = Result(
         name=cell.name,
         attention=cell.config["attention"],
@@ -153,6 +170,10 @@ def _begin(cell: Cell, sweep: str, observer: Observer, fresh: bool) -> tuple[Res
         mlflow_run=before.mlflow_run if step else None,
     )
     return result, step
+
+
+def _remove(path: Path) -> None:
+    shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
 
 
 def _set_aside(folder: Path) -> Path:
@@ -253,7 +274,19 @@ class History(Callback):
             self.result.val_loss = points[-1][1]
 
 
-def _train(stored: Config, folder: Path, result: Result, log: Log, observer: Observer, *, resume: bool) -> None:
+def train(stored: Config, folder: Path, result: Result, log: Logger, observer: Observer, *, resume: bool) -> None:
+    """Train, validate and test a config, and write what was found into `result` and `folder`.
+
+    Of a run on several devices each process does this; all but the first write pictures and diagnostics elsewhere.
+
+    Args:
+        stored: The config, as it is stored.
+        folder: The run's folder.
+        result: What was found goes here.
+        log: Of metrics.
+        observer: Is told of progress.
+        resume: Go on from the folder's `resume.ckpt`.
+    """
     config = resolve(stored)  # the environment's values are for the parts alone
     pl.seed_everything(config["seed"], workers=True, verbose=False)
     pretrained = is_pretrained(config["model"])
@@ -263,11 +296,15 @@ def _train(stored: Config, folder: Path, result: Result, log: Log, observer: Obs
     data.setup("fit")
     result.data = redact_all(data.summary())
     module = _pretrained(config) if pretrained else _own(config, stored, data)
-    log.data(stored["data"]["name"], stored["data"], result.data)
+    if isinstance(log, Log):
+        log.data(stored["data"]["name"], stored["data"], result.data)
+    parallel, rank = Parallel(**config.get("parallel", {})), int(os.environ.get("LOCAL_RANK", 0))
+    several = parallel.devices > 1
+    own = Path(tempfile.mkdtemp(prefix="zoo-rank-")) if several and rank else folder
     history, cost, timer = History(result, observer), AttentionCost(every=10), StepTimer()
     decode = getattr(data, "decoder", None)
-    films = None if pretrained else SampleFilms(folder, decode=decode, **config["sampling"])
-    routing = None if pretrained else RoutingWatch(folder)
+    films = None if pretrained else SampleFilms(own, decode=decode, **config["sampling"])
+    routing = None if pretrained else RoutingWatch(own)
     # Latents without their VAE are not shown.
     shown = films if decode is not None or pretrained or data.channels in (1, 3) else None
     # After validation, which raises on a loss that is not finite: what is kept is good.
@@ -276,10 +313,19 @@ def _train(stored: Config, folder: Path, result: Result, log: Log, observer: Obs
         folder / "checkpoints", filename="{step}", save_on_train_epoch_end=False, enable_version_counter=False
     )
     saving = Saving(folder / RESUME, float(os.environ.get("ZOO_SAVE_SECONDS") or SAVE_EVERY))
-    precision = default_precision(config["trainer"].get("accelerator", "auto"))
+    accelerator = config["trainer"].get("accelerator", "auto")
+    # Lightning would take all GPUs there are, in float32.
+    where = {"devices": 1, "precision": default_precision(accelerator), **config["trainer"]}
+    if several:
+        device = "cuda" if accelerator != "cpu" and torch.cuda.is_available() else "cpu"
+        where |= {
+            "accelerator": device,
+            "devices": parallel.devices,
+            "strategy": strategy(parallel, device, folder / RESUME),
+            "use_distributed_sampler": False,  # training films are shared out by their loader; all validate all
+        }
     trainer = pl.Trainer(
-        # Lightning would take all GPUs there are, in float32.
-        **{"devices": 1, "precision": precision, **config["trainer"]},
+        **where,
         logger=log,
         default_root_dir=folder,
         callbacks=[
@@ -302,6 +348,7 @@ def _train(stored: Config, folder: Path, result: Result, log: Log, observer: Obs
         if not validated or "val/loss" not in trainer.callback_metrics:
             trainer.validate(module, datamodule=data, verbose=False)
         _keep_last(trainer, keep, folder / "checkpoints")
+        trainer.strategy.barrier()
         if isinstance(module, LitPretrained):
             module.export(folder)
         elif getattr(data, "test_films", 0):
@@ -318,17 +365,19 @@ def _train(stored: Config, folder: Path, result: Result, log: Log, observer: Obs
             for key, value in trainer.callback_metrics.items()
             if (name := key.partition("/")[2]) and key.startswith(("val/", "test/")) and not name.startswith("loss")
         }
-        result.pictures = save_plans(cost.results, folder)
+        result.pictures = save_plans(cost.results, own)
         if isinstance(module, LitVideoDiT):
             guessing = [getattr(metric, "chance", {}) for metric in module.sample_metrics.values()]
             result.chance = {name: score for scores in guessing for name, score in scores.items()}
             result.films = module.film_outcomes
         if routing is not None:
             result.diagnostics = routing.summary()
-            result.pictures += save_picks(routing.layers, folder)
+            result.pictures += save_picks(routing.layers, own)
         if films is not None:
             last = max((path.name.rpartition("_film_")[0] for path in films.paths), default="")
             result.strips = [path.name for path in films.paths if path.name.rpartition("_film_")[0] == last]
+        if own != folder:
+            shutil.rmtree(own, ignore_errors=True)
 
 
 def _own(config: Config, stored: Config, data: FilmData) -> LitVideoDiT:
@@ -354,7 +403,7 @@ def _keep_last(trainer: pl.Trainer, keep: ModelCheckpoint, folder: Path) -> None
     last = folder / f"step={trainer.global_step}.ckpt"
     if keep.best_model_path != str(last):
         trainer.save_checkpoint(last)
-    for earlier in set(folder.glob("*.ckpt")) - {last}:
+    for earlier in set(folder.glob("*.ckpt")) - {last} if trainer.is_global_zero else ():
         earlier.unlink()
 
 
@@ -376,7 +425,7 @@ def _record(log: Log, result: Result, folder: Path) -> None:
 
 
 @contextmanager
-def _quiet(path: Path) -> Iterator[None]:
+def quiet(path: Path) -> Iterator[None]:
     """Lightning's tips and the warnings of libraries go into a file, where there are any."""
     names = ("lightning.pytorch", "lightning.fabric", "mlflow", "alembic")
     levels = {name: logging.getLogger(name).level for name in names}
@@ -395,7 +444,7 @@ def _quiet(path: Path) -> Iterator[None]:
 
 
 @contextmanager
-def _interruptible() -> Iterator[None]:
+def interruptible() -> Iterator[None]:
     """Lightning answers Ctrl-C with exit code 1 and leaves SIGINT ignored; here it stays a KeyboardInterrupt.
 
     What fails while a signal waits, say because a data loader was sent the signal too, was ended by the signal.

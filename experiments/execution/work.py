@@ -10,6 +10,7 @@ from experiments.execution.train import Observer, run
 from experiments.redact import redacted_messages
 from experiments.tracking.mlflow_logger import Tracker
 from experiments.tracking.store import Cell, Result, lock, read
+from lit_modules.settings import Parallel
 
 POLL = 1.0  # seconds between looks at cells that run elsewhere
 
@@ -47,6 +48,11 @@ class Work:
                 return since
             fresh = self.fresh and since is None  # what this very sweep left half-done is gone on with
             return run(self.cell, self.sweep, tracker, observer, parent=self.parent, params=self.params, fresh=fresh)
+
+
+def devices(cell: Cell) -> int:
+    """How many devices a cell's run has."""
+    return Parallel(**cell.config.get("parallel", {})).devices
 
 
 def on_gpu(cell: Cell) -> bool:

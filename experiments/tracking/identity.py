@@ -15,12 +15,17 @@ ELSEWHERE = {
 
 def identity(config: Mapping[str, Any]) -> dict[str, Any]:
     """A config without the settings that say where it runs: two runs of one identity compute the same."""
-    return {
+    made = {
         section: {key: value for key, value in own.items() if key not in ELSEWHERE[section]}
         if section in ELSEWHERE and isinstance(own, Mapping)
         else own
         for section, own in config.items()
     }
+    if "parallel" in made:
+        # How many devices share a film changes no number beyond rounding; whether they do decides how it is kept.
+        parallel = made["parallel"]
+        made["parallel"] = {"data": parallel.get("data", 1), "shards": parallel.get("sequence", 1) > 1}
+    return made
 
 
 def flatten(config: Mapping[str, Any], above: str = "") -> dict[str, Any]:
