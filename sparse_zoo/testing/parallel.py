@@ -140,7 +140,7 @@ def joined_gradient(parts: Sequence[Tensor | None], dim: int) -> Tensor | None:
 
 def _cases(subject: Subject, attention: Attention) -> dict[str, tuple[Attention, Call, int]]:
     """A method, a call and a number of ranks each: uneven parts, fewer key heads than ranks, training."""
-    crowd = CASES["many films, items and heads"].call(batch=1, head_dim=HEAD_DIM, kv_heads=4)
+    crowd = CASES["many films, items and heads"].call(batch=1, heads=12, head_dim=HEAD_DIM, kv_heads=4)
     cases = {
         "4 ranks in training": (attention.train(), make(STORY, step=3, seed=7, layer=2, layers=4, noise=0.5), 4),
         "2 ranks, films packed": (subject.build(), make(PACKED), 2),
