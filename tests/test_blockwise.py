@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 import sparse_zoo as zoo
-from sparse_zoo import Layout, Shot, blocks, testing
+from sparse_zoo import Layout, Shot, blocks, selectors, testing
 from sparse_zoo.budgets import ONE, weights, within_budget
 from sparse_zoo.methods import xattention
 from sparse_zoo.testing import slow_blockwise
@@ -179,7 +179,7 @@ def test_forced_entries_are_kept_and_spend_budget() -> None:
     row = torch.tensor([5.0, 1.0, 1.0, 3.0])
     first = torch.tensor([False, True, True, False])
     for share, want in ((0.05, first), (0.2, first), (0.3, [True, True, True, False]), (0.71, [True] * 4)):
-        assert blocks.heaviest(row, share, first=first).tolist() == list(want), share
+        assert selectors.heaviest(row, share, first=first).tolist() == list(want), share
 
 
 # -- budgets ----------------------------------------------------------------------------------------------------------

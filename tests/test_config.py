@@ -63,7 +63,7 @@ def test_interpolation_resolves() -> None:
         (["trainer.devices=auto"], r"trainer.devices must be 1, or a list of one, got 'auto'"),
         (["trainer.devices=[0, 1]"], r"trainer.devices must be 1, or a list of one, got \[0, 1\]"),
         (["trainer.num_nodes=2"], r"trainer.num_nodes must be 1, got 2"),
-        (["attention=mocc"], r"unknown method 'mocc'; did you mean 'moc'\? known: dense, "),
+        (["attention=mocc"], r"unknown method 'mocc'; did you mean 'moc'\? known: bsa, dense, "),
         (["attention=moc", "attention.topk=2"], r"unknown setting 'topk'; did you mean 'top_k'\?"),
         (["attention=moc", "attention.top_k=two"], r"attention.top_k must be int, got 'two'"),
         (["attention=moc", "attention.top_k=0"], r"top_k .*at least 1, got 0"),
