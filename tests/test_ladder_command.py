@@ -20,7 +20,7 @@ from torch import Tensor
 
 from experiments.config.names import parse_method
 from experiments.config.resolve import load as load_config
-from experiments.execution.train import run
+from experiments.execution.run import run
 from experiments.inspection.capture import FORMAT, Captured, load, save
 from experiments.inspection.replay import Replayed, parse_methods, replay
 from experiments.inspection.trained import Trained

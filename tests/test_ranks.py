@@ -20,8 +20,8 @@ from datamodules.loading import train_loader
 from experiments.config.datamodule import build
 from experiments.config.resolve import cell, load
 from experiments.execution.progress import Bar
+from experiments.execution.run import run
 from experiments.execution.scheduler import execute
-from experiments.execution.train import run
 from experiments.sweep.expand import Sweep
 from experiments.tracking.mlflow_logger import Tracker
 from experiments.tracking.store import Cell, Result

@@ -22,7 +22,8 @@ import sparse_zoo as zoo
 from experiments.config.resolve import load
 from experiments.execution import checkpointing
 from experiments.execution.checkpointing import Saving, saved_step
-from experiments.execution.train import RESUME, _begin, run
+from experiments.execution.run import _begin, run
+from experiments.execution.train import RESUME
 from experiments.tools.tiny_models import write
 from experiments.tracking import store
 from experiments.tracking.mlflow_logger import Tracker, uri

@@ -14,7 +14,7 @@ from test_cli import zoo
 from tiny import BASE
 
 from experiments.config.resolve import load
-from experiments.execution.train import run
+from experiments.execution.run import run
 from experiments.inspection.sample import Drawing
 from experiments.tracking.mlflow_logger import Tracker
 from experiments.tracking.store import Cell

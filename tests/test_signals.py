@@ -21,8 +21,9 @@ from torch.utils._pytree import tree_leaves
 from experiments.config.resolve import load
 from experiments.execution import signals
 from experiments.execution.checkpointing import saved_step
+from experiments.execution.run import run
 from experiments.execution.signals import Ended
-from experiments.execution.train import RESUME, run
+from experiments.execution.train import RESUME
 from experiments.tracking.mlflow_logger import Tracker
 from experiments.tracking.store import Cell, Result
 

@@ -50,7 +50,7 @@ def train(
     from experiments.config.resolve import cannot_start, load
     from experiments.config.resolve import cell as make_cell
     from experiments.execution.progress import Bar
-    from experiments.execution.train import run
+    from experiments.execution.run import run
     from experiments.sweep.budget import solved
     from experiments.tracking.address import tracking_uri
     from experiments.tracking.mlflow_logger import Tracker

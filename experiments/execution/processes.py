@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from multiprocessing import get_context
+from multiprocessing.connection import Connection
+from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
 import torch
 
 from experiments.execution import signals
+from experiments.tracking.store import Result
 
 ENDING = 10.0  # seconds that a process has, beyond a step, to write down what it has when it is interrupted
 
@@ -67,3 +71,35 @@ def end(workers: Sequence[Worker]) -> None:
     finally:  # at a second signal too
         for worker in workers:
             worker.process.kill()
+
+
+class PipeObserver:
+    """An `Observer` that sends to another process, and ends where that is gone."""
+
+    def __init__(self, to: Connection) -> None:
+        self.to = to
+
+    def tell(self, *what: Any) -> None:
+        try:
+            self.to.send(what)
+        except BrokenPipeError:
+            os._exit(1)  # as if killed: the cell goes on from its checkpoint when the sweep is started again
+
+    def started(self, name: str) -> None:
+        self.tell("started", name)
+
+    def step(self, name: str, step: int, total: int | None, note: str) -> None:
+        self.tell("step", name, step, total, note)
+
+    def ended(self, result: Result) -> None:
+        self.tell("ended", result)
+
+    def note(self, line: str) -> None:
+        self.tell("note", line)
+
+
+def loaded_plugins() -> tuple[Path, ...]:
+    """The files of methods, kernels and data that were imported here, for processes that need them too."""
+    return tuple(
+        Path(str(module.__file__)) for name, module in sys.modules.items() if name.startswith("sparse_zoo_plugin_")
+    )

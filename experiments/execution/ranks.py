@@ -22,7 +22,7 @@ import torch
 from lightning.pytorch.loggers.logger import DummyLogger
 
 from experiments.execution import signals
-from experiments.execution.scheduler import PipeObserver, loaded_plugins
+from experiments.execution.processes import PipeObserver, loaded_plugins
 from experiments.execution.train import Observer, RankDied, interruptible, quiet, train
 from experiments.tracking.mlflow_logger import Log, Tracker
 from experiments.tracking.store import Cell, Result

@@ -8,21 +8,18 @@ runs what is missing, a half-done cell from its last checkpoint.
 from __future__ import annotations
 
 import logging
-import os
-import sys
 import time
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
 from multiprocessing.connection import Connection
 from multiprocessing.connection import wait as wait_for
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from experiments.execution import signals
-from experiments.execution.processes import Worker, end
+from experiments.execution.processes import PipeObserver, Worker, end, loaded_plugins
 from experiments.execution.progress import Bar
 from experiments.execution.work import POLL, Work, devices, on_gpu
 from experiments.sweep.expand import Sweep
@@ -139,13 +136,6 @@ def varying_params(cells: tuple[Cell, ...]) -> dict[str, dict[str, Any]]:
     }
 
 
-def loaded_plugins() -> tuple[Path, ...]:
-    """The files of methods, kernels and data that were imported here, for processes that need them too."""
-    return tuple(
-        Path(str(module.__file__)) for name, module in sys.modules.items() if name.startswith("sparse_zoo_plugin_")
-    )
-
-
 def _here(works: list[Work], tracker: Tracker, bar: Bar) -> Iterator[Result]:
     elsewhere: list[Work] = []
     for work in works:
@@ -236,28 +226,3 @@ def _serve(pipe: Connection, threads: int) -> None:
             if result is None:
                 time.sleep(POLL)
             observer.tell("done", result)
-
-
-class PipeObserver:
-    """An `Observer` that sends to another process, and ends where that is gone."""
-
-    def __init__(self, to: Connection) -> None:
-        self.to = to
-
-    def tell(self, *what: Any) -> None:
-        try:
-            self.to.send(what)
-        except BrokenPipeError:
-            os._exit(1)  # as if killed: the cell goes on from its checkpoint when the sweep is started again
-
-    def started(self, name: str) -> None:
-        self.tell("started", name)
-
-    def step(self, name: str, step: int, total: int | None, note: str) -> None:
-        self.tell("step", name, step, total, note)
-
-    def ended(self, result: Result) -> None:
-        self.tell("ended", result)
-
-    def note(self, line: str) -> None:
-        self.tell("note", line)

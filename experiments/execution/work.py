@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from experiments.execution.train import Observer, run
+from experiments.execution.run import run
+from experiments.execution.train import Observer
 from experiments.redact import redacted_messages
 from experiments.tracking.mlflow_logger import Tracker
 from experiments.tracking.store import Cell, Result, lock, read
