@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -322,3 +323,15 @@ def few_threads() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+def test_a_job_leaves_its_outcomes_as_data(tmp_path: Path, wan: Path, films: Path) -> None:
+    rows = tuple(row for row in Manifest(str(films)) if isinstance(row, Row))
+    rows = (*rows, replace(rows[0], line=9, path=tmp_path / "missing.mp4", name="missing.mp4"))
+    asked = Encoding(tmp_path / "out", wan, wan, sizes=(SIZE,), max_frames=9)
+    job = execution.Job(rows, asked, tmp_path / "outcomes.json")
+    assert job.read() is None
+    found = job()
+    assert job.read() == found
+    assert [outcome.film is None for outcome in found] == [False, False, True]
+    json.loads((tmp_path / "outcomes.json").read_text())

@@ -32,6 +32,7 @@ INTRODUCTION, *SECTIONS = re.split(r"^## ", PAGE, flags=re.M)
 BY_TITLE = {section.partition("\n")[0]: section for section in SECTIONS}
 TESTED = {
     "A method": "test_a_method",
+    "A method from parts": "test_a_method_from_parts",
     "A choice for each query": "test_a_choice_for_each_query",
     "Several branches, a gate, an auxiliary loss": "test_several_branches",
     "A coarse branch": "test_a_coarse_branch",
@@ -127,6 +128,17 @@ def test_several_branches() -> None:
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("here")
+def test_a_method_from_parts() -> None:
+    (result,) = follow("A method from parts")
+    assert result["status"] == "finished"
+    code = next(code for language, code in blocks(BY_TITLE["A method from parts"]) if language == "python")
+    lines = [line for line in code.partition("@zoo.register")[2].splitlines() if line.strip()]
+    assert len(lines) <= 15
+    (judged,) = testing.check_method("sub_block_top_p", only=["output_equals_oracle"])
+    assert judged.status == "passed"
+
+
+@pytest.mark.usefixtures("here")
 def test_a_coarse_branch() -> None:
     (result,) = follow("A coarse branch")
     assert result["status"] == "finished"
@@ -168,7 +180,7 @@ def test_a_kernel() -> None:
     assert result["kernel"] == "sdpa"
     film = zoo.Layout.film([zoo.Shot(5000, 1, 1)])
     q = torch.zeros(1, 1, len(film), 4)
-    with pytest.raises(zoo.ZooError, match="for 4096 tokens at most; got 5000"):
+    with pytest.raises(zoo.ZooError, match="for at most 4096 tokens; got 5000"):
         zoo.attend(q, q, q, zoo.Plan.dense(film), kernel="sdpa")
     assert zoo.attend(q[:, :, :1], q, q, zoo.Plan.dense(film).narrow(torch.tensor([0]))).kernel == "cpu"
 

@@ -562,7 +562,7 @@ def test_modules_name_what_they_import_at_the_top() -> None:
             names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
             names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
             tops = {name.split(".")[0] for name in names}
-            assert tops <= own | {"torch", "triton", "lightning", "torchmetrics", "typing_extensions"}, file
+            assert tops <= own | {"torch", "triton", "lightning", "torchmetrics", "typing_extensions", "numpy"}, file
             inside = {name for name in names if name.startswith("experiments")}
             assert all(name.startswith("experiments.tools.gpu") for name in inside), file
 

@@ -253,7 +253,12 @@ def test_a_pretrained_model_trains_on_latents(tmp_path: Path) -> None:
     folder = write(tmp_path / "a", width=16)
     (wan,) = tiny_models.write(tmp_path / "models", ["wan"])
     data = made(folder, batches="pretrained", films_per_batch=2, max_tokens=8)
-    lit = LitPretrained(wan, {"name": "moc", "top_k": 1}, optim={"lr": 1e-3, "warmup_steps": 1}, sampling_steps=1)
+    lit = LitPretrained(
+        {"folder": str(wan)},
+        {"name": "moc", "top_k": 1},
+        optim={"lr": 1e-3, "warmup_steps": 1},
+        sampling={"steps": 1},
+    )
     runner = trainer(tmp_path, 2)
     runner.fit(lit, datamodule=data)
     assert runner.global_step == 2

@@ -264,7 +264,7 @@ def test_a_full_disk_loses_nothing(runs: Path, monkeypatch: pytest.MonkeyPatch) 
 
     watch = Killing()
     with monkeypatch.context() as patched:
-        patched.setattr(checkpointing, "whole", full)
+        patched.setattr(checkpointing, "atomic_write", full)
         with pytest.raises(ZooError, match=r"moc was stopped: .*No space left on device.* give the command again"):
             go(cell, "sweep", watch)
     assert not list(runs.glob("**/*.part"))

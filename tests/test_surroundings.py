@@ -57,7 +57,7 @@ def leaves_the_encoding_open(call: ast.Call) -> bool:
         name = call.func.id
     if name in ("read_text", "write_text"):
         return True
-    if name in ("open", "fdopen") and owner not in ("av", "Image") and (owner, name) != ("os", "open"):
+    if name in ("open", "fdopen") and owner not in ("av", "Image", "archive") and (owner, name) != ("os", "open"):
         given = [*call.args, *(keyword.value for keyword in call.keywords if keyword.arg == "mode")]
         modes = [x.value for x in given if isinstance(x, ast.Constant) and re.fullmatch("[rwabxt+]+", str(x.value))]
         return not any("b" in str(mode) for mode in modes)

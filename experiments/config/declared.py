@@ -41,10 +41,13 @@ def _cast(value: Any, hint: Any) -> Any:
     adapter = None if hint is Any else _adapter(hint)
     if adapter is None:
         return value
-    made = adapter.dump_python(adapter.validate_json(json.dumps(value)), mode="json")
+    text = json.dumps(value, ensure_ascii=False)
+    # Arguments may hold bytes that are not UTF-8, which Python keeps as lone surrogates and JSON cannot hold.
+    clean = text.encode("utf-8", "replace").decode()
+    made = adapter.dump_python(adapter.validate_json(clean), mode="json")
     if isinstance(made, bool) != isinstance(value, bool):
         raise TypeError(f"{value!r} is not {made!r}")  # to pydantic the literals 1 and True are one
-    return value if isinstance(value, str) else made  # a path stays as it was written
+    return value if isinstance(value, str) or clean != text else made  # a path stays as it was written
 
 
 def fits(value: Any, hint: Any) -> bool:

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import errno
+import json
 import logging
 import os
-import pickle
 import time
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from multiprocessing.connection import Connection
 from multiprocessing.connection import wait as wait_for
 from pathlib import Path
@@ -22,13 +22,14 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from datamodules.encoders import MINILM
-from datamodules.encoding import Encoder, Encoding, Film, write_films
+from datamodules.encoding import Encoder, Encoding, Film, FilmShot, write_films
 from datamodules.manifest import Row
 from datamodules.shards import finish_orphans
 from experiments.escape import for_terminal as escape
 from experiments.escape import visible
 from experiments.execution import ray_jobs, signals, slurm
 from experiments.execution.processes import Worker, end
+from experiments.tracking.store import write_json
 from sparse_zoo.errors import ZooError, refuse
 
 POLL = 0.5  # seconds between looks at rows that are encoded elsewhere
@@ -289,11 +290,31 @@ class Job:
 
     rows: tuple[Row, ...]
     encoding: Encoding
+    outcomes: Path | None = None
+    """File for what became of every row: JSON, so that whoever waits for the job runs nothing that it reads."""
 
     def __call__(self) -> list[Outcome]:
         """Encode; what became of every row."""
         with disk_room(self.encoding.folder):
-            return list(here(self.rows, self.encoding, _Silent()))
+            found = list(here(self.rows, self.encoding, _Silent()))
+        if self.outcomes is not None:
+            order = {row: number for number, row in enumerate(self.rows)}
+            plain = [{**asdict(outcome), "row": order[outcome.row]} for outcome in found]
+            write_json(self.outcomes, plain)
+        return found
+
+    def read(self) -> list[Outcome] | None:
+        """What a job wrote; None while there is nothing."""
+        if self.outcomes is None or not self.outcomes.exists():
+            return None
+        found = []
+        for one in json.loads(self.outcomes.read_text(encoding="utf-8")):
+            film = one["film"] and Film(
+                **{**one["film"], "shots": tuple(FilmShot(**shot) for shot in one["film"]["shots"])}
+                | {"notes": tuple(one["film"]["notes"])}
+            )
+            found.append(Outcome(self.rows[one["row"]], film, one["reason"]))
+        return found
 
     def checkpoint(self) -> Any:
         """What submitit queues up when the job's time is over or it is preempted: the same, which then goes on."""
@@ -311,8 +332,8 @@ def _on_slurm(
 ) -> list[Outcome]:
     """Encode in `jobs` elements of an array job; folders are those of this machine, so they must be shared."""
     slurm.needed()
-    job = Job(tuple(rows), _absolute(encoding))
     folder = encoding.folder.absolute() / "slurm"
+    job = Job(tuple(rows), _absolute(encoding), folder / f"outcomes-{time.time_ns()}.json")
     made = slurm.queue_up([job] * jobs, folder, f"encode-{encoding.folder.name}", settings, jobs)
     bar.note(f"{jobs} jobs of SLURM: {', '.join(one.job_id for one in made)}; scancel ends them")
     missed = dict.fromkeys((one.job_id for one in made), 0)
@@ -324,12 +345,11 @@ def _on_slurm(
             if one.job_id not in missed:
                 continue
             missed[one.job_id] = 0 if one.job_id in alive else missed[one.job_id] + 1
-            if one.paths.result_pickle.exists():
-                kind, found = pickle.loads(one.paths.result_pickle.read_bytes())
-                if kind == "success":
-                    return list(found)
+            if (found := job.read()) is not None:
+                return found
+            if one.paths.result_pickle.exists():  # it ended, and wrote no outcome
                 del missed[one.job_id]
-                reasons.append(str(found).strip().splitlines()[-1])
+                reasons.append(f"job {one.job_id} failed, see {one.paths.stderr}")
             elif missed[one.job_id] >= slurm.GONE:
                 del missed[one.job_id]
                 reasons.append(f"job {one.job_id} ended without a result, see {one.paths.stderr}")

@@ -91,13 +91,13 @@ def described(launch: Launch) -> dict[str, Any]:
 def _argument(x: Any) -> Any:
     if isinstance(x, torch.Tensor):
         return {"dtype": str(x.dtype), "at": x.storage_offset() * x.element_size() % 16}
-    if isinstance(x, float):
-        return 0.5
+    if x is None or isinstance(x, float):
+        return None if x is None else 0.5
     if isinstance(x, int):
         return 1 if x == 1 else 16 if x % 16 == 0 else 17 if x < 2**31 else 2**40 + 1
     if hasattr(x, "block_shape"):
         return {**_argument(x.base), "block": list(x.block_shape)}
-    raise TypeError(f"an argument of a kernel is {x!r}; known are tensors, their descriptors, ints and floats")
+    raise TypeError(f"an argument of a kernel is {x!r}; known are tensors, their descriptors, ints, floats and None")
 
 
 # -- the folder -------------------------------------------------------------------------------------------------------
