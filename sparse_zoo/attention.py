@@ -51,6 +51,11 @@ class Call:
     def __post_init__(self) -> None:
         refuse("attention", self._mismatches())
 
+    @property
+    def is_text(self) -> Tensor:
+        """Which queries are text, bool (Lq,)."""
+        return _at(self.layout.is_text, self)
+
     def _mismatches(self) -> list[str]:
         q, k, v = self.q.shape, self.k.shape, self.v.shape
         if not len(q) == len(k) == len(v) == 4:
@@ -359,7 +364,7 @@ class Attention(nn.Module):
         terms: list[Tensor] = []
         plans, used, flops = [], [], 0
         # Text queries that read text alone get nothing of terms and coarse branches.
-        silent = None if self.text_reads == "method" else _at(call.layout.is_text, call)
+        silent = None if self.text_reads == "method" else call.is_text
         # Branches on the call's own q, k, v go to the kernel together, which then shares memory between them.
         shared: list[Plan] = []
         weights: list[Tensor | float] = []
@@ -376,8 +381,9 @@ class Attention(nn.Module):
                 weights.append(branch.weight)
                 continue
             value, _, kernel = attend(*branch.tensors(call), plan, kernel=self.kernel)
-            if branch.rows is not None:
-                value = take_rows(value, branch.rows if silent is None else _but_for(silent, branch))
+            rows = read_rows(branch, silent)
+            if rows is not None:
+                value = take_rows(value, rows)
             terms.append(branch.weight * value)
             used.append(kernel)
         if shared:
@@ -438,7 +444,7 @@ class Attention(nn.Module):
         if call.q_rows is None:
             video = Plan(*(_of_video(part, call.layout) for part in segment.plan.parts))
         else:
-            video = segment.plan.keep(~_at(call.layout.is_text, call))
+            video = segment.plan.keep(~call.is_text)
         if segment.k is not None:
             return video  # its keys are no tokens
         among = _text_among_itself(call.layout, self.causality == "strict")
@@ -453,9 +459,10 @@ def _dense(call: Call) -> list[Branch | Term]:
     return [Branch(plan if call.q_rows is None else plan.narrow(call.q_rows))]
 
 
-def _but_for(silent: Tensor, branch: Branch) -> Tensor:
+def read_rows(branch: Branch, silent: Tensor | None) -> Tensor | None:
     """The rows of a branch, -1 for silent tokens (Lq,) that would read a query other than a silent token's."""
-    assert branch.rows is not None
+    if branch.rows is None or silent is None:
+        return branch.rows
     quiet = silent if branch.pools_queries else silent & ~silent[branch.rows.clamp(min=0)]
     return branch.rows.masked_fill(quiet, -1)
 

@@ -17,6 +17,10 @@ Everything is computed from q, k, v and the plans. The papers print no such figu
 - Candidates are the pieces of the query's film with a key that the other parts of their plan leave. Under causality
   they are those that end before the query's own piece begins (before the query itself, where it is in none). A plan
   does not know all that a method forbids: what it chose is always a candidate, and what it may not choose can be one.
+- In a branch of several key sets the rungs exchange the keys of the call alone. Pooled keys stay as the method gave
+  them, also where a rung attends to their tokens; they count in `error`, not in `mass` and `pairs`.
+- A token that reads the output of another query (a pruned one, by `Branch.rows`) has the keys of that query: they
+  count in the token's mass, and queries choose for all tokens that read them. `pairs` are those that are computed.
 - Groups cut queries and keys together, so there are no other groups to choose: queries stay in their group, and each
   group takes as many single keys as it has. Another grouping of the queries may keep more than this best.
 """
@@ -32,12 +36,12 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from sparse_zoo.attention import Attention, Branch, Call, Term
+from sparse_zoo.attention import Attention, Branch, Call, Term, read_rows
 from sparse_zoo.diagnostics import per_piece, scores_of
 from sparse_zoo.errors import refuse, unknown
 from sparse_zoo.gather import take_rows
 from sparse_zoo.partition import Partition
-from sparse_zoo.plan import Part
+from sparse_zoo.plan import Part, Plan
 from sparse_zoo.schedule import Scheduled
 
 RUNGS = ("method", "best", "pooled", "random")
@@ -137,17 +141,41 @@ def ladder(attention: Attention, call: Call, *, draws: int = DRAWS, rungs: Seque
 
 
 def _as_run(attention: Attention, branch: Branch, call: Call) -> Branch:
-    """A branch with the plan that runs, over all its segments at once."""
-    _, k, v = branch.tensors(call) if branch.segments else (None, branch.k, branch.v)
-    return replace(branch, plan=attention.attended(branch, call), k=k, v=v, log_weight=None, segments=())
+    """A branch with the plan that runs, over all its segments at once, and the rows that tokens read."""
+    rows = read_rows(branch, None if attention.text_reads == "method" else call.is_text)
+    return replace(branch, plan=attention.attended(branch, call), rows=rows)
+
+
+def _as_read(branch: Branch) -> Parts:
+    """The parts over the call's keys, whose queries are the tokens that read the output of a query."""
+    parts, rows = branch.plan.first_segment.parts, branch.rows
+    return parts if rows is None else [_exchange_queries(part, _read_by(part.queries, rows)) for part in parts]
+
+
+def _as_computed(branch: Branch, parts: Parts) -> Parts:
+    """The same edges between the queries that are computed and the keys."""
+    own = branch.plan.first_segment.parts
+    return [_exchange_queries(part, was.queries) for part, was in zip(parts, own, strict=True)]
+
+
+def _exchange_queries(part: Part, queries: Partition) -> Part:
+    return Part(queries, part.keys, part.edges, part.routed)
+
+
+def _read_by(queries: Partition, rows: Tensor) -> Partition:
+    """The tokens that read a query of each piece."""
+    lead = torch.broadcast_shapes(queries.piece_of.shape[:2], rows.shape[:-1] if rows.dim() == 3 else (1, 1))
+    read = rows.expand(*lead, -1)
+    pieces = queries.piece_of.expand(*lead, -1).gather(2, read.clamp(min=0))
+    return Partition.from_labels(pieces.masked_fill(read < 0, -1), queries.count)
 
 
 def _climbed(
     attention: Attention, call: Call, branches: Sequence[Branch | Term], draws: int, rungs: Sequence[str]
 ) -> Ladder:
-    own = [x for x in branches if isinstance(x, Branch) and x.q is x.k is x.rows is None and not x.plan.weighs_keys]
+    own = [x for x in branches if isinstance(x, Branch) and x.q is x.k is x.log_weight is None]
     rest = _rest(attention, call, [x for x in branches if not any(x is y for y in own)])
-    plans: list[Parts] = [branch.plan.parts for branch in own]
+    plans = [_as_read(branch) for branch in own]
     chosen = any(part.routed for parts in plans for part in parts)
 
     def by(rule: Rule) -> list[Parts]:
@@ -267,12 +295,21 @@ def _measured(
 ) -> dict[str, Rung]:
     """Each rung as the mean over its choices, which hold the parts of each branch."""
     wide = torch.promote_types(call.q.dtype, torch.float32)
-    values = [_by_query_head(call.v if x.v is None else x.v, call).to(wide) for x in branches]
+    values = [_by_query_head(x.tensors(call)[2], call).to(wide) for x in branches]
     v = _by_query_head(call.v, call).to(wide)
     batch, heads, length, _ = call.q.shape
     zero = torch.zeros(batch, heads, dtype=torch.float64, device=call.q.device)
     sums = {name: [(zero.clone(), zero.clone(), zero.clone()) for _ in found] for name, found in choices.items()}
     norm, dense_pairs = zero.clone(), 0
+    read: dict[str, list[list[Tensor | None]]] = {name: [] for name in choices}
+    for name, found in choices.items():
+        for plans, (_, _, pairs) in zip(found, sums[name], strict=True):
+            outs: list[Tensor | None] = []
+            for branch, parts in zip(branches, plans, strict=True):
+                out, computed = (None, 0) if branch.rows is None else _read(call, branch, parts)
+                outs.append(out)
+                pairs += computed
+            read[name].append(outs)
     for at in _slices(call):
         scores, same_film = scores_of(call, at)
         softmax = scores.softmax(-1)
@@ -280,14 +317,17 @@ def _measured(
         norm += dense.double().square().sum((2, 3))
         dense_pairs += int(same_film.sum())
         held: dict[Part, Tensor] = {}  # anchors are the same parts in every choice
+        unions = [_with_pooled(call, branch, at, scores, softmax) for branch in branches]
         for name, found in choices.items():
-            for plans, (mass, error, pairs) in zip(found, sums[name], strict=True):
+            for plans, outs, (mass, error, pairs) in zip(found, read[name], sums[name], strict=True):
                 out, union = rest[:, :, at], softmax.new_zeros(())
-                for branch, parts, own in zip(branches, plans, values, strict=True):
+                for branch, parts, own, keys, known in zip(branches, plans, values, unions, outs, strict=True):
                     mask = _mask(parts, at, call, held).to(wide)
-                    out = out + _at(branch.weight, at) * _attended(scores, softmax, mask, own)
+                    value = keys.attended(mask, own) if known is None else known[:, :, at]
+                    out = out + _at(branch.weight, at) * value
                     union = torch.maximum(union, mask)
-                    pairs += mask.sum(-1).double().sum(-1)
+                    if known is None:
+                        pairs += mask.sum(-1).double().sum(-1)
                 mass += (softmax * union).sum(-1).double().sum(-1)
                 error += (out - dense).double().square().sum((2, 3))
     rungs = {}
@@ -302,8 +342,7 @@ def _rest(attention: Attention, call: Call, branches: Sequence[Branch | Term]) -
     """The output that all rungs share: terms, and branches with queries or keys of their own; (B, H, Lq, D)."""
     wide = torch.promote_types(call.q.dtype, torch.float32)
     total = torch.zeros(*call.q.shape[:3], call.v.shape[-1], dtype=wide, device=call.q.device)
-    is_text = call.layout.is_text if call.q_rows is None else call.layout.is_text[call.q_rows]
-    silent = is_text & (attention.text_reads == "text")  # as in Attention.run
+    silent = call.is_text & (attention.text_reads == "text")  # as in Attention.run
     for branch in branches:
         if isinstance(branch, Term):
             total = total + branch.value.to(wide).masked_fill(silent[:, None], 0)
@@ -312,17 +351,62 @@ def _rest(attention: Attention, call: Call, branches: Sequence[Branch | Term]) -
         k, v = (_by_query_head(x, call).to(wide) for x in (k, v))
         outs = []
         for at in _slices(call, q.shape[2]):
-            scores = q[:, :, at].to(wide) @ k.transpose(-1, -2) / math.sqrt(q.shape[-1])
             plan = branch.plan.narrow(at)
-            for part in plan.parts:
-                if part.log_weight is not None:
-                    scores = scores + part.log_weight[:, :, None] * part.mask()
+            scores = _scores(q[:, :, at].to(wide), k, plan)
             outs.append(_attended(scores, scores.softmax(-1), plan.dense_mask().to(wide), v))
         out = torch.cat(outs, dim=2)
-        if branch.rows is not None:
-            out = take_rows(out, branch.rows.masked_fill(silent, -1) if branch.pools_queries else branch.rows)
-        total = total + branch.weight * out
+        total = total + branch.weight * (out if branch.rows is None else take_rows(out, branch.rows))
     return total
+
+
+def _read(call: Call, branch: Branch, parts: Parts) -> tuple[Tensor, Tensor]:
+    """What tokens read of the outputs of a branch's queries, (B, H, Lq, D), and the pairs that took, (B, H)."""
+    wide = torch.promote_types(call.q.dtype, torch.float32)
+    v = _by_query_head(branch.tensors(call)[2], call).to(wide)
+    computed, outs = _as_computed(branch, parts), []
+    pairs = torch.zeros(call.q.shape[:2], dtype=torch.float64, device=call.q.device)
+    for at in _slices(call):
+        scores, _ = scores_of(call, at)
+        mask = _mask(computed, at, call).to(wide)
+        outs.append(_with_pooled(call, branch, at, scores, scores.softmax(-1)).attended(mask, v))
+        pairs += mask.sum(-1).double().sum(-1)
+    assert branch.rows is not None
+    return take_rows(torch.cat(outs, dim=2), branch.rows), pairs
+
+
+@dataclass(frozen=True, eq=False)
+class _Keys:
+    """Scores and softmax of some queries over all keys of a branch; mask of the pooled ones, which come last."""
+
+    scores: Tensor
+    softmax: Tensor
+    pooled: Tensor | None
+
+    def attended(self, mask: Tensor, v: Tensor) -> Tensor:
+        """Outputs, given the mask of the call's keys and the values of all."""
+        if self.pooled is not None:
+            mask = torch.cat([x.expand(*self.scores.shape[:3], -1) for x in (mask, self.pooled)], dim=-1)
+        return _attended(self.scores, self.softmax, mask, v)
+
+
+def _with_pooled(call: Call, branch: Branch, at: Tensor, scores: Tensor, softmax: Tensor) -> _Keys:
+    """Scores over the keys of all segments, given those over the call's keys."""
+    if not branch.segments:
+        return _Keys(scores, softmax, None)
+    pooled = torch.cat([call.k if x.k is None else x.k for x in branch.segments], dim=2)
+    plan = Plan.beside(*(segment.narrow(at) for segment in branch.plan.segments[1:]))
+    keys, q = _by_query_head(pooled, call).to(scores.dtype), call.q[:, :, at].to(scores.dtype)
+    scores = torch.cat([scores, _scores(q, keys, plan)], dim=-1)
+    return _Keys(scores, scores.softmax(-1), plan.dense_mask().to(scores.dtype))
+
+
+def _scores(q: Tensor, k: Tensor, plan: Plan) -> Tensor:
+    """q · k / √D and the log-weights of a plan of these queries: (B, H, n, Lk)."""
+    scores = q @ k.transpose(-1, -2) / math.sqrt(q.shape[-1])
+    for part in plan.parts:
+        if part.log_weight is not None:
+            scores = scores + part.log_weight[:, :, None] * part.mask()
+    return scores
 
 
 def _attended(scores: Tensor, softmax: Tensor, mask: Tensor, v: Tensor) -> Tensor:

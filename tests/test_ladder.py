@@ -66,6 +66,8 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "moc, text apart": ("moc", {"top_k": 1, "causal": "strict", "text_reads": "text"}),
     "moc_fixed, bidirectional": ("moc_fixed", {"top_k": 2, "chunk_tokens": 5, "causal": None}),
     "moga, groups alone": ("moga", {"groups": 3, "mix": ("group",)}),
+    "sol, text apart": ("sol", {"tau": 0.7, "block_tokens": 5, "text_reads": "text"}),
+    "bsa, text apart": ("bsa", {"threshold": 0.63, "keep_queries": 0.4, "tile": (2, 2, 2), "text_reads": "text"}),
     "near": ("near", {}),
     "mixed": ("mixed", {}),
     "mixed, text apart": ("mixed", {"text_reads": "text"}),
@@ -104,16 +106,20 @@ def call_on(layout: Layout, rows: Tensor | None = None, **context: Any) -> Call:
 
 @dataclass
 class Pieces:
-    """One part of one batch item and head: tokens of each piece, and which key pieces each query piece takes."""
+    """One part of one batch item and head: tokens of each piece, and which key pieces each query piece takes.
+
+    `queries` are the tokens that read the output of a query of each piece, `computed` these queries.
+    """
 
     queries: list[list[int]]
+    computed: list[list[int]]
     keys: list[list[int]]
     taken: list[list[int]]
     routed: bool
     grouped: bool
 
     @staticmethod
-    def of(part: Part, b: int, h: int) -> Pieces:
+    def of(part: Part, b: int, h: int, reads: list[int]) -> Pieces:
         def lists(pieces: zoo.Partition) -> list[list[int]]:
             own = pieces.piece_of.expand(BATCH, HEADS, -1)[b, h].tolist()
             return [[i for i, p in enumerate(own) if p == piece] for piece in range(pieces.count)]
@@ -121,13 +127,22 @@ class Pieces:
         table = part.table.expand(BATCH, HEADS, -1, -1)[b, h].tolist()
         keys = lists(part.keys)
         taken = [[c for c, on in enumerate(row) if on and keys[c]] for row in table]
-        queries = lists(part.queries)
+        computed = lists(part.queries)
+        queries = [[i for i, read in enumerate(reads) if read in tokens] for tokens in computed]
         alone = part.edges.dtype != torch.bool and all(row in ([], [c]) for c, row in enumerate(taken))
-        grouped = part.routed and alone and any(len(tokens) > 1 for tokens in queries)
-        return Pieces(queries, keys, taken, part.routed, grouped)
+        grouped = part.routed and alone and any(len(tokens) > 1 for tokens in computed)
+        return Pieces(queries, computed, keys, taken, part.routed, grouped)
 
-    def held(self, query: int) -> set[int]:
-        rows = [row for tokens, row in zip(self.queries, self.taken, strict=True) if query in tokens]
+    def held(self, token: int) -> set[int]:
+        """The keys of what a token reads."""
+        return self._of(token, self.queries)
+
+    def attended(self, query: int) -> set[int]:
+        """The keys that a query is computed with."""
+        return self._of(query, self.computed)
+
+    def _of(self, query: int, pieces: list[list[int]]) -> set[int]:
+        rows = [row for tokens, row in zip(pieces, self.taken, strict=True) if query in tokens]
         return {j for row in rows for c in row for j in self.keys[c]}
 
 
@@ -153,26 +168,59 @@ class Slow:
         ready = self.attention.ready(call)
         branches = [x for x in self.attention.branches(ready) if isinstance(x, Branch)]
         self.own = [x for x in branches if x.q is None and x.k is None]
+        self.reads = [self.rows(branch) for branch in self.own]
+        self.pooled = [self.others(branch, ready) for branch in self.own]
         plans = [self.attention.attended(branch, ready) for branch in self.own]
-        self.plans = [[Pieces.of(part, self.b, self.h) for part in plan.parts] for plan in plans]
+        self.plans = [
+            [Pieces.of(part, self.b, self.h, reads) for part in plan.first_segment.parts]
+            for plan, reads in zip(plans, self.reads, strict=True)
+        ]
         out = self.attention.run(call).out[self.b, self.h]
         self.rest = out - self.summed(self.plans)
 
+    def rows(self, branch: Branch) -> list[int]:
+        """The query whose output each token reads, -1 for none."""
+        every = list(range(len(self.q)))
+        if branch.rows is None:
+            return every
+        rows = branch.rows.expand(BATCH, HEADS, -1)[self.b, self.h].tolist()
+        if self.attention.text_reads == "method":
+            return rows
+        text = self.call.layout.is_text[self.token].tolist()
+        return [-1 if text[i] and not text[rows[i]] else rows[i] for i in every]
+
+    def others(self, branch: Branch, call: Call) -> tuple[Tensor, Tensor]:
+        """Odds, 0 without a pair, and values of the pooled keys of a branch: (Lq, n), (n, D)."""
+        odds, values = [self.q[:, :0]], [self.v[:0]]
+        for segment in branch.segments:
+            assert segment.k is not None
+            assert segment.v is not None
+            assert segment.log_weight is not None
+            k = segment.k[self.b, 0]
+            pairs = segment.plan.dense_mask().expand(BATCH, HEADS, -1, -1)[self.b, self.h]
+            if self.attention.text_reads == "text":
+                pairs = pairs & ~call.layout.is_text[self.token, None]
+            weight = segment.log_weight.double().expand(BATCH, HEADS, -1)[self.b, self.h].exp()
+            odds.append((self.q @ k.T / math.sqrt(HEAD_DIM)).exp() * weight * pairs)
+            values.append(segment.v[self.b, 0])
+        return torch.cat(odds, dim=1), torch.cat(values)
+
     def summed(self, plans: list[list[Pieces]]) -> Tensor:
         total = torch.zeros_like(self.q)
-        for branch, parts in zip(self.own, plans, strict=True):
+        for branch, parts, reads, (odds, v) in zip(self.own, plans, self.reads, self.pooled, strict=True):
             weight = torch.as_tensor(branch.weight).double().expand(BATCH, HEADS, len(self.q), HEAD_DIM)[self.b, self.h]
-            for i in range(len(self.q)):
-                keys = sorted(set().union(*(part.held(i) for part in parts)))
-                if keys:
-                    total[i] += weight[i] * (self.odds[i, keys] @ self.v[keys]) / self.odds[i, keys].sum()
+            for i, read in enumerate(reads):
+                keys = sorted(set().union(*(part.attended(read) for part in parts))) if read >= 0 else []
+                whole = float(self.odds[read, keys].sum() + odds[read].sum()) if read >= 0 else 0.0
+                if whole:
+                    total[i] += weight[i] * (self.odds[read, keys] @ self.v[keys] + odds[read] @ v) / whole
         return total
 
     def figures(self, plans: list[list[Pieces]]) -> dict[str, float]:
         mass = pairs = 0.0
         for i in range(len(self.q)):
             held = [set().union(*(part.held(i) for part in parts)) for parts in plans]
-            pairs += sum(map(len, held))
+            pairs += sum(len(set().union(*(part.attended(i) for part in parts))) for parts in plans)
             mass += float(self.softmax[i, sorted(set().union(*held))].sum()) / len(self.q)
         dense = self.softmax @ self.v
         error = (self.rest + self.summed(plans) - dense).norm() / dense.norm()
