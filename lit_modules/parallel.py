@@ -123,7 +123,7 @@ class Shards(ModelParallelStrategy):
             state = get_optimizer_state_dict(self.model, optimizer)
             load({f"optimizer_{i}": state}, checkpoint_id=path)
             set_optimizer_state_dict(self.model, optimizer, state)
-        meta = torch.load(path / META, map_location="cpu", weights_only=weights_only)
+        meta = torch.load(path / META, map_location="cpu", weights_only=True)
         return dict(meta) | tensors
 
 
