@@ -1,6 +1,17 @@
 """Broken methods and kernels, each with the checks that must catch it: what keeps the checks honest."""
 
-from sparse_zoo.testing.mutants import blockwise, coarse, kernels, learning, methods, moc, segments, sizes, tiles
+from sparse_zoo.testing.mutants import (
+    blockwise,
+    coarse,
+    kernels,
+    learning,
+    methods,
+    moc,
+    parallel,
+    segments,
+    sizes,
+    tiles,
+)
 from sparse_zoo.testing.mutants.base import MUTANTS, Mutant
 
 __all__ = [
@@ -12,6 +23,7 @@ __all__ = [
     "learning",
     "methods",
     "moc",
+    "parallel",
     "segments",
     "sizes",
     "tiles",
