@@ -15,6 +15,7 @@ from sparse_zoo.methods.dense import Dense
 from sparse_zoo.testing import kernels as kernel_suite
 from sparse_zoo.testing.mutants.kernels import LocalLseBackward, Plain
 from sparse_zoo.testing.mutants.methods import OneStreamOneFilm, ScalesInPlace
+from sparse_zoo.testing.mutants.segments import Weighing
 
 OWN = [name for name in zoo.names() if zoo.get(name).__module__.startswith("sparse_zoo.methods.")]
 
@@ -96,7 +97,7 @@ def test_kernels_conform(kernel: str) -> None:
         assert outcome.status == "passed", outcome
 
 
-class Narrow(Plain):
+class Narrow(Weighing):
     """Takes one dtype, as kernels on GPUs do."""
 
     name = "narrow"

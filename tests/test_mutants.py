@@ -7,10 +7,12 @@ import pytest
 
 import sparse_zoo as zoo
 from sparse_zoo import testing
+from sparse_zoo.kernels.base import Kernel
 from sparse_zoo.testing import kernels, methods
 from sparse_zoo.testing.mutants import MUTANTS, Mutant
 from sparse_zoo.testing.mutants.kernels import Plain
 from sparse_zoo.testing.mutants.moc import Dropping, Noisy, Open
+from sparse_zoo.testing.mutants.segments import Weighing
 from sparse_zoo.testing.mutants.sizes import Unruled
 from sparse_zoo.testing.mutants.tiles import OpenReach
 
@@ -61,8 +63,10 @@ def test_unbroken_base_passes_the_checks_that_catch_its_mutants(base: type[zoo.A
 
 
 @pytest.mark.slow
-def test_unbroken_kernel_passes_every_check() -> None:
-    assert {outcome.status for outcome in testing.check_kernel(Plain())} == {"passed"}
+@pytest.mark.parametrize("kernel", [Plain(), Weighing()], ids=lambda kernel: kernel.name)
+def test_unbroken_kernel_passes_every_check(kernel: Kernel) -> None:
+    others = {outcome.check: outcome.status for outcome in testing.check_kernel(kernel) if outcome.status != "passed"}
+    assert others == ({} if kernel.weighs_keys else {"kernel_log_weights": "skipped"})
 
 
 @pytest.mark.parametrize("name", [*testing.checks(), *testing.kernel_checks()])
