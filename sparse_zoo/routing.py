@@ -39,8 +39,16 @@ class Drops:
         return min(len(_poisson_table(self.into, torch.device("cpu"))), count) if self.into else 0
 
     def __call__(self, chosen: Tensor, legal: Tensor, rows: slice) -> Tensor:
-        """What becomes of a choice, int64 (B, H, rows, k), -1 last, out of `legal`, bool (rows, C), of the queries at
-        `rows`: -1 where one was taken off, then `most(C)` columns of what came in."""
+        """Take chunks off a choice, and bring others in.
+
+        Args:
+            chosen: What was chosen, int64 (B, H, rows, k), -1 last.
+            legal: What could be chosen, bool (rows, C).
+            rows: Which queries these are.
+
+        Returns:
+            `chosen` with -1 where a chunk was taken off, then `most(C)` columns of what came in, -1 for none.
+        """
         changed = chosen
         if self.off:
             number = (chosen >= 0).sum(-1, keepdim=True)

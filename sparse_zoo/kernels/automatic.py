@@ -18,8 +18,10 @@ SHOWN = (64, 80, 128, 256)
 
 
 class Rule(NamedTuple):
-    """A kernel that "auto" takes on a device type, for these dtypes, from a compute capability on, where
-    `head_dims` allows it: a list, a divisor and a largest one, or any."""
+    """A kernel that "auto" takes on a device type, for some dtypes and head dims, from a compute capability on.
+
+    Head dims are those in `head_dims`; where it is empty, the multiples of 8 up to `largest`; where that is 0, any.
+    """
 
     kernel: str
     device: str
@@ -29,6 +31,7 @@ class Rule(NamedTuple):
     largest: int = 0
 
     def takes(self, device: str, capability: tuple[int, int], dtype: torch.dtype, head_dim: int) -> bool:
+        """Whether the rule applies to a device type, compute capability, dtype and head dim."""
         fits = head_dim in self.head_dims if self.head_dims else not self.largest or self._within(head_dim)
         return device == self.device and dtype in self.dtypes and capability >= self.oldest and fits
 

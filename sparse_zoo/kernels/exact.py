@@ -23,6 +23,7 @@ class Exact(Grouped):
     name = "exact"
 
     def why_not(self, q: Tensor | None = None, v: Tensor | None = None) -> list[str]:
+        """Name each unmet need: a CUDA device, a dtype of `FLOATS`, the same head dim for q and v."""
         reasons = [] if torch.cuda.is_available() else ["needs a CUDA device, torch sees none (cpu is as exact)"]
         if q is None or v is None:
             return reasons
@@ -36,11 +37,13 @@ class Exact(Grouped):
         return [reason for reason in reasons if reason]
 
     def executed(self, plan: Plan, batch: int, heads: int) -> int:
+        """Count the pairs of all rectangles: no padding is added."""
         return sum(int((rects.q_size * rects.k_size).sum()) for rects in rectangles(plan, batch, heads))
 
     def forward(
         self, rects: Rectangles, at: Rows, q: Tensor, k: Tensor, v: Tensor, scale: float, weigh: Weigh | None
     ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """Attend by plain matrix products in float32 or wider, to some queries of a rectangle at a time."""
         for q_rows, k_rows, weight in _blocks(rects, at, weigh):
             with _in_full(q.device):
                 scores = _wide(q, q_rows) @ _wide(k, k_rows).mT * scale + weight
@@ -51,6 +54,7 @@ class Exact(Grouped):
     def backward(
         self, rects: Rectangles, at: Rows, saved: tuple[Tensor, ...], grad: Gather, scale: float, weigh: Weigh | None
     ) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor, Tensor]]:
+        """Compute the weights again from the saved lse, and the gradients from them, in float32 or wider."""
         q, k, v, out, lse = saved
         for q_rows, k_rows, weight in _blocks(rects, at, weigh):
             with _in_full(q.device):

@@ -37,6 +37,7 @@ class FlashAttn(Varlen):
     name = "flash_attn"
 
     def missing(self) -> list[str]:
+        """Say of each generation why it cannot be used; empty if one can be."""
         return _chosen()[2]
 
     def package(self) -> str:
@@ -45,6 +46,7 @@ class FlashAttn(Varlen):
         return generation.title if generation else ""
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, segments: Segments, scale: float) -> tuple[Tensor, Tensor]:
+        """Call the forward of the chosen generation."""
         generation, api, _ = _chosen()
         assert generation is not None
         return generation.forward(api, q, k, v, segments, scale)
@@ -52,6 +54,7 @@ class FlashAttn(Varlen):
     def gradients(
         self, grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, segments: Segments, scale: float
     ) -> Three:
+        """Call the backward of the chosen generation."""
         generation, api, _ = _chosen()
         assert generation is not None
         return generation.backward(api, grad, (q, k, v), out, lse, segments, scale)

@@ -37,6 +37,7 @@ class Flex(Kernel):
     weighs_keys = True
 
     def why_not(self, q: Tensor | None = None, v: Tensor | None = None) -> list[str]:
+        """Name each unmet need: a CUDA device, or the CPU without gradients; a dtype of `DTYPES`; one head dim."""
         if q is None or v is None:
             return [] if torch.cuda.is_available() else ["needs a CUDA device for a backward pass, torch sees none"]
         device = q.device.type
@@ -55,6 +56,7 @@ class Flex(Kernel):
         ]
 
     def run(self, q: Tensor, k: Tensor, v: Tensor, plan: Plan, scale: float) -> tuple[Tensor, Tensor]:
+        """Run FlexAttention on each part under a block mask, and merge the parts by their lse."""
         refuse("kernel 'flex'", _too_scattered(plan))
         batch, heads, _, dim = q.shape
         if dim < LEAST_DIM:
@@ -69,6 +71,7 @@ class Flex(Kernel):
         return out[..., :dim], lses.detach().logsumexp(0)
 
     def executed(self, plan: Plan, batch: int, heads: int) -> int:
+        """Count the pairs of all blocks that hold some pair of the plan; all pairs for a plan that `run` refuses."""
         if _too_scattered(plan):
             return batch * heads * plan.shape[0] * plan.shape[1]
         return sum(_blocks(part, batch, heads).number for part in plan.parts) * BLOCK**2

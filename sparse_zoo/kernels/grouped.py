@@ -47,9 +47,11 @@ class Rows:
     keys: int
 
     def of_queries(self, group: Tensor, token: Tensor) -> Tensor:
+        """The flattened rows of query tokens, for groups b · heads + h."""
         return group * self.queries + token
 
     def of_keys(self, group: Tensor, token: Tensor) -> Tensor:
+        """The flattened rows of key tokens, for groups b · heads + h; several heads may share a key head."""
         item, head = torch.div(group, self.heads, rounding_mode="floor"), group % self.heads
         return (
             item * self.kv_heads + torch.div(head * self.kv_heads, self.heads, rounding_mode="floor")
@@ -75,12 +77,14 @@ class Grouped(Kernel, ABC):
     weighs_keys = True
 
     def run(self, q: Tensor, k: Tensor, v: Tensor, plan: Plan, scale: float) -> tuple[Tensor, Tensor]:
+        """Run the engine on the rectangles of all parts and merge what it yields; lse has no gradient."""
         out, lse = _Sum.apply(q, k, v, self, scale, (plan,), 1.0)
         return out, lse
 
     def run_sum(
         self, q: Tensor, k: Tensor, v: Tensor, plans: Sequence[Plan], weights: Sequence[Tensor | float], scale: float
     ) -> Tensor:
+        """Sum over the plans in one autograd node, whose gradients share memory; without gradients, plan by plan."""
         if not torch.is_grad_enabled():  # nothing is kept for a backward pass: each result is added and let go
             return super().run_sum(q, k, v, plans, weights, scale)
         out, _ = _Sum.apply(q, k, v, self, scale, tuple(plans), *weights)
@@ -251,8 +255,11 @@ class _Softmax:
 
 
 def _cpu_cost(q_size: Tensor, k_size: Tensor) -> Tensor:
-    """In pairs. The engine works in blocks of 256 queries from 768 on, of 64 from 192, or of 32, of which the smaller
-    ones ran at .9 and .7 of the speed; a row, gathered, merged and its gradient added, took as long as 64 pairs."""
+    """What the engine pays for each rectangle, in pairs.
+
+    The engine works in blocks of 256 queries from 768 on, of 64 from 192, or of 32. The smaller ones ran at .9 and .7
+    of the speed. A row, gathered, merged and its gradient added, took as long as 64 pairs.
+    """
     speed = torch.where(q_size >= 768, 1.0, torch.where(q_size >= 192, 0.9, 0.7))
     return q_size * k_size / speed + 64 * (q_size + k_size)
 
@@ -264,6 +271,7 @@ class Cpu(Grouped):
     cost = staticmethod(_cpu_cost)
 
     def why_not(self, q: Tensor | None = None, v: Tensor | None = None) -> list[str]:
+        """Name each unmet need: tensors on the CPU, a dtype of `CPU_DTYPES`, the same head dim for q and v."""
         if q is None or v is None:
             return []
         return [
@@ -279,6 +287,7 @@ class Cpu(Grouped):
         ]
 
     def executed(self, plan: Plan, batch: int, heads: int) -> int:
+        """Count the pairs of each batch, all its rectangles padded to its most queries and its most keys."""
         return sum(
             len(group) * int(group.q_size.max()) * int(group.k_size.max())
             for rects in rectangles(plan, batch, heads, self.cost)
@@ -288,19 +297,24 @@ class Cpu(Grouped):
     def forward(
         self, rects: Rectangles, at: Rows, q: Tensor, k: Tensor, v: Tensor, scale: float, weigh: Weigh | None
     ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """Attend to one padded batch of rectangles at a time."""
         for batch in _batches(rects, at, q, weigh):
             yield _attend(batch, q, k, v, scale)
 
     def backward(
         self, rects: Rectangles, at: Rows, saved: tuple[Tensor, ...], grad: Gather, scale: float, weigh: Weigh | None
     ) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor, Tensor]]:
+        """Compute the gradients of one padded batch of rectangles at a time."""
         for batch in _batches(rects, at, saved[0], weigh):
             yield _gradients(batch, saved, grad, scale)
 
 
 class _Batch(NamedTuple):
-    """Rows of queries (R, n), which are padding, rows of keys (R, m), and what is added to the scores of each key,
-    (R, 1, 1, m): its log-weight, -inf for padding."""
+    """R rectangles, padded to one size.
+
+    `q_rows` (R, n): rows of queries; `q_pad` (R, n): which of them are padding; `k_rows` (R, m): rows of keys;
+    `k_mask` (R, 1, 1, m): what is added to the scores of each key, which is its log-weight, or -inf for padding.
+    """
 
     q_rows: Tensor
     q_pad: Tensor | None
@@ -309,8 +323,10 @@ class _Batch(NamedTuple):
 
 
 def _batches(rects: Rectangles, at: Rows, q: Tensor, weigh: Weigh | None) -> list[_Batch]:
-    """All of them before the first is computed: one at a time between calls of the engine, which leave nothing in the
-    caches, they took twice as long."""
+    """The batches of all rectangles, made before the first is computed.
+
+    Made one at a time between calls of the engine, which leave nothing in the caches, they took twice as long.
+    """
     some = _alike(rects, q.shape[-1] * q.element_size(), _budget(q))
     return [_padded(alike, at, q.dtype, weigh) for alike in some]
 

@@ -171,7 +171,7 @@ def _tokens(pieces: Partition, group: Tensor, piece: Tensor, batch: int, heads: 
 
 
 def _per_group(x: Tensor, batch: int, heads: int) -> Tensor:
-    """(B|1, H|1, n) -> (B · H, n)"""
+    """(B|1, H|1, n) -> (B · H, n)."""
     return x.expand(batch, heads, -1).flatten(0, 1)
 
 

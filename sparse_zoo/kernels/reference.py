@@ -16,11 +16,13 @@ class Reference(Kernel):
     weighs_keys = True
 
     def why_not(self, q: Tensor | None = None, v: Tensor | None = None) -> list[str]:  # noqa: ARG002
+        """Refuse dtypes that are not floating-point, and nothing else."""
         if q is None or q.is_floating_point():
             return []
         return [f"dtype {q.dtype} is not a floating-point type"]
 
     def run(self, q: Tensor, k: Tensor, v: Tensor, plan: Plan, scale: float) -> tuple[Tensor, Tensor]:
+        """Compute the softmax of the whole (Lq, Lk) scores under the plan's mask, in float32 or wider."""
         wide = torch.promote_types(q.dtype, torch.float32)
         share = q.shape[1] // k.shape[1]
         keys, values = (x.to(wide).repeat_interleave(share, dim=1) for x in (k, v))
@@ -37,4 +39,5 @@ class Reference(Kernel):
         return out.to(q.dtype), lse
 
     def executed(self, plan: Plan, batch: int, heads: int) -> int:
+        """Count all pairs of queries and keys, whatever the plan."""
         return batch * heads * plan.shape[0] * plan.shape[1]

@@ -63,6 +63,7 @@ class Varlen(Grouped):
         """dq, dk, dv, shaped as q, k, v, from the out and lse of all keys of each query, not of this segment alone."""
 
     def why_not(self, q: Tensor | None = None, v: Tensor | None = None) -> list[str]:
+        """Name each unmet need: package, CUDA device, half precision, one head dim, a multiple of 8 up to 256."""
         reasons = self.missing()
         if not torch.cuda.is_available():
             reasons.append("needs a CUDA device, torch sees none")
@@ -83,6 +84,7 @@ class Varlen(Grouped):
         ]
 
     def executed(self, plan: Plan, batch: int, heads: int) -> int:
+        """Count the pairs of each rectangle, both of its sides padded to a multiple of `TILE`."""
         total = 0
         for rects in rectangles(plan, batch, heads):
             total += int((-(-rects.q_size // TILE) * -(-rects.k_size // TILE)).sum()) * TILE**2
@@ -91,6 +93,7 @@ class Varlen(Grouped):
     def forward(
         self, rects: Rectangles, at: Rows, q: Tensor, k: Tensor, v: Tensor, scale: float, weigh: Weigh | None
     ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """Pack rectangles as segments, for one call of the engine at a time, and attend."""
         for some in _calls(rects):
             q_rows, k_rows, segments, weight = _packed(some, at, weigh)
             queries, keys, values = q[q_rows, None], k[k_rows, None], v[k_rows, None]
@@ -102,6 +105,7 @@ class Varlen(Grouped):
     def backward(
         self, rects: Rectangles, at: Rows, saved: tuple[Tensor, ...], grad: Gather, scale: float, weigh: Weigh | None
     ) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor, Tensor]]:
+        """Pack rectangles as segments, for one call of the engine at a time, and compute their gradients."""
         q, k, v, out, lse = saved
         for some in _calls(rects):
             q_rows, k_rows, segments, weight = _packed(some, at, weigh)
@@ -124,12 +128,14 @@ class TorchVarlen(Varlen):
     name = "torch"
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, segments: Segments, scale: float) -> tuple[Tensor, Tensor]:
+        """Call `aten._flash_attention_forward`, without dropout or a causal mask."""
         out, lse, *_ = flash_forward(q, k, v, *segments, 0.0, False, False, scale=scale)
         return out, lse
 
     def gradients(
         self, grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, segments: Segments, scale: float
     ) -> tuple[Tensor, Tensor, Tensor]:
+        """Call `aten._flash_attention_backward` with the given out and lse, without dropout or a causal mask."""
         random = torch.zeros(2, dtype=torch.uint64, device=q.device)  # read with dropout only, which is off
         unused = torch.empty(0, device=q.device)
         dq, dk, dv = flash_backward(grad, q, k, v, out, lse, *segments, 0.0, False, random, unused, scale=scale)
@@ -137,8 +143,11 @@ class TorchVarlen(Varlen):
 
 
 def _carrying(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """q (n, 1, D), k, v (m, 1, D) with channels that add `bias` (m,) to the products of each key, the engines having
-    no argument for it: 1 in q, and in k numbers that sum to it. Those of v are 0."""
+    """q (n, 1, D), k, v (m, 1, D) with more channels, which add `bias` (m,) to the products of each key.
+
+    The engines have no argument for it. `TERMS` of the channels hold 1 in q, and in k numbers that sum to `bias`. The
+    others are 0, as are all of those of v.
+    """
     dim, most = q.shape[-1], 256 - CARRIERS
     refuse(
         "log-weights", [f"head dim {dim}; at most {most}: {CARRIERS} more channels carry them"] if dim > most else []

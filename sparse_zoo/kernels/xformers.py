@@ -21,6 +21,7 @@ class XFormers(Varlen):
     name = "xformers"
 
     def missing(self) -> list[str]:
+        """Say if xformers, its flash operators, or the deterministic backward that torch demands is missing."""
         fmha, reason = _fmha()
         if reason:
             return [reason]
@@ -31,6 +32,7 @@ class XFormers(Varlen):
         return []
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, segments: Segments, scale: float) -> tuple[Tensor, Tensor]:
+        """Call xformers' flash forward under a block-diagonal mask of the segments."""
         fmha, _ = _fmha()
         bias = _bias(fmha, segments)
         out, lse = fmha.memory_efficient_attention_forward_requires_grad(
@@ -41,6 +43,7 @@ class XFormers(Varlen):
     def gradients(
         self, grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, segments: Segments, scale: float
     ) -> tuple[Tensor, Tensor, Tensor]:
+        """Call xformers' flash backward under a block-diagonal mask of the segments."""
         fmha, _ = _fmha()
         tensors = (x[None] for x in (grad, out, lse, q, k, v))
         bias = _bias(fmha, segments)

@@ -88,9 +88,11 @@ class BSA(Blockwise):
         self.tile, self.stop_at_shots = tile, bool(stop_at_shots)
 
     def queries(self, layout: Layout) -> Partition:
+        """The tiles of the video, `tile` tokens each, which restart at each shot if `stop_at_shots`."""
         return layout.tiles(self.tile, stop_at_shots=self.stop_at_shots)
 
     def branches(self, call: Call) -> list[Branch | Term]:
+        """One branch: kept queries × the tiles that their tile chose, with text; pruned queries copy a kept output."""
         layout, tiles = call.layout, self.queries(call.layout)
         if not tiles.count:
             return [Branch(joint(layout))]
@@ -115,8 +117,10 @@ class BSA(Blockwise):
 
 @remembered(32)
 def _text(layout: Layout) -> tuple[Partition, Tensor, Part] | None:
-    """The text of each film, which films' text each film reads, bool (films, texts), and text × video; if there is any
-    text."""
+    """The text of each film, which films' text each film reads, bool (films, texts), and text × video.
+
+    None if there is no text.
+    """
     text, video = layout.partition(where=layout.is_text), layout.partition(where=~layout.is_text)
     if not text.count:
         return None
@@ -125,8 +129,11 @@ def _text(layout: Layout) -> tuple[Partition, Tensor, Part] | None:
 
 
 class _Kept(NamedTuple):
-    """Which tokens are kept, bool (B, H, L); the row that each token reads, int64 (B, H, L); and the means of the kept
-    queries of each tile, float32 (B, H, tiles, D)."""
+    """Which queries are kept, and what the others read.
+
+    `tokens`, bool (B, H, L): which tokens are kept; `rows`, int64 (B, H, L): the row that each token reads; `means`,
+    float32 (B, H, tiles, D): the means of the kept queries of each tile.
+    """
 
     tokens: Tensor
     rows: Tensor

@@ -66,6 +66,7 @@ class HoloCine(Attention):
         self.frames = frames
 
     def plan(self, q: Tensor, k: Tensor, layout: Layout) -> Plan:  # noqa: ARG002
+        """Each shot × itself and the first `frames` frames of every shot, with text."""
         return _plan(layout, self.frames)
 
 

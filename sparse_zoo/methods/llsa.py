@@ -82,6 +82,7 @@ class LLSA(Blockwise):
         self.top_k, self.block_tokens, self.levels, self.enrich = top_k, block_tokens, levels, bool(enrich)
 
     def branches(self, call: Call) -> list[Branch | Term]:
+        """One branch over the chosen blocks and text; if `enrich`, with the means of each level as further keys."""
         pieces, parents = _pyramid(call.layout, self.block_tokens, self.levels)
         if not pieces[-1].count:
             return [Branch(joint(call.layout))]
@@ -112,8 +113,10 @@ class LLSA(Blockwise):
 
 @remembered(32)
 def _pyramid(layout: Layout, tokens: int, levels: int) -> tuple[list[Partition], list[Partition]]:
-    """The pieces of each level, coarsest first; and, for each level but the first, which pieces each piece above holds:
-    a partition of the pieces."""
+    """The pieces of each level, coarsest first; and which pieces each piece of the level above holds.
+
+    The latter is a partition of the pieces, one for each level but the first.
+    """
     pieces = [stretches(layout, tokens**level) for level in range(levels, 0, -1)]
     parents = [Partition.from_labels(fine.of(coarse.piece_of[0, 0]), coarse.count) for coarse, fine in pairwise(pieces)]
     return pieces, parents

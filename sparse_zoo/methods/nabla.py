@@ -90,12 +90,15 @@ class NABLA(Blockwise):
         self.stop_at_shots = bool(stop_at_shots)
 
     def queries(self, layout: Layout) -> Partition:
+        """The tiles of the video, `tile` tokens each, which restart at each shot if `stop_at_shots`."""
         return layout.tiles(self.tile, stop_at_shots=self.stop_at_shots)
 
     def select(self, scores: Tensor, legal: Tensor) -> Tensor:  # noqa: ARG002
+        """Keep the fewest tiles, largest first, that hold a share `threshold` of the softmax of the scores."""
         return heaviest_logits(scores, self.threshold)
 
     def chosen(self, call: Call) -> Tensor:
+        """The tiles that `select` keeps, and those in the window of each tile: bool (B, H, tiles, tiles)."""
         return super().chosen(call) | _near(call.layout, self.tile, self.window, self.stop_at_shots)
 
 

@@ -96,16 +96,20 @@ class PSA(Blockwise):
         self.query_tokens, self.block_tokens = query_tokens, block_tokens
 
     def queries(self, layout: Layout) -> Partition:
+        """Blocks of `query_tokens` consecutive video tokens of a film."""
         return stretches(layout, self.query_tokens)
 
     def keys(self, layout: Layout) -> Partition:
+        """Blocks of `block_tokens` consecutive video tokens of a film."""
         return stretches(layout, self.block_tokens)
 
     def scores(self, call: Call) -> Scores:
+        """Score a pair of blocks by its largest product relative to the query's best key, over every fourth token."""
         queries, keys = self.queries(call.layout), self.keys(call.layout)
         return scorers.maxima(call.q, call.k, queries, keys, every=4, scale=call.q.shape[-1] ** -0.5)
 
     def branches(self, call: Call) -> list[Branch | Term]:
+        """One branch over the exact blocks and text, with means of 2, 4 and 8 keys of pooled blocks as further keys."""
         queries, keys = self.queries(call.layout), self.keys(call.layout)
         if not queries.count:
             return [Branch(joint(call.layout))]

@@ -80,6 +80,7 @@ class Rolling(Attention):
         self.window, self.sinks, self.chunk_frames = window, sinks, chunk_frames
 
     def plan(self, q: Tensor, k: Tensor, layout: Layout) -> Plan:  # noqa: ARG002
+        """Each chunk × itself, the `window` frames before it and the first `sinks` frames, and text up to its shot."""
         return _plan(layout, self.window, self.sinks, self.chunk_frames)
 
 

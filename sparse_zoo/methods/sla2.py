@@ -76,6 +76,7 @@ class SLA2(Blockwise):
         self.ratio = nn.Parameter(torch.zeros(self.heads))
 
     def branches(self, call: Call) -> list[Branch | Term]:
+        """One exact branch over the chosen blocks and text, weighted by α, and a linear term over the other blocks."""
         width = call.v.shape[-1]
         refuse(
             type(self).__name__,

@@ -93,6 +93,7 @@ class SolAttn(Blockwise):
         self.tau, self.block_tokens, self.spread = float(tau), block_tokens, spread
 
     def branches(self, call: Call) -> list[Branch | Term]:
+        """One branch over the exact blocks and text, with the means of all other blocks of the film as further keys."""
         blocks = self.queries(call.layout)
         if not blocks.count:
             return [Branch(joint(call.layout))]

@@ -85,10 +85,13 @@ class SpargeAttention2(Blockwise):
         self.query_tokens, self.block_tokens = query_tokens, block_tokens
 
     def queries(self, layout: Layout) -> Partition:
+        """Blocks of `query_tokens` consecutive video tokens of a film."""
         return stretches(layout, self.query_tokens)
 
     def keys(self, layout: Layout) -> Partition:
+        """Blocks of `block_tokens` consecutive video tokens of a film."""
         return stretches(layout, self.block_tokens)
 
     def select(self, scores: Tensor, legal: Tensor) -> Tensor:
+        """Keep blocks among the `top_fraction` largest, or among the fewest that hold `top_p` of the softmax."""
         return largest(scores, fraction_of(legal, self.top_fraction)) | heaviest_logits(scores, self.top_p)

@@ -82,11 +82,13 @@ class SubBlock(Blockwise):
         self.parts = (query_parts, key_parts)
 
     def scores(self, call: Call) -> Scores:
+        """Score a pair of blocks by the log-sum-exp of the scaled products of their parts' means."""
         of_q, of_k = (stretches(call.layout, self.block_tokens // parts) for parts in self.parts)
         scale = call.q.shape[-1] ** -0.5
         return scorers.sub_blocks(call.q, call.k, self.queries(call.layout), (of_q, of_k), scale=scale)
 
     def select(self, scores: Tensor, legal: Tensor) -> Tensor:
+        """Keep the `top_fraction` best of the legal blocks of each row, their number rounded up."""
         return largest(scores, fraction_of(legal, self.top_fraction))
 
     def routing_flops(self, call: Call) -> int:

@@ -33,6 +33,7 @@ class Triton(Kernel):
     """Whether parts that route tokens to slices of the stream go to cuDNN's variable-length attention."""
 
     def why_not(self, q: Tensor | None = None, v: Tensor | None = None) -> list[str]:
+        """Name each unmet need: Triton, a device, and tensors on it with a dtype and head dim that it computes."""
         reasons = []
         if find_spec("triton") is None:
             reasons.append("needs the package triton, which is not installed")
@@ -47,6 +48,7 @@ class Triton(Kernel):
         return reasons
 
     def run(self, q: Tensor, k: Tensor, v: Tensor, plan: Plan, scale: float) -> tuple[Tensor, Tensor]:
+        """Run large dense rectangles and the gather kernels in one autograd node; `scale` must be above 0."""
         refuse("kernel 'triton'", [f"scale must be above 0, got {scale}" if scale <= 0 else ""])
         from sparse_zoo.kernels.triton.union import Union  # imports Triton
 
@@ -73,6 +75,7 @@ class Cudnn(Triton):
     by_cudnn = True
 
     def why_not(self, q: Tensor | None = None, v: Tensor | None = None) -> list[str]:
+        """Name the package nvidia-cudnn-frontend if it is missing, and all unmet needs of `triton`."""
         missing = find_spec("cudnn") is None
         reasons = ["needs the package nvidia-cudnn-frontend, which is not installed"] if missing else []
         return reasons + super().why_not(q, v)

@@ -43,10 +43,12 @@ def forward(
 
     Args:
         rows: queries (B, H, n, D), contiguous, gathered in the order of `work.by_query.tokens`.
-        k, v: contiguous (…, D), the rows of any number of heads.
+        k: contiguous (…, D), the rows of any number of heads.
+        v: contiguous, of the shape of k.
         first_key: int64 (B, H), the row of k at which each head's stream begins.
         work: of a part whose tiles meet one slice of the stream.
         longest: tokens of the longest chunk.
+        scale: multiplies the products of queries and keys.
 
     Returns:
         out (B, H, n, D) and natural lse, float32 (B, H, n). Where a query chose no chunk, or one without keys, lse is

@@ -53,6 +53,7 @@ class Batch(NamedTuple):
 
     @property
     def number(self) -> int:
+        """How many rectangles the batch has: 1 if the queries are a list of tokens."""
         return self.queries.number if isinstance(self.queries, Run) else 1
 
 
@@ -102,8 +103,10 @@ def _rows(tokens: Tensor) -> Rows:
 
 
 def batches(found: list[Rectangle]) -> Iterator[Batch]:
-    """Rectangles in batches of equal ones at equal distances, whose keys do not overlap: dk and dv are added to rows of
-    their own."""
+    """Rectangles in batches of equal ones at equal distances, whose keys do not overlap.
+
+    So each rectangle of a batch adds dk and dv to rows of its own.
+    """
     runs: list[Batch] = []
     for rectangle in found:
         if not isinstance(rectangle.queries, slice) or not isinstance(rectangle.keys, slice):

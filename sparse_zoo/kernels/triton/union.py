@@ -28,12 +28,13 @@ milliseconds of both. Larger ones are made again."""
 
 
 class Union(torch.autograd.Function):
-    """(q, k, v, plan, scale, config) -> (out, lse)"""
+    """Attention over a plan as one autograd node: (q, k, v, plan, scale, config) -> (out, lse)."""
 
     @staticmethod
     def forward(
         ctx: Any, q: Tensor, k: Tensor, v: Tensor, plan: Plan, scale: float, config: Config
     ) -> tuple[Tensor, Tensor]:
+        """Compute all rectangles and parts, merge them, and save what the backward needs."""
         q, k, v = (dense_rows(x.detach()) for x in (q, k, v))
         if config.cudnn:  # which takes rows of keys one after the other, whatever their head
             k, v = k.contiguous(), v.contiguous()
@@ -58,6 +59,7 @@ class Union(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+        """Compute dq, dk and dv; dk and dv are summed in float32 where rectangles may hold the same keys."""
         q, k, v, out, lse = ctx.saved_tensors
         with on(q):
             work = ctx.work or _PlanWork.of(ctx.plan, ctx.config)
@@ -94,8 +96,11 @@ class _Listed:
 
 @dataclass(frozen=True)
 class _PlanWork:
-    """A plan's rectangles in batches, its other parts, how many partial rows a head has of these, and which are each
-    query's: int32 (B|1, H|1, Lq, s), -1 for none. `overlap`: rectangles of one part may hold the same keys."""
+    """A plan's rectangles in batches, and its other parts.
+
+    `overlap`: rectangles of one part may hold the same keys. `rows`: how many partial rows a head has of the other
+    parts. `slots`, int32 (B|1, H|1, Lq, s): which of these rows are each query's, -1 for none.
+    """
 
     dense: list[dense.Batch]
     overlap: bool
@@ -396,8 +401,11 @@ def _gathered(slab: _Slab, x: Tensor, work: PartWork) -> Tensor:
 
 
 def copied_blocks(k: Tensor, v: Tensor, work: PartWork, tile: Tile) -> tuple[tuple[Any, Any], bool]:
-    """k and v as a kernel takes them, and whether they are descriptors: blocks of a slice of the stream can be read by
-    the copy engine, where the tile asks for it and rows begin at multiples of 16 bytes."""
+    """k and v as a kernel takes them, and whether they are descriptors.
+
+    The copy engine can read blocks of a slice of the stream, where the tile asks for it and rows begin at multiples of
+    16 bytes.
+    """
     if work.pieces or not tile.tma or not all(_aligned(x) for x in (k, v)):
         return (k, v), False
     from triton.tools.tensor_descriptor import TensorDescriptor

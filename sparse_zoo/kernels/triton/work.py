@@ -46,6 +46,7 @@ class PartWork(NamedTuple):
     pieces: bool
 
     def tiles(self, config: Config) -> Tiles:
+        """The tiles of a configuration for this part: its `pieces` or its `routed`."""
         return config.pieces if self.pieces else config.routed
 
 
