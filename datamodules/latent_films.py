@@ -181,10 +181,12 @@ class LatentFilms(LightningDataModule):
         self.val_films = [film for film in films if film.source in held]
 
     def train_dataloader(self) -> ResumableLoader:
+        """Return a resumable loader of shuffled batches of training films; the order follows from `seed` and epoch."""
         films = _Batches(self, self.train_films, training=True)
         return train_loader(films, 1, self.seed, self.num_workers, self.trainer)
 
     def val_dataloader(self) -> DataLoader[Batch]:
+        """Return a loader of the validation films: the same batches in the same order each time, all captions kept."""
         return val_loader(_Batches(self, self.val_films, training=False), 1, self.num_workers)
 
     def sample_metrics(self) -> dict[str, Metric]:

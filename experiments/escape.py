@@ -46,7 +46,7 @@ TEX = {
 
 
 def visible(text: str, *, lines: bool = False) -> str:
-    """The text with each unsafe character written as its escape (`\\x1b`, `\\u202e`); line breaks stay if `lines`."""
+    r"""The text with each unsafe character written as its escape (`\x1b`, `\u202e`); line breaks stay if `lines`."""
     text = UNSAFE.sub(_escaped, text)
     return text if lines else text.replace("\n", r"\n")
 
@@ -80,7 +80,7 @@ def for_mlflow(key: str) -> str:
 
 
 def for_json(plain: Any, indent: int | None = None) -> str:
-    """Readable JSON: letters of all scripts as they are, unsafe characters as `\\uXXXX`."""
+    r"""Readable JSON: letters of all scripts as they are, unsafe characters as `\uXXXX`."""
     text = json.dumps(plain, ensure_ascii=False, allow_nan=False, indent=indent)
     return UNSAFE.sub(lambda found: f"\\u{ord(found[0]):04x}", text)
 

@@ -53,8 +53,10 @@ class _Average(AveragedModel):
 
 
 class _ShardAverage(nn.Module):
-    """As `_Average`, of a model whose parameters are shards, which cannot be copied as a module: each rank averages its
-    own shards. Its state has the names that `_Average`'s has."""
+    """Averages a model whose parameters are shards; each rank averages its own shards.
+
+    Such a model cannot be copied as a module, so `_Average` does not serve. The state has the names of `_Average`'s.
+    """
 
     n_averaged: Tensor
 

@@ -148,7 +148,7 @@ def encode(
         with EncodingBar(errors, len(rows)) as bar:
             outcomes = run(rows, encoding, bar, jobs=jobs, sbatch=settings, ray=executor == "ray")
     except KeyboardInterrupt:
-        errors.print("Stopped. What is finished is kept; give the same command to go on", soft_wrap=True)
+        errors.print("Stopped. What is finished is kept; give the same command to resume", soft_wrap=True)
         raise
     done = [outcome.film for outcome in outcomes if outcome.film is not None]
     failed = [{"line": x.row.line, "video": x.row.name, "reason": x.reason} for x in outcomes if x.film is None]

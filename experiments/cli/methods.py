@@ -336,7 +336,7 @@ def bench(
     max_repeats: Annotated[int, typer.Option(min=1, help="Turns at most, while intervals are wide.")] = 24,
     minutes: Annotated[float, typer.Option(min=0, help="No further turns after this time.")] = math.inf,
     out: Annotated[Path | None, typer.Option(help="Also write the JSON here.")] = None,
-    plot: Annotated[Path | None, typer.Option(help="Also draw time against length, as PNG.")] = None,
+    plot: Annotated[Path | None, typer.Option(help="Also plot time against length, as PNG.")] = None,
     plugin: Plugin = [],  # noqa: B006
     as_json: AsJson = False,
 ) -> None:

@@ -39,10 +39,10 @@ def train(
         Path | None, typer.Option(help="YAML file laid over the base config, below the overrides.")
     ] = None,
     plugin: Plugin = [],  # noqa: B006
-    fresh: Annotated[bool, typer.Option("--fresh", help="Start an interrupted run anew.")] = False,
+    fresh: Annotated[bool, typer.Option("--fresh", help="Restart an interrupted run from its first step.")] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Train one model and say what came out; one that was interrupted goes on from its last checkpoint."""
+    """Train one model and say what came out; an interrupted run resumes from its last checkpoint."""
     given: list[Override] = [*([read_yaml(config)] if config else []), *(overrides or [])]
     refuse("config", misspelt(given, plugins=bool(plugin)))
     load_plugins(plugin)
@@ -64,10 +64,10 @@ def train(
     cell = make_cell("-".join(dict.fromkeys(str(method["name"]) for method in methods)), resolved)
     try:
         with Bar(errors, 1) as bar, lock(cell.folder("train")) as mine:
-            refuse(cell.name, [] if mine else [f"the same run is going on elsewhere, in {cell.folder('train')}"])
+            refuse(cell.name, [] if mine else [f"another process is running it, in {cell.folder('train')}"])
             result = run(cell, "train", Tracker("train", bar.note), bar, fresh=fresh)
     except KeyboardInterrupt:
-        errors.print(f"Stopped. What there is lies in {escape(str(cell.folder('train')))}", soft_wrap=True)
+        errors.print(f"Stopped. The files of the run are kept in {escape(str(cell.folder('train')))}", soft_wrap=True)
         raise
     if as_json:
         print(json.dumps(result.to_json()))
@@ -91,7 +91,7 @@ def sweep(
         str | None, typer.Option(help="One of the file's `sizes`; its results are those of the sweep NAME-SIZE.")
     ] = None,
     fresh: Annotated[
-        bool, typer.Option("--fresh", help="Run finished cells again too, and half-done ones from their start.")
+        bool, typer.Option("--fresh", help="Run every cell from its first step, finished and interrupted ones too.")
     ] = False,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Train nothing: list the cells, what they would take, how far they are.")
@@ -116,7 +116,7 @@ def sweep(
     """Run every cell of a sweep that has not finished, then write its report.
 
     Before the first one runs every cell is checked, budgets are solved, models are built and planned on the films
-    themselves. A cell that fails is recorded with its reason and the others go on; the exit code is then 1.
+    themselves. A cell that fails is recorded with its reason and the others still run; the exit code is then 1.
     """
     refuse(
         "zoo sweep",
@@ -147,7 +147,7 @@ def sweep(
     with errors.status("cells are read") as status:
         shorter = [] if max_steps is None else [{"trainer.max_steps": max_steps}]
         loaded = read(path, shorter, sized, lambda name: status.update(f"the budget of {escape(name)} is solved"))
-        status.update("cells are tried")
+        status.update("preflight check of the cells")
         preflight.check(loaded.cells)
         if executor == "local" and not dry_run:
             refuse("zoo sweep", _cannot_start(loaded.cells))

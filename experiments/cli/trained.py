@@ -1,4 +1,4 @@
-"""Commands that look at what trained models draw, choose and are given."""
+"""Commands that sample from trained models, measure their attention, and capture and replay its calls; `zoo ui`."""
 
 from __future__ import annotations
 
@@ -29,11 +29,11 @@ def sample(
     overrides: Annotated[
         list[str] | None, typer.Argument(help="data.key=value over the run's config: other films, longer ones.")
     ] = None,
-    films: Annotated[int, typer.Option(min=1, help="How many validation films to draw.")] = 4,
-    given: Annotated[int, typer.Option(min=0, help="How many first shots of each film are given, not drawn.")] = 0,
+    films: Annotated[int, typer.Option(min=1, help="How many validation films to generate.")] = 4,
+    given: Annotated[int, typer.Option(min=0, help="How many first shots of each film are given, not generated.")] = 0,
     order: Annotated[str | None, typer.Option(help="film: all shots at once; shots: one after the other.")] = None,
     context: Annotated[
-        int | None, typer.Option(min=0, help="Draw by shots, beside so many earlier ones, chosen by their means.")
+        int | None, typer.Option(min=0, help="Generate by shots, beside so many earlier ones, chosen by their means.")
     ] = None,
     steps: Annotated[
         int | None, typer.Option(min=1, help="Euler steps; for a pretrained model noise steps, 50 by default.")
@@ -56,13 +56,13 @@ def sample(
     plugin: Plugin = [],  # noqa: B006
     as_json: AsJson = False,
 ) -> None:
-    """Draw films with a trained model, of more shots than it was trained on if the data has them, and judge them.
+    """Generate films with a trained model, of more shots than it was trained on if the data has them, and judge them.
 
     With --prompts, write MP4 videos of a pretrained model, with a method as its attention (--model) or as a run has
     fine-tuned it (RUN).
 
     What is not asked for is as in the run's config. Measures that begin with whole_ ask whether a film of which no shot
-    was given agrees with itself, the others compare drawn shots with the true film.
+    was given agrees with itself, the others compare generated shots with the true film.
     """
     if model is not None or prompts is not None or run is None:
         given_too = {"key=value": bool(overrides), "--films": films != 4, "--given": given > 0}
@@ -203,9 +203,9 @@ def replay(
     ] = None,
     match: Annotated[
         str | None,
-        typer.Option(help="Turn each method's knob until the calls cost this: density=0.16, or flops of a call."),
+        typer.Option(help="Solve each method's knob so that the calls cost this: density=0.16, or flops of a call."),
     ] = None,
-    out: Annotated[Path | None, typer.Option("--plot", help="Also draw error against pairs, PNG or SVG.")] = None,
+    out: Annotated[Path | None, typer.Option("--plot", help="Also plot error against pairs, PNG or SVG.")] = None,
     plugin: Plugin = [],  # noqa: B006
     as_json: AsJson = False,
 ) -> None:

@@ -23,8 +23,11 @@ from lit_modules.parallel import META, recover_folder
 
 
 class WholeCheckpoints(TorchCheckpointIO):
-    """Writes a checkpoint whole or not at all, in its own folder; Lightning's way goes through the folder for
-    temporary files, which may be small, and copies from there, which takes time in which it can be killed."""
+    """Writes a checkpoint atomically: a temporary file in the checkpoint's folder, then a rename.
+
+    Lightning writes to the system's folder for temporary files, which may be small. It then copies the file, and a kill
+    during the copy can leave an incomplete checkpoint.
+    """
 
     @override
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:

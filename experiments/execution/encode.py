@@ -48,7 +48,9 @@ class Outcome:
 class Observer(Protocol):
     """Receives the progress of an encoding."""
 
-    def step(self, row: Row, done: int, total: int) -> None: ...
+    def step(self, row: Row, done: int, total: int) -> None:
+        """Called while a row is encoded: `done` of its `total` frames are encoded."""
+        ...
 
 
 class EncodingBar:
@@ -82,7 +84,7 @@ class EncodingBar:
         self.progress.stop()
 
     def step(self, row: Row, done: int, total: int) -> None:
-        """Told of `done` of a row's `total` frames."""
+        """Show that `done` of a row's `total` frames are encoded, and the frames a second over all rows."""
         self.shares[row.line] = done / max(total, 1)
         self.frames[row.line] = self.frames.get(row.line, (done, done))[0], done
         seconds = max(time.perf_counter() - self.start, 1e-6)
@@ -90,7 +92,7 @@ class EncodingBar:
         self._show(f"{rate:.1f} frames/s · {row.name}")
 
     def ended(self, outcome: Outcome) -> None:
-        """Told of a row that needs no more work."""
+        """Count a row that needs no more work, and print its notes or the reason why it has no film."""
         self.rows += 1
         self.shares[outcome.row.line] = 1.0
         self._show(None)

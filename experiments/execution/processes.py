@@ -80,21 +80,26 @@ class PipeObserver:
         self.to = to
 
     def tell(self, *what: Any) -> None:
+        """Send one event, its name first; end this process at once if the other end of the pipe is gone."""
         try:
             self.to.send(what)
         except BrokenPipeError:
             os._exit(1)  # as if killed: the cell goes on from its checkpoint when the sweep is started again
 
     def started(self, name: str) -> None:
+        """Send that the run `name` has started."""
         self.tell("started", name)
 
     def step(self, name: str, step: int, total: int | None, note: str) -> None:
+        """Send that the run `name` is at `step` of `total` (None: not known), with a note to show."""
         self.tell("step", name, step, total, note)
 
     def ended(self, result: Result) -> None:
+        """Send the result of a run that has ended."""
         self.tell("ended", result)
 
     def note(self, line: str) -> None:
+        """Send a line for the user to read."""
         self.tell("note", line)
 
 

@@ -23,7 +23,7 @@ from experiments.tracking.store import Result
 
 
 class Bar:
-    """Told of every cell and step; shows them while entered."""
+    """Receives the progress of every cell and step; shows it while entered."""
 
     def __init__(self, console: Console, cells: int) -> None:
         self.progress = Progress(
@@ -51,17 +51,19 @@ class Bar:
         self.progress.stop()
 
     def started(self, name: str) -> None:
+        """Add a bar for a cell that has started."""
         self.running[name] = self.progress.add_task(visible(name), total=None, note="")
 
     def step(self, name: str, step: int, total: int | None, note: str) -> None:
+        """Move a cell's bar to `step` of `total` (None: not known), and show the note beside it."""
         self.progress.update(self.running[name], completed=step, total=total, note=visible(note))
 
     def kept(self, count: int) -> None:
-        """Cells that had finished before."""
+        """Count cells that had finished before this sweep began, and say so beside the bar."""
         self.progress.update(self.cells, completed=count, note=f"{count} kept from before" if count else "")
 
     def ended(self, result: Result) -> None:
-        """With a result, here or elsewhere."""
+        """Count a cell that ended with a result, here or elsewhere; print the reason if it failed."""
         self._end(result.name)
         self.progress.advance(self.cells)
         if result.status == "failed":
@@ -70,11 +72,12 @@ class Bar:
             )
 
     def dropped(self, name: str, why: str) -> None:
-        """Without one."""
+        """Remove the bar of a cell that ended without a result, and print why."""
         self._end(name)
         self.console.print(f"[red]{escape(name)}:[/red] {escape(why)}", soft_wrap=True)
 
     def note(self, line: str) -> None:
+        """Print a line, dimmed, above the bars."""
         self.console.print(f"[dim]{escape(line)}[/dim]", soft_wrap=True)
 
     def _end(self, name: str) -> None:

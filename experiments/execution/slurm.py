@@ -39,6 +39,7 @@ class Job:
     home: Path
 
     def __call__(self) -> None:
+        """Run the cell in this job; ask for a new job if it is preempted or its time is over."""
         os.environ["ZOO_HOME"] = str(self.home)
         for plugin in self.work.plugins:
             import_file(plugin)

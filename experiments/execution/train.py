@@ -52,10 +52,21 @@ class RankDied(RuntimeError):
 class Observer(Protocol):
     """Receives the progress of a run."""
 
-    def started(self, name: str) -> None: ...
-    def step(self, name: str, step: int, total: int | None, note: str) -> None: ...
-    def ended(self, result: Result) -> None: ...
-    def note(self, line: str) -> None: ...
+    def started(self, name: str) -> None:
+        """Called once, before the run `name` trains."""
+        ...
+
+    def step(self, name: str, step: int, total: int | None, note: str) -> None:
+        """Called during training and testing: `step` of `total` (None: not known), and a note to show."""
+        ...
+
+    def ended(self, result: Result) -> None:
+        """Called with the result of a run that has ended."""
+        ...
+
+    def note(self, line: str) -> None:
+        """Called with a line for the user to read."""
+        ...
 
 
 class History(Callback):
@@ -121,7 +132,7 @@ class History(Callback):
         self.observer.step(self.result.name, batch_idx + 1, int(trainer.num_test_batches[0]), "judging")
 
     def write(self) -> None:
-        """Into the result."""
+        """Write the curves, the first and last training loss and the last validation loss into the result."""
         train = [(step, float(loss)) for step, loss in self.losses]
         stride = max(1, len(train) // CURVE_POINTS)
         self.result.curves = {"train/flow": train[::stride], "val/loss": [], **self.validations}

@@ -1,0 +1,1 @@
+"""Looking into models: costs, samples of trained runs, captured attention calls, pretrained pipelines."""

@@ -44,6 +44,7 @@ class Films:
         )
 
     def layout(self) -> zoo.Layout:
+        """Return the layout of one film: `shots` equal shots and the film's caption."""
         return zoo.Layout.film([zoo.Shot(self.frames, self.rows, self.cols, self.text)] * self.shots, self.caption)
 
 
@@ -63,9 +64,11 @@ class Bill:
 
     @property
     def model(self) -> Flops:
+        """FLOPs of the whole model: routing, attention, captions and linear layers of every layer."""
         return self.routing + self.attending + self.captions + self.linear
 
     def to_json(self) -> dict[str, Any]:
+        """{"pairs", "density", "branch_pairs", "executed_pairs", "flops": by pass, "bytes": {"qkvo", "plan"}}."""
         cost = self.attention.cost
         parts = ("routing", "attending", "captions", "linear", "model")
         flops: dict[str, Flops] = {name: getattr(self, name) for name in parts}

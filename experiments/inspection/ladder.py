@@ -85,6 +85,7 @@ class Climbed:
 
     @property
     def verdicts(self) -> list[dict[str, Any]]:
+        """The verdict of every method in every layer: by method, then by layer."""
         return [self.verdict(method, layer) for method in self.methods for layer in range(self.layers)]
 
     def to_json(self) -> dict[str, Any]:

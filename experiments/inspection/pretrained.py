@@ -74,6 +74,7 @@ class Compared:
 
     @property
     def label(self) -> str:
+        """The method and its settings on one line, as `moc · top_k 2 · anchors text`."""
         return settings({"name": self.method, **self.settings})
 
 

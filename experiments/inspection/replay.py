@@ -169,6 +169,7 @@ def to_json(captured: Sequence[Captured], rows: Sequence[Replayed], budget: Budg
 
 
 def table(captured: Sequence[Captured], rows: Sequence[Replayed]) -> Table:
+    """Return a table of the methods that ran, in the order of `rows`; `*` marks those on the Pareto front."""
     tokens = sorted({len(x.call.layout) for x in captured})
     layers = sorted({x.call.layer for x in captured})
     span = " … ".join(f"{x:,}" for x in dict.fromkeys((tokens[0], tokens[-1])))

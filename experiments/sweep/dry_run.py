@@ -22,8 +22,8 @@ NOTES = (
     "Density and FLOPs: counted from the plans of the freshly built model on its first training batches; FLOPs of one "
     "training step, forward and backward. ~: layers, heads or films differ, and training may move it.",
     "Seconds of a cell: the mean of finished runs of it on this machine, or else an estimate: the median of "
-    f"{TIMED} training steps (forward and backward) timed now, times the steps; validation, drawn films and the "
-    "optimizer's own work come on top. Unknown where the device that it asks for is not here.",
+    f"{TIMED} training steps (forward and backward) timed now, times the steps; validation, generated films and "
+    "the optimizer's own work come on top. Unknown where the device that it asks for is not here.",
 )
 TIMED_NOW, FINISHED = "steps timed now", "finished runs here"
 

@@ -1,0 +1,1 @@
+"""Tools for the project itself: generated docs pages, GPU checks, tiny models, the baselines of memory tests."""

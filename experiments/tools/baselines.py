@@ -38,6 +38,7 @@ class OwnShot(zoo.Attention):
             self.causality, self.strict = "strict", {}  # type: ignore[misc]
 
     def plan(self, q: Tensor, k: Tensor, layout: zoo.Layout) -> zoo.Plan:  # noqa: ARG002
+        """Return a plan: each token attends to its own shot and, if `captions` is "all", to its film's captions."""
         shots = zoo.Plan.within(layout.partition("shot"))
         if self.captions == "own":
             return shots
@@ -79,6 +80,7 @@ class RandomShots(zoo.Attention):
         self.own_heads = "each head draws shots of its own" if each == "token" else None
 
     def branches(self, call: zoo.Call) -> list[zoo.Branch | zoo.Term]:
+        """Return one branch: the own shot, and up to `shots` other shots of the same film, chosen at random."""
         pieces = call.layout.partition("shot")
         rows = torch.arange(len(call.layout), device=call.q.device) if call.q_rows is None else call.q_rows
         mine = pieces.piece_of[0, 0][rows]

@@ -74,6 +74,7 @@ def _encoder(folder: Path) -> int:
 
 
 def main(arguments: Sequence[str]) -> None:
+    """Print the memory of a model's parts, and the memory and FLOPs of a method at each size."""
     parser = argparse.ArgumentParser(prog="python -m experiments.tools.model_size", description=__doc__)
     parser.add_argument("folder", type=Path)
     parser.add_argument("sizes", nargs="*", default=["21x60x104"])

@@ -47,6 +47,7 @@ class Case:
     layout: zoo.Layout
 
     def but(self, **settings: Any) -> Case:
+        """Return this case with some settings replaced or added."""
         return replace(self, settings=tuple({**dict(self.settings), **settings}.items()))
 
 
@@ -67,6 +68,7 @@ class Figure:
         return max(lacks, 0.0) / self.theirs if self.theirs else (0.0 if value == 0 else math.inf)
 
     def fits(self, value: float) -> bool:
+        """Whether a value is within `TOLERANCE` of the printed one."""
         return self.off(value) <= TOLERANCE
 
 
@@ -81,6 +83,8 @@ class Reading:
 
 @dataclass(frozen=True)
 class Paper:
+    """A paper: what is assumed about it, its printed figures, and the readings that are tried on them."""
+
     name: str
     title: str
     assumptions: tuple[str, ...]
@@ -102,6 +106,7 @@ class Count:
 
     @property
     def density(self) -> float:
+        """The share of dense attention's pairs that the case computes."""
         return self.pairs / self.dense
 
 
@@ -387,10 +392,12 @@ class Fit:
 
     @property
     def count(self) -> str:
+        """How many rows the reading fits, in words: `3 of 4 rows`."""
         return f"{self.fits} of {self.of} rows"
 
     @property
     def admitted(self) -> bool:
+        """Whether the reading fits at least half of the rows that it applies to."""
         return 2 * self.fits >= self.of
 
 
@@ -406,6 +413,7 @@ class Row:
     reading: str | None = None
 
     def to_json(self, paper: str) -> dict[str, Any]:
+        """Plain: the printed figure, ours, the verdict with its reason; "off" is None for an infinite deviation."""
         figure = self.figure
         return {
             "paper": paper,
@@ -501,10 +509,12 @@ class Ledger:
         return Ledger(paper, tuple(rows), tuple(fits.values()))
 
     def tally(self) -> dict[Verdict, int]:
+        """Return the number of rows with each verdict."""
         verdicts: tuple[Verdict, ...] = ("agrees", "agrees under a reading", "does not follow")
         return {verdict: sum(row.verdict == verdict for row in self.rows) for verdict in verdicts}
 
     def summary(self) -> str:
+        """Return the number of rows with each verdict, in words."""
         agree, under, not_at_all = self.tally().values()
         return f"{agree} agree, {under} under a reading, {not_at_all} do not follow"
 

@@ -324,6 +324,7 @@ def installed(name: str) -> Any:
 
 
 def main(arguments: Sequence[str]) -> None:
+    """Write tiny models into a folder, all families unless some are named, and print their folders."""
     if not arguments:
         raise SystemExit("usage: python -m experiments.tools.tiny_models FOLDER [FAMILY …]")
     try:

@@ -201,10 +201,12 @@ def unpacked(pack: Path) -> dict[str, str]:
 
 
 def say(what: str) -> None:
+    """Print a line to standard error at once."""
     print(what, file=sys.stderr, flush=True)
 
 
 def main(arguments: list[str] | None = None) -> int:
+    """Run the stages, or list them; return 0, 2 where torch or a GPU is missing, else the exit code of the run."""
     parser = argparse.ArgumentParser(
         prog="python3 -m experiments.tools.gpu", description=about, formatter_class=argparse.RawDescriptionHelpFormatter
     )

@@ -35,6 +35,7 @@ class Size(NamedTuple):
 
 
 def device_of(run: Run) -> torch.device:  # noqa: ARG001
+    """Return the GPU if torch sees one, else the CPU."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
@@ -44,6 +45,7 @@ def kernel_of(run: Run) -> str:
 
 
 def dtype_of(run: Run) -> torch.dtype:
+    """Return the dtype of the inputs: bfloat16, or float32 in a tiny run without a GPU."""
     return torch.float32 if run.tiny and not torch.cuda.is_available() else torch.bfloat16
 
 

@@ -31,9 +31,11 @@ class Sdpa(Kernel):
     name = "sdpa"
 
     def why_not(self, q: Tensor | None = None, v: Tensor | None = None) -> list[str]:  # noqa: ARG002
+        """Return no reason: torch's attention runs everywhere. `run` itself refuses plans that are not dense."""
         return []
 
     def run(self, q: Tensor, k: Tensor, v: Tensor, plan: zoo.Plan, scale: float) -> tuple[Tensor, Tensor]:
+        """Return the dense attention of one film, and NaN for every lse; raise `ZooError` for any other plan."""
         full = int(plan.pairs.sum()) == plan.shape[0] * plan.shape[1] * plan.batch_heads[0] * plan.batch_heads[1]
         refuse("kernel 'sdpa'", [] if full else ["computes dense attention on one film alone"])
         order = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.MATH]
@@ -42,6 +44,7 @@ class Sdpa(Kernel):
         return out, q.new_full(q.shape[:3], torch.nan, dtype=torch.float32)
 
     def executed(self, plan: zoo.Plan, batch: int, heads: int) -> int:
+        """Return the pairs of dense attention, which are all computed whatever the plan says."""
         return batch * heads * plan.shape[0] * plan.shape[1]
 
 

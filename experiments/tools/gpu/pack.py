@@ -137,6 +137,7 @@ def size_of(folder: Path) -> int:
 
 
 def main(arguments: list[str] | None = None) -> int:
+    """Make a pack from the command line; return 0, or 1 if it fails or the pack is too large."""
     parser = argparse.ArgumentParser(
         prog="python3 -m experiments.tools.gpu.pack",
         description=__doc__,

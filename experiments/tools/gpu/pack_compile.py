@@ -27,12 +27,15 @@ class Driver:
         self.target = GPUTarget("cuda", capability, 32)
 
     def get_current_device(self) -> int:
+        """Return 0, the number of the only device."""
         return 0
 
     def get_current_stream(self, _: int) -> int:
+        """Return 0, the default stream."""
         return 0
 
     def get_current_target(self) -> Any:
+        """Return the target to compile for: CUDA, the capability, warps of 32 threads."""
         return self.target
 
 
@@ -44,6 +47,7 @@ class Dtype:
 
     @property
     def itemsize(self) -> int:
+        """Bytes of an element, from the number of bits in the dtype's name."""
         return 8 if "64" in self.name else 4 if "32" in self.name else 2 if "16" in self.name else 1
 
     def __str__(self) -> str:
@@ -63,6 +67,7 @@ class Address:
         self.dtype, self.at = Dtype(dtype), at
 
     def data_ptr(self) -> int:
+        """Return the recorded address, which Triton tests for its alignment."""
         return self.at
 
 
@@ -98,6 +103,7 @@ def shorten(cache: Path) -> None:
 
 
 def main(pack: Path, device_file: Path, capability: int) -> None:
+    """Compile every launch of a pack into its cache and print how many compiled and failed."""
     os.environ["TRITON_CACHE_DIR"] = str((pack / CACHE).absolute())
     from triton.runtime import driver
 

@@ -64,12 +64,15 @@ def skipped(name: str, reason: str) -> Row:
 
 
 def fact(name: str, **more: Any) -> Row:
+    """Return a row with a fact: neither a check nor a time, such as what the machine has or a speedup."""
     return {"kind": "fact", "name": name, **more}
 
 
 def time(name: str, seconds: float, **more: Any) -> Row:
+    """Return a row with a measured time, in seconds."""
     return {"kind": "time", "name": name, "seconds": seconds, **more}
 
 
 def not_timed(name: str, reason: str) -> Row:
+    """Return a row for a timing that was not taken, with the reason."""
     return {"kind": "time", "name": name, "not_timed": reason}

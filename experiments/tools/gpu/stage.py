@@ -67,6 +67,7 @@ def run_stage(name: str, function: str, run: Run) -> bool:
 
 
 def main(arguments: list[str] | None = None) -> int:
+    """Import the modules of `--load`, read one stage from standard input and run it; return 0, or 1 if it failed."""
     parser = argparse.ArgumentParser(prog="python3 -m experiments.tools.gpu.stage")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--load", nargs="*", default=[], help="modules to import before a stage is named")

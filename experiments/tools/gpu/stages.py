@@ -12,8 +12,11 @@ HERE = "experiments.tools.gpu"
 
 
 class Stage(NamedTuple):
-    """`function` ("module:name") yields rows; `needs` are facts of the machine; `after` are stages whose checks allow
-    its timings, which run too where it is asked for alone."""
+    """A stage of `make gpu`: its name, its time and what it needs.
+
+    `function` ("module:name") yields rows. `needs` are facts of the machine. `after` are stages whose checks must pass
+    before this stage is timed; they also run if only this stage is asked for.
+    """
 
     name: str
     seconds: int

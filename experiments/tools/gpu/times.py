@@ -247,10 +247,12 @@ TINY_SWEEP = (("attend", (Tile(16, 16, 1, 1),)), ("grad_keys", (Tile(8, 16, 1, 1
 
 
 def tiles_of(run: Run) -> tuple[tuple[str, tuple[Tile, ...]], ...]:
+    """Return, for each kernel, the tiles to time: `SWEEP`, or `TINY_SWEEP` in a tiny run."""
     return TINY_SWEEP if run.tiny else SWEEP
 
 
 def sweep_name(kernel: str, tile: Tile) -> str:
+    """Return the name of a kernel with a tile: rows × step, warps, stages, and `tma` where it loads by TMA."""
     return f"{kernel} {tile.rows}×{tile.step} w{tile.warps} s{tile.stages}{' tma' if tile.tma else ''}"
 
 
