@@ -11,6 +11,8 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from test_launch import Silent
@@ -125,3 +127,19 @@ def test_mlflow_page_gets_its_address_by_the_environment(tmp_path: Path, monkeyp
     assert child["command"][0] == sys.executable
     assert not any("hunter2" in part for part in child["command"])
     assert child["env"]["MLFLOW_BACKEND_STORE_URI"] == os.environ["MLFLOW_TRACKING_URI"]
+
+
+def test_metrics_logged_while_others_are_sent_are_sent_too() -> None:
+    sent: list[str] = []
+
+    class Client:
+        def log_batch(self, run_id: str, metrics: list[Any]) -> None:  # noqa: ARG002
+            sent.extend(metric.key for metric in metrics)
+            if len(sent) == 1:  # the training goes on in another thread
+                log.log_metrics({"attention/flops": 2.0}, step=1)
+
+    tracker: Any = SimpleNamespace(client=Client(), post=lambda ask: ask(), experiment="sweep")
+    log = mlflow_logger.Log(tracker, "run", {})
+    log.log_metrics({"train/loss": 1.0}, step=1)
+    log.save()
+    assert sent == ["train/loss", "attention/flops"]

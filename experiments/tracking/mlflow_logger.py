@@ -333,8 +333,9 @@ class Log(Logger):
 
     def _send(self, client: mlflow.MlflowClient, run_id: str) -> None:
         while self._waiting:
-            client.log_batch(run_id, metrics=self._waiting[:AT_ONCE])  # where it fails, they wait for the next time
-            del self._waiting[:AT_ONCE]
+            batch = self._waiting[:AT_ONCE]
+            client.log_batch(run_id, metrics=batch)  # where it fails, they wait for the next time
+            del self._waiting[: len(batch)]  # training may have added more meanwhile
 
     def flush(self) -> None:
         """Save, and wait until the store has it, or does not answer."""
