@@ -4,7 +4,7 @@ BIN := .venv/bin
 # The version of GPU machines with torch 2.11: kernels are compiled for it too, beside the installed one.
 OLDEST_TRITON := 3.6.0
 
-.PHONY: help install sweep test test-slow test-all lint coverage gpu gpu-pack models ui docs
+.PHONY: help install sweep test conformance test-slow test-all lint coverage gpu gpu-pack models ui docs
 
 help:  ## what can be made
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/'
@@ -22,6 +22,9 @@ sweep: install  ## train the quickstart sweep on real film and write its report
 
 test: install lint  ## ruff, mypy and the fast tests
 	$(BIN)/pytest --numprocesses 2
+
+conformance: install  ## the conformance suite on every method, and on the broken ones that it must catch
+	$(BIN)/pytest --numprocesses 2 -m slow tests/test_conformance.py tests/test_mutants.py
 
 test-slow: install  ## the slow tests that can run here; lists those that cannot
 	$(BIN)/pytest --numprocesses 2 -m slow -rs
