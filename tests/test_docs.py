@@ -13,6 +13,8 @@ from pathlib import Path
 import pytest
 import skvideo
 import typer
+from test_presets import PRESETS
+from tiny import write_sweep
 from typer.testing import CliRunner
 
 from experiments.cli import app
@@ -20,8 +22,6 @@ from experiments.sweep.schema import find_sized
 from experiments.tools.tiny_models import write
 from sparse_zoo.testing import checks
 from sparse_zoo.testing.mutants import MUTANTS
-from tests.test_presets import PRESETS
-from tests.tiny import write_sweep
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
