@@ -6,6 +6,7 @@ import os
 from array import array
 from bisect import bisect_left
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
@@ -147,10 +148,11 @@ def _best_stream(path: Path, where: str) -> int:
             return int(known[0].index)
         # Pictures that are not marked as such end after one packet.
         packets = dict.fromkeys((stream.index for stream in known), 0)
-        for packet in container.demux(known):
-            packets[packet.stream_index] += packet.size > 0
-            if min(packets.values()) > 1 or sum(packets.values()) > 500:
-                break
+        with suppress(IndexError):  # where a stream begins that PyAV does not know: what was seen so far decides
+            for packet in container.demux(known):
+                packets[packet.stream_index] += packet.size > 0
+                if min(packets.values()) > 1 or sum(packets.values()) > 500:
+                    break
         best = max(
             known,
             key=lambda stream: (

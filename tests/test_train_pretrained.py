@@ -172,6 +172,12 @@ def test_what_cannot_be_is_refused(models: Path, monkeypatch: pytest.MonkeyPatch
     assert message in done.output
 
 
+@pytest.mark.parametrize(("given", "message"), [(2, "trains on one device"), ("two", "parallel.data must be int")])
+def test_several_devices_are_refused(models: Path, given: object, message: str):
+    with pytest.raises(ZooError, match=message):
+        load([{"model": {"folder": str(models / "wan")}, "parallel.data": given}, SHORT])
+
+
 def test_all_reasons_are_given_at_once(models: Path):
     bad = {"model": {"folder": str(models / "wan"), "distill_output": -1.0}, "flow.history": 0.5, "seed": -1}
     with pytest.raises(ZooError) as error:

@@ -367,7 +367,8 @@ def check(config: Config) -> list[str]:
     if "match" in config:
         reasons += refusals(lambda: Budget.of(config["match"]))
     if is_pretrained(model):
-        return reasons + (misfits("model", model, Pretrained) or _pretrained(config))
+        reasons += misfits("model", model, Pretrained) or _pretrained(config)
+        return reasons or _parallel(config)
     wrong = misfits("model", model, _sections(model)["model"])
     if not wrong and (model["heads"] < 1 or model["dim"] % model["heads"]):
         wrong = [f"model.heads {model['heads']} must divide model.dim {model['dim']}"]
@@ -388,6 +389,8 @@ def _parallel(config: Config) -> list[str]:
     if "parallel" not in config:
         return []
     parallel, trainer, model = Parallel(**config["parallel"]), config["trainer"], config["model"]
+    if is_pretrained(model) and parallel.devices > 1:
+        return ["parallel: a pretrained model trains on one device; leave out parallel"]
     accelerator = trainer.get("accelerator", "auto")
     reasons = [
         f"parallel needs trainer.accelerator cpu, gpu, cuda or auto, got {accelerator!r}: no backend exchanges there"
@@ -421,12 +424,10 @@ def _parallel(config: Config) -> list[str]:
 def _pretrained(config: Config) -> list[str]:
     """Every reason against a pretrained model's settings, its folder, and what cannot apply to one."""
     from lit_modules.pretrained import inapplicable
-    from lit_modules.settings import Parallel, Pretrained
+    from lit_modules.settings import Pretrained
 
     reasons = refusals(lambda: Pretrained(**config["model"]))
     reasons += filter(None, inapplicable(config["flow"], config["optim"], config["sampling"]))
-    if Parallel(**config.get("parallel", {})).devices > 1:
-        reasons.append("parallel: a pretrained model trains on one device; leave out parallel")
     try:
         shape = attention_shape(config["model"])
     except ZooError as error:

@@ -142,7 +142,7 @@ def vbench(folder: Path, name: str, out: Path) -> tuple[dict[str, float], str]:
         judge = package.VBench("cuda" if torch.cuda.is_available() else "cpu", str(info), str(out))
         judge.evaluate(str(folder), name, dimension_list=at_hand, local=True, mode="custom_input")
         found = _results(out / f"{name}_eval_results.json")
-    except Exception as error:
+    except Exception as error:  # a package of others, which may raise anything: it is named, and the comparison ends
         raise ZooError(f"VBench failed on {folder}: {type(error).__name__}: {error}") from error
     note = f"VBench leaves out {', '.join(absent)}: their weights are not in {weights}" if absent else ""
     return found, note

@@ -27,7 +27,7 @@ def save_weights(path: Path, family: str, layers: Sequence[Layer], methods: Sequ
         with os.fdopen(handle, "wb") as file:
             torch.save(held, file)
         Path(begun).replace(path)
-    except BaseException:
+    except BaseException:  # Ctrl-C too leaves no half-written file; raised again
         Path(begun).unlink(missing_ok=True)
         raise
     return path

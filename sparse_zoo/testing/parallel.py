@@ -69,7 +69,7 @@ def run_ranks(size: int, function: Callable[[Seat], T]) -> list[T]:
         try:
             with torch.set_grad_enabled(grad):
                 found[rank] = function(Seat(room, rank))
-        except BaseException as error:
+        except BaseException as error:  # raised below, in the thread that asked
             errors.append(error)
             room.barrier.abort()
 
