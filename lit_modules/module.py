@@ -18,7 +18,7 @@ from typing_extensions import override
 import sparse_zoo as zoo
 from lit_modules.callbacks import EMA
 from lit_modules.dit import Block, VideoDiT
-from lit_modules.flow import RectifiedFlow, generator
+from lit_modules.flow import RectifiedFlow, generator, known_shots
 from lit_modules.metrics import LossByTime
 from lit_modules.muon import MuonAdamW
 from lit_modules.parallel import mean_over_ranks, shard
@@ -53,7 +53,8 @@ class LitVideoDiT(LightningModule):
 
     A batch is a dict: "layout", the joint `Layout` of the stream, sizes in tokens; "clips", float32 in [-1, 1], one
     per shot in stream order, each (B, F, C, H, W), of pixels or of a VAE's latents; "text", int64 (B, Nt) token ids
-    in stream order, or embeddings (B, Nt, text_dim); and whatever the sample metrics need.
+    in stream order, or embeddings (B, Nt, text_dim); "known", a bool for each shot, whether it is given where films are
+    judged (by default all but the last of a film); and whatever the sample metrics need.
 
     Args:
         model: Arguments of `VideoDiT`.
@@ -62,7 +63,7 @@ class LitVideoDiT(LightningModule):
         sampling: Fields of `Euler`, for `sample_metrics`.
         seed: Seed of noise, times and the attention's random numbers; with the number of the batch it fixes them all.
         sample_metrics: Metrics by name, whose `update(clips, batch)` judges films that are generated in validation and
-            test: the last shot of each film, the earlier ones given. Not kept in checkpoints.
+            test, beside the known shots. Not kept in checkpoints.
         whole_metrics: The same for films of which every shot is generated, in test alone.
 
     Raises:
@@ -192,11 +193,11 @@ class LitVideoDiT(LightningModule):
             found = self.flow.loss(self.model, batch["clips"], text, time, layout, draws, step=self.global_step)
             self.val_loss.update(found.per_token, which)
         if not self.trainer.sanity_checking:
-            self._judge(self.sample_metrics, batch, batch_idx, ~stream(layout).last_shots)
+            self._judge(self.sample_metrics, batch, batch_idx, known_shots(batch))
 
     @override
     def test_step(self, batch: dict[str, Any], batch_idx: int) -> None:
-        self._judge(self.test_metrics, batch, batch_idx, ~stream(batch["layout"]).last_shots)
+        self._judge(self.test_metrics, batch, batch_idx, known_shots(batch))
         self._judge(self.whole_metrics, batch, batch_idx, None)
 
     def _judge(self, metrics: MetricCollection, batch: dict[str, Any], seed: int, known: Tensor | None) -> None:
