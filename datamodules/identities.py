@@ -272,7 +272,9 @@ class Identities:
         """The same at any `position` (B, F, 2), frame by frame: (B, F, identities) and (B, F)."""
         batch, frames = shot.clip.shape[:2]
         number = torch.arange(frames, device=shot.clip.device).repeat(batch)
-        scene = self.scene(shot.background.repeat_interleave(frames), number, (shot.clip.shape[-2], shot.clip.shape[-1]))
+        scene = self.scene(
+            shot.background.repeat_interleave(frames), number, (shot.clip.shape[-2], shot.clip.shape[-1])
+        )
         ground = self.crop(scene.unflatten(0, (batch, frames)), position).flatten(0, 1)
         behind = self._behind(shot.view.repeat_interleave(frames), ground).unflatten(0, (batch, frames)).flatten(3)
         seen = self.crop(shot.clip, position).flatten(3)  # (B, F, 3, pixels²)

@@ -78,7 +78,17 @@ class ShotWorld(LightningDataModule):
         given = ShotWorldSettings(**settings)
         grid, patch, side = given.grid, given.patch, given.subject_size
         lengths = ends(given.frames_per_shot)
-        self.identities = Identities(given.shapes, given.colours, given.textures, given.backgrounds, side * patch[1], given.poses, given.scales, given.screens, given.scenery)
+        self.identities = Identities(
+            given.shapes,
+            given.colours,
+            given.textures,
+            given.backgrounds,
+            side * patch[1],
+            given.poses,
+            given.scales,
+            given.screens,
+            given.scenery,
+        )
         self.subjects = ends(given.subjects)
         self.returns = given.returns
         self.least_subjects = given.least_subjects
@@ -208,7 +218,9 @@ class ShotWorld(LightningDataModule):
         )
         text = self._captions(tag, start, end, background, view)
         films = [
-            Layout.film([Shot(int(length) // self.patch[0], *self.grid, TEXT + len(self._views)) for length in script.frames])
+            Layout.film(
+                [Shot(int(length) // self.patch[0], *self.grid, TEXT + len(self._views)) for length in script.frames]
+            )
             for script in (scripts[:1] if self.stacked else scripts)
         ]
         lengths = (scripts[0].frames if self.stacked else frames).tolist()

@@ -51,9 +51,7 @@ class RectifiedFlow(Flow):
         """Times in [0, 1], shifted towards noise by `shift`."""
         return self.shift * time / (1 + (self.shift - 1) * time)
 
-    def draw_times(
-        self, batch: int, layout: zoo.Layout, draws: torch.Generator, known: Tensor | None = None
-    ) -> Tensor:
+    def draw_times(self, batch: int, layout: zoo.Layout, draws: torch.Generator, known: Tensor | None = None) -> Tensor:
         """Training times (B, S), one per shot of the stream; 0 where a shot is given.
 
         `known`, bool (S,), are the shots that are given where films are judged.

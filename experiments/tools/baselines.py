@@ -8,12 +8,12 @@ import torch
 from torch import Tensor
 
 import sparse_zoo as zoo
-from sparse_zoo.attention import is_count
 from sparse_zoo.blocks import pooled, same_film
 from sparse_zoo.draws import numbers, uniform
 from sparse_zoo.errors import ZooError, refuse, unknown
 from sparse_zoo.partition import Partition
 from sparse_zoo.remember import remembered
+from sparse_zoo.requirements import is_count
 
 CAPTIONS, EACH = ("own", "all"), ("shot", "token")
 CAUSAL = ("strict", None)
@@ -198,9 +198,7 @@ class PooledMemory(zoo.Attention):
         return 2 * batch * heads * _memory(call.layout).mean.numel() * (dim + call.v.shape[-1])
 
 
-def _remembering(
-    own: zoo.Plan, past: zoo.Plan, call: zoo.Call, k: Tensor, v: Tensor, counts: Tensor
-) -> zoo.Branch:
+def _remembering(own: zoo.Plan, past: zoo.Plan, call: zoo.Call, k: Tensor, v: Tensor, counts: Tensor) -> zoo.Branch:
     """The own shot and pooled keys in one softmax; `counts` (B|1, H|1, n) are the tokens that a key stands for."""
     if not k.shape[2]:
         return zoo.Branch(own)
@@ -237,9 +235,7 @@ def _memory(layout: zoo.Layout) -> _Memory:
     # The shot, as a piece, of each entry.
     owner = (shots.sample[:, None] == places.sample[kept]) & (shots.shot[:, None] == shot[kept])
     entries = Partition.singles(len(taken), layout.device)
-    return _Memory(
-        shots, places, taken / counts[:, None], counts[None, None], zoo.Plan.blocks(shots, entries, owner)
-    )
+    return _Memory(shots, places, taken / counts[:, None], counts[None, None], zoo.Plan.blocks(shots, entries, owner))
 
 
 @zoo.register("frozen_router")
@@ -300,7 +296,9 @@ class FrozenRouter(zoo.Attention):
     def routing_flops(self, call: zoo.Call) -> int:
         """The projections and the routing of the method inside."""
         batch, _, length, _ = call.k.shape
-        projections = 0 if self.routes_by_features else 4 * batch * length * (self.dim or 0) * call.q.shape[1] * self.head_dim
+        projections = (
+            0 if self.routes_by_features else 4 * batch * length * (self.dim or 0) * call.q.shape[1] * self.head_dim
+        )
         return self.inner.routing_flops(call) + projections
 
 

@@ -14,7 +14,15 @@ ELSEWHERE = {
 
 # Settings that came later than results that are kept, with the values at which nothing changes: left out there.
 NEUTRAL = {
-    "data": {"poses": 1, "scales": 1, "screens": 1, "distractors": 0, "scenery": False, "judged": "last", "least_subjects": None},
+    "data": {
+        "poses": 1,
+        "scales": 1,
+        "screens": 1,
+        "distractors": 0,
+        "scenery": False,
+        "judged": "last",
+        "least_subjects": None,
+    },
     "flow": {"known": 0.0},
 }
 
