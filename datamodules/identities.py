@@ -56,8 +56,8 @@ class Identities:
 
     Identity number = (shape · colours + colour) · textures + texture.
 
-    A view is how a subject is seen: pose, scale, and the screen that hides a part. View number = (pose · scales + scale)
-    · screens + screen. Poses 4 to 7 are 0 to 3 mirrored; screen 0 hides nothing, 1 to 4 hide a quarter of the window.
+    A view is how a subject is seen: pose, scale, and the screen that hides a part. View number = (pose · scales +
+    scale) · screens + screen. Poses 4 to 7 are 0 to 3 mirrored; screen 0 hides nothing, 1 to 4 hide a quarter of it.
 
     With `scenery` backgrounds have stripes, each background in its own direction, that move by a pixel a frame.
     """

@@ -24,9 +24,11 @@ class IdentityRecall(Metric):
     `compute` returns scalars: "identity_recall"; "shape_recall", "colour_recall", "texture_recall"; "wrong_subject",
     the share that shows another identity of the film instead, which is memory of the wrong subject; "subject_shown",
     the share in which a subject was generated at all, and "shown_identity_recall", the recall among these (0 if there
-    are none); and "identity_recall_back_<d>" over the shots whose subject was last seen d shots before, for each d that
-    occurs. A subject is there if the nearest identity leaves less than half the squared error that the bare background
-    leaves; in whole films it must be in the earlier shot too.
+    are none); and "identity_recall_back_<d>" over the shots whose subject was last seen d shots before, in a shot that
+    is given or, in whole films, in any, for each d that occurs.
+
+    A subject is there if the nearest identity leaves less than half the squared error that the bare background leaves;
+    in whole films it must be in the earlier shot too.
 
     Args:
         identities: The appearance of subjects.
@@ -69,7 +71,9 @@ class IdentityRecall(Metric):
         for film in judged_shots(clips, batch):
             rows = []
             for number, judged in enumerate(film):
-                (saw, there), source = look(judged.shot), judged.source
+                saw, there = look(judged.shot)
+                # In whole films every shot is generated; otherwise what was generated is no source.
+                source = judged.source if self.whole else judged.known_source
                 earlier = judged.identities[:, :-1]
                 if self.whole:
                     earlier, before = (torch.stack(x, 1) for x in zip(*map(look, judged.earlier), strict=True))

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from torchmetrics import Metric
 
+from datamodules.drift import ShotDrift
 from datamodules.identities import Identities
 from datamodules.loading import Batch, ResumableLoader, train_loader, val_loader
 from datamodules.quality import ShotQuality
@@ -144,6 +145,10 @@ class ShotWorld(LightningDataModule):
     def whole_metrics(self) -> dict[str, Metric]:
         """Metrics of films of which every shot is generated."""
         return {"whole": IdentityRecall(self.identities, whole=True)}
+
+    def drift(self) -> ShotDrift:
+        """What every shot of generated films shows, by its number in the film."""
+        return ShotDrift(self.identities)
 
     def summary(self) -> dict[str, Any]:
         """Sizes, ready for JSON; the shots and frames of a range are counted over the films themselves."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import fields
+from dataclasses import fields, replace
 from typing import Any, Protocol, cast, runtime_checkable
 
 import torch
@@ -64,7 +64,9 @@ class LitVideoDiT(LightningModule):
         seed: Seed of noise, times and the attention's random numbers; with the number of the batch it fixes them all.
         sample_metrics: Metrics by name, whose `update(clips, batch)` judges films that are generated in validation and
             test, beside the known shots. Not kept in checkpoints.
-        whole_metrics: The same for films of which every shot is generated, in test alone.
+        whole_metrics: The same for films of which every shot is generated, in test alone. If the model is strictly
+            causal and films are generated at once, they are also generated shot by shot, with cached keys: then
+            "whole_streamed_" begins the names that otherwise begin with "whole_".
 
     Raises:
         NonFiniteLoss: Before a non-finite loss or gradient reaches the weights.
@@ -104,12 +106,14 @@ class LitVideoDiT(LightningModule):
         self.sample_metrics = MetricCollection(dict(sample_metrics or {}), prefix="val/", compute_groups=False)
         self.test_metrics = self.sample_metrics.clone(prefix="test/")
         self.whole_metrics = MetricCollection(dict(whole_metrics or {}), prefix="test/", compute_groups=False)
+        self.streamed_metrics = self.whole_metrics.clone()
         # Every device validates all films, so there is nothing to reduce.
         for metric in (
             self.val_loss,
             *self.sample_metrics.values(),
             *self.test_metrics.values(),
             *self.whole_metrics.values(),
+            *self.streamed_metrics.values(),
         ):
             metric.sync_on_compute = False
         self._sharded = False
@@ -199,11 +203,27 @@ class LitVideoDiT(LightningModule):
     def test_step(self, batch: dict[str, Any], batch_idx: int) -> None:
         self._judge(self.test_metrics, batch, batch_idx, known_shots(batch))
         self._judge(self.whole_metrics, batch, batch_idx, None)
+        if self._streams:
+            self._judge(self.streamed_metrics, batch, batch_idx, None, replace(self.sampling, order="shots"))
 
-    def _judge(self, metrics: MetricCollection, batch: dict[str, Any], seed: int, known: Tensor | None) -> None:
+    @property
+    def _streams(self) -> bool:
+        """Whether whole films are also generated shot by shot in a test."""
+        return self.model.strict and self.sampling.order == "film"
+
+    def _judge(
+        self,
+        metrics: MetricCollection,
+        batch: dict[str, Any],
+        seed: int,
+        known: Tensor | None,
+        sampling: Euler | None = None,
+    ) -> None:
         """Update metrics with the batch's films, generated except for the `known` shots."""
         if len(metrics):
-            clips = self.sampling.sample(self.model, self.flow, batch, seed=seed, known=known, step=self.global_step)
+            clips = (sampling or self.sampling).sample(
+                self.model, self.flow, batch, seed=seed, known=known, step=self.global_step
+            )
             metrics.update(clips, batch)
 
     @override
@@ -221,6 +241,10 @@ class LitVideoDiT(LightningModule):
     @override
     def on_test_epoch_end(self) -> None:
         self._tell(self.test_metrics, self.whole_metrics)
+        if self._streams and len(self.streamed_metrics):
+            found = self.streamed_metrics.compute()
+            self.log_dict({name.replace("whole_", "whole_streamed_", 1): value for name, value in found.items()})
+            self.streamed_metrics.reset()
 
     def _tell(self, *judges: MetricCollection) -> None:
         """Log the values of metrics, keep their outcomes for each film, and reset them."""

@@ -266,6 +266,37 @@ def test_settings_of_the_harder_world_are_refused_all_at_once() -> None:
         ShotWorld(scales=2, patch=(1, 3, 3))
 
 
+def test_distance_is_to_a_shot_that_is_given() -> None:
+    world = ShotWorld(**HARD | {"subjects": 2, "tags": 2, "returns": 6})
+    batch = world.batch("validation", range(50))
+    found = score(world.sample_metrics()["identity"], batch["clips"], batch)
+    back = {int(name.rpartition("_")[2]) for name in found if "_back_" in name}
+    assert back == set(range(1, 8))  # two introductions, then six returns
+    whole = score(world.whole_metrics()["whole"], batch["clips"], batch)
+    # Each round shows both subjects, so the nearest shot of the same one is at most three back.
+    assert {int(name.rpartition("_")[2]) for name in whole if "_back_" in name} == {1, 2, 3}
+
+
+def test_drift_is_of_each_shot_by_its_number() -> None:
+    world = ShotWorld(**HARD | {"distractors": 0})
+    batch = world.batch("validation", range(8))
+    identity = batch["truth"]["identity"].clone()
+    identity[:2, 6] = (identity[:2, 6] + 97) % 192
+    clips = render(world, batch, identity)
+    clips[7] = torch.randn(clips[7].shape, generator=torch.Generator().manual_seed(0))
+    drift = world.drift()
+    for rows in (slice(0, 3), slice(3, 8)):
+        part = batch | {"truth": {name: x[rows] for name, x in batch["truth"].items()}}
+        drift.update([clip[rows] for clip in clips], part)
+    found = drift.compute()
+    assert (found["shot"], found["films"]) == ([*range(9)], [8] * 9)
+    assert found["subject_shown"] == [1, 1, 1, 1, 1, 1, 1, 0, 1]
+    assert [x != x for x in found["same_as_introduction"]] == [True] * 4 + [False] * 5
+    assert found["same_as_introduction"][4:7] == [1, 1, pytest.approx(0.75)]
+    assert found["window_error"][0] == pytest.approx(0, abs=1e-5)
+    assert found["window_error"][7] > 0.5
+
+
 @pytest.mark.parametrize(
     ("settings", "digest"),
     [

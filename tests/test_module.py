@@ -22,7 +22,7 @@ from typing_extensions import override
 
 import sparse_zoo as zoo
 from datamodules import ShotWorld
-from lit_modules import AttentionCost, LitVideoDiT, NonFiniteLoss, Optim, SampleFilms, StepTimer, film_strip
+from lit_modules import AttentionCost, Euler, LitVideoDiT, NonFiniteLoss, Optim, SampleFilms, StepTimer, film_strip
 from lit_modules.flow import generator
 from lit_modules.module import VALIDATION_TIMES
 from lit_modules.stream import stream
@@ -576,6 +576,21 @@ def test_a_test_draws_last_shots_and_whole_films_with_the_averaged_weights(tmp_p
     for name, known in (("last", ~stream(PACKED).last_shots), ("all", None)):
         clips = averaged.sampling.sample(averaged.model, averaged.flow, films, seed=0, known=known, step=2)
         assert once[f"test/{name}"] == pytest.approx(float(sum(clip.double().sum() for clip in clips)), rel=1e-5)
+
+
+@pytest.mark.parametrize(("causal", "order"), [("strict", "film"), ("strict", "shots"), (None, "film")])
+def test_whole_films_of_a_strict_model_are_also_generated_shot_by_shot(causal, order):
+    films = batch(PACKED)
+    attention = {"name": "moc", "chunk": "shot", "top_k": 1, "causal": causal}
+    module = lit(attention=attention, whole_metrics={"whole_sum": Bright()}, sampling={"steps": 2, "order": order})
+    run = trainer(1)
+    run.test(module, loader(films, times=1), verbose=False)
+    found = {name: float(value) for name, value in run.callback_metrics.items()}
+    streams = causal == "strict" and order == "film"
+    assert set(found) == {"test/whole_sum"} | ({"test/whole_streamed_sum"} if streams else set())
+    if streams:
+        shots = Euler(2, order="shots").sample(module.model, module.flow, films, seed=0, step=0)
+        assert found["test/whole_streamed_sum"] == pytest.approx(float(sum(x.double().sum() for x in shots)), rel=1e-5)
 
 
 def test_a_resumed_run_whose_training_was_over_is_tested_with_the_averaged_weights(tmp_path):

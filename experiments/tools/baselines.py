@@ -212,7 +212,7 @@ class _Memory:
     """What `PooledMemory` needs of a layout.
 
     `places` are the video tokens by shot and place; the n entries are of each shot and place that an earlier shot has.
-    `mean` (n, places) takes an entry from the places' means; `counts` (1, 1, n) are tokens; `plan` is of shots x entries.
+    `mean` (n, places) makes an entry of the places' means; `counts` (1, 1, n) are tokens; `plan` is of shots × entries.
     """
 
     shots: Partition
