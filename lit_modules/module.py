@@ -156,7 +156,14 @@ class LitVideoDiT(LightningModule):
         ]
         rates: dict[str, Any] = {"lr": optim.lr, "betas": (optim.beta1, optim.beta2)}
         optimizer: torch.optim.Optimizer = (
-            MuonAdamW(inner, groups, muon_lr=optim.muon_lr, weight_decay=optim.weight_decay, **rates)
+            MuonAdamW(
+                inner,
+                groups,
+                muon_lr=optim.muon_lr,
+                weight_decay=optim.weight_decay,
+                wide=optim.muon_float32,
+                **rates,
+            )
             if muon
             else torch.optim.AdamW(groups, **rates)
         )

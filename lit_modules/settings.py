@@ -128,6 +128,8 @@ class Optim:
     """Learning rate of AdamW."""
     muon_lr: float = 0.02
     """Learning rate of Muon."""
+    muon_float32: bool = False
+    """Muon's iterations run in float32, faster on a CPU without bfloat16; false: in bfloat16, as torch has it."""
     weight_decay: float = 0.01
     """Weight decay, for the matrices of linear layers alone."""
     beta1: float = 0.9

@@ -25,6 +25,7 @@ from datamodules import ShotWorld
 from lit_modules import AttentionCost, Euler, LitVideoDiT, NonFiniteLoss, Optim, SampleFilms, StepTimer, film_strip
 from lit_modules.flow import generator
 from lit_modules.module import VALIDATION_TIMES
+from lit_modules.muon import WideMuon
 from lit_modules.stream import stream
 from lit_modules.strips import stack_rows
 
@@ -357,6 +358,23 @@ def test_only_matrices_of_linear_layers_decay():
     plain = {id(p) for p in others["params"]}
     assert id(module.model.words.weight) in plain
     assert {id(p) for p in module.model.parameters()} == plain | {id(p) for p in decayed["params"]}
+
+
+def test_muon_in_float32_steps_as_torchs_does_but_for_rounding():
+    torch.manual_seed(0)
+    shapes, found = [(6, 9), (12, 5), (8, 8)], {}
+    start, gradients = [torch.randn(*shape) for shape in shapes], [torch.randn(3, *shape) for shape in shapes]
+    for cls in (torch.optim.Muon, WideMuon):
+        weights = [torch.nn.Parameter(x.clone()) for x in start]
+        muon = cls(weights, lr=0.1, weight_decay=0.1)
+        for turn in range(3):
+            for weight, gradient in zip(weights, gradients, strict=True):
+                weight.grad = gradient[turn].clone()
+            muon.step()
+        found[cls] = [weight.detach() for weight in weights]
+    for theirs, ours, x in zip(*found.values(), start, strict=True):
+        assert torch.allclose(ours, theirs, atol=0.02)
+        assert (theirs - x).abs().max() > 0.1
 
 
 @pytest.mark.parametrize("text", ["joint", "cross"])

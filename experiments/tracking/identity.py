@@ -24,6 +24,7 @@ NEUTRAL = {
         "least_subjects": None,
     },
     "flow": {"known": 0.0},
+    "optim": {"muon_float32": False},
 }
 
 
