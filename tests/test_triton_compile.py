@@ -178,7 +178,7 @@ def test_routing_compiles(
 
 @pytest.mark.slow
 @pytest.mark.skipif(triton.__version__ == OLDEST, reason="this is that run")
-@pytest.mark.skipif(not OLDEST_PACKAGE.exists(), reason=f"needs Triton {OLDEST} in {OLDEST_PACKAGE}: make install")
+@pytest.mark.skipif(not OLDEST_PACKAGE.exists(), reason=f"needs Triton {OLDEST} in {OLDEST_PACKAGE}: make test-slow")
 def test_everything_compiles_with_the_oldest_triton() -> None:
     """The code generators differ in registers and spills: what GPU machines with torch 2.11 have is checked as well."""
     done = subprocess.run(
