@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from tiers import cases
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
@@ -109,7 +110,7 @@ def swapped(family: Family, model: nn.Module, given: Mapping[str, Any]) -> tuple
     return f, w, h
 
 
-@pytest.mark.parametrize("method", zoo.names())
+@pytest.mark.parametrize("method", cases(zoo.names()))
 @pytest.mark.parametrize("family", ["wan", "hunyuan_video"])
 def test_every_method_trains_in_a_pretrained_model(family, method):
     model, given = transformer(family).train(), inputs(family)

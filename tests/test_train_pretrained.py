@@ -87,6 +87,7 @@ def test_zoo_train_fine_tunes_a_model_and_zoo_sample_generates_with_it(models: P
         assert "trained a pretrained model" in done.output
 
 
+@pytest.mark.slow
 def test_methods_are_swept_at_one_density(models: Path, tmp_path: Path):
     file = tmp_path / "retrofit.yaml"
     file.write_text(
