@@ -257,13 +257,13 @@ class LitPretrained(LightningModule):
             written.append(self.bridge.save(folder / "methods.pt"))
         if self.settings.lora_rank:
             save: Any = self.model.save_lora_adapter
-            told = logging.getLogger("diffusers.models.modeling_utils")
-            level = told.level
-            told.setLevel(logging.ERROR)  # it warns of a cast that saving does not make
+            logger = logging.getLogger("diffusers.models.modeling_utils")
+            level = logger.level
+            logger.setLevel(logging.ERROR)  # it warns of a cast that saving does not make
             try:
                 save(folder / "lora")
             finally:
-                told.setLevel(level)
+                logger.setLevel(level)
             written.append(folder / "lora")
         return written
 
@@ -285,8 +285,8 @@ class LitPretrained(LightningModule):
 def inapplicable(flow: Mapping[str, Any], optim: Mapping[str, Any], sampling: Mapping[str, Any]) -> list[str]:
     """Why settings that a model of our own has do not apply to a pretrained one."""
     return [
-        "flow.per_shot: a pretrained model is told one noise time for a film" if flow.get("per_shot") else "",
-        "flow.history: a pretrained model is told one noise time for a film" if flow.get("history") else "",
+        "flow.per_shot: a pretrained model takes one noise time for a film" if flow.get("per_shot") else "",
+        "flow.history: a pretrained model takes one noise time for a film" if flow.get("history") else "",
         f"flow.drop_text must be 0, got {flow['drop_text']}; leave captions out when text is encoded"
         if flow.get("drop_text")
         else "",

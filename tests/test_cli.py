@@ -140,7 +140,7 @@ def test_runs_that_cannot_be_written_are_one_message(tmp_path: Path, monkeypatch
     monkeypatch.setenv("ZOO_HOME", "/dev/null/runs")
     result = zoo("sweep", str(write_sweep(tmp_path / "nowhere.yaml")))
     assert result.exit_code == 2
-    assert "runs lie in /dev/null/runs" in result.stderr
+    assert "runs are kept in /dev/null/runs" in result.stderr
     assert "Traceback" not in result.output
 
 
@@ -214,7 +214,7 @@ cli.main()
 """
     done = subprocess.run([sys.executable, "-c", code], cwd=here, capture_output=True, text=True, env=os.environ)
     assert done.returncode == 130, done.stderr
-    assert "go on with: zoo sweep long.yaml" in done.stdout
+    assert "resume with: zoo sweep long.yaml" in done.stdout
     assert "was interrupted by SIGINT after 3 steps" in done.stdout
     assert "Traceback" not in done.stderr + done.stdout
 

@@ -501,7 +501,7 @@ def test_sampled_films_are_stored_beside_the_real_ones(tmp_path):
     again = SampleFilms(tmp_path / "films")
     again.load_state_dict({"validations": 2, "names": ["step_000002_film_0.png", names[0]]})  # of an earlier version
     assert again.paths == [tmp_path / "films" / names[0]]
-    with pytest.raises(zoo.ZooError, match="1 or 3 channels can be drawn, got 4"):
+    with pytest.raises(zoo.ZooError, match="1 or 3 channels can be shown, got 4"):
         trainer(1, SampleFilms(tmp_path)).validate(lit(channels=4), loader(batch(SILENT)))
 
 

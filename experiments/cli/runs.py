@@ -74,7 +74,7 @@ def train(
         print(json.dumps(result.to_json()))
     else:
         console.print(_one_run(result, settings(resolved["attention"])))
-        console.print(f"The run lies in {escape(result.folder)}", soft_wrap=True)
+        console.print(f"The run is in {escape(result.folder)}", soft_wrap=True)
     if result.status != "finished":
         errors.print(
             f"[bold red]{result.status.capitalize()}:[/bold red] {escape(result.reason or '')}", soft_wrap=True
@@ -198,7 +198,7 @@ def sweep(
     for line in _without_settings(loaded):
         console.print(escape(line), soft_wrap=True)
     if interrupted:
-        console.print(f"Stopped. Finished cells are kept; go on with: {escape(_again())}", soft_wrap=True)
+        console.print(f"Stopped. Finished cells are kept; resume with: {escape(_again())}", soft_wrap=True)
         raise interrupted
     if not complete and wait:
         raise typer.Exit(1)

@@ -2,7 +2,7 @@
 
 Who runs a cell holds the lock in its folder meanwhile, so that processes that know nothing of each other share a sweep:
 each takes what is neither finished nor locked. A driver, or a machine, can be killed at any time; the same command then
-runs what is missing, a half-done cell from its last checkpoint.
+runs the missing cells, and resumes an interrupted one from its last checkpoint.
 """
 
 from __future__ import annotations
@@ -89,7 +89,7 @@ def execute(
 
 
 def _record_sweep(sweep: Sweep) -> str | None:
-    """That these cells were asked for, where others were before: the report is about the last ones. MLflow's parent."""
+    """Store these cells as the sweep's last request, which the report describes; return MLflow's parent run."""
     asked = last_request(sweep.name)
     parent = asked.mlflow_run if asked else None
     if asked is None or (asked.about, asked.cells, asked.tuning) != (sweep.about, sweep.cells, sweep.request.tuning):
@@ -170,7 +170,7 @@ def _in_processes(works: list[Work], jobs: int, bar: Bar) -> Iterator[Result]:
 
     No pool of a library: those take the death of one process, say for want of memory, for the end of all.
     """
-    waiting, told = deque(works), set[str]()
+    waiting, noted = deque(works), set[str]()
     each = max(devices(work.cell) for work in works)
     workers = [Worker(number, jobs, _serve, gpus=each) for number in range(jobs)]
     try:
@@ -186,7 +186,7 @@ def _in_processes(works: list[Work], jobs: int, bar: Bar) -> Iterator[Result]:
                     kind, *told_of = worker.pipe.recv()
                 except EOFError:
                     workers[worker.number] = Worker(worker.number, jobs, _serve, gpus=each)
-                    bar.dropped(work.cell.name, f"its process {worker.fate()}; the same command goes on with it")
+                    bar.dropped(work.cell.name, f"its process {worker.fate()}; the same command resumes it")
                     yield read(work.cell, work.sweep)
                     continue
                 if kind == "refused":
@@ -198,9 +198,9 @@ def _in_processes(works: list[Work], jobs: int, bar: Bar) -> Iterator[Result]:
                 if told_of[0] is not None:
                     yield told_of[0]
                     continue
-                if work.cell.name not in told:
+                if work.cell.name not in noted:
                     bar.note(f"{work.cell.name} is running elsewhere")
-                    told.add(work.cell.name)
+                    noted.add(work.cell.name)
                 waiting.append(work)
     finally:
         end(workers)

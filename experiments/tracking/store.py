@@ -230,7 +230,7 @@ def read_sweep(name: str) -> SweepRequest:
     try:
         plain = schema.read_sweep(path)
     except (ValueError, OSError) as error:
-        raise ZooError(f"{path} cannot be read ({error}); remove it, and `zoo sweep` writes it anew") from error
+        raise ZooError(f"{path} cannot be read ({error}); remove it, and `zoo sweep` writes it again") from error
     cells = tuple(
         Cell(cell["name"], dict(cell["config"]), cell.get("group"), cell.get("id", "")) for cell in plain["cells"]
     )
