@@ -8,7 +8,7 @@ normal. Power is the share of the true differences that the paired t tests find 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from itertools import combinations
@@ -105,3 +105,53 @@ def _simulated(seeds: int, methods: int) -> tuple[np.ndarray, np.ndarray]:
     variance = own[:, first] + own[:, second] - 2 * covariance[:, first, second]
     means = runs.mean(-1)
     return means[:, first] - means[:, second], np.sqrt(variance / seeds)
+
+
+@dataclass(frozen=True)
+class SeedPlan:
+    """What the seeds of a comparison can show, and how many more it needs.
+
+    `difference` is the smallest true difference that is found with `probability` by `spread.seeds` seeds of `methods`
+    methods. `needed` is the number of seeds that finds `target`, `needed_widest` the same if all pairs varied as much
+    as the one that varies most; None where more than `MOST_SEEDS` are needed. Without a target both are None.
+    """
+
+    spread: Spread
+    methods: int
+    probability: float
+    difference: float
+    target: float | None
+    needed: int | None
+    needed_widest: int | None
+
+    @staticmethod
+    def of(
+        values: Mapping[str, Mapping[int, float]],
+        methods: int | None = None,
+        target: float | None = None,
+        probability: float = PROBABILITY,
+    ) -> SeedPlan | None:
+        """Return the plan that a pilot gives.
+
+        Args:
+            values: Name -> seed -> value, of the methods whose spread counts.
+            methods: How many methods are compared; by default those of `values`.
+            target: The difference that is to be found.
+            probability: With which it is to be found.
+
+        Returns:
+            The plan; None where no two methods have two seeds in common, or where no difference varies at all.
+        """
+        spread = Spread.of(values)
+        if spread is None or not spread.sd:
+            return None
+        count = methods or len(values)
+        difference = spread.sd * smallest_effect(spread.seeds, count, probability)
+        needed = [
+            None if target is None else seeds_needed(target / sd, count, probability) for sd in (spread.sd, spread.most)
+        ]
+        return SeedPlan(spread, count, probability, difference, target, *needed)
+
+    def curve(self, seeds: Sequence[int]) -> dict[int, float]:
+        """Return the smallest difference that is found with each of these numbers of seeds."""
+        return {n: self.spread.sd * smallest_effect(n, self.methods, self.probability) for n in seeds}

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.table import Table
 
-from experiments.analysis.metrics import measures_to_rank_by
+from experiments.analysis.metrics import COST_SENSES, measures_to_rank_by
 from experiments.cli.shell import AsJson, Plugin, app, console, errors, load_plugins
 from experiments.config.names import Override, misspelt, misspelt_choices
 from experiments.config.yaml12 import read_yaml
@@ -19,6 +19,8 @@ from experiments.escape import for_terminal as escape
 from experiments.sweep.schema import Written, find_sized
 from experiments.tracking.store import read, read_sweep
 from sparse_zoo.errors import refuse, unknown
+
+SHOWN_SEEDS = (3, 5, 7, 10, 15, 20, 30)  # numbers of seeds that `zoo power` lists
 
 if TYPE_CHECKING:
     from experiments.reporting.report import Report
@@ -208,7 +210,11 @@ def sweep(
 def report(
     name: Annotated[str, typer.Argument(help="A sweep that has run.")],
     by: Annotated[
-        str | None, typer.Option(help="The measure that ranks and is tested; identity_recall, or else val_loss.")
+        str | None,
+        typer.Option(
+            help="The measure that ranks and is tested (identity_recall, or else val_loss); or pairs, flops, seconds, "
+            "for the default one in the order of that cost."
+        ),
     ] = None,
     runs: Annotated[bool, typer.Option("--runs", help="Show single runs, not their means over seeds.")] = False,
     markdown: Annotated[
@@ -230,12 +236,14 @@ def report(
     )
     # An unknown sweep or measure is refused before the imports below, which take seconds.
     request = read_sweep(name)
+    by, read_by = (None, by) if by in COST_SENSES else (by, None)
     if by is not None:
         measured = measures_to_rank_by(read(cell, name) for cell in request.cells)
-        refuse(f"report {name}", [unknown("measure", by, measured)] if by not in measured else [])
+        known = [*measured, *COST_SENSES]
+        refuse(f"report {name}", [unknown("measure", by, known)] if by not in measured else [])
     from experiments.reporting.report import build_report
 
-    found = build_report(name, by)
+    found = build_report(name, by, read_by=read_by)
     if results is not None:
         from experiments.reporting.record import write_record
 
@@ -261,6 +269,63 @@ def report(
     _show(found, page, runs=runs)
 
 
+@app.command(epilog="Example: [bold]zoo power memory --difference 0.1[/bold]")
+def power(
+    name: Annotated[str, typer.Argument(help="A sweep that has run with two seeds or more: the pilot.")],
+    difference: Annotated[
+        float | None, typer.Option(help="The true difference that is to be found; 0.1 for a share.")
+    ] = None,
+    probability: Annotated[float, typer.Option(help="The probability with which it is to be found.")] = 0.8,
+    methods: Annotated[
+        int | None, typer.Option(min=2, help="How many cells the comparison has; by default those of the pilot.")
+    ] = None,
+    by: Annotated[str | None, typer.Option(help="The measure; identity_recall, or else val_loss.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Say how many seeds a comparison needs, by what a pilot shows of the spread over seeds.
+
+    Sweeps are simulated with that spread and judged by the tests of the report: paired t tests of all pairs, corrected
+    by Holm. One cell is better than all others by the difference, and the others are alike.
+    """
+    refuse(
+        "zoo power",
+        [
+            f"--probability must be above 0.05 and below 1, got {probability}" if not 0.05 < probability < 1 else "",
+            f"--difference must be above 0, got {difference}" if difference is not None and not difference > 0 else "",
+        ],
+    )
+    read_sweep(name)
+    from experiments.reporting.comparison import plan_seeds
+    from experiments.reporting.loading import load_sweep
+    from experiments.reporting.report_json import plain_seeds
+    from experiments.reporting.sentences import word_power
+
+    sweep = load_sweep(name, by)
+    plan = plan_seeds(sweep, methods, difference, probability)
+    without = (
+        f"no two of its methods have two seeds in common that differ in {sweep.headline.label}, so the spread over"
+    )
+    refuse(f"power {name}", [] if plan else [f"{without} seeds is not known. To measure it run 3 seeds or more"])
+    assert plan is not None
+    curve = plan.curve(SHOWN_SEEDS)
+    if as_json:
+        print(json.dumps(plain_seeds(plan) | {"measure": sweep.headline.name, "curve": curve}))
+        return
+    chance = f"{100 * probability:g} %"
+    table = Table(title=f"{escape(name)}: {plan.methods} cells, {escape(sweep.headline.label)}", title_justify="left")
+    table.add_column("seeds", justify="right")
+    table.add_column(f"difference that is found with {chance}", justify="right")
+    for seeds, smallest in curve.items():
+        table.add_row(str(seeds), f"{smallest:.3g}")
+    console.print(table)
+    console.print(
+        f"The difference of two methods varies from seed to seed by {plan.spread.sd:.3g} (standard deviation), most "
+        f"between {escape(' and '.join(plan.spread.widest))}: {plan.spread.most:.3g}.",
+        soft_wrap=True,
+    )
+    console.print(escape(word_power(sweep, plan)), soft_wrap=True)
+
+
 def _show(report: Report, page: Path | None = None, *, runs: bool = False) -> None:
     """The leaderboard, what holds, what did not finish, where the page is, if it was written."""
     from experiments.analysis.formatting import p_value, signed
@@ -276,7 +341,9 @@ def _show(report: Report, page: Path | None = None, *, runs: bool = False) -> No
     if len(significant) > MAX_NAMES:
         console.print(f"and {len(significant) - MAX_NAMES} more significant differences")
     said = report.sentences
-    for line in (said.conclusion, f"{said.verdict} {said.caution}".strip(), said.deviation, said.shortened):
+    timing = said.timing if report.read_by == "seconds" else ""
+    verdict = f"{said.verdict} {said.caution}".strip()
+    for line in (said.conclusion, verdict, said.power, said.deviation, said.shortened, timing):
         if line:
             console.print(escape(line), highlight=False)
     for names, result in group_unfinished(report.sweep).items():

@@ -180,7 +180,7 @@ def _trials(
     tried: dict[str, list[TrialFile]] = {}
     for draft in _first_drafts(drafts).values():
 
-        def identify(settings: Mapping[str, Any], draft: _Draft = draft) -> str:
+        def identify(settings: dict[str, Any], draft: _Draft = draft) -> str:
             try:
                 return make_cell(draft.name, merge([*written.below, draft.own | settings, *overrides])[0]).id
             except ZooError:
