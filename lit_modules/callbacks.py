@@ -340,10 +340,11 @@ class SampleFilms(Callback):
         decode: Callable[[Sequence[Tensor]], list[Tensor]] | None = None,
         **sampling: Any,
     ) -> None:
-        asked = Sampling(**sampling)
+        settings = Sampling(**sampling)
         self.decode = decode
-        self.folder, self.euler = Path(folder), Euler(asked.steps, asked.guidance, asked.order, asked.context)
-        self.every, self.seed, self.on_film = asked.every, seed, on_film
+        self.folder = Path(folder)
+        self.euler = Euler(settings.steps, settings.guidance, settings.order, settings.context)
+        self.every, self.seed, self.on_film = settings.every, seed, on_film
         self.paths: list[Path] = []
         self._validations = 0
 
@@ -351,7 +352,7 @@ class SampleFilms(Callback):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         channels = cast("LitVideoDiT", pl_module).model.channels
         pixels = channels in (1, 3) or self.decode is not None
-        refuse("SampleFilms", [] if pixels else [f"films of 1 or 3 channels can be drawn, got {channels}"])
+        refuse("SampleFilms", [] if pixels else [f"films of 1 or 3 channels can be shown, got {channels}"])
 
     @override
     def state_dict(self) -> dict[str, Any]:

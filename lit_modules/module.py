@@ -132,7 +132,7 @@ class LitVideoDiT(LightningModule):
 
     @override
     def configure_callbacks(self) -> list[Callback]:
-        # One for each fit: a validation or test after it goes on with the one that holds the averages.
+        # One for each fit: a validation or test after it uses the one that holds the averages.
         fitting = self.trainer.state.fn == TrainerFn.FITTING
         return [EMA(self.optim.ema_decay)] if self.optim.ema_decay and fitting else []
 

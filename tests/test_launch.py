@@ -156,7 +156,7 @@ def test_a_report_is_about_the_cells_of_the_last_command(runs: Path) -> None:
         execute(read(path), bar)
         assert bar.ran == ["moc"]
         aside = folder.with_name(f"{folder.name}.unreadable-{number}")
-        (line,) = (note for note in bar.notes if note.startswith("moc starts anew: "))
+        (line,) = (note for note in bar.notes if note.startswith("moc starts again from step 0: "))
         assert "result.json cannot be read" in line
         assert line.endswith(f"; what there was is kept in {aside}")
         kept = {str(file.relative_to(aside)): file.read_bytes() for file in aside.rglob("*") if file.is_file()}
@@ -491,7 +491,7 @@ def test_jobs_share_cells_and_survive_the_death_of_one(runs: Path, monkeypatch: 
     bar = Silent()
     killed, *others = execute(sweep, bar, jobs=2)
     assert killed.status == "missing"
-    assert bar.lost == ["killed: its process was killed by SIGKILL; the same command goes on with it"]
+    assert bar.lost == ["killed: its process was killed by SIGKILL; the same command resumes it"]
     assert [result.status for result in others] == ["finished"] * 2
     assert os.getpid() not in {result.provenance["pid"] for result in others}
     assert {result.provenance["threads"] for result in (killed, *others)} == {2}

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from tiers import cases
 from tiny import BASE, write_sweep
 from typer.testing import CliRunner
 
@@ -224,12 +225,7 @@ def test_the_target_is_hit_on_ragged_films(attention: dict[str, Any], target: fl
 
 
 @pytest.mark.parametrize(
-    "name",
-    [
-        pytest.param(name, marks=[] if name in ("moc", "moga", "window", "vmoba") else pytest.mark.slow)
-        for name in zoo.names()
-        if zoo.get(name).knob is not None
-    ],
+    "name", cases([name for name in zoo.names() if zoo.get(name).knob is not None], ["moc", "moga", "window", "vmoba"])
 )
 def test_what_a_knob_can_buy_is_found(name: str) -> None:
     """For every method: the density at a value of its knob is asked for, and reached again."""

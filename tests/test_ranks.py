@@ -197,7 +197,7 @@ def test_a_killed_run_resumes_exactly_and_on_another_number_of_ranks(monkeypatch
         assert any(died in note for note in killer.notes)
         told = Told()
         resumed = train(replace(on_two, name=name), told)
-        assert any("goes on from step" in note for note in told.notes)
+        assert any("resumes from step" in note for note in told.notes)
         assert_learnt_the_same(resumed, whole, atol)
         assert not list(Path(resumed.folder).glob("resume.ckpt*"))
 

@@ -181,8 +181,8 @@ def test_what_dies_or_fails_is_told_and_the_others_go_on(made_up: Callable[..., 
     results = execute(read(write_sweep(runs / "some.yaml", axes=AXES)), bar, ray=True)
     assert [result.status for result in results] == ["missing", "missing", "finished"]
     assert bar.lost == [
-        "dense: its process died 4 times: the node died; the same command goes on with it",
-        "moc: its task failed: OSError('no such file'); the same command goes on with it",
+        "dense: its process died 4 times: the node died; the same command resumes it",
+        "moc: its task failed: OSError('no such file'); the same command resumes it",
     ]
 
 

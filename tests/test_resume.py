@@ -233,14 +233,14 @@ def test_a_damaged_checkpoint_starts_the_run_anew(half_done: Cell, damage: str) 
         saved_step(path)
     step, told = begun(half_done)
     assert step == 0
-    assert told[0].startswith("moc starts anew: no checkpoint to go on from (")
+    assert told[0].startswith("moc starts again from step 0: no checkpoint to resume from (")
     assert not list(half_done.folder("sweep").iterdir())
 
 
 def test_fresh_starts_anew(half_done: Cell) -> None:
     part = half_done.folder("sweep") / "checkpoints" / "step=9.ckpt.1.part"  # what a kill amid a write leaves
     part.touch()
-    assert begun(half_done) == (3, ["moc goes on from step 3"])
+    assert begun(half_done) == (3, ["moc resumes from step 3"])
     assert not part.exists()
     assert begun(half_done, fresh=True) == (0, [])
 
@@ -272,7 +272,7 @@ def test_a_full_disk_loses_nothing(runs: Path, monkeypatch: pytest.MonkeyPatch) 
     assert "No space left" in str(store.read(cell, "sweep").reason)
     assert saved_step(cell.folder("sweep") / RESUME) == 3
     assert go(cell, "sweep", watch).status == "finished"
-    assert watch.told == ["moc goes on from step 3"]
+    assert watch.told == ["moc resumes from step 3"]
     assert not list(runs.glob("**/*.part"))
 
 

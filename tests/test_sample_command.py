@@ -129,7 +129,7 @@ def test_a_run_without_a_checkpoint_is_refused(trained: Path, tmp_path: Path) ->
     assert "holds no checkpoints/*.ckpt" in zoo("sample", tmp_path).stderr
     (checkpoint,) = trained.glob("checkpoints/*.ckpt")
     alone = Path(shutil.copy(checkpoint, tmp_path / "alone.ckpt"))
-    assert "lies in no run" in zoo("sample", alone).stderr
+    assert "not in a run directory" in zoo("sample", alone).stderr
     (tmp_path / "checkpoints").mkdir()
     shutil.copy(trained / "result.json", tmp_path)
     torch.save({"weights": 1}, tmp_path / "checkpoints" / "other.ckpt")

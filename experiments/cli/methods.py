@@ -146,11 +146,11 @@ def check(
     for name in names:
         zoo.get(name)  # an unknown one is refused before the others take their time
     outcomes: list[Outcome] = []
-    with counting(errors, "checks", len(names) * len(checks())) as told:
+    with counting(errors, "checks", len(names) * len(checks())) as advance:
         for name in names:
             for outcome in run_checks(name):
                 outcomes.append(outcome)
-                told(f"{name}: {outcome.check}")
+                advance(f"{name}: {outcome.check}")
     failed = [outcome for outcome in outcomes if outcome.status == "failed"]
     if as_json:
         print(json.dumps({"checks": [asdict(outcome) for outcome in outcomes]}))
@@ -204,8 +204,8 @@ def map_(
         table.add_column(title, justify="left" if title == "loops" else "right")
     for row in found["branches"]:
         shares = (percent(row.get(key)) for key in ("density", "mass", "mass_best"))
-        told = "nothing routed" if row["loops"] is None else ", ".join(map(loop_text, row["loops"])) or "none"
-        table.add_row(str(row["branch"]), *shares, told)
+        loops = "nothing routed" if row["loops"] is None else ", ".join(map(loop_text, row["loops"])) or "none"
+        table.add_row(str(row["branch"]), *shares, loops)
     table.add_row("all", percent(drawn.density), "", "", str(len(found["loops"])))
     console.print(table)
     console.print(f"Map: {escape(str(path.absolute()))}", soft_wrap=True)
@@ -274,8 +274,8 @@ def cost(
         from experiments.execution.progress import counting
         from experiments.tools.paper_ledger import PAPERS, Ledger
 
-        with counting(errors, "figures", len(PAPERS[paper].figures)) as told:
-            ledger = Ledger.of(paper, told)
+        with counting(errors, "figures", len(PAPERS[paper].figures)) as advance:
+            ledger = Ledger.of(paper, advance)
         if as_json:
             print(json.dumps(ledger.to_json()))
         else:

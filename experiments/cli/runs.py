@@ -6,7 +6,7 @@ import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.table import Table
@@ -23,6 +23,7 @@ from sparse_zoo.errors import refuse, unknown
 if TYPE_CHECKING:
     from experiments.reporting.report import Report
     from experiments.sweep.dry_run import Forecast
+    from experiments.sweep.expand import Sweep
     from experiments.tracking.store import Cell, Result
 
 
@@ -73,7 +74,7 @@ def train(
         print(json.dumps(result.to_json()))
     else:
         console.print(_one_run(result, settings(resolved["attention"])))
-        console.print(f"The run lies in {escape(result.folder)}", soft_wrap=True)
+        console.print(f"The run is in {escape(result.folder)}", soft_wrap=True)
     if result.status != "finished":
         errors.print(
             f"[bold red]{result.status.capitalize()}:[/bold red] {escape(result.reason or '')}", soft_wrap=True
@@ -117,6 +118,7 @@ def sweep(
 
     Before the first one runs every cell is checked, budgets are solved, models are built and planned on the films
     themselves. A cell that fails is recorded with its reason and the others still run; the exit code is then 1.
+    Where the file has a `tune` section its trials run first, and each cell then runs with its best setting.
     """
     refuse(
         "zoo sweep",
@@ -138,7 +140,7 @@ def sweep(
     from experiments.sweep import preflight
     from experiments.sweep.expand import read
     from experiments.tracking.address import tracking_uri
-    from experiments.tracking.store import SweepRequest, home, last_request
+    from experiments.tracking.store import home, last_request
 
     tracking_uri()  # refused before anything is solved or trained
     settings = parameters(slurm) if executor == "slurm" else None
@@ -146,13 +148,18 @@ def sweep(
         needed()
     with errors.status("cells are read") as status:
         shorter = [] if max_steps is None else [{"trainer.max_steps": max_steps}]
-        loaded = read(path, shorter, sized, lambda name: status.update(f"the budget of {escape(name)} is solved"))
+
+        def solving(name: str) -> None:
+            status.update(f"the budget of {escape(name)} is solved")
+
+        loaded = read(path, shorter, sized, solving)
+        cells = (*(loaded.trials.sweep.cells if loaded.trials else ()), *loaded.cells)
         status.update("preflight check of the cells")
-        preflight.check(loaded.cells)
+        preflight.check(cells)
         if executor == "local" and not dry_run:
-            refuse("zoo sweep", _cannot_start(loaded.cells))
+            refuse("zoo sweep", _cannot_start(cells))
         if executor != "local":
-            refuse(f"zoo sweep --executor {executor}", _machine_dependent(loaded.cells))
+            refuse(f"zoo sweep --executor {executor}", _machine_dependent(cells))
         if dry_run:
             from experiments.sweep.dry_run import Forecast
 
@@ -161,27 +168,39 @@ def sweep(
         _print_forecast(forecast, as_json)
         return
     interrupted = None
+    how: dict[str, Any] = {"fresh": fresh, "jobs": jobs, "slurm": settings, "ray": executor == "ray", "wait": wait}
     try:
-        with Bar(errors, len(loaded.cells)) as bar:
-            execute(loaded, bar, fresh=fresh, jobs=jobs, slurm=settings, ray=executor == "ray", wait=wait)
+        if loaded.trials:
+            with Bar(errors, len(loaded.trials.sweep.cells)) as bar:
+                execute(loaded.trials.sweep, bar, **how)
+            loaded = read(path, shorter, sized)  # with the settings that the trials chose
+        if loaded.ready.cells:
+            with Bar(errors, len(loaded.ready.cells)) as bar:
+                execute(loaded.ready, bar, **how)
     except KeyboardInterrupt as error:
         interrupted = error
-    report = build_report(loaded.name, request=SweepRequest(loaded.about, loaded.cells))
-    last = last_request(loaded.name)
-    if last is None or last.cells == loaded.cells:
-        _show(report, write(report))
-    else:  # by another driver, meanwhile: its page stays
-        _show(report)
-        console.print(
-            f"The sweep {escape(loaded.name)} was asked for with other cells meanwhile ({escape(last.command)}). The "
-            "tables above show the cells of this command; those of the other one are in "
-            f"{escape(str(home() / loaded.name / 'report.html'))} and zoo report {escape(loaded.name)}",
-            soft_wrap=True,
-        )
+    settled = loaded.ready
+    complete = not _without_settings(loaded)
+    if settled.cells:
+        report = build_report(settled.name, request=settled.request)
+        complete = complete and not report.sweep.unfinished
+        last = last_request(settled.name)
+        if last is None or last.cells == settled.cells:
+            _show(report, write(report))
+        else:  # by another driver, meanwhile: its page stays
+            _show(report)
+            console.print(
+                f"The sweep {escape(settled.name)} was asked for with other cells meanwhile ({escape(last.command)}). "
+                "The tables above show the cells of this command; those of the other one are in "
+                f"{escape(str(home() / settled.name / 'report.html'))} and zoo report {escape(settled.name)}",
+                soft_wrap=True,
+            )
+    for line in _without_settings(loaded):
+        console.print(escape(line), soft_wrap=True)
     if interrupted:
-        console.print(f"Stopped. Finished cells are kept; go on with: {escape(_again())}", soft_wrap=True)
+        console.print(f"Stopped. Finished cells are kept; resume with: {escape(_again())}", soft_wrap=True)
         raise interrupted
-    if report.sweep.unfinished and wait:
+    if not complete and wait:
         raise typer.Exit(1)
 
 
@@ -296,6 +315,24 @@ def _print_forecast(forecast: Forecast, as_json: bool) -> None:
     console.print(*forecast.tables(), sep="\n")
     for note in NOTES:
         console.print(f"[dim]{escape(note)}[/dim]")
+
+
+def _without_settings(sweep: Sweep) -> list[str]:
+    """Which cells have no runs, because none of their settings was chosen, one line each kind."""
+    from experiments.reporting.limits import join_names
+
+    trials, lines = sweep.trials, []
+    if trials and trials.failed:
+        lines.append(
+            f"{join_names([*trials.failed])}: no trial ended with a score, so no setting was chosen and nothing else "
+            f"was run; zoo report {trials.sweep.name} has the reasons"
+        )
+    if trials and trials.waiting:
+        lines.append(
+            f"{join_names([*trials.waiting])}: trials are left to run; the same command goes on with them, and then "
+            "runs the best settings"
+        )
+    return lines
 
 
 def _cannot_start(cells: Sequence[Cell]) -> list[str]:

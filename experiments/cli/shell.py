@@ -88,7 +88,7 @@ class Group(TyperGroup):
         except OSError as error:
             if error.errno not in NO_PLACE:
                 raise
-            raise refused(f"{error}; runs lie in {home()}, or where $ZOO_HOME says") from error
+            raise refused(f"{error}; runs are kept in {home()}, or where $ZOO_HOME says") from error
 
 
 def refused(message: str) -> typer.Exit:

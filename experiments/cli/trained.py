@@ -82,8 +82,8 @@ def sample(
         key: value for key, value in {"order": order, "context": context, "steps": steps}.items() if value is not None
     }
     drawing = Drawing(run, overrides or [], films=films, given=given, sampling=asked, plugins=plugin)
-    with counting(errors, "steps", drawing.steps) as told:
-        sampled = drawing.draw(out, lambda: told(""))
+    with counting(errors, "steps", drawing.steps) as advance:
+        sampled = drawing.draw(out, lambda: advance(""))
     if as_json:
         print(json.dumps(asdict(sampled)))
         return
@@ -92,7 +92,7 @@ def sample(
     console.print(_drawn(sampled))
     for name, value in sampled.metrics.items():
         console.print(f"{escape(name)} {number(value)}")
-    console.print(f"The strips and videos lie in {escape(sampled.folder)}", soft_wrap=True)
+    console.print(f"The strips and videos are in {escape(sampled.folder)}", soft_wrap=True)
 
 
 Times = Annotated[
@@ -135,8 +135,8 @@ def ladder(
 
     trained = Trained("zoo ladder", run, overrides or [], films, plugin)
     at = tuple(times) or TIMES
-    with counting(errors, "attentions", len(trained.batches) * len(at) * len(trained.module.model.blocks)) as told:
-        found = climb(trained, at, method, told)
+    with counting(errors, "attentions", len(trained.batches) * len(at) * len(trained.module.model.blocks)) as advance:
+        found = climb(trained, at, method, advance)
     picture = plot(found, out or trained.folder / "ladder.png").absolute()
     if as_json:
         print(json.dumps({**found.to_json(), "plot": str(picture)}))
@@ -185,8 +185,8 @@ def capture(
     chosen = None if layers is None else layer_numbers(layers)
     trained = Trained("zoo capture", run, overrides or [], films, plugin)
     at = tuple(times) or TIMES
-    with counting(errors, "attentions", len(trained.batches) * len(at) * len(trained.module.model.blocks)) as told:
-        captured = captured_of(trained, at, chosen, told)
+    with counting(errors, "attentions", len(trained.batches) * len(at) * len(trained.module.model.blocks)) as advance:
+        captured = captured_of(trained, at, chosen, advance)
     path = save(out, captured).absolute()
     found = {"file": str(path), "bytes": path.stat().st_size, "calls": len(captured), "step": trained.step}
     if as_json:
@@ -229,12 +229,12 @@ def replay(
     asked = offline.parse_methods(methods or [])
     with counting(errors, "methods", len(asked)) as moved:
 
-        def told(note: str, row: offline.Replayed | None) -> None:
+        def advance(note: str, row: offline.Replayed | None) -> None:
             moved(note, 0 if row is None else 1)
             if row is not None:
                 errors.print(f"[dim]{escape(offline.line(row))}[/dim]", soft_wrap=True)
 
-        rows = offline.replay(captured, asked, budget, told)
+        rows = offline.replay(captured, asked, budget, advance)
     failed = [row for row in rows if row.failed is not None]
     if out is not None and len(failed) < len(rows):
         offline.plot(rows, out)

@@ -1,4 +1,4 @@
-"""Checkpoints from which an interrupted run goes on, bit for bit as if nothing had happened."""
+"""Checkpoints from which an interrupted run resumes, bit for bit as if nothing had happened."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ class Saving(Checkpoint):
 
     By time, not by steps: what a kill may cost is then the same whatever a step takes, and so is the share of time that
     saving takes. Where a validation follows a step, after it: Lightning takes one that is due when it resumes for
-    done. Never in the middle of accumulated batches, nor after the last step, so that a run that goes on always has a
+    done. Never in the middle of accumulated batches, nor after the last step, so that a resumed run always has a
     step and a validation of its own. A signal that asks the process to end is answered here, once the state is saved.
     """
 
@@ -114,7 +114,7 @@ def _agreed(*answers: bool) -> list[bool]:
 
 
 def saved_step(path: Path) -> int:
-    """The number of optimizer steps in a checkpoint; ValueError, with the reason, if it cannot be gone on from."""
+    """The number of optimizer steps in a checkpoint; ValueError, with the reason, if it cannot be resumed."""
     recover_folder(path)
     try:
         if path.is_dir():  # of several devices
@@ -144,7 +144,7 @@ def load_plain(path: Path, *, mmap: bool = False) -> dict[str, Any]:
         foreign = _foreign(path)
         if foreign:
             raise ValueError(f"would run code when loaded ({', '.join(foreign)}), so it is refused") from error
-        why = str(error).partition("\n")[0].partition(". ")[0] or type(error).__name__  # torch goes on with advice
+        why = str(error).partition("\n")[0].partition(". ")[0] or type(error).__name__  # without torch's advice
         raise ValueError(f"is damaged: {why}") from error
     if not isinstance(state, dict):
         raise ValueError("is no checkpoint of a run")

@@ -122,8 +122,8 @@ def encode(
 ) -> list[Outcome]:
     """Encode the rows of a manifest and write the list of films.
 
-    What is finished is kept whatever ends this, and the same call goes on with what is missing. A row that fails is
-    reported and the others go on.
+    Finished films are kept however this ends, and the same call encodes the missing ones. A row that fails is
+    reported, and the others are still encoded.
 
     Args:
         rows: Of the manifest, without faults.
@@ -215,7 +215,7 @@ def _in_processes(rows: Sequence[Row], encoding: Encoding, bar: EncodingBar, job
                 worker = next(worker for worker in workers if worker.pipe is pipe)
                 row = worker.work
                 try:
-                    kind, told = worker.pipe.recv()
+                    kind, message = worker.pipe.recv()
                 except EOFError:
                     fate = worker.fate()
                     workers[worker.number] = Worker(worker.number, jobs, _serve, encoding)
@@ -224,20 +224,20 @@ def _in_processes(rows: Sequence[Row], encoding: Encoding, bar: EncodingBar, job
                     else:
                         died.add(row.line)
                         waiting.append(row)
-                        bar.note(f"{row.name}: its process {fate}; it goes on in another one")
+                        bar.note(f"{row.name}: its process {fate}; another process continues it")
                     continue
                 if kind == "refused":
-                    raise ZooError(told)
+                    raise ZooError(message)
                 if kind == "no room":
-                    raise OSError(*told)
+                    raise OSError(*message)
                 if kind != "ended":
-                    bar.step(row, *told)
+                    bar.step(row, *message)
                     continue
                 worker.work = None
-                if told is None:
+                if message is None:
                     waiting.append(row)
                 else:
-                    yield told
+                    yield message
         for worker in workers:
             worker.pipe.close()
         for worker in workers:
@@ -319,7 +319,7 @@ class Job:
         return found
 
     def checkpoint(self) -> Any:
-        """What submitit queues up when the job's time is over or it is preempted: the same, which then goes on."""
+        """The job that submitit queues when this one is preempted or out of time: the same, which then resumes."""
         from submitit.helpers import DelayedSubmission
 
         return DelayedSubmission(self)
@@ -355,7 +355,7 @@ def _on_slurm(
             elif missed[one.job_id] >= slurm.GONE:
                 del missed[one.job_id]
                 reasons.append(f"job {one.job_id} ended without a result, see {one.paths.stderr}")
-    raise ZooError(f"encode: every job failed: {'; '.join(dict.fromkeys(reasons))}. The same command goes on")
+    raise ZooError(f"encode: every job failed: {'; '.join(dict.fromkeys(reasons))}. The same command resumes")
 
 
 def _last_line(log: Path) -> str:

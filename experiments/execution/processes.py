@@ -84,7 +84,7 @@ class PipeObserver:
         try:
             self.to.send(what)
         except BrokenPipeError:
-            os._exit(1)  # as if killed: the cell goes on from its checkpoint when the sweep is started again
+            os._exit(1)  # as if killed: the sweep resumes the cell from its checkpoint when it is started again
 
     def started(self, name: str) -> None:
         """Send that the run `name` has started."""

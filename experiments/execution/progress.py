@@ -1,4 +1,4 @@
-"""What a user sees while something long runs: of a sweep its cells and the present one's steps, or a count."""
+"""Progress bars: the cells of a sweep and the steps of the running ones, or a plain count."""
 
 from __future__ import annotations
 
@@ -87,9 +87,9 @@ class Bar:
 
 @contextmanager
 def counting(console: Console, what: str, total: int | None) -> Iterator[Callable[..., None]]:
-    """One line that moves on with each of `total` steps (None: not known).
+    """A progress line over `total` steps (None: not known).
 
-    Call what this gives with a note, and 0 if no step is done.
+    It yields a function that advances the line: call it with a note, and with 0 to show the note alone.
     """
     columns = (
         TextColumn(what),
@@ -101,7 +101,7 @@ def counting(console: Console, what: str, total: int | None) -> Iterator[Callabl
     with Progress(*columns, console=console, transient=True) as progress:
         task = progress.add_task("", total=total, note="")
 
-        def told(note: str, steps: int = 1) -> None:
+        def advance(note: str, steps: int = 1) -> None:
             progress.update(task, advance=steps, note=visible(note))
 
-        yield told
+        yield advance

@@ -1,7 +1,7 @@
 """A run on several devices: one process for each, watched by the one that holds the run's folder.
 
 The processes train together; the first of them also logs, draws and writes the results. The one that watches trains
-nothing, so that it can end all when one dies, whichever that is, and go on with the next run.
+nothing, so that it can end all of them when any one dies, and start the next run.
 """
 
 from __future__ import annotations
@@ -62,9 +62,9 @@ def train_on_ranks(cell: Cell, folder: Path, result: Result, log: Log, observer:
         cell: The run.
         folder: Its folder.
         result: What the first process found goes here.
-        log: Of the run; the first process goes on with it.
-        observer: Is told what the first process tells.
-        resume: Go on from the folder's checkpoint.
+        log: The run's log; the first process continues it.
+        observer: Receives the progress of the first process.
+        resume: Resume the folder's checkpoint.
 
     Raises:
         RankDied: If a process died; the others are ended, and the run can be resumed.
@@ -132,11 +132,11 @@ def _settle(ranks: list[_Rank], first: _Rank, kind: str, said: list[Any], result
     others, until = [rank for rank in ranks if rank is not first], time.monotonic() + SETTLING
     while others and (ready := wait_for([rank.pipe for rank in others], max(0.0, until - time.monotonic()))):
         for rank in [rank for rank in others if rank.pipe in ready]:
-            told, *more = rank.receive()
-            if told in ("ended", "died", "failed", "refused"):
+            kind, *more = rank.receive()
+            if kind in ("ended", "died", "failed", "refused"):
                 others.remove(rank)
-            if told in ("died", "failed", "refused"):
-                found.append((told != "died", len(found), rank, told, more))
+            if kind in ("died", "failed", "refused"):
+                found.append((kind != "died", len(found), rank, kind, more))
     _, _, rank, kind, said = min(found, key=lambda one: one[:2])
     of = f"rank {rank.number} of {len(ranks)}"
     if kind == "died":
@@ -164,10 +164,10 @@ class _Rank:
     def receive(self) -> tuple[Any, ...]:
         """What it tells; ("died",) when it is gone."""
         try:
-            told: tuple[Any, ...] = self.pipe.recv()
+            message: tuple[Any, ...] = self.pipe.recv()
         except (EOFError, ConnectionResetError):
             return ("died",)
-        return told
+        return message
 
     def take(self, result: Result, state: Result) -> None:
         """Into the run's result what the first process found; of the others only that they ended."""
@@ -218,7 +218,7 @@ def _serve(pipe: Connection, task: Task, rank: int) -> None:
         if isinstance(log, Log):
             log.flush()
     with suppress(EOFError, KeyboardInterrupt):
-        pipe.recv()  # until all have told: what others would make of this end is no cause
+        pipe.recv()  # until all have reported: how others fail because of this end is not the cause
     os._exit(0)
 
 

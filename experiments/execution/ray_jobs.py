@@ -18,7 +18,7 @@ from experiments.execution.work import POLL, Work, devices, on_gpu
 from experiments.tracking.store import Result, home, read
 from sparse_zoo.errors import ZooError, refuse
 
-RETRIES = 3  # so many times may the process or the node of a cell die, which then goes on in another one
+RETRIES = 3  # how often the process or the node of a cell may die; another process then resumes the cell
 ENDING = signals.GRACE + 10  # seconds that cells have to end in when the sweep is interrupted
 PASSED_ON = ("ZOO_", "MLFLOW_")  # variables of this process that hold in the cells' too
 
@@ -33,7 +33,7 @@ def results(works: Sequence[Work], jobs: int | None, bar: Bar) -> Iterator[Resul
 
     On the cluster that $RAY_ADDRESS names or that runs on this machine, else on one of this machine's own for the time
     being. Each cell has a process to itself, with its share of the CPUs and, where the cluster has GPUs and the cell
-    wants one, a GPU. One whose process dies goes on from its checkpoint in another, `RETRIES` times.
+    wants one, a GPU. If its process dies, another one resumes its checkpoint, `RETRIES` times.
     """
     needed()
     import ray
@@ -85,7 +85,7 @@ def _tasks(works: Sequence[Work], jobs: int | None, bar: Bar) -> Iterator[Result
 
 
 def _serve(job: Job, cpus: int, variables: dict[str, str]) -> None:
-    """What such a task does."""
+    """Run the job in a task's process."""
     os.environ.update(variables)
     torch.set_num_threads(cpus)
     job()
@@ -100,10 +100,10 @@ def _ended(task: Any, work: Work, bar: Bar) -> Result:
     except ray.exceptions.RayTaskError as error:
         if isinstance(error.cause, ZooError):  # no other cell would come further
             raise ZooError(str(error.cause)) from error
-        bar.dropped(work.cell.name, f"its task failed: {error.cause!r}; the same command goes on with it")
+        bar.dropped(work.cell.name, f"its task failed: {error.cause!r}; the same command resumes it")
     except ray.exceptions.RayError as error:
-        told = " ".join(str(error).split())
-        bar.dropped(work.cell.name, f"its process died {RETRIES + 1} times: {told}; the same command goes on with it")
+        why = " ".join(str(error).split())
+        bar.dropped(work.cell.name, f"its process died {RETRIES + 1} times: {why}; the same command resumes it")
     result = read(work.cell, work.sweep)
     if result.status in ("finished", "failed"):
         bar.ended(result)

@@ -38,10 +38,11 @@ def run(
 ) -> Result:
     """Train one cell and write its folder; whatever it raises is recorded as its failure.
 
-    The caller holds the lock of the folder. It holds `result.json`, `checkpoints` (one: of the last step or, while the
-    run goes on and where it failed, of the last validation, whose loss was finite), `diagnostics.jsonl`, pictures of
-    the plans and of who routed to which shot, film strips, and, until the run ends, `resume.ckpt`. From that an
-    interrupted run goes on, unless `fresh`; one that failed starts anew, since what made it fail may have been mended.
+    The caller holds the lock of the folder. The folder holds `result.json`, `checkpoints`, `diagnostics.jsonl`, arrays
+    of the plans and of who routed to which shot, film strips, and, until the run ends, `resume.ckpt`. `checkpoints` has
+    one file: of the last step, or, if the run has not finished, of the last validation, whose loss was finite. An
+    interrupted run resumes from `resume.ckpt`, unless `fresh`. A failed run starts again from step 0, since its cause
+    may be fixed by now.
 
     A signal comes through as `signals.Ended`, a KeyboardInterrupt, once the step that runs is done and saved. A disk
     that takes no more comes through as `ZooError`: then no other cell would come further, and this one resumes the next
@@ -69,9 +70,9 @@ def run(
             by = f" by {error}" if isinstance(error, signals.Ended) else ""
             result.status, result.reason = "missing", f"was interrupted{by} after {result.steps} steps"
             raise
-        except RankDied as error:  # as if this process had died: the same command goes on with the run
+        except RankDied as error:  # as if this process had died: the same command resumes the run
             result.status, result.reason = "missing", f"was interrupted after {result.steps} steps: {error}"
-            observer.note(f"{cell.name}: {error}; the same command goes on with it")
+            observer.note(f"{cell.name}: {error}; the same command resumes it")
         except OSError as error:
             if error.errno in NO_ROOM:
                 result.status, result.reason = "missing", f"was interrupted after {result.steps} steps: {error}"
@@ -86,7 +87,7 @@ def run(
                 last = max(checkpoints, key=lambda path: int(path.stem.partition("=")[2]), default=None)
                 result.checkpoint = str(last) if last else None
                 result.seconds = (result.seconds or 0.0) + time.perf_counter() - start
-                if result.status != "finished":  # which is written last: what is finished is not gone through again
+                if result.status != "finished":  # "finished" is written last: it ends all repeats
                     result.write(folder)
                 _record(log, result, folder)
                 log.end(ended)
@@ -100,7 +101,7 @@ def run(
 
 
 def _begin(cell: Cell, sweep: str, observer: Observer, fresh: bool) -> tuple[Result, int]:
-    """The result to be filled in, and the step from which the run goes on; at 0 the folder is empty."""
+    """The result to be filled in, and the step from which the run resumes; at 0 the folder is empty."""
     folder = cell.folder(sweep)
     folder.mkdir(parents=True, exist_ok=True)
     before = read(cell, sweep)
@@ -109,12 +110,12 @@ def _begin(cell: Cell, sweep: str, observer: Observer, fresh: bool) -> tuple[Res
     if interrupted and not fresh:
         try:
             step = saved_step(folder / RESUME)
-            observer.note(f"{cell.name} goes on from step {step}")
+            observer.note(f"{cell.name} resumes from step {step}")
         except ValueError as error:
-            observer.note(f"{cell.name} starts anew: no checkpoint to go on from ({error})")
+            observer.note(f"{cell.name} starts again from step 0: no checkpoint to resume from ({error})")
     elif before.status == "unreadable":
         aside = _set_aside(folder)
-        observer.note(f"{cell.name} starts anew: {before.reason}; what there was is kept in {aside}")
+        observer.note(f"{cell.name} starts again from step 0: {before.reason}; what there was is kept in {aside}")
     for path in list(folder.glob("**/*.part")) if step else [path for path in folder.iterdir() if path.name != "lock"]:
         _remove(path)
     result = Result(
@@ -163,9 +164,9 @@ def _whole_disk(name: str) -> Iterator[None]:
 def _record(log: Log, result: Result, folder: Path) -> None:
     """What the run did not log while it trained: its figures and files."""
     log.log_metrics(figures(result), 0)
-    told: dict[str, str | None] = {f"zoo.{key}": str(value) for key, value in result.provenance.items()}
-    told |= {"zoo.kernel": result.kernel, "zoo.status": result.state, "zoo.reason": result.reason}
-    log.about({}, {key: value for key, value in told.items() if value})
+    tags: dict[str, str | None] = {f"zoo.{key}": str(value) for key, value in result.provenance.items()}
+    tags |= {"zoo.kernel": result.kernel, "zoo.status": result.state, "zoo.reason": result.reason}
+    log.about({}, {key: value for key, value in tags.items() if value})
     if result.diagnostics:
         log.file(folder / "diagnostics.jsonl")
     for name in [picture["file"] for picture in result.pictures]:

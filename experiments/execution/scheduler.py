@@ -2,7 +2,7 @@
 
 Who runs a cell holds the lock in its folder meanwhile, so that processes that know nothing of each other share a sweep:
 each takes what is neither finished nor locked. A driver, or a machine, can be killed at any time; the same command then
-runs what is missing, a half-done cell from its last checkpoint.
+runs the missing cells, and resumes an interrupted one from its last checkpoint.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import time
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
+from dataclasses import replace
 from multiprocessing.connection import Connection
 from multiprocessing.connection import wait as wait_for
 from typing import Any
@@ -25,7 +26,7 @@ from experiments.execution.work import POLL, Work, devices, on_gpu
 from experiments.sweep.expand import Sweep
 from experiments.tracking.identity import flatten
 from experiments.tracking.mlflow_logger import Tracker
-from experiments.tracking.store import Cell, Result, SweepRequest, last_request, read, write_sweep
+from experiments.tracking.store import Cell, Result, last_request, read, write_sweep
 from sparse_zoo.errors import ZooError, refuse
 from sparse_zoo.registry import import_file
 
@@ -68,7 +69,7 @@ def execute(
     tracker = Tracker(sweep.name, bar.note)
     tracker.settle(_ended(found.values()))
     parent = tracker.parent(sweep.name, f"{sweep.about}\n\n{len(sweep.cells)} cells. {ABOVE} `zoo report {sweep.name}`")
-    write_sweep(sweep.name, SweepRequest(sweep.about, sweep.cells, parent))
+    write_sweep(sweep.name, replace(sweep.request, mlflow_run=parent))
     plugins = loaded_plugins()
     works = [Work(cell, sweep.name, found[cell.name], parent, params[cell.name], plugins, fresh) for cell in todo]
     ended, shown = "KILLED", time.monotonic()
@@ -88,11 +89,11 @@ def execute(
 
 
 def _record_sweep(sweep: Sweep) -> str | None:
-    """That these cells were asked for, where others were before: the report is about the last ones. MLflow's parent."""
+    """Store these cells as the sweep's last request, which the report describes; return MLflow's parent run."""
     asked = last_request(sweep.name)
     parent = asked.mlflow_run if asked else None
-    if asked is None or (asked.about, asked.cells) != (sweep.about, sweep.cells):
-        write_sweep(sweep.name, SweepRequest(sweep.about, sweep.cells, parent))
+    if asked is None or (asked.about, asked.cells, asked.tuning) != (sweep.about, sweep.cells, sweep.request.tuning):
+        write_sweep(sweep.name, replace(sweep.request, mlflow_run=parent))
     return parent
 
 
@@ -169,7 +170,7 @@ def _in_processes(works: list[Work], jobs: int, bar: Bar) -> Iterator[Result]:
 
     No pool of a library: those take the death of one process, say for want of memory, for the end of all.
     """
-    waiting, told = deque(works), set[str]()
+    waiting, noted = deque(works), set[str]()
     each = max(devices(work.cell) for work in works)
     workers = [Worker(number, jobs, _serve, gpus=each) for number in range(jobs)]
     try:
@@ -185,7 +186,7 @@ def _in_processes(works: list[Work], jobs: int, bar: Bar) -> Iterator[Result]:
                     kind, *told_of = worker.pipe.recv()
                 except EOFError:
                     workers[worker.number] = Worker(worker.number, jobs, _serve, gpus=each)
-                    bar.dropped(work.cell.name, f"its process {worker.fate()}; the same command goes on with it")
+                    bar.dropped(work.cell.name, f"its process {worker.fate()}; the same command resumes it")
                     yield read(work.cell, work.sweep)
                     continue
                 if kind == "refused":
@@ -197,9 +198,9 @@ def _in_processes(works: list[Work], jobs: int, bar: Bar) -> Iterator[Result]:
                 if told_of[0] is not None:
                     yield told_of[0]
                     continue
-                if work.cell.name not in told:
+                if work.cell.name not in noted:
                     bar.note(f"{work.cell.name} is running elsewhere")
-                    told.add(work.cell.name)
+                    noted.add(work.cell.name)
                 waiting.append(work)
     finally:
         end(workers)

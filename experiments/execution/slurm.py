@@ -26,8 +26,8 @@ from sparse_zoo.registry import import_file
 
 NOTICE_SIGNAL = signal.SIGUSR2  # submitit's, by which SLURM tells a job that it is preempted or its time is over
 NOTICE = 60  # seconds before the end of its time at which SLURM tells a job, which then queues up again
-TIME = "1:00:00"  # of a job, where none is asked for
-REQUEUES = 100  # so many times, at most, may a cell take all the time of its job and go on in another one
+TIME = "1:00:00"  # of a job, by default
+REQUEUES = 100  # how often, at most, a cell may use up the time of its job and be resumed in another one
 GONE = 5  # looks at the queue, one after the other, in which a job must be missing to be given up
 
 
@@ -43,21 +43,21 @@ class Job:
         os.environ["ZOO_HOME"] = str(self.home)
         for plugin in self.work.plugins:
             import_file(plugin)
-        told = _LogObserver()
-        tracker = Tracker(self.work.sweep, told.note)
+        observer = _LogObserver()
+        tracker = Tracker(self.work.sweep, observer.note)
         requeue = signal.getsignal(NOTICE_SIGNAL)  # submitit's own, in a job of it
         try:
             with signals.caught(*[NOTICE_SIGNAL] if callable(requeue) else []):
-                while self.work.attempt(tracker, told) is None:
+                while self.work.attempt(tracker, observer) is None:
                     time.sleep(POLL)
         except signals.Ended as ended:
-            told.note(f"{self.work.cell.name} was ended by {ended}")
+            observer.note(f"{self.work.cell.name} was ended by {ended}")
             if ended.number == NOTICE_SIGNAL and callable(requeue):
                 requeue(ended.number, None)  # ends this process
             raise SystemExit(ended.code) from ended
 
     def checkpoint(self) -> Any:
-        """What submitit queues up when the job's time is over or it is preempted: the same, which then goes on."""
+        """The job that submitit queues when this one is preempted or out of time: the same, which then resumes."""
         from submitit.helpers import DelayedSubmission
 
         return DelayedSubmission(self)
@@ -193,13 +193,13 @@ def queued() -> set[str]:
     Raises:
         ZooError: where SLURM does not answer.
     """
-    asked = ["squeue", "--noheader", "--array", "--me", "--format=%i"]
+    command = ["squeue", "--noheader", "--array", "--me", "--format=%i"]
     for _ in range(GONE):
-        found = subprocess.run(asked, capture_output=True, encoding="utf-8", errors="replace", check=False)
+        found = subprocess.run(command, capture_output=True, encoding="utf-8", errors="replace", check=False)
         if not found.returncode:
             return set(found.stdout.split())
         time.sleep(POLL)
-    raise ZooError(f"squeue: {found.stderr.strip()}; the jobs go on, and the same command looks after them again")
+    raise ZooError(f"squeue: {found.stderr.strip()}; the jobs continue, and the same command watches them again")
 
 
 class _LogObserver:

@@ -153,8 +153,8 @@ def train(stored: Config, folder: Path, result: Result, log: Logger, observer: O
         folder: The run's folder.
         result: What was found goes here.
         log: Of metrics.
-        observer: Is told of progress.
-        resume: Go on from the folder's `resume.ckpt`.
+        observer: Receives the progress.
+        resume: Resume the folder's `resume.ckpt`.
     """
     config = resolve(stored)  # the environment's values are for the parts alone
     pl.seed_everything(config["seed"], workers=True, verbose=False)
@@ -177,7 +177,7 @@ def train(stored: Config, folder: Path, result: Result, log: Logger, observer: O
     # Latents without their VAE are not shown.
     shown = films if decode is not None or pretrained or data.channels in (1, 3) else None
     # After validation, which raises on a loss that is not finite: what is kept is good.
-    # A run that goes on may write one anew that it had written when it was killed: over it, not beside it.
+    # A resumed run may write a checkpoint that it had written when it was killed: over it, not beside it.
     keep = ModelCheckpoint(
         folder / "checkpoints", filename="{step}", save_on_train_epoch_end=False, enable_version_counter=False
     )
@@ -219,7 +219,8 @@ def train(stored: Config, folder: Path, result: Result, log: Logger, observer: O
         _keep_last(trainer, keep, folder / "checkpoints")
         trainer.strategy.barrier()
         if isinstance(module, LitPretrained):
-            module.export(folder)
+            if trainer.is_global_zero:
+                module.export(folder)
         elif getattr(data, "test_films", 0):
             trainer.test(module, datamodule=data, verbose=False)
     finally:

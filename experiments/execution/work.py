@@ -39,7 +39,7 @@ class Work:
         return now if begun or ended else None
 
     def attempt(self, tracker: Tracker, observer: Observer) -> Result | None:
-        """What became of the cell; None if it runs elsewhere."""
+        """Run the cell and return its result; None if another process runs it."""
         with redacted_messages(), lock(self.cell.folder(self.sweep)) as mine:
             if not mine:
                 return None
@@ -47,7 +47,7 @@ class Work:
             if since is not None and since.status in ("finished", "failed"):
                 observer.ended(since)  # elsewhere
                 return since
-            fresh = self.fresh and since is None  # what this very sweep left half-done is gone on with
+            fresh = self.fresh and since is None  # resume cells that this sweep started
             return run(self.cell, self.sweep, tracker, observer, parent=self.parent, params=self.params, fresh=fresh)
 
 

@@ -44,7 +44,7 @@ def locate(command: str, run: Path) -> tuple[Path, dict[str, Any]]:
     refuse(command, [] if checkpoints else [f"{run} holds no checkpoints/*.ckpt; is it a run's folder?"])
     path = checkpoints[-1].absolute()
     result = path.parent.parent / "result.json"
-    refuse(command, [] if result.is_file() else [f"{path} lies in no run: there is no {result} with its config"])
+    refuse(command, [] if result.is_file() else [f"{path} is not in a run directory: {result.name} is missing"])
     try:
         config: dict[str, Any] = read_result(path.parent.parent)["config"]
         _ = config["data"]
