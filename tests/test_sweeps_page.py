@@ -43,6 +43,7 @@ def test_the_file_makes_the_cells_that_the_page_counts(here: Path) -> None:
 COMMANDS = [line for part in ("Dry run", "Equal budgets") for block in blocks(part, "") for line in block.splitlines()]
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.usefixtures("here")
 @pytest.mark.parametrize("command", COMMANDS)
