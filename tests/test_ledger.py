@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import FILMS
+from tiers import cases
 from tiny import OWN_AND_PREVIOUS
 from torch.utils.flop_counter import FlopCounterMode
 from typer.testing import CliRunner, Result
@@ -238,6 +239,7 @@ def test_what_needs_more_than_random_values_is_refused(tmp_path: Path) -> None:
     assert "it plans by noise" in result.stderr
 
 
+@pytest.mark.slow
 def test_a_long_film_takes_little_memory() -> None:
     """180,000 tokens: one bool table of tokens × tokens alone would take 32 GB; all of it stays below 2."""
     code = """
@@ -316,7 +318,7 @@ def known(name: str, rows: list[dict[str, Any]]) -> None:
             assert plain("groups, 10 s", f"M {groups}", "sparsity") == pytest.approx(1 - share, abs=1e-4)
 
 
-@pytest.mark.parametrize("name", PAPERS)
+@pytest.mark.parametrize("name", cases(PAPERS, ["moc"]))
 def test_every_printed_figure_is_recomputed(name: str) -> None:
     """All plans of a paper at its size, from the command to the page: about ten seconds each."""
     result = cost("--paper", name, "--json")

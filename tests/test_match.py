@@ -209,7 +209,7 @@ def of_masks(config: Config) -> float:
         ({"name": "moc", "anchors": ["shot"], "causal": None}, 0.5),
         ({"name": "moc", "anchors": ["shot"], "causal": None, "text_reads": "text", "drop_off": 0.5}, 0.42),
         ({"name": "moga", "mix": ["group"]}, 0.6),
-        ({"name": "window", "tile": [1, 1, 1]}, 0.75),
+        pytest.param({"name": "window", "tile": [1, 1, 1]}, 0.75, marks=pytest.mark.slow),
     ],
     ids=["moc", "moc dropping", "moga", "window"],
 )
