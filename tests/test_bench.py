@@ -101,7 +101,7 @@ def test_peak_memory_is_what_is_held_at_once() -> None:
     assert bench.peak_bytes(run, CPU) == pytest.approx(4 * 3 * (1 << 17), rel=0.01)
 
 
-def test_out_of_memory_is_a_row_and_the_others_go_on(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_out_of_memory_is_a_row_and_the_other_methods_are_timed(monkeypatch: pytest.MonkeyPatch) -> None:
     attend = turns._attend
 
     def full(attention, *given):  # type: ignore[no-untyped-def]
@@ -244,7 +244,7 @@ def test_turns_are_added_until_the_interval_is_narrow(monkeypatch: pytest.Monkey
     assert row["confidence"] >= intervals.CONFIDENCE
 
 
-def test_turns_that_would_not_help_are_not_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_repeats_that_would_not_help_are_not_run(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = Clock(lambda turn, name: 1.0 + 3.0 * (turn % 2) * (name == "moc"))
     rows = timed_by(clock, monkeypatch, most=8)
     assert clock.turns == 6

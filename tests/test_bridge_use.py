@@ -53,7 +53,7 @@ def test_guidance_keeps_the_memory_of_its_two_calls_apart():
 
 
 @torch.no_grad()
-def test_guidance_is_told_apart_by_the_names_of_its_calls():
+def test_calls_of_guidance_are_distinguished_by_their_names():
     """The order of the calls, and further calls at one noise time, do not mix them up; a copy has its own names."""
     prompts = {name: inputs("wan", seed=seed) for seed, name in enumerate(("cond", "uncond"))}
 

@@ -151,7 +151,7 @@ def test_a_pipeline_is_captured_and_replayed(model: Path, prompts: Path, tmp_pat
         (["compare", "--methods", "moc", "--model", "x", "--prompts", "y", "--shots", "1,b"], "--shots"),
     ],
 )
-def test_what_cannot_be_is_refused(asked, message):
+def test_impossible_settings_are_refused(asked, message):
     done = CliRunner().invoke(app, asked)
     assert done.exit_code == 2, done.output
     assert message in done.output

@@ -386,7 +386,7 @@ def test_kernel_without_half_precision_is_skipped_with_its_reason() -> None:
     assert (outcome.status, outcome.reason) == ("skipped", "half precision is not its thing")
 
 
-def test_drawn_plans_are_skipped_when_hypothesis_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_random_plans_are_skipped_when_hypothesis_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(kernel_suite, "find_spec", lambda _: None)
     (outcome,) = testing.check_kernel("cpu", only=["kernel_drawn_plans"])
     assert (outcome.status, outcome.reason[:27]) == ("skipped", "hypothesis is not installed")

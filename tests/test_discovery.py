@@ -39,7 +39,7 @@ def test_hidden_files_and_archive_litter_are_left_out_and_named(
     assert f"data: {line}" in caplog.messages
 
 
-def test_files_of_every_video_suffix_in_any_case_are_taken(tmp_path: Path) -> None:
+def test_files_of_every_video_suffix_in_any_case_are_found(tmp_path: Path) -> None:
     suffixes = (
         "3gp",
         "MTS",
@@ -119,7 +119,7 @@ def test_unreadable_folder_and_file_are_named() -> None:
         (folder / "shut").chmod(0o755)
 
 
-def test_linked_files_are_taken(tmp_path: Path) -> None:
+def test_linked_files_are_found(tmp_path: Path) -> None:
     touch(tmp_path / "outside.mp4")
     (tmp_path / "data").mkdir()
     (tmp_path / "data" / "a.mp4").symlink_to(tmp_path / "outside.mp4")

@@ -308,7 +308,7 @@ class Shy(Reference):
         return ["it is shy"]
 
 
-def test_a_kernel_is_known_by_its_name_and_never_taken_unasked() -> None:
+def test_kernel_is_selected_by_its_name_alone() -> None:
     zoo.register_kernel(Named("mine"))
     zoo.register_kernel(Shy())
     assert (zoo.kernels()["mine"], zoo.kernels()["shy"]) == ([], ["it is shy"])
@@ -375,7 +375,7 @@ def test_bad_datamodules_are_refused(overrides: list[str], said: str) -> None:
         load(overrides)
 
 
-def test_a_datamodule_that_lacks_something_is_told_what(here: Path) -> None:
+def test_missing_parts_of_a_datamodule_are_named(here: Path) -> None:
     (here / "bare.py").write_text(
         "from lightning.pytorch import LightningDataModule\n\n"
         "class Bare(LightningDataModule):\n"

@@ -214,7 +214,7 @@ def test_all_stages_fit_into_the_default_minutes() -> None:
     assert STAGES[0] is MACHINE
 
 
-def test_a_stage_asked_for_alone_brings_its_checks() -> None:
+def test_stage_selected_alone_runs_its_checks() -> None:
     assert [stage.name for stage in gpu.chosen(["tiles"])] == ["machine", LONG, "tiles"]
     assert gpu.chosen([]) == list(STAGES)
 
@@ -356,7 +356,9 @@ def test_a_wrong_kernel_is_not_timed(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert not [row for row in run.rows.read() if row["kind"] == "time" and "seconds" in row]
 
 
-def test_a_full_memory_is_one_line_and_the_dense_step_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_out_of_memory_is_one_line_and_the_dense_step_continues(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     right = model._steps
 
     def steps(attention: dict[str, Any], run: Run) -> dict[str, Any]:

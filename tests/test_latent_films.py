@@ -120,7 +120,7 @@ def test_an_epoch_gives_each_film_once_in_batches_of_one_size(tmp_path: Path) ->
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_an_epoch_goes_on_where_it_stopped(tmp_path: Path, workers: int) -> None:
+def test_epoch_resumes_where_it_stopped(tmp_path: Path, workers: int) -> None:
     data = made(write(tmp_path / "a", 9), films_per_batch=2, num_workers=workers)
     whole = names(data)
     loader = data.train_dataloader()
@@ -149,7 +149,7 @@ def test_dropped_captions_are_a_function_of_seed_epoch_and_film(tmp_path: Path) 
     assert {batch["text"].shape[1] for batch in data.val_dataloader()} == {7}
 
 
-def test_pretrained_batches_have_equal_shots_and_text_as_long_as_asked(tmp_path: Path) -> None:
+def test_pretrained_batches_have_equal_shots_and_text_of_the_given_length(tmp_path: Path) -> None:
     data = made(write(tmp_path / "a", 9), batches="pretrained", films_per_batch=2, max_tokens=10)
     for batch in data.train_dataloader():
         assert batch["latents"].shape[1:] == (CHANNELS, 5, 4, 6)

@@ -124,7 +124,7 @@ def test_only_what_is_missing_runs(runs: Path) -> None:
     }
 
 
-def test_a_changed_config_runs_anew_and_loses_nothing(runs: Path) -> None:
+def test_changed_config_runs_again_and_loses_nothing(runs: Path) -> None:
     path = write_sweep(runs / "changed.yaml", cells={"dense": {"attention": "dense"}})
     execute(read(path), Silent())
     longer = read(path, [{"trainer.max_steps": 1}])
@@ -281,7 +281,7 @@ def test_two_drivers_of_one_sweep_each_show_their_own_cells(runs: Path, monkeypa
 
 @pytest.mark.usefixtures("runs")
 @pytest.mark.parametrize("uri", ["http://127.0.0.1:1", "sqlite:////proc/x.db", "postgresql+none://x/y", "mysql://x/y"])
-def test_a_store_that_cannot_be_opened_is_one_line_and_soon_told(monkeypatch: pytest.MonkeyPatch, uri: str) -> None:
+def test_store_that_cannot_be_opened_is_one_line_soon(monkeypatch: pytest.MonkeyPatch, uri: str) -> None:
     monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
     told: list[str] = []
     start = time.monotonic()
@@ -331,7 +331,7 @@ def test_a_store_that_is_lost_halfway_costs_its_points_alone(runs: Path) -> None
     assert [mlflow.MlflowClient(uri()).get_run(run).info.status for run in ours] == ["FINISHED"] * 2
 
 
-def test_a_database_is_made_whole_or_not_at_all(runs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_database_is_created_atomically(runs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("MLFLOW_TRACKING_URI")
     told: list[str] = []
     with monkeypatch.context() as patched:
@@ -344,7 +344,7 @@ def test_a_database_is_made_whole_or_not_at_all(runs: Path, monkeypatch: pytest.
 
 
 @pytest.mark.usefixtures("runs")
-def test_a_run_that_goes_on_logs_no_step_twice() -> None:
+def test_resumed_run_logs_no_step_twice() -> None:
     tracker = Tracker("again", print)
     first = tracker.run("moc", "0123", parent=None, before=None)
     for before, steps in ((None, range(4)), (first.run_id, range(2, 6))):

@@ -69,7 +69,7 @@ def test_three_formats_give_the_same_rows(tmp_path: Path) -> None:
         ({"video": "a", "shots": [{"start": 0, "end": 2}, {"caption": "x"}]}, "some shots have times"),
     ],
 )
-def test_each_fault_is_one_line_and_the_rest_goes_on(tmp_path: Path, row: Any, reason: str) -> None:
+def test_each_fault_is_one_line_and_the_other_rows_are_read(tmp_path: Path, row: Any, reason: str) -> None:
     good = {"video": "good.mp4"}
     first, bad, last = lines(tmp_path / "m.jsonl", good, row, {"video": "other.mp4"})
     assert isinstance(first, Row)

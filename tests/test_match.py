@@ -90,7 +90,7 @@ def test_a_wide_range_is_searched_by_factors() -> None:
     assert found.error < 0.001
 
 
-def test_of_a_plateau_the_first_value_is_taken() -> None:
+def test_first_value_of_a_plateau_is_chosen() -> None:
     """A film of few chunks: from some top_k on, all of them are taken."""
     found, _ = found_on_a_line(zoo.Knob("top_k", 1, 64), lambda k: min(k // 4, 3) / 4, 0.75)
     assert found.settings == {"top_k": 12}

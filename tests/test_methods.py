@@ -113,7 +113,7 @@ def test_moc_fixed_is_moc_with_fixed_chunks(film: Layout) -> None:
         assert torch.equal(a.dense_mask(), b.dense_mask())
 
 
-def test_scores_are_never_a_whole_table(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_scores_are_never_a_full_table(monkeypatch: pytest.MonkeyPatch) -> None:
     film = Layout.film([Shot(4, 4, 4), Shot(3, 4, 4)])
     q, k, _ = tensors(film)
     attention = build("moc", top_k=2, anchors=("chunk",))

@@ -317,7 +317,7 @@ class Weights(Callback):
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
-def test_steps_that_overflow_are_skipped_and_training_goes_on(optimizer):
+def test_steps_that_overflow_are_skipped_and_training_continues(optimizer):
     seen, half, module = Weights(), Half(2.0**24), lit(optim={"optimizer": optimizer, "ema_decay": 0.9})
     for weight in module.parameters():
         weight.register_hook(lambda gradient: gradient.half().float())  # beyond 65504 infinite
@@ -564,7 +564,7 @@ class Bright(Metric):
         return self.pixels[0] / self.pixels[1]
 
 
-def test_a_test_draws_last_shots_and_whole_films_with_the_averaged_weights(tmp_path):
+def test_testing_samples_last_shots_and_whole_films_with_the_averaged_weights(tmp_path):
     keep, films = ModelCheckpoint(tmp_path, filename="last"), batch(PACKED)
     judges = {"sample_metrics": {"last": Bright()}, "whole_metrics": {"all": Bright(), "seen": Seen()}}
     module = lit(**judges, sampling={"steps": 2})

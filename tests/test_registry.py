@@ -134,7 +134,7 @@ def test_entry_points_are_loaded_once(monkeypatch: pytest.MonkeyPatch) -> None:
     assert entry.loads == 1
 
 
-def test_a_method_that_says_nothing_is_told_so() -> None:
+def test_method_without_declarations_is_reported() -> None:
     class Silent(zoo.Attention):
         pass
 

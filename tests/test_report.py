@@ -108,7 +108,7 @@ def test_table_fits_a_terminal(sweep: str) -> None:
     assert re.search(r"broken +failed", text)
 
 
-def test_budgets_that_training_left_are_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_budgets_that_training_left_are_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ZOO_HOME", str(tmp_path))
     cells = []
     for name, match, density in (
@@ -338,7 +338,7 @@ def test_a_test_of_memory_always_has_its_four_lines(memory: str, full: str) -> N
     }
 
 
-def test_controls_are_taken_from_a_sweep_of_the_same_films(sweep: str) -> None:  # noqa: ARG001
+def test_controls_come_from_a_sweep_of_the_same_films(sweep: str) -> None:  # noqa: ARG001
     attention = {"dense": {"name": "dense"}, "random_shot": {"name": "random_shots"}, "moc": {"name": "moc"}}
     attention["own"] = {"name": "own_shot"}
     write_sweep_of("lender", {"dense": [0.97, 0.99], "random_shot": [0.02], "own": [None]}, attention, "w")
@@ -474,7 +474,7 @@ def test_the_record_has_the_figures_of_the_runs(memory: str, tmp_path: Path) -> 
     assert len([line for line in text.splitlines() if line.startswith("  {")]) == 4 + 8 + 2  # groups, runs, unfinished
 
 
-def test_markdown_has_whole_tables(full: str) -> None:
+def test_markdown_has_complete_tables(full: str) -> None:
     text = tables.markdown(build_report(full))
     blocks = re.findall(r"(?:^\|.*\n)+", text, re.MULTILINE)
     assert len(blocks) == 10

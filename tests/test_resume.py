@@ -218,7 +218,7 @@ def half_done(runs: Path, killed_home: Path) -> Cell:
 
 
 @pytest.mark.parametrize("damage", ["removed", "cut", "one byte"])
-def test_a_damaged_checkpoint_starts_the_run_anew(half_done: Cell, damage: str) -> None:
+def test_damaged_checkpoint_starts_the_run_again(half_done: Cell, damage: str) -> None:
     path = half_done.folder("sweep") / RESUME
     whole = path.read_bytes()
     with zipfile.ZipFile(path) as file:
@@ -237,7 +237,7 @@ def test_a_damaged_checkpoint_starts_the_run_anew(half_done: Cell, damage: str) 
     assert not list(half_done.folder("sweep").iterdir())
 
 
-def test_fresh_starts_anew(half_done: Cell) -> None:
+def test_fresh_starts_the_run_again(half_done: Cell) -> None:
     part = half_done.folder("sweep") / "checkpoints" / "step=9.ckpt.1.part"  # what a kill amid a write leaves
     part.touch()
     assert begun(half_done) == (3, ["moc resumes from step 3"])

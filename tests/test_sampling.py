@@ -156,7 +156,7 @@ def test_without_strict_causality_earlier_shots_are_recomputed_in_every_step(met
 
 
 @pytest.mark.parametrize("attention", [FRAMES, {"name": "dense"}])
-def test_each_shot_is_drawn_beside_clean_ones_before_it(attention):
+def test_each_shot_is_sampled_with_clean_earlier_shots(attention):
     """Against whole-film sampling of each prefix with the shots before given."""
     model, films = open_model(attention=attention).double(), double(batch(LONG, size=2))
     drawn = Euler(2, 1.5, "shots").sample(model, FLOW, films, seed=7)
@@ -181,7 +181,7 @@ def test_each_shot_is_drawn_beside_clean_ones_before_it(attention):
         torch.testing.assert_close(got, want, rtol=0, atol=1e-9)
 
 
-def test_films_of_a_stream_are_drawn_as_alone():
+def test_films_of_a_stream_are_sampled_as_alone():
     model = open_model(attention=FRAMES).double()
     packed = double(batch(zoo.Layout.pack([LONG, SECOND, SILENT])))
     known = torch.tensor([True] + [False] * 9)
@@ -244,7 +244,7 @@ def test_more_context_than_there_is_takes_all_and_says_so_once():
         torch.testing.assert_close(a, b, rtol=0, atol=1e-5)
 
 
-def test_a_film_longer_than_any_before_can_be_drawn():
+def test_film_longer_than_any_before_can_be_sampled():
     layout = zoo.Layout.film([zoo.Shot(1, 2, 2, 1)] * 9, caption=1)
     drawn: Generated = Euler(1, order="shots", context=2).generate(
         open_model(attention=FRAMES), FLOW, batch(layout, size=2)

@@ -64,7 +64,7 @@ def test_the_method_itself_changes_and_settings_go_to_those_who_know_them():
         zoo.build("dense", **SHAPE, schedule={"name": {4: "moc"}}, windows=(1, 1))
 
 
-def test_phases_share_parameters_drawn_as_without_a_schedule():
+def test_phases_share_parameters_initialised_as_without_a_schedule():
     torch.manual_seed(0)
     plain, after = zoo.build("moga", **SHAPE), torch.rand(1)
     torch.manual_seed(0)

@@ -107,7 +107,7 @@ def test_what_is_in_force_is_logged(tmp_path):
     }  # "chunk" is no number
 
 
-def test_films_are_drawn_in_the_order_asked_for(tmp_path):
+def test_films_are_sampled_in_the_configured_order(tmp_path):
     films = SampleFilms(tmp_path, steps=1, order="shots", context=1)
     assert (films.euler.order, films.euler.context) == ("shots", 1)
     module = lit(sampling={"steps": 1, "order": "shots"}, sample_metrics={"seen": Seen()})

@@ -223,7 +223,7 @@ def test_recall_keeps_its_outcome_for_every_film() -> None:
     assert metric.film_outcomes() == {"identity_recall": [1, 1]}
 
 
-def test_a_copy_of_the_wrong_subject_is_told_from_a_wrong_identity() -> None:
+def test_copy_of_the_wrong_subject_is_distinguished_from_a_wrong_identity() -> None:
     world = ShotWorld()
     batch = world.batch("validation", range(64))
     identity = batch["truth"]["identity"]
@@ -261,7 +261,7 @@ def test_only_the_last_shot_of_each_film_is_scored() -> None:
     assert score(world, batch, spoilt)["identity_recall"] == pytest.approx(0.9)
 
 
-def test_recall_is_told_apart_by_how_long_ago_the_subject_was_seen() -> None:
+def test_recall_is_split_by_how_long_ago_the_subject_was_seen() -> None:
     world = ShotWorld(subjects=3, returns=5)
     batch, (rows, last) = world.batch("validation", range(200)), (200, 7)
     subject, identity = batch["truth"]["subject"], batch["truth"]["identity"]

@@ -43,7 +43,7 @@ def test_the_table_has_a_cell_for_what_was_timed() -> None:
     ]
 
 
-def test_the_plot_is_drawn(tmp_path: Path) -> None:
+def test_plot_is_written(tmp_path: Path) -> None:
     picture = imread(plot(FOUND, tmp_path / "inside" / "time.png"))
     assert picture.shape == (675, 1050, 4)
     assert picture[..., :3].std() > 0.05

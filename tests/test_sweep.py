@@ -56,7 +56,7 @@ def test_seeds_make_runs_of_one_group(tmp_path: Path) -> None:
     assert [cell.group for cell in read(write_sweep(tmp_path / "t.yaml", axes=METHODS)).cells] == [None, None]
 
 
-def test_a_size_lies_between_base_and_cells(tmp_path: Path) -> None:
+def test_size_overrides_the_base_and_cells_override_the_size(tmp_path: Path) -> None:
     large = {"model.dim": 32, "trainer.max_steps": 50}
     parts: dict[str, Any] = {"axes": METHODS, "cells": {"own": {"attention": "window", "trainer.max_steps": 7}}}
     path = write_sweep(tmp_path / "s.yaml", sizes={"gpu": large}, **parts)

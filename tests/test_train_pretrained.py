@@ -166,7 +166,7 @@ def test_one_model_has_one_id(models: Path, monkeypatch: pytest.MonkeyPatch):
         (["model=wan", "attention=moc", "attention.top_k=0"], "top_k"),
     ],
 )
-def test_what_cannot_be_is_refused(models: Path, monkeypatch: pytest.MonkeyPatch, given, message):
+def test_impossible_settings_are_refused(models: Path, monkeypatch: pytest.MonkeyPatch, given, message):
     monkeypatch.chdir(models)
     done = CliRunner().invoke(app, ["train", *options(SHORT), *given])
     assert done.exit_code == 2, done.output

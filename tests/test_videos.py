@@ -166,7 +166,7 @@ def test_no_frame_is_in_both_splits(tmp_path: Path) -> None:
     assert data.summary()["validation"]["frames"] == 10
 
 
-def test_windows_are_drawn_in_training_and_fixed_in_validation(tmp_path: Path) -> None:
+def test_windows_are_random_in_training_and_fixed_in_validation(tmp_path: Path) -> None:
     ramp(tmp_path / "a.mp4", 40, 5)
     data = VideoFilms(str(tmp_path), **SMALL, frames_per_shot=4)
     data.setup()
@@ -392,7 +392,7 @@ def test_captions_beside_the_videos_are_read_and_checked(tmp_path: Path) -> None
         setup()
 
 
-def test_bad_settings_are_told_all_at_once() -> None:
+def test_bad_settings_are_reported_all_at_once() -> None:
     with pytest.raises(ZooError) as error:
         VideoFilms("x", size=(60, 96), frames_per_shot=0, val_fraction=1.0, fps=0, detector="contents", on_bad="ignore")
     for part in (
