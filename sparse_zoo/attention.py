@@ -18,6 +18,7 @@ from sparse_zoo.kernels import names as kernel_names
 from sparse_zoo.layout import Layout
 from sparse_zoo.plan import Part, Plan
 from sparse_zoo.remember import on_device, origin, remembered
+from sparse_zoo.requirements import is_count
 
 ANCHORS = ("text", "shot", "chunk")
 
@@ -54,7 +55,20 @@ class Call:
     @property
     def is_text(self) -> Tensor:
         """Which queries are text, bool (Lq,)."""
-        return _at(self.layout.is_text, self)
+        return self.at(self.layout.is_text)
+
+    @property
+    def heads(self) -> slice:
+        """Which of the layer's query heads q holds."""
+        return slice(self.head_offset, self.head_offset + self.q.shape[1])
+
+    def at(self, values: Tensor) -> Tensor:
+        """What q's tokens have of `values` (L, …), which all tokens of the stream have."""
+        return values if self.q_rows is None else values[self.q_rows]
+
+    def narrow(self, plan: Plan) -> Plan:
+        """What q's tokens attend to in a plan for all tokens of the stream."""
+        return plan if self.q_rows is None else plan.narrow(self.q_rows)
 
     def _mismatches(self) -> list[str]:
         q, k, v = self.q.shape, self.k.shape, self.v.shape
@@ -447,16 +461,13 @@ class Attention(nn.Module):
             video = segment.plan.keep(~call.is_text)
         if segment.k is not None:
             return video  # its keys are no tokens
-        among = _text_among_itself(call.layout, self.causality == "strict")
-        if call.q_rows is not None:
-            among = among.narrow(call.q_rows)
+        among = call.narrow(_text_among_itself(call.layout, self.causality == "strict"))
         # Their queries are apart, so the parts cannot share a pair.
         return Plan(*video.parts, *among.parts)
 
 
 def _dense(call: Call) -> list[Branch | Term]:
-    plan = Plan.dense(call.layout)
-    return [Branch(plan if call.q_rows is None else plan.narrow(call.q_rows))]
+    return [Branch(call.narrow(Plan.dense(call.layout)))]
 
 
 def read_rows(branch: Branch, silent: Tensor | None) -> Tensor | None:
@@ -465,11 +476,6 @@ def read_rows(branch: Branch, silent: Tensor | None) -> Tensor | None:
         return branch.rows
     quiet = silent if branch.pools_queries else silent & ~silent[branch.rows.clamp(min=0)]
     return branch.rows.masked_fill(quiet, -1)
-
-
-def _at(values: Tensor, call: Call) -> Tensor:
-    """A token field at the tokens that q holds."""
-    return values if call.q_rows is None else values[call.q_rows]
 
 
 @remembered(32)
@@ -497,8 +503,3 @@ def _of_video(part: Part, layout: Layout) -> Part:
 
 def _is_time(value: object) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value < 1
-
-
-def is_count(value: object, least: int = 1) -> bool:
-    """Whether a setting is a whole number of at least `least`."""
-    return isinstance(value, int) and not isinstance(value, bool) and value >= least

@@ -9,7 +9,6 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from sparse_zoo.attention import is_count
 from sparse_zoo.layout import Layout
 from sparse_zoo.partition import Partition
 from sparse_zoo.plan import Part, Plan
@@ -41,15 +40,30 @@ def joint(layout: Layout, *video: Part, q_rows: Tensor | None = None) -> Plan:
 
 @remembered(32)
 def _text(layout: Layout) -> tuple[Part, ...]:
-    everyone, text = layout.partition(), layout.partition(where=layout.is_text)
-    video = layout.partition(where=~layout.is_text)
-    if not text.count:
+    text, video = layout.partition(where=layout.is_text), layout.partition(where=~layout.is_text)
+    reads_video = Plan.blocks(text, video, same_film(text, video)).parts if text.count and video.count else ()
+    return (*text_for_all(layout), *reads_video)
+
+
+@remembered(32)
+def text_for_all(layout: Layout, *, past: bool = False) -> tuple[Part, ...]:
+    """Every token × the text of its film, with `past` that of its shot and of those before; none without text."""
+    if not bool(layout.is_text.any()):
         return ()
-    return tuple(
-        Plan.blocks(queries, keys, same_film(queries, keys)).parts[0]
-        for queries, keys in ((everyone, text), (text, video))
-        if keys.count
-    )
+    keys = ("shot",) if past else ()
+    readers, text = layout.partition(*keys), layout.partition(*keys, where=layout.is_text)
+    wanted = same_film(readers, text)
+    return Plan.blocks(readers, text, wanted & (text.shot <= readers.shot[:, None]) if past else wanted).parts
+
+
+@remembered(32)
+def shot_for_captions(layout: Layout) -> tuple[Part, ...]:
+    """Each caption × the video of its shot; nothing for a global caption, and none without captions and video."""
+    captions = layout.partition("shot", where=layout.is_text & (layout.shot >= 0))
+    shots = layout.partition("shot", where=~layout.is_text)
+    if not captions.count or not shots.count:
+        return ()
+    return Plan.blocks(captions, shots, same_film(captions, shots) & (captions.shot[:, None] == shots.shot)).parts
 
 
 def same_film(queries: Partition, keys: Partition) -> Tensor:
@@ -96,16 +110,16 @@ def grid(layout: Layout, tile: tuple[int, ...], *, stop_at_shots: bool) -> list[
     return [(time, number[layout.sample]), (layout.row // tile[1], rows), (layout.col // tile[2], cols)]
 
 
-def products(queries: Tensor, keys: Tensor) -> Iterator[tuple[slice, Tensor]]:
+def products(queries: Tensor, keys: Tensor, most: int | None = None) -> Iterator[tuple[slice, Tensor]]:
     """Products of queries (B, H, Q, D) and pooled keys (B, Hk, K, D), slice by slice.
 
-    The whole table is never held.
+    The whole table is never held: about `most` scores are at once, None for `SLICE`.
 
     Yields:
         A slice of query rows, and their products, float32 (B, H, rows, K).
     """
     keys = keys.float().repeat_interleave(queries.shape[1] // keys.shape[1], dim=1).transpose(-1, -2)
-    rows = max(1, SLICE // max(1, queries.shape[0] * queries.shape[1] * keys.shape[-1]))
+    rows = max(1, (most or SLICE) // max(1, queries.shape[0] * queries.shape[1] * keys.shape[-1]))
     for start in range(0, queries.shape[2], rows):
         some = slice(start, start + rows)
         with torch.autocast(queries.device.type, enabled=False):  # would narrow what is widened here
@@ -139,11 +153,6 @@ def members(pieces: Partition) -> Tensor:
     place = (starts + number).masked_fill(number >= sizes, 0)
     tokens = place if pieces.order is None else pieces.order[0, 0].long()[place]
     return tokens.masked_fill(number >= sizes, -1)
-
-
-def is_triple(sizes: tuple[int, ...]) -> bool:
-    """Whether a setting is three whole numbers of at least 1: (frames, rows, cols)."""
-    return len(sizes) == 3 and all(map(is_count, sizes))
 
 
 def windowed(

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
-
 import torch
 from torch import Tensor
 
 from sparse_zoo import scorers
-from sparse_zoo.attention import Attention, Branch, Call, Term, is_count
+from sparse_zoo.attention import Attention, Branch, Call, Term
 from sparse_zoo.blocks import joint, same_film, stretches
 from sparse_zoo.errors import refuse
 from sparse_zoo.layout import Layout
@@ -21,23 +18,32 @@ from sparse_zoo.selectors import Scores, choose
 class Blockwise(Attention):
     """Base of methods that attend from block to block.
 
-    A subclass overrides `select`, and what else differs: `scores` (the means of both blocks by default), `queries` and
-    `keys` (stretches of `block_tokens` of a film's video by default), `branches` for more than one branch or key set.
-    Text is in no block: it is read by all and reads all, in the same softmax. Blocks of different films never meet.
+    A subclass overrides `select`, and what else differs: `scores` (the means of both blocks by default), `branches` for
+    more than one branch or key set. Text is in no block: it is read by all and reads all, in the same softmax. Blocks
+    of different films never meet.
+
+    Blocks are stretches of a film's video of `block_tokens` tokens, those of queries of `query_tokens` if not 0; or, if
+    there is a `tile`, tiles of (frames, rows, cols), which restart at each shot if `stop_at_shots`.
     """
 
     strict = "blocks of later shots are candidates"
     anchors = ("text",)
     pools_queries = True
     block_tokens: int = 64
+    query_tokens: int = 0
+    tile: tuple[int, ...] = ()
+    stop_at_shots: bool = True
 
     def queries(self, layout: Layout) -> Partition:
         """The blocks of queries."""
-        return stretches(layout, self.block_tokens)
+        return self._cut(layout, self.query_tokens or self.block_tokens)
 
     def keys(self, layout: Layout) -> Partition:
         """The blocks of keys."""
-        return self.queries(layout)
+        return self._cut(layout, self.block_tokens)
+
+    def _cut(self, layout: Layout, tokens: int) -> Partition:
+        return layout.tiles(self.tile, stop_at_shots=self.stop_at_shots) if self.tile else stretches(layout, tokens)
 
     def scores(self, call: Call) -> Scores:
         """Scores of blocks of keys, some blocks of queries at a time: scaled products of means."""
@@ -66,42 +72,14 @@ class Blockwise(Attention):
             return [Branch(joint(call.layout))]
         return [Branch(self.exact(call, self.chosen(call)))]
 
+    def require_width(self, call: Call, what: str) -> None:
+        """Refuse v of another head dim than `head_dim`, for which `what` the method has is made."""
+        width = call.v.shape[-1]
+        wrong = f"v has head dim {width}; {what} for {self.head_dim}"
+        refuse(type(self).__name__, [wrong] if width != self.head_dim else [])
+
     def routing_flops(self, call: Call) -> int:
         """Pooling of q and k, and one product for each pair of blocks and head."""
         batch, heads, length, dim = call.q.shape
         pairs = self.queries(call.layout).count * self.keys(call.layout).count
         return batch * dim * (2 * heads * pairs + (heads + call.k.shape[1]) * length)
-
-
-def require(
-    method: Attention,
-    *,
-    counts: Mapping[str, Any] | None = None,
-    shares: Mapping[str, Any] | None = None,
-    more: tuple[str, ...] = (),
-) -> None:
-    """Raise `ZooError` for settings out of range, all of them at once.
-
-    Args:
-        method: Whose settings they are.
-        counts: Settings that must be whole numbers of at least 1.
-        shares: Settings that must be in (0, 1].
-        more: Further reasons; empty strings are none.
-    """
-    refuse(
-        type(method).__name__,
-        [
-            *(
-                f"{name} must be a whole number of at least 1, got {x!r}"
-                for name, x in (counts or {}).items()
-                if not is_count(x)
-            ),
-            *(f"{name} must be in (0, 1], got {x!r}" for name, x in (shares or {}).items() if not is_share(x)),
-            *more,
-        ],
-    )
-
-
-def is_share(x: object) -> bool:
-    """Whether a setting is a number in (0, 1]."""
-    return isinstance(x, int | float) and not isinstance(x, bool) and 0 < x <= 1

@@ -7,11 +7,58 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
+from sparse_zoo.blocks import products
+from sparse_zoo.selectors import heaviest, largest
+
 DIGIT = 12
 ONE = 1 << 2 * DIGIT
 """The highest score of a budget as a weight: two digits, as fine as float32 is just below 1."""
 
 Slices = Callable[[], Iterator[tuple[Tensor, Tensor]]]
+
+
+def kept_pairs(
+    q: Tensor, means: Tensor, own: Tensor, *, scope: str, share: float | None, count: int
+) -> Iterator[Tensor]:
+    """The pairs of a query and a block that are kept, the own block of each query before all others.
+
+    Args:
+        q: Queries (B, H, n, D) of one film.
+        means: Means of the keys of its blocks (B, Hk, C, D).
+        own: int64 (n,), the block of each query, below 0 for none.
+        scope: Where pairs compete: "query", "head", or "global" (all heads).
+        share: Share of the scope's similarity that is kept, or None for `count`.
+        count: Blocks for each query, on average over the scope.
+
+    Yields:
+        bool (B, H, rows, C), slice by slice.
+    """
+    batch, heads, length, _ = q.shape
+    across = scope == "global"
+
+    def pairs() -> Iterator[tuple[Tensor, Tensor]]:
+        for rows, scores in products(q, means):
+            mine = own[rows, None] == torch.arange(scores.shape[-1], device=own.device)
+            yield scores, mine.expand_as(scores)
+
+    if scope == "query":
+        for scores, mine in pairs():
+            if share is None:
+                yield largest(scores.masked_fill(mine, torch.inf), count)
+            else:
+                scale = weights(scores, scores.amin(-1, keepdim=True), scores.amax(-1, keepdim=True))
+                yield heaviest(scale, share, first=mine)
+        return
+
+    def slices() -> Iterator[tuple[Tensor, Tensor]]:
+        for pair in pairs():
+            a, b = (x.transpose(1, 2).flatten(1) if across else x.flatten(2).flatten(0, 1) for x in pair)
+            yield a, b
+
+    total = count * length * (heads if across else 1)
+    for kept in within_budget(slices, share=share, count=total):
+        order = (batch, -1, heads, means.shape[2]) if across else (batch, heads, -1, means.shape[2])
+        yield kept.view(order).transpose(1, 2) if across else kept.view(order)
 
 
 def weights(scores: Tensor, low: Tensor, high: Tensor) -> Tensor:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from sparse_zoo.attention import is_count
+from sparse_zoo.requirements import is_count
 
 REST = "rest"
 Layer = dict[str, Any]

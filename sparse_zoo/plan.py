@@ -156,9 +156,9 @@ class Part(Cached):
         return replace(self, queries=self.queries.narrow(rows), edges=edges)
 
     def keep(self, where: Tensor) -> Part:
-        """The queries where `where`, bool (Lq,), holds; the others have no edge."""
+        """The queries where `where`, bool (Lq,) or (B|1, H|1, Lq), holds; the others have no edge."""
         if self.queries.is_singles:
-            edges = self.edges & where[:, None] if self.by_table else self.edges.masked_fill(~where[:, None], -1)
+            edges = self.edges & where[..., None] if self.by_table else self.edges.masked_fill(~where[..., None], -1)
             return replace(self, edges=edges)
         labels = self.queries.piece_of.masked_fill(~where, -1)
         queries = Partition.from_labels(labels, self.queries.count, self.queries.layout)
@@ -339,7 +339,7 @@ class Plan(Cached):
         return Plan(*(part.narrow(rows) for part in self.parts))
 
     def keep(self, where: Tensor) -> Plan:
-        """The plan of the queries where `where`, bool (Lq,), holds; the others attend to nothing."""
+        """The plan of the queries where `where`, bool (Lq,) or (B|1, H|1, Lq), holds; others attend to nothing."""
         return Plan(*(part.keep(where) for part in self.parts))
 
     def validate(self) -> Plan:

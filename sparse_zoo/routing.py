@@ -5,20 +5,23 @@ from __future__ import annotations
 import math
 import warnings
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from sparse_zoo.attention import Call
+from sparse_zoo.attention import Attention, Call
+from sparse_zoo.blocks import products
 from sparse_zoo.draws import BITS, uniform
 from sparse_zoo.errors import refuse
+from sparse_zoo.gather import add_at
 from sparse_zoo.kernels.triton import routing as fused
 from sparse_zoo.layout import Layout
 from sparse_zoo.partition import Partition
 from sparse_zoo.remember import remembered
+from sparse_zoo.selectors import first_largest
 
 BLOCK_SCORES = 1 << 20
-FEW = 16
 
 
 @dataclass(frozen=True)
@@ -60,7 +63,7 @@ class Drops:
             rest = torch.nn.functional.pad(legal, (1, 0)).repeat(*chosen.shape[:2], 1, 1)
             rest = rest.scatter_(-1, chosen + 1, False)[..., 1:]
             order = uniform(self.call, "drop-in: which", rest.shape[-1], rows)
-            came = _top((-order).expand(rest.shape).masked_fill(~rest, -torch.inf), self.most(rest.shape[-1]))
+            came = first_largest((-order).expand(rest.shape).masked_fill(~rest, -torch.inf), self.most(rest.shape[-1]))
             table = _poisson_table(self.into, chosen.device)
             more = torch.searchsorted(table, uniform(self.call, "drop-in: number", 1, rows).double(), right=True)
             late = torch.arange(came.shape[-1], device=came.device) >= more
@@ -80,6 +83,37 @@ def _poisson_table(mean: float, device: torch.device) -> Tensor:
         chances.append(math.exp(m * math.log(mean) - mean - math.lgamma(m + 1)))
     below = torch.tensor(chances, dtype=torch.float64).cumsum(0)
     return below[below <= 1 - 2.0**-BITS].to(device)
+
+
+@dataclass(frozen=True, eq=False)
+class Candidates:
+    """Chunks of keys, and which of them each token may choose.
+
+    Attributes:
+        chunks: The cut.
+        kind: int64 (L,), of which kind each token is.
+        legal: bool (kinds, C), which chunks a token of each kind may choose.
+    """
+
+    chunks: Partition
+    kind: Tensor
+    legal: Tensor
+
+    def best(self, method: Attention, call: Call, top_k: int, drops: Drops | None = None) -> Tensor:
+        """The `top_k` best chunks of each query, int32 (B, H, Lq, k), -1 for none: see `top_chunks`."""
+        given = (call.q, call.k, self.chunks, self.legal, call.at(self.kind), top_k, drops)
+        return top_chunks(*given, on_device=method.on_device(call))
+
+    def flops(self, call: Call) -> int:
+        """Pooling of k, and one product for each query, head and chunk."""
+        batch, heads, length, dim = call.q.shape
+        return batch * dim * (2 * heads * length * self.chunks.count + call.k.shape[1] * call.k.shape[2])
+
+
+def from_blocks(blocks: Partition, legal: Tensor) -> Candidates:
+    """Candidates of tokens that choose by their own block: legal, bool (blocks, blocks); text chooses nothing."""
+    own = blocks.piece_of[0, 0]
+    return Candidates(blocks, own.where(own >= 0, blocks.count), torch.nn.functional.pad(legal, (0, 0, 0, 1)))
 
 
 @torch.no_grad()
@@ -104,41 +138,55 @@ def top_chunks(
     """
     if on_device and drops is None and fused.fits(q, chunks, top_k):
         return fused.top_chunks(q, k, chunks, legal, kind, top_k)
-    batch, heads, length, _ = q.shape
-    share = heads // k.shape[1]
-    means = chunks.mean(k.float()).repeat_interleave(share, dim=1).transpose(-1, -2)
     top_k = min(top_k, chunks.count)
     width = top_k + (drops.most(chunks.count) if drops else 0)
-    chosen = torch.empty(batch, heads, length, width, dtype=torch.int32, device=q.device)
+    chosen = torch.empty(*q.shape[:3], width, dtype=torch.int32, device=q.device)
     if not width:
         return chosen
-    rows = max(1, BLOCK_SCORES // max(1, batch * heads * chunks.count))
-    for start in range(0, length, rows):
-        block = slice(start, start + rows)
-        with torch.autocast(q.device.type, enabled=False):  # would narrow what is widened here
-            scores = q[:, :, block].float() @ means
-        scores.masked_fill_(~legal[kind[block]], -torch.inf)
-        best = _top(scores, top_k)
-        if drops:
-            best = drops(best, legal[kind[block]], block)
-        chosen[:, :, block] = best.int()
+    for rows, scores in products(q, chunks.mean(k.float()), most=BLOCK_SCORES):
+        legal_here = legal[kind[rows]]
+        best = first_largest(scores.masked_fill_(~legal_here, -torch.inf), top_k)
+        chosen[:, :, rows] = (drops(best, legal_here, rows) if drops else best).int()
     return chosen
 
 
-def _top(scores: Tensor, top_k: int) -> Tensor:
-    """Indices of the largest, best first, ties to the earlier, -1 for those at -inf. Overwrites scores."""
-    if top_k > FEW:
-        best, index = scores.sort(dim=-1, descending=True, stable=True)
-        return index[..., :top_k].masked_fill(best[..., :top_k] == -torch.inf, -1)
-    rows = scores.view(-1, scores.shape[-1])
-    every = torch.arange(len(rows), device=scores.device)
-    found = []
-    for _ in range(top_k):
-        # max gives the first of equals, which topk does not promise; for few it is also faster than a sort.
-        best, index = rows.max(dim=-1)
-        rows[every, index] = -torch.inf
-        found.append(index.masked_fill(best == -torch.inf, -1))
-    return torch.stack(found, dim=-1).view(*scores.shape[:-1], top_k)
+def balance(p: Tensor, group: Tensor, layout: Layout, *, assigned_alone: bool) -> Tensor:
+    """Σ_i F_i P_i over the groups i of a router, averaged over films and batch items: small if groups are used alike.
+
+    Args:
+        p: The router's softmax (B, L, groups), through which the gradient passes.
+        group: What each token is assigned to, int64 (B, L).
+        layout: The stream; text does not count.
+        assigned_alone: P_i sums p over the tokens assigned to i, instead of over all tokens.
+
+    Returns:
+        A scalar. F_i is the share of a film's video tokens that are assigned to i, P_i a sum over its number of tokens.
+    """
+    video = _videos(layout)
+    p, group = p[:, video.tokens], group[:, video.tokens]
+    taken = (group[..., None] == torch.arange(p.shape[-1], device=group.device)).to(p.dtype)
+
+    def per_film(x: Tensor) -> Tensor:
+        total = add_at(x.new_zeros(len(x), len(video.number), x.shape[-1]), 1, video.film, x)
+        return total / video.number.to(p.dtype)[:, None]
+
+    share, mass = per_film(taken), per_film(p * taken if assigned_alone else p)
+    return (share * mass).sum(-1).mean()
+
+
+class _Videos(NamedTuple):
+    """Video tokens, int64 (n,), the film of each, and the number of tokens of each film that has any."""
+
+    tokens: Tensor
+    film: Tensor
+    number: Tensor
+
+
+@remembered(32)
+def _videos(layout: Layout) -> _Videos:
+    tokens = (~layout.is_text).nonzero()[:, 0]
+    _, film, number = torch.unique(layout.sample[tokens], return_inverse=True, return_counts=True)
+    return _Videos(tokens, film, number)
 
 
 @torch.no_grad()

@@ -14,6 +14,11 @@ Scores = Iterator[tuple[slice, Tensor]]
 """Some rows of queries, and float32 scores (B, H, rows, K) for them; all rows, one slice after the other."""
 Rule = Callable[[Tensor, Tensor], Tensor]
 """Scores with -inf where not legal, and what is legal, bool, -> what is kept, bool; all (B, H, rows, K)."""
+Counts = Callable[[Tensor], Sequence[Tensor]]
+"""What is legal, bool (B, H, rows, K) -> numbers of entries of each row, int64 (B, H, rows, 1) each."""
+
+FEW = 16
+"""Up to so many, looking for the largest again and again is faster than a sort."""
 
 
 @torch.no_grad()
@@ -56,6 +61,54 @@ def largest(scores: Tensor, count: int | Tensor) -> Tensor:
     taken = torch.arange(scores.shape[-1], device=scores.device) < count
     kept = torch.zeros_like(scores, dtype=torch.bool).scatter_(-1, order, taken.expand(order.shape))
     return kept & (scores > -torch.inf)
+
+
+def first_largest(scores: Tensor, count: int) -> Tensor:
+    """Top-k as indices: best first, -1 for those at -inf; overwrites scores.
+
+    Args:
+        scores: (..., K).
+        count: How many, at most K.
+
+    Returns:
+        int64 (..., count).
+    """
+    if count > FEW:
+        best, index = scores.sort(dim=-1, descending=True, stable=True)
+        return index[..., :count].masked_fill(best[..., :count] == -torch.inf, -1)
+    rows = scores.view(-1, scores.shape[-1])
+    every = torch.arange(len(rows), device=scores.device)
+    found = []
+    for _ in range(count):
+        # max gives the first of equals, which topk does not promise; for few it is also faster than a sort.
+        best, index = rows.max(dim=-1)
+        rows[every, index] = -torch.inf
+        found.append(index.masked_fill(best == -torch.inf, -1))
+    return torch.stack(found, dim=-1).view(*scores.shape[:-1], count)
+
+
+@torch.no_grad()
+def ranked(scores: Scores, legal: Tensor, shape: Sequence[int], counts: Counts) -> Tensor:
+    """In which of several shares of its row each entry is, largest first.
+
+    Args:
+        scores: Slices of rows.
+        legal: bool, broadcasts to `shape`.
+        shape: (B, H, Q, K).
+        counts: How many legal entries the first share holds, the first two, and so on: it maps bool (B, H, rows, K) to
+            int64 (B, H, rows, 1) each, ascending.
+
+    Returns:
+        uint8 (B, H, Q, K): 0 for the first share, …, the number of shares for the rest and for what is not legal.
+    """
+    legal = legal.expand(*shape)
+    found = torch.empty(tuple(shape), dtype=torch.uint8, device=legal.device)
+    for some, score in scores:
+        allowed = legal[:, :, some]
+        score = score.masked_fill(~allowed, -torch.inf)
+        inside = [largest(score, count) for count in counts(allowed)]
+        found[:, :, some] = len(inside) - torch.stack(inside).sum(0, dtype=torch.uint8)
+    return found
 
 
 def heaviest(weights: Tensor, share: float, first: Tensor | None = None) -> Tensor:

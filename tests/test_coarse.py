@@ -262,7 +262,7 @@ def test_a_film_without_video_beside_one_with() -> None:
         (
             SLA,
             {"top_fraction": 1.5, "negligible": 1.0, "block_tokens": 0},
-            ["at most 1, got 1.5", "below 1, got 1.0", "block_tokens"],
+            ["top_fraction must be in (0, 1], got 1.5", "below 1, got 1.0", "block_tokens"],
         ),
     ],
 )

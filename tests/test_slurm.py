@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 from tiny import BASE, write_sweep
+from toy_encoding import assert_jobs_encode_once, run
 
 from experiments.execution import slurm
 from experiments.execution.progress import Bar
@@ -154,6 +155,25 @@ def test_error_of_slurm_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     with pytest.raises(ZooError, match=r"--executor slurm: .*invalid partition") as caught:
         execute(sweep, bar(), slurm={"partition": "none"})
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("cluster")
+def test_jobs_encode_a_manifest_once(tmp_path: Path, wan: Path, films: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    assert_jobs_encode_once(tmp_path, wan, films, "slurm", "--slurm", "time=0:20:00", "--slurm", "mem=500")
+    jobs = list((tmp_path / "slurm" / "slurm").glob("*_log.out"))
+    assert len(jobs) == 2
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("cluster")
+def test_encoding_that_fails_in_every_job_is_one_line(tmp_path: Path, films: Path) -> None:
+    parameters = ("--slurm", "time=0:20:00", "--slurm", "mem=500")
+    done = run(films, tmp_path, tmp_path / "out", "--executor", "slurm", *parameters)
+    assert done.exit_code == 2
+    assert "encode: every job failed: job " in done.stderr
+    assert "config.json is missing" in done.stderr
 
 
 def test_without_slurm_it_says_what_is_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

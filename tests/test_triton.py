@@ -29,7 +29,6 @@ from sparse_zoo.kernels import triton as kernel
 from sparse_zoo.kernels.triton import dense
 from sparse_zoo.kernels.triton.configs import CONFIGS, INTERPRETED, choose
 from sparse_zoo.kernels.triton.work import Work, work_of
-from sparse_zoo.methods import moc
 
 HERE = Path(__file__).parent
 
@@ -212,9 +211,10 @@ def test_routing_goes_to_the_device_where_it_fits(monkeypatch: pytest.MonkeyPatc
 
     def watched(*given: Any, on_device: bool) -> Tensor:
         asked.append(on_device)
-        return routing.top_chunks(*given)
+        return top_chunks(*given)
 
-    monkeypatch.setattr(moc, "top_chunks", watched)
+    top_chunks = routing.top_chunks
+    monkeypatch.setattr(routing, "top_chunks", watched)
     film = zoo.Layout.film([zoo.Shot(1, 2, 2)] * 3)
     for name in ("cpu", "triton"):
         attention = zoo.build("moc", heads=2, head_dim=8, kernel=name)

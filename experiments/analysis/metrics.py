@@ -10,8 +10,12 @@ from experiments.tracking.store import Result
 
 HEADLINES = ("identity_recall", "val_loss")  # measures that rank a leaderboard: the first that was measured
 COSTS = ("density", "flops", "seconds_per_step")
+# What methods can be compared at, and the figure that measures it: pairs, FLOPs of attention with all that belongs to
+# it, seconds.
+COST_SENSES = {"pairs": "density", "flops": "attention_flops", "seconds": "seconds_per_step"}
 TOLERANCE = 0.02  # of a budget, within which a cost meets it
-FIGURES = ("val_loss", "first_loss", "last_loss", *COSTS)  # fields of a `Result`; the others are in its `metrics`
+# Attributes of a `Result`; the others are in its `metrics`.
+FIGURES = ("val_loss", "first_loss", "last_loss", *COSTS, "attention_flops")
 RECALL = "identity_recall"  # where it was measured, the sweep is a test of memory across shots
 WHOLE = "whole_"  # begins the names of what is measured of films drawn wholly from noise, not of their last shot alone
 # What a test of memory is read with: a column each beside recall, under these names.
@@ -20,6 +24,8 @@ BESIDE = {
     "colour_recall": "colour",
     "texture_recall": "texture",
     "wrong_subject": "wrong subject",
+    "subject_shown": "subject shown",
+    "shown_identity_recall": "recall where shown",
     WHOLE + RECALL: "whole film",
 }
 
@@ -28,14 +34,17 @@ LABELS = {
     "first_loss": "first training loss",
     "last_loss": "last training loss",
     "flops": "attention GFLOPs",
+    "attention_flops": "attention GFLOPs of a step",
     "density": "density, %",
     "seconds_per_step": "seconds per step",
+    "subject_shown": "share of shots with a subject",
+    "shown_identity_recall": "identity recall where a subject is shown",
 }
-UNITS = {"flops": 1e-9, "density": 100.0}  # a figure times this is what its label names
+UNITS = {"flops": 1e-9, "attention_flops": 1e-9, "density": 100.0}  # a figure times this is what its label names
 # By a word of the name, so that a measure of one's own, or one at a certain distance, needs no entry.
 HIGHER = ("recall", "consistency", "smoothness", "accuracy")
 LOWER = ("loss", "wrong", "error", *COSTS)
-SHARES = (*HIGHER, "wrong", "degree", "density")
+SHARES = (*HIGHER, "wrong", "degree", "density", "shown")
 
 # Controls of a memory test, by the name of the cell or the method: references that methods are compared with.
 CONTROLS = {"dense": "dense ceiling", "own_shot": "own shot only", "random_shot": "random baseline"}
@@ -90,12 +99,16 @@ class Measure:
         return float("inf") if value is None else -value if self.higher else value
 
 
+def get_figure(result: Result, name: str) -> float | None:
+    """Return one of `FIGURES` or of the sample metrics of a run; None where it was not measured."""
+    found: float | None = getattr(result, name) if name in FIGURES else result.metrics.get(name)
+    return found
+
+
 def measures_to_rank_by(results: Iterable[Result]) -> list[str]:
     """Return the measures that finished runs have and a report can rank by: all but the costs."""
     finished = [result for result in results if result.status == "finished"]
     names = dict.fromkeys((*FIGURES, *(name for result in finished for name in result.metrics)))
 
-    def measured(name: str) -> bool:
-        return any((vars(x) if name in FIGURES else x.metrics).get(name) is not None for x in finished)
-
-    return [name for name in names if name not in COSTS and measured(name)]
+    costs = (*COSTS, *COST_SENSES.values())
+    return [name for name in names if name not in costs and any(get_figure(x, name) is not None for x in finished)]

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from experiments.analysis.formatting import number
-from experiments.analysis.metrics import CONTROLS, FIGURES, NO_CONTROLS, Measure
+from experiments.analysis.metrics import CONTROLS, FIGURES, NO_CONTROLS, Measure, get_figure
 from experiments.analysis.significance import Estimate
 from experiments.tracking.identity import identity
 from experiments.tracking.store import Result, home, last_request, read
@@ -57,8 +57,8 @@ class Group:
 
     def values(self, name: str) -> dict[int, float]:
         """Return a measure by seed, for the finished runs that have it."""
-        found = {r.seed: getattr(r, name) if name in FIGURES else r.metrics.get(name) for r in self.finished}
-        return {seed: value for seed, value in found.items() if value is not None}
+        found = {result.seed: get_figure(result, name) for result in self.finished}
+        return {seed: one for seed, one in found.items() if one is not None}
 
     def estimate(self, name: str) -> Estimate | None:
         """Return the mean and interval of one of `FIGURES` or of the sample metrics; None if no run has it."""

@@ -127,11 +127,17 @@ def _paired(gaps: np.ndarray) -> np.ndarray:
     means, exact = gaps.mean(1), sign_flip_p(gaps)
     alike = np.isclose(gaps, gaps[:, :1], rtol=1e-9, atol=1e-15).all(1)
     errors = np.where(alike, 1.0, gaps.std(1, ddof=1) / math.sqrt(n))  # of pairs that are alike t is not defined
-    p = 2 * stdtr(n - 1, -np.abs(means / errors))
+    p = t_test_p(means, errors, n)
     means = np.where(alike, gaps[:, 0], means)
     half = np.where(alike, np.nan, _critical(n) * errors)
     p = np.where(alike, np.where(means == 0, 1.0, exact), p)
     return np.stack([means, means - half, means + half, p, exact], axis=1)
+
+
+def t_test_p(means: np.ndarray, errors: np.ndarray, n: int) -> np.ndarray:
+    """Return the two-sided p of the paired t test, of mean differences over n seeds and their standard errors."""
+    p: np.ndarray = 2 * stdtr(n - 1, -np.abs(means / errors))
+    return p
 
 
 def sign_flip_p(gaps: np.ndarray) -> np.ndarray:
@@ -208,12 +214,16 @@ def _sign_test(better: int, unequal: int) -> float:
 
 def holm(ps: Sequence[float] | np.ndarray) -> list[float]:
     """Correct p values for multiple tests (Holm 1979), in their order: at 5 %, 1 report in 20 has a false positive."""
-    values = np.asarray(ps, float)
-    order = np.argsort(values, kind="stable")
-    corrected = np.empty(len(values))
-    steps = np.minimum(1.0, np.arange(len(values), 0, -1) * values[order])
-    corrected[order] = np.maximum.accumulate(steps)
-    return [float(p) for p in corrected]
+    return [float(p) for p in holm_rows(np.asarray(ps, float))]
+
+
+def holm_rows(values: np.ndarray) -> np.ndarray:
+    """Correct each row of p values, (..., tests), for the tests of that row: `holm` for many reports at once."""
+    order = np.argsort(values, axis=-1, kind="stable")
+    ranked = np.take_along_axis(values, order, -1) * np.arange(values.shape[-1], 0, -1)
+    corrected = np.empty_like(values)
+    np.put_along_axis(corrected, order, np.maximum.accumulate(np.minimum(1.0, ranked), axis=-1), -1)
+    return corrected
 
 
 def compact_letters(names: Sequence[str], significant_pairs: Sequence[tuple[str, str]]) -> dict[str, str]:

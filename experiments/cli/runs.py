@@ -6,12 +6,12 @@ import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.table import Table
 
-from experiments.analysis.metrics import measures_to_rank_by
+from experiments.analysis.metrics import COST_SENSES, measures_to_rank_by
 from experiments.cli.shell import AsJson, Plugin, app, console, errors, load_plugins
 from experiments.config.names import Override, misspelt, misspelt_choices
 from experiments.config.yaml12 import read_yaml
@@ -20,9 +20,12 @@ from experiments.sweep.schema import Written, find_sized
 from experiments.tracking.store import read, read_sweep
 from sparse_zoo.errors import refuse, unknown
 
+SHOWN_SEEDS = (3, 5, 7, 10, 15, 20, 30)  # numbers of seeds that `zoo power` lists
+
 if TYPE_CHECKING:
     from experiments.reporting.report import Report
     from experiments.sweep.dry_run import Forecast
+    from experiments.sweep.expand import Sweep
     from experiments.tracking.store import Cell, Result
 
 
@@ -117,6 +120,7 @@ def sweep(
 
     Before the first one runs every cell is checked, budgets are solved, models are built and planned on the films
     themselves. A cell that fails is recorded with its reason and the others still run; the exit code is then 1.
+    Where the file has a `tune` section its trials run first, and each cell then runs with its best setting.
     """
     refuse(
         "zoo sweep",
@@ -138,7 +142,7 @@ def sweep(
     from experiments.sweep import preflight
     from experiments.sweep.expand import read
     from experiments.tracking.address import tracking_uri
-    from experiments.tracking.store import SweepRequest, home, last_request
+    from experiments.tracking.store import home, last_request
 
     tracking_uri()  # refused before anything is solved or trained
     settings = parameters(slurm) if executor == "slurm" else None
@@ -146,13 +150,18 @@ def sweep(
         needed()
     with errors.status("cells are read") as status:
         shorter = [] if max_steps is None else [{"trainer.max_steps": max_steps}]
-        loaded = read(path, shorter, sized, lambda name: status.update(f"the budget of {escape(name)} is solved"))
+
+        def solving(name: str) -> None:
+            status.update(f"the budget of {escape(name)} is solved")
+
+        loaded = read(path, shorter, sized, solving)
+        cells = (*(loaded.trials.sweep.cells if loaded.trials else ()), *loaded.cells)
         status.update("preflight check of the cells")
-        preflight.check(loaded.cells)
+        preflight.check(cells)
         if executor == "local" and not dry_run:
-            refuse("zoo sweep", _cannot_start(loaded.cells))
+            refuse("zoo sweep", _cannot_start(cells))
         if executor != "local":
-            refuse(f"zoo sweep --executor {executor}", _machine_dependent(loaded.cells))
+            refuse(f"zoo sweep --executor {executor}", _machine_dependent(cells))
         if dry_run:
             from experiments.sweep.dry_run import Forecast
 
@@ -161,27 +170,39 @@ def sweep(
         _print_forecast(forecast, as_json)
         return
     interrupted = None
+    how: dict[str, Any] = {"fresh": fresh, "jobs": jobs, "slurm": settings, "ray": executor == "ray", "wait": wait}
     try:
-        with Bar(errors, len(loaded.cells)) as bar:
-            execute(loaded, bar, fresh=fresh, jobs=jobs, slurm=settings, ray=executor == "ray", wait=wait)
+        if loaded.trials:
+            with Bar(errors, len(loaded.trials.sweep.cells)) as bar:
+                execute(loaded.trials.sweep, bar, **how)
+            loaded = read(path, shorter, sized)  # with the settings that the trials chose
+        if loaded.ready.cells:
+            with Bar(errors, len(loaded.ready.cells)) as bar:
+                execute(loaded.ready, bar, **how)
     except KeyboardInterrupt as error:
         interrupted = error
-    report = build_report(loaded.name, request=SweepRequest(loaded.about, loaded.cells))
-    last = last_request(loaded.name)
-    if last is None or last.cells == loaded.cells:
-        _show(report, write(report))
-    else:  # by another driver, meanwhile: its page stays
-        _show(report)
-        console.print(
-            f"The sweep {escape(loaded.name)} was asked for with other cells meanwhile ({escape(last.command)}). The "
-            "tables above show the cells of this command; those of the other one are in "
-            f"{escape(str(home() / loaded.name / 'report.html'))} and zoo report {escape(loaded.name)}",
-            soft_wrap=True,
-        )
+    settled = loaded.ready
+    complete = not _without_settings(loaded)
+    if settled.cells:
+        report = build_report(settled.name, request=settled.request)
+        complete = complete and not report.sweep.unfinished
+        last = last_request(settled.name)
+        if last is None or last.cells == settled.cells:
+            _show(report, write(report))
+        else:  # by another driver, meanwhile: its page stays
+            _show(report)
+            console.print(
+                f"The sweep {escape(settled.name)} was asked for with other cells meanwhile ({escape(last.command)}). "
+                "The tables above show the cells of this command; those of the other one are in "
+                f"{escape(str(home() / settled.name / 'report.html'))} and zoo report {escape(settled.name)}",
+                soft_wrap=True,
+            )
+    for line in _without_settings(loaded):
+        console.print(escape(line), soft_wrap=True)
     if interrupted:
         console.print(f"Stopped. Finished cells are kept; resume with: {escape(_again())}", soft_wrap=True)
         raise interrupted
-    if report.sweep.unfinished and wait:
+    if not complete and wait:
         raise typer.Exit(1)
 
 
@@ -189,7 +210,11 @@ def sweep(
 def report(
     name: Annotated[str, typer.Argument(help="A sweep that has run.")],
     by: Annotated[
-        str | None, typer.Option(help="The measure that ranks and is tested; identity_recall, or else val_loss.")
+        str | None,
+        typer.Option(
+            help="The measure that ranks and is tested (identity_recall, or else val_loss); or pairs, flops, seconds, "
+            "for the default one in the order of that cost."
+        ),
     ] = None,
     runs: Annotated[bool, typer.Option("--runs", help="Show single runs, not their means over seeds.")] = False,
     markdown: Annotated[
@@ -211,12 +236,14 @@ def report(
     )
     # An unknown sweep or measure is refused before the imports below, which take seconds.
     request = read_sweep(name)
+    by, read_by = (None, by) if by in COST_SENSES else (by, None)
     if by is not None:
         measured = measures_to_rank_by(read(cell, name) for cell in request.cells)
-        refuse(f"report {name}", [unknown("measure", by, measured)] if by not in measured else [])
+        known = [*measured, *COST_SENSES]
+        refuse(f"report {name}", [unknown("measure", by, known)] if by not in measured else [])
     from experiments.reporting.report import build_report
 
-    found = build_report(name, by)
+    found = build_report(name, by, read_by=read_by)
     if results is not None:
         from experiments.reporting.record import write_record
 
@@ -242,6 +269,63 @@ def report(
     _show(found, page, runs=runs)
 
 
+@app.command(epilog="Example: [bold]zoo power memory --difference 0.1[/bold]")
+def power(
+    name: Annotated[str, typer.Argument(help="A sweep that has run with two seeds or more: the pilot.")],
+    difference: Annotated[
+        float | None, typer.Option(help="The true difference that is to be found; 0.1 for a share.")
+    ] = None,
+    probability: Annotated[float, typer.Option(help="The probability with which it is to be found.")] = 0.8,
+    methods: Annotated[
+        int | None, typer.Option(min=2, help="How many cells the comparison has; by default those of the pilot.")
+    ] = None,
+    by: Annotated[str | None, typer.Option(help="The measure; identity_recall, or else val_loss.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Say how many seeds a comparison needs, by what a pilot shows of the spread over seeds.
+
+    Sweeps are simulated with that spread and judged by the tests of the report: paired t tests of all pairs, corrected
+    by Holm. One cell is better than all others by the difference, and the others are alike.
+    """
+    refuse(
+        "zoo power",
+        [
+            f"--probability must be above 0.05 and below 1, got {probability}" if not 0.05 < probability < 1 else "",
+            f"--difference must be above 0, got {difference}" if difference is not None and not difference > 0 else "",
+        ],
+    )
+    read_sweep(name)
+    from experiments.reporting.comparison import plan_seeds
+    from experiments.reporting.loading import load_sweep
+    from experiments.reporting.report_json import plain_seeds
+    from experiments.reporting.sentences import word_power
+
+    sweep = load_sweep(name, by)
+    plan = plan_seeds(sweep, methods, difference, probability)
+    without = (
+        f"no two of its methods have two seeds in common that differ in {sweep.headline.label}, so the spread over"
+    )
+    refuse(f"power {name}", [] if plan else [f"{without} seeds is not known. To measure it run 3 seeds or more"])
+    assert plan is not None
+    curve = plan.curve(SHOWN_SEEDS)
+    if as_json:
+        print(json.dumps(plain_seeds(plan) | {"measure": sweep.headline.name, "curve": curve}))
+        return
+    chance = f"{100 * probability:g} %"
+    table = Table(title=f"{escape(name)}: {plan.methods} cells, {escape(sweep.headline.label)}", title_justify="left")
+    table.add_column("seeds", justify="right")
+    table.add_column(f"difference that is found with {chance}", justify="right")
+    for seeds, smallest in curve.items():
+        table.add_row(str(seeds), f"{smallest:.3g}")
+    console.print(table)
+    console.print(
+        f"The difference of two methods varies from seed to seed by {plan.spread.sd:.3g} (standard deviation), most "
+        f"between {escape(' and '.join(plan.spread.widest))}: {plan.spread.most:.3g}.",
+        soft_wrap=True,
+    )
+    console.print(escape(word_power(sweep, plan)), soft_wrap=True)
+
+
 def _show(report: Report, page: Path | None = None, *, runs: bool = False) -> None:
     """The leaderboard, what holds, what did not finish, where the page is, if it was written."""
     from experiments.analysis.formatting import p_value, signed
@@ -257,7 +341,9 @@ def _show(report: Report, page: Path | None = None, *, runs: bool = False) -> No
     if len(significant) > MAX_NAMES:
         console.print(f"and {len(significant) - MAX_NAMES} more significant differences")
     said = report.sentences
-    for line in (said.conclusion, f"{said.verdict} {said.caution}".strip(), said.deviation, said.shortened):
+    timing = said.timing if report.read_by == "seconds" else ""
+    verdict = f"{said.verdict} {said.caution}".strip()
+    for line in (said.conclusion, verdict, said.power, said.deviation, said.shortened, timing):
         if line:
             console.print(escape(line), highlight=False)
     for names, result in group_unfinished(report.sweep).items():
@@ -296,6 +382,24 @@ def _print_forecast(forecast: Forecast, as_json: bool) -> None:
     console.print(*forecast.tables(), sep="\n")
     for note in NOTES:
         console.print(f"[dim]{escape(note)}[/dim]")
+
+
+def _without_settings(sweep: Sweep) -> list[str]:
+    """Which cells have no runs, because none of their settings was chosen, one line each kind."""
+    from experiments.reporting.limits import join_names
+
+    trials, lines = sweep.trials, []
+    if trials and trials.failed:
+        lines.append(
+            f"{join_names([*trials.failed])}: no trial ended with a score, so no setting was chosen and nothing else "
+            f"was run; zoo report {trials.sweep.name} has the reasons"
+        )
+    if trials and trials.waiting:
+        lines.append(
+            f"{join_names([*trials.waiting])}: trials are left to run; the same command goes on with them, and then "
+            "runs the best settings"
+        )
+    return lines
 
 
 def _cannot_start(cells: Sequence[Cell]) -> list[str]:

@@ -12,6 +12,7 @@ import time
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
+from dataclasses import replace
 from multiprocessing.connection import Connection
 from multiprocessing.connection import wait as wait_for
 from typing import Any
@@ -25,7 +26,7 @@ from experiments.execution.work import POLL, Work, devices, on_gpu
 from experiments.sweep.expand import Sweep
 from experiments.tracking.identity import flatten
 from experiments.tracking.mlflow_logger import Tracker
-from experiments.tracking.store import Cell, Result, SweepRequest, last_request, read, write_sweep
+from experiments.tracking.store import Cell, Result, last_request, read, write_sweep
 from sparse_zoo.errors import ZooError, refuse
 from sparse_zoo.registry import import_file
 
@@ -68,7 +69,7 @@ def execute(
     tracker = Tracker(sweep.name, bar.note)
     tracker.settle(_ended(found.values()))
     parent = tracker.parent(sweep.name, f"{sweep.about}\n\n{len(sweep.cells)} cells. {ABOVE} `zoo report {sweep.name}`")
-    write_sweep(sweep.name, SweepRequest(sweep.about, sweep.cells, parent))
+    write_sweep(sweep.name, replace(sweep.request, mlflow_run=parent))
     plugins = loaded_plugins()
     works = [Work(cell, sweep.name, found[cell.name], parent, params[cell.name], plugins, fresh) for cell in todo]
     ended, shown = "KILLED", time.monotonic()
@@ -91,8 +92,8 @@ def _record_sweep(sweep: Sweep) -> str | None:
     """Store these cells as the sweep's last request, which the report describes; return MLflow's parent run."""
     asked = last_request(sweep.name)
     parent = asked.mlflow_run if asked else None
-    if asked is None or (asked.about, asked.cells) != (sweep.about, sweep.cells):
-        write_sweep(sweep.name, SweepRequest(sweep.about, sweep.cells, parent))
+    if asked is None or (asked.about, asked.cells, asked.tuning) != (sweep.about, sweep.cells, sweep.request.tuning):
+        write_sweep(sweep.name, replace(sweep.request, mlflow_run=parent))
     return parent
 
 

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from experiments.analysis.metrics import FIGURES
+from experiments.analysis.metrics import get_figure
 from experiments.analysis.significance import Estimate
 from experiments.escape import for_json
 from experiments.reporting.report import Report
@@ -24,7 +24,7 @@ def record(report: Report) -> dict[str, Any]:
     """
     done = report.sweep.finished
     facts = [result.provenance for result in done]
-    names = ("density", "flops", "seconds_per_step", "val_loss", *report.sweep.metrics)
+    names = ("density", "flops", "attention_flops", "seconds_per_step", "val_loss", *report.sweep.metrics)
     return {
         "name": report.sweep.name,
         "command": report.sweep.command,
@@ -68,13 +68,13 @@ def write_record(report: Report, path: Path) -> None:
 
 
 def _run(result: Result, names: Iterable[str]) -> dict[str, Any]:
-    values = {name: getattr(result, name) if name in FIGURES else result.metrics.get(name) for name in names}
+    values = {name: get_figure(result, name) for name in names}
     return {
         "name": result.name,
         "seed": result.seed,
         "id": result.id,
         "minutes": _minutes([result.seconds or 0.0]),
-        **{name: _short(value) for name, value in values.items() if value is not None},
+        **{name: _short(one) for name, one in values.items() if one is not None},
     }
 
 

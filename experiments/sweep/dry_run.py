@@ -62,6 +62,8 @@ class Forecast:
     name: str
     about: str
     rows: tuple[Row, ...]
+    trials: Forecast | None = None
+    waiting: tuple[str, ...] = ()  # rows whose settings are chosen when their trials have ended; as written until then
 
     @staticmethod
     def of(sweep: Sweep, told: Callable[[str], object] = lambda _: None) -> Forecast:
@@ -76,28 +78,37 @@ class Forecast:
             told(name)
             runs = [(other, read(other, sweep.name)) for other in groups[name]]
             rows.append(_row(name, cell, own, runs, here))
-        return Forecast(sweep.name, sweep.about, tuple(rows))
+        if sweep.trials is None:
+            return Forecast(sweep.name, sweep.about, tuple(rows))
+        trials = Forecast.of(sweep.trials.sweep, told)
+        return Forecast(sweep.name, sweep.about, tuple(rows), trials, sweep.trials.waiting)
 
     @property
     def seconds(self) -> float | None:
-        """For all that is left to do, one cell after the other; None where a row's are not known."""
-        needed = [row for row in self.rows if row.left]
+        """For all that is left to do, trials too, one cell after the other; None where a row's are not known."""
+        needed = [row for row in (*(self.trials.rows if self.trials else ()), *self.rows) if row.left]
         return (
             None if any(row.seconds is None for row in needed) else sum(row.left * (row.seconds or 0) for row in needed)
         )
 
     def to_json(self) -> dict[str, Any]:
-        """{"name", "about", "rows": the fields of `Row` each, "seconds", "notes"}."""
+        """{"name", "about", "rows": the fields of `Row` each, "seconds", "notes", "trials", "waiting"}.
+
+        "trials" is the same of the settings that are tried first, or null; "waiting" names the rows whose settings are
+        chosen then.
+        """
         return {
             "name": self.name,
             "about": self.about,
             "rows": [asdict(row) for row in self.rows],
             "seconds": self.seconds,
             "notes": list(NOTES),
+            "trials": self.trials.to_json() if self.trials else None,
+            "waiting": list(self.waiting),
         }
 
     def tables(self) -> list[Table]:
-        """For a terminal: which cells, and what they take; the last line is the total."""
+        """For a terminal: the trials, then which cells, and what they take; the last line is the total."""
         cells = [cell for row in self.rows for cell in row.cells]
         finished = sum(cell["status"] == "finished" for cell in cells)
         which = _table(f"{escape(self.name)}: {len(cells)} cells, {finished} finished")
@@ -108,7 +119,8 @@ class Forecast:
             costs.add_column(column, justify="left" if column == "cell" else "right", no_wrap=True)
         for row in self.rows:
             seeds = ", ".join(str(cell["seed"]) for cell in row.cells)
-            which.add_row(escape(row.name), escape(_settings(row)), seeds, escape(_status(row)))
+            status = "setting not chosen yet" if row.name in self.waiting else _status(row)
+            which.add_row(escape(row.name), escape(_settings(row)), seeds, escape(status))
             costs.add_row(
                 escape(row.name),
                 f"{row.streams} × {row.tokens:,.0f}",
@@ -120,7 +132,7 @@ class Forecast:
             )
         costs.caption = f"left to do: {_clock(self.seconds)}, one cell after the other"
         costs.caption_justify = "left"
-        return [which, costs]
+        return [*(self.trials.tables() if self.trials else ()), which, costs]
 
 
 def _table(title: str) -> Table:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,9 @@ from experiments.sweep.budget import Unreached, shared_reach, solved, with_setti
 from experiments.sweep.grid import Choice, matches
 from experiments.sweep.preflight import error_reason, first_of_groups
 from experiments.sweep.schema import SWEEPS, Written, find
-from experiments.tracking.store import Cell, last_request
+from experiments.sweep.tuning import choose_trials, list_trials
+from experiments.tracking.schema import TrialFile, TuningFile
+from experiments.tracking.store import Cell, SweepRequest, last_request
 from sparse_zoo.errors import ZooError, refuse, unknown_setting
 
 __all__ = ["SWEEPS", "Sweep", "find", "read"]
@@ -26,12 +28,38 @@ LONGEST = 200  # bytes of a name: file systems take 255, of which an id and suff
 
 
 @dataclass(frozen=True)
+class Trials:
+    """The trials of a sweep, a sweep of their own, and the plan that says which of them belong to which cell.
+
+    `waiting` names the cells whose trials have not all ended, which are as they were written; `failed` those whose
+    trials have ended, none of them with a score.
+    """
+
+    sweep: Sweep
+    plan: TuningFile
+    waiting: tuple[str, ...]
+    failed: tuple[str, ...]
+
+
+@dataclass(frozen=True)
 class Sweep:
-    """A name, one line about it, and its cells."""
+    """A name, one line about it, its cells, and what is tried for them before they run."""
 
     name: str
     about: str
     cells: tuple[Cell, ...]
+    trials: Trials | None = None
+
+    @property
+    def request(self) -> SweepRequest:
+        """What is written down of it when it runs."""
+        return SweepRequest(self.about, self.cells, tuning=self.trials.plan if self.trials else None)
+
+    @property
+    def ready(self) -> Sweep:
+        """This with the cells alone whose settings were chosen: all, unless some are tried first."""
+        waiting = {*self.trials.waiting, *self.trials.failed} if self.trials else set()
+        return replace(self, cells=tuple(cell for cell in self.cells if (cell.group or cell.name) not in waiting))
 
 
 def read(
@@ -53,6 +81,8 @@ def read(
       settings match all of one are left out.
     - `cells`: a mapping of cell name -> overrides, for single cells besides.
     - `seeds`: how many runs of each cell, with seeds 0, 1, ...; their names end in -s0, -s1, ...
+    - `tune`: how settings are tried before the cells run, see `sweep.schema.Tune`. The trials are a sweep of their own,
+      named NAME-trials. A cell whose trials have ended has the settings of the best.
     - `match`: what every cell is to cost, see `sweep.budget`; null in a cell's own overrides leaves it as it is.
       Solved for the first seed, and for all alike.
     - `sizes`: a mapping of size -> overrides, of which `size` lays one between `base` and the cells. The sweep of a
@@ -74,20 +104,34 @@ def read(
     reasons += [f"exclude {rule} leaves out no cell" for rule in idle]
     drafts = [draft for draft in drafts if not any(matches(draft.config, rule) for rule in rules)]
     reasons += [] if drafts else ["exclude leaves out every cell"]
-    reasons += _wrong(drafts)
-    labels = [draft.name for draft in drafts]
-    reasons += _unfit("sweep", name)
-    reasons += [reason for label in dict.fromkeys(labels) if label != name for reason in _unfit("cell", label)]
-    reasons += [f"two cells are named {label!r}" for label, count in Counter(labels).items() if count > 1]
+    reasons += _wrong(drafts) + _misnamed(name, drafts)
     refuse(f"sweep {name}", reasons)
+    if written.tune is None:
+        return Sweep(name, written.about, tuple(_distinct(_matched(drafts, name, told), name)))
 
-    cells = _matched([make_cell(draft.name, draft.config, draft.group) for draft in drafts], name, told)
-    by_id: dict[str, str] = {}
-    for cell in cells:
-        if by_id.setdefault(cell.id, cell.name) != cell.name:
-            reasons.append(f"cells {by_id[cell.id]!r} and {cell.name!r} are the same config")
-    refuse(f"sweep {name}", reasons)
-    return Sweep(name, written.about, tuple(cells))
+    _distinct([make_cell(draft.name, draft.config) for draft in drafts], name)
+    drafted, tried = _trials(written, drafts, overrides)
+    beside = f"{name}-trials"
+    trials = Sweep(beside, f"Settings tried for {name}.", tuple(_matched(drafted, beside, told)))
+    best = choose_trials(beside, written.tune.by, tried, trials.cells)
+    chosen = {label: trial for label, trial in best.items() if trial is not None}
+    for draft in drafts:
+        draft.own |= chosen[draft.label].settings if draft.label in chosen else {}
+    refuse(f"sweep {name}", _resolve(drafts, written.below, overrides, {}))
+    plan = TuningFile(
+        sweep=beside,
+        seeds=written.tune.seeds,
+        by=written.tune.by,
+        cells=tried,
+        chosen={label: trial.name for label, trial in chosen.items()},
+    )
+    waiting, failed = ([label for label in tried if best.get(label, "") == other] for other in ("", None))
+    return Sweep(
+        name,
+        written.about,
+        tuple(_matched(drafts, name, told)),
+        Trials(trials, plan, tuple(waiting), tuple(failed)),
+    )
 
 
 @dataclass
@@ -100,11 +144,63 @@ class _Draft:
     config: Config = field(default_factory=dict)
     wrong: list[str] = field(default_factory=list)
 
+    @property
+    def label(self) -> str:
+        """The name without the seed."""
+        return self.group or self.name
+
 
 def _drafts(choices: Sequence[Choice], seeds: int | None) -> list[_Draft]:
     if seeds is None:
         return [_Draft(label, None, own) for label, own in choices]
     return [_Draft(f"{label}-s{n}", label, own | {"seed": n}) for label, own in choices for n in range(seeds)]
+
+
+def _first_drafts(drafts: Iterable[_Draft]) -> dict[str, _Draft]:
+    """Of drafts that differ by their seed alone the first, by the name that they share."""
+    first: dict[str, _Draft] = {}
+    for draft in drafts:
+        first.setdefault(draft.label, draft)
+    return first
+
+
+def _trials(
+    written: Written, drafts: Sequence[_Draft], overrides: Sequence[Override]
+) -> tuple[list[_Draft], dict[str, list[TrialFile]]]:
+    """The trials of these cells, resolved; and by cell the names and settings of its own. Raises `ZooError`."""
+    tune = written.tune
+    assert tune is not None
+    used = sorted({draft.config["seed"] for draft in drafts} & {*tune.seeds})
+    both = f"{', '.join(map(str, used))} are seeds of the cells' own runs too; try settings with other seeds"
+    reasons = [f"tune.seeds: {both}"] if used else []
+    labels = [draft.label for draft in drafts]
+    reasons += [f"tune.cells: exclude leaves out {label!r}" for label in tune.cells if label not in labels]
+    steps = {} if tune.max_steps is None else {"trainer.max_steps": tune.max_steps}
+    trials: list[_Draft] = []
+    tried: dict[str, list[TrialFile]] = {}
+    for draft in _first_drafts(drafts).values():
+
+        def identify(settings: dict[str, Any], draft: _Draft = draft) -> str:
+            try:
+                return make_cell(draft.name, merge([*written.below, draft.own | settings, *overrides])[0]).id
+            except ZooError:
+                return repr(settings)  # what is wrong is told with the other trials
+
+        try:
+            choices = list_trials(draft.label, draft.config, written, identify)
+        except ZooError as error:
+            reasons.append(str(error))
+            continue
+        tried[draft.label] = [{"name": f"{draft.label}-{name}", "settings": own} for name, own in choices]
+        trials += [
+            _Draft(f"{draft.label}-{name}-s{seed}", f"{draft.label}-{name}", draft.own | own | steps | {"seed": seed})
+            for name, own in choices
+            for seed in tune.seeds
+        ]
+    refuse(f"sweep {written.name}", reasons)
+    reasons = _resolve(trials, written.below, overrides, {}) + _wrong(trials)
+    refuse(f"sweep {written.name}", reasons + _misnamed(f"{written.name}-trials", trials))
+    return trials, tried
 
 
 def _resolve(
@@ -134,6 +230,26 @@ def _resolve(
     return [unknown_setting(key, _like(key, names), kind) for key, kind in strange.items() if names]
 
 
+def _misnamed(sweep: str, drafts: Sequence[_Draft]) -> list[str]:
+    """Why a sweep and its cells cannot have their names; nothing if they can."""
+    labels = [draft.name for draft in drafts]
+    reasons = _unfit("sweep", sweep)
+    reasons += [reason for label in dict.fromkeys(labels) if label != sweep for reason in _unfit("cell", label)]
+    return reasons + [f"two cells are named {label!r}" for label, count in Counter(labels).items() if count > 1]
+
+
+def _distinct(cells: Sequence[Cell], sweep: str) -> Sequence[Cell]:
+    """The cells, of which no two have the same config; raises `ZooError` if some have."""
+    by_id: dict[str, str] = {}
+    reasons = [
+        f"cells {by_id[cell.id]!r} and {cell.name!r} are the same config"
+        for cell in cells
+        if by_id.setdefault(cell.id, cell.name) != cell.name
+    ]
+    refuse(f"sweep {sweep}", reasons)
+    return cells
+
+
 def _unfit(kind: str, name: str) -> list[str]:
     """Why a name cannot be a folder's, nor stand in quotes where MLflow is asked for a run; nothing if it can."""
     apart = re.fullmatch(r"[^/\\'\"\x00-\x1f\ud800-\udfff]+", name) and name not in (".", "..")
@@ -161,10 +277,7 @@ def _like(key: str, names: set[str]) -> list[str]:
 
 def _wrong(drafts: Sequence[_Draft]) -> list[str]:
     """Why cells cannot run, of those that differ by their seed alone the first; what all have in common once."""
-    first: dict[str, _Draft] = {}
-    for draft in drafts:
-        first.setdefault(draft.group or draft.name, draft)
-    found = {label: draft.wrong or check(draft.config) for label, draft in first.items()}
+    found = {label: draft.wrong or check(draft.config) for label, draft in _first_drafts(drafts).items()}
     common = [reason for reason in next(iter(found.values()), []) if all(reason in own for own in found.values())]
     if len(found) == 1:
         common = []
@@ -172,8 +285,9 @@ def _wrong(drafts: Sequence[_Draft]) -> list[str]:
     return [f"every cell: {reason}" for reason in common] + [f"cell {label}: {reason}" for label, reason in own]
 
 
-def _matched(cells: Sequence[Cell], sweep: str, told: Callable[[str], object]) -> list[Cell]:
+def _matched(drafts: Sequence[_Draft], sweep: str, told: Callable[[str], object]) -> list[Cell]:
     """The cells with their budgets solved, once for those that differ by their seed alone."""
+    cells = [make_cell(draft.name, draft.config, draft.group) for draft in drafts]
     asked = last_request(sweep)
     earlier = [cell.config for cell in asked.cells] if asked else []
     found, reasons, unreached = {}, [], False

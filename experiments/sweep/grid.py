@@ -17,23 +17,25 @@ def grid(axes: Mapping[str, Any], zips: Sequence[Mapping[str, Sequence[Any]]] = 
     An axis is key -> list of values, or key -> {label: value}; a zip is {key: values}, whose lists of one length are
     walked in step.
     """
-    steps = [_axis(key, values) for key, values in axes.items()] + [_zip(lists) for lists in zips]
-    return [_joined(choice) for choice in product(*steps)] if steps else []
+    steps = [axis(key, values) for key, values in axes.items()] + [_zip(lists) for lists in zips]
+    return [joined(choice) for choice in product(*steps)] if steps else []
 
 
-def _axis(key: str, values: Any) -> list[Choice]:
+def axis(key: str, values: Any) -> list[Choice]:
+    """Return a choice for each value of an axis, named by its label or by key and value."""
     labelled = values.items() if isinstance(values, dict) else ((label(key, value), value) for value in values)
     return [(str(name), {key: value}) for name, value in labelled]
 
 
 def _zip(lists: Mapping[str, Sequence[Any]]) -> list[Choice]:
     return [
-        _joined([(label(key, value), {key: value}) for key, value in zip(lists, values, strict=True)])
+        joined([(label(key, value), {key: value}) for key, value in zip(lists, values, strict=True)])
         for values in zip(*lists.values(), strict=True)
     ]
 
 
-def _joined(choices: Sequence[Choice]) -> Choice:
+def joined(choices: Sequence[Choice]) -> Choice:
+    """Return one choice with the settings of all, their names joined; later ones win."""
     return "-".join(name for name, _ in choices), dict(chain.from_iterable(own.items() for _, own in choices))
 
 

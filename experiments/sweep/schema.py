@@ -8,22 +8,48 @@ from itertools import chain
 from pathlib import Path
 from typing import Any, get_type_hints
 
+from experiments.analysis.metrics import Measure
 from experiments.config.declared import fits
 from experiments.config.names import Override, misspelt_in_cells
 from experiments.config.yaml12 import read_yaml
-from experiments.sweep.grid import Choice, grid
+from experiments.sweep.grid import Choice, axis, grid
 from sparse_zoo.errors import ZooError, refuse, unknown
 
 SWEEPS = Path(__file__).parents[1] / "sweeps"
-OWN = ("name", "axes", "zip", "exclude", "cells")  # what does not hold in files that extend this one
+OWN = ("name", "axes", "zip", "exclude", "cells", "tune")  # what does not hold in files that extend this one
 WANTED = {  # how the type of a key reads
     str: "text",
     list[str]: "a list of files",
+    int: "a whole number",
+    list[int]: "a list of whole numbers",
     int | None: "a whole number or null",
+    str | None: "text or null",
     dict[str, Any]: "a mapping",
     dict[str, Any] | None: "a mapping or null",
     dict[str, Any] | list[Any]: "a mapping or a list of them",
 }
+
+
+@dataclass(frozen=True)
+class Tune:
+    """The `tune` section of a sweep file: each cell is tried with equally many settings, and its runs have the best.
+
+    The trials of a cell are the cell as written, then the defaults of its method, then the combinations of the listed
+    values, those first that take early values. docs/sweeps.md explains it with examples.
+    """
+
+    trials: int
+    """How many settings are tried for each cell; the cell as written is one of them."""
+    seeds: list[int]
+    """Seeds that each setting is tried with; none of them may be a seed of the cell's own runs."""
+    by: str | None = None
+    """The measure that chooses; null: identity_recall where it was measured, else val_loss."""
+    max_steps: int | None = None
+    """Training steps of a trial; null: as many as the cell's own runs have."""
+    cells: dict[str, Any] = field(default_factory=dict)
+    """What is tried in single cells: name of the cell -> {dotted key: values}; elsewhere the method's knob is."""
+    shared: dict[str, Any] | None = None
+    """What is tried in every cell, {dotted key: values}; null: the learning rate."""
 
 
 @dataclass(frozen=True)
@@ -54,6 +80,8 @@ class SweepFile:
     """Further cells by name, each a mapping of settings."""
     seeds: int | None = None
     """How many runs each cell has, with seeds 0, 1, ...; null: one run, with the seed of its settings."""
+    tune: dict[str, Any] | None = None
+    """How settings are tried before the runs, such as {trials: 6, seeds: [100]}, see `Tune`; null: they are not."""
 
 
 def find(name: str) -> Path:
@@ -78,7 +106,7 @@ class Written:
     """A sweep as its file and those that it extends say it, before any cell is resolved.
 
     below: overrides of every cell, the lowest first. choices: each cell's name and own overrides, seeds apart. keys: by
-    kind, the dotted keys that are varied or excluded. rules: which cells are left out.
+    kind, the dotted keys that are varied or excluded. rules: which cells are left out. tune: how settings are tried.
     """
 
     name: str
@@ -89,6 +117,7 @@ class Written:
     rules: tuple[Mapping[str, Any], ...]
     seeds: int | None
     plugins: tuple[Path, ...]
+    tune: Tune | None = None
 
     @staticmethod
     def of(path: Path, size: str | None = None) -> Written:
@@ -103,6 +132,8 @@ class Written:
         name = file.name if "name" in files[-1] else path.stem
         axes, zips, rules = file.axes, mappings(file.zip), mappings(file.exclude)
         choices = grid(axes, zips) + list(file.cells.items()) or [(name, {})]
+        tune = None if file.tune is None else Tune(**file.tune)
+        refuse(str(path), _unknown_cells(tune, [label for label, _ in choices]))
         return Written(
             name if size is None else f"{name}-{size}",
             file.about,
@@ -112,6 +143,7 @@ class Written:
             tuple(rules),
             file.seeds,
             tuple(map(Path, file.plugins)),
+            tune,
         )
 
     def check_names(self, overrides: Sequence[Override] = (), *, plugins: bool = False) -> None:
@@ -120,8 +152,16 @@ class Written:
         Where `exclude` may leave out a cell, what is wrong in that cell alone is left to the resolved configs.
         """
         cells = {name: [*self.below, own, *overrides] for name, own in self.choices}
+        for name, own in self.choices if self.tune else ():
+            for key, values in self.tried_in(name).items():
+                for label, value in axis(key, values):
+                    cells[f"{name}, tried with {label}"] = [*self.below, own, value, *overrides]
         plugins = plugins or bool(self.plugins)
         refuse(f"sweep {self.name}", misspelt_in_cells(cells, plugins=plugins, all_run=not self.rules))
+
+    def tried_in(self, cell: str) -> dict[str, Any]:
+        """What the file lists to be tried in a cell, {dotted key: values}: its own, then what is shared."""
+        return {} if self.tune is None else self.tune.cells.get(cell, {}) | (self.tune.shared or {})
 
 
 def extends_chain(path: Path, above: tuple[Path, ...] = ()) -> list[dict[str, Any]]:
@@ -182,7 +222,48 @@ def _file(path: Path) -> dict[str, Any]:
             else []
         ),
     )
+    refuse(str(path), [] if plain.get("tune") is None else _tune_reasons(plain["tune"]))
     return plain
+
+
+def _tune_reasons(given: Mapping[str, Any]) -> list[str]:
+    """What is wrong with a `tune` section."""
+    hints = get_type_hints(Tune)
+    reasons = [unknown("key of tune", key, hints) for key in given if key not in hints]
+    reasons += [f"tune.{key} is missing" for key in ("trials", "seeds") if key not in given]
+    wrong = [
+        f"tune.{key} must be {WANTED[hint]}, got {given[key]!r}"
+        for key, hint in hints.items()
+        if key in given and not fits(given[key], hint)
+    ]
+    if reasons + wrong:
+        return reasons + wrong
+    tune = Tune(**given)
+    if tune.trials < 2:
+        reasons.append(f"tune.trials must be at least 2, got {tune.trials}: with one setting there is none to choose")
+    if not tune.seeds or min(tune.seeds) < 0 or len({*tune.seeds}) < len(tune.seeds):
+        reasons.append(f"tune.seeds must be distinct whole numbers from 0, at least one, got {tune.seeds}")
+    if tune.max_steps is not None and tune.max_steps < 1:
+        reasons.append(f"tune.max_steps must be at least 1, got {tune.max_steps}")
+    if tune.by is not None and Measure.of(tune.by).higher is None:
+        reasons.append(f"tune.by {tune.by!r} cannot choose: it is not known whether more or less of it is better")
+    listed = {f"tune.cells.{name}": own for name, own in tune.cells.items()}
+    listed |= {} if tune.shared is None else {"tune.shared": tune.shared}
+    for place, own in listed.items():
+        if not isinstance(own, Mapping):
+            reasons.append(f"{place} must be {{dotted key: values}}, got {own!r}")
+            continue
+        reasons += [
+            f"{place}: {key!r} must be a list or a mapping of values, and not empty, got {values!r}"
+            for key, values in own.items()
+            if not isinstance(values, list | dict) or not values
+        ]
+        reasons += [f"{place}: seed is not tuned; leave it out" for key in own if key == "seed"]
+    return reasons
+
+
+def _unknown_cells(tune: Tune | None, names: Sequence[str]) -> list[str]:
+    return [unknown("cell under tune.cells", name, names) for name in (tune.cells if tune else ()) if name not in names]
 
 
 def _out_of_step(lists: Mapping[str, Any]) -> list[str]:

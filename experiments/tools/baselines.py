@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 import sparse_zoo as zoo
-from sparse_zoo.attention import is_count
 from sparse_zoo.draws import numbers, uniform
 from sparse_zoo.errors import refuse, unknown
+from sparse_zoo.requirements import is_count
 
 CAPTIONS, EACH = ("own", "all"), ("shot", "token")
 

@@ -125,6 +125,26 @@ class CellFile(TypedDict):
     id: NotRequired[str]
 
 
+class TrialFile(TypedDict):
+    """A setting that is tried: the name that its runs share, and what it lays over the cell as written."""
+
+    name: str
+    settings: dict[str, Any]
+
+
+class TuningFile(TypedDict):
+    """What is tried for the cells of a sweep: in which other sweep, and by cell the trials and the one that was chosen.
+
+    by: the measure that chooses; null: identity_recall where it was measured, else val_loss.
+    """
+
+    sweep: str
+    seeds: list[int]
+    by: str | None
+    cells: dict[str, list[TrialFile]]
+    chosen: dict[str, str]
+
+
 class SweepFile(TypedDict):
     """`sweep.json`: what was last asked for."""
 
@@ -132,6 +152,7 @@ class SweepFile(TypedDict):
     cells: list[CellFile]
     mlflow_run: NotRequired[str | None]
     command: NotRequired[str]
+    tuning: NotRequired[TuningFile | None]
 
 
 class RecordedGroup(TypedDict):
@@ -183,6 +204,8 @@ def read_sweep(path: Path) -> SweepFile:
     _refuse([f"two cells are named {_shown(name)}" for name in dict.fromkeys(names) if names.count(name) > 1])
     ids = [cell["id"] for cell in plain["cells"] if "id" in cell]
     _refuse([f"the cell's id {_shown(own)} is no hash" for own in ids if not re.fullmatch("[0-9a-f]{12}", own)])
+    trials = (plain.get("tuning") or {}).get("sweep", "trials")
+    _refuse([] if _is_component(trials) else [f"the trials' sweep {_shown(trials)} is no name of a folder"])
     return cast("SweepFile", plain)
 
 

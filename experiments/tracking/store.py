@@ -119,6 +119,16 @@ class Result:
         """The status as users are shown it: a run that was begun and is not there to its end was interrupted."""
         return "interrupted" if self.status == "missing" and self.provenance else self.status
 
+    @property
+    def attention_flops(self) -> float | None:
+        """FLOPs of attention in one training step, forward and backward, routing and terms included, over all layers.
+
+        None where not all of them were counted.
+        """
+        parts = [self.costs.get(key) for key in ("flops", "flops_backward", "routing_flops")]
+        known = [float(part) for part in parts if isinstance(part, int | float)]
+        return sum(known) if len(known) == len(parts) else None
+
     def fail(self, error: Exception) -> None:
         """Record what was raised; to be called while it is handled."""
         self.status, self.reason = "failed", redact(f"{type(error).__name__}: {error}")
@@ -190,12 +200,16 @@ def running(folder: Path) -> bool:
 
 @dataclass(frozen=True)
 class SweepRequest:
-    """What a sweep command asked for: one line about it, its cells, the MLflow run above them, the command line."""
+    """What a sweep command asked for: one line about it, its cells, the MLflow run above them, the command line.
+
+    `tuning` says which settings were tried for the cells, and which of them were chosen; None where none were.
+    """
 
     about: str
     cells: tuple[Cell, ...]
     mlflow_run: str | None = None
     command: str = field(default_factory=lambda: redact(shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])))
+    tuning: schema.TuningFile | None = None
 
 
 def write_sweep(name: str, asked: SweepRequest) -> None:
@@ -220,7 +234,7 @@ def read_sweep(name: str) -> SweepRequest:
     cells = tuple(
         Cell(cell["name"], dict(cell["config"]), cell.get("group"), cell.get("id", "")) for cell in plain["cells"]
     )
-    return SweepRequest(plain["about"], cells, plain.get("mlflow_run"), plain.get("command", ""))
+    return SweepRequest(plain["about"], cells, plain.get("mlflow_run"), plain.get("command", ""), plain.get("tuning"))
 
 
 def last_request(name: str) -> SweepRequest | None:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch._compile import _disable_dynamo
 
-from sparse_zoo.attention import Attention, Call, Result, is_count
+from sparse_zoo.attention import Attention, Call, Result
 from sparse_zoo.bridge.family import Arguments, Family, Sizes, find_family
 from sparse_zoo.bridge.stream import Intercept, Stream, film_layout, kept_tokens, make_stream
 from sparse_zoo.bridge.weights import load_weights, save_weights
@@ -25,6 +25,7 @@ from sparse_zoo.cost import Cost
 from sparse_zoo.errors import ZooError, refuse
 from sparse_zoo.layers import Layer, per_layer
 from sparse_zoo.registry import build
+from sparse_zoo.requirements import is_count
 from sparse_zoo.simulate import Simulated, simulate
 
 ATTRIBUTE = "_zoo_bridge"

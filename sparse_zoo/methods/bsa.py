@@ -6,20 +6,17 @@ Paper: Bidirectional Sparse Attention for Faster Video Diffusion Training, arXiv
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
-from torch import Tensor
-from torch.nn.functional import normalize
 
 from sparse_zoo.attention import Branch, Call, Card, Knob, Limit, Term
-from sparse_zoo.blocks import is_triple, joint, members, pooled, same_film
-from sparse_zoo.blockwise import Blockwise, require
-from sparse_zoo.layout import Layout
-from sparse_zoo.partition import Partition
-from sparse_zoo.plan import Part, Plan
+from sparse_zoo.blocks import joint, pooled, same_film
+from sparse_zoo.blockwise import Blockwise
+from sparse_zoo.plan import Plan
 from sparse_zoo.registry import register
-from sparse_zoo.remember import remembered
+from sparse_zoo.requirements import require
+from sparse_zoo.scorers import pruned
 from sparse_zoo.selectors import chosen, heaviest_logits
 
 
@@ -79,87 +76,25 @@ class BSA(Blockwise):
     ) -> None:
         super().__init__(**base)
         tile = tuple(tile)
-        require(
-            self,
-            shares={"threshold": threshold, "keep_queries": keep_queries},
-            more=(f"tile must be three whole numbers of at least 1, got {tile!r}" if not is_triple(tile) else "",),
-        )
+        require(self, shares={"threshold": threshold, "keep_queries": keep_queries}, triples={"tile": tile})
         self.threshold, self.keep_queries = float(threshold), float(keep_queries)
         self.tile, self.stop_at_shots = tile, bool(stop_at_shots)
-
-    def queries(self, layout: Layout) -> Partition:
-        """The tiles of the video, `tile` tokens each, which restart at each shot if `stop_at_shots`."""
-        return layout.tiles(self.tile, stop_at_shots=self.stop_at_shots)
 
     def branches(self, call: Call) -> list[Branch | Term]:
         """One branch: kept queries × the tiles that their tile chose, with text; pruned queries copy a kept output."""
         layout, tiles = call.layout, self.queries(call.layout)
         if not tiles.count:
             return [Branch(joint(layout))]
-        kept = _kept(call.q, tiles, self.keep_queries)
+        kept = pruned(call.q, tiles, self.keep_queries)
         with torch.no_grad():
             q, k = kept.means * call.q.shape[-1] ** -0.5, pooled(tiles, call.k)
             best = chosen(q, k, same_film(tiles, tiles), lambda scores, _: heaviest_logits(scores, self.threshold))
-        queries = Partition.from_labels(tiles.piece_of.where(kept.tokens, -1), tiles.count)
-        parts = [*Plan.blocks(queries, tiles, best, routed=True).parts]
-        if beside := _text(layout):  # all but pruned queries read text, and text reads all
-            text, of_film, reads_video = beside
-            readers = Partition.from_labels(layout.sample.where(kept.tokens | layout.is_text, -1), len(layout.films))
-            parts += (*Plan.blocks(readers, text, of_film).parts, reads_video)
-        return [Branch(Plan(*parts), rows=kept.rows)]
+        # All but pruned queries attend, to their tiles and to text.
+        plan = joint(layout, *Plan.blocks(tiles, tiles, best, routed=True).parts).keep(kept.tokens | layout.is_text)
+        return [Branch(plan, rows=kept.rows)]
 
     def routing_flops(self, call: Call) -> int:
         """Cosines, pooling of q and k, and one product for each pair of tiles and head."""
         batch, heads, length, dim = call.q.shape
         count = self.queries(call.layout).count
         return batch * dim * (2 * heads * count**2 + 4 * heads * length + call.k.shape[1] * length)
-
-
-@remembered(32)
-def _text(layout: Layout) -> tuple[Partition, Tensor, Part] | None:
-    """The text of each film, which films' text each film reads, bool (films, texts), and text × video.
-
-    None if there is no text.
-    """
-    text, video = layout.partition(where=layout.is_text), layout.partition(where=~layout.is_text)
-    if not text.count:
-        return None
-    of_film = torch.arange(len(layout.films))[:, None] == text.sample
-    return text, of_film, Plan.blocks(text, video, same_film(text, video)).parts[0]
-
-
-class _Kept(NamedTuple):
-    """Which queries are kept, and what the others read.
-
-    `tokens`, bool (B, H, L): which tokens are kept; `rows`, int64 (B, H, L): the row that each token reads; `means`,
-    float32 (B, H, tiles, D): the means of the kept queries of each tile.
-    """
-
-    tokens: Tensor
-    rows: Tensor
-    means: Tensor
-
-
-@torch.no_grad()
-def _kept(q: Tensor, tiles: Partition, share: float) -> _Kept:
-    (batch, heads, length, _), table = q.shape, members(tiles)
-    held, size = table >= 0, tiles.sizes[0, 0]
-    own = q.float()[:, :, table.clamp(min=0)]  # (B, H, tiles, most, D)
-    middle = own.gather(3, (size // 2)[:, None, None].expand(*own.shape[:3], 1, own.shape[-1]))
-    likeness = (normalize(own, dim=-1) * normalize(middle, dim=-1)).sum(-1).masked_fill(~held, torch.inf)
-    place = likeness.argsort(dim=-1, stable=True).argsort(dim=-1)
-    kept = (place < (size.double() * share).long().clamp(min=1)[:, None]) & held
-    means = (own * kept[..., None]).sum(3) / kept.sum(-1, keepdim=True)
-    # The kept token nearest to each: the last one up to it, or the next one if that is nearer.
-    step = torch.arange(table.shape[1], device=q.device)
-    far = 2 * table.shape[1]
-    before = torch.where(kept, step, -far).cummax(-1).values
-    after = torch.where(kept, step, far).flip(-1).cummin(-1).values.flip(-1)
-    nearest = torch.where(step - before <= after - step, before, after)
-    source = table.clamp(min=0).expand(batch, heads, -1, -1).gather(3, nearest.clamp(0, table.shape[1] - 1))
-    place = table.where(held, length).expand(batch, heads, -1, -1).flatten(2)  # what is no token goes past the last
-    tokens = torch.zeros(batch, heads, length + 1, dtype=torch.bool, device=q.device)
-    rows = torch.arange(length + 1, device=q.device).repeat(batch, heads, 1)
-    tokens.scatter_(2, place, kept.flatten(2))
-    rows.scatter_(2, place, source.flatten(2))
-    return _Kept(tokens[..., :-1], rows[..., :-1], means)

@@ -11,11 +11,11 @@ from torch import Tensor
 
 from sparse_zoo.attention import Attention, Card, Knob, Limit
 from sparse_zoo.blocks import joint, same_film
-from sparse_zoo.blockwise import require
 from sparse_zoo.layout import Layout
 from sparse_zoo.plan import Plan
 from sparse_zoo.registry import register
 from sparse_zoo.remember import remembered
+from sparse_zoo.requirements import require
 
 
 @register("holocine")

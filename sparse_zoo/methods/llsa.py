@@ -13,12 +13,13 @@ from torch import Tensor
 
 from sparse_zoo.attention import Branch, Call, Card, Knob, Limit, Segment, Term
 from sparse_zoo.blocks import joint, pooled, same_film, stretches, whole_film
-from sparse_zoo.blockwise import Blockwise, require
+from sparse_zoo.blockwise import Blockwise
 from sparse_zoo.layout import Layout
 from sparse_zoo.partition import Partition
 from sparse_zoo.plan import Plan
 from sparse_zoo.registry import register
 from sparse_zoo.remember import remembered
+from sparse_zoo.requirements import require
 from sparse_zoo.selectors import hierarchical
 
 
@@ -76,8 +77,8 @@ class LLSA(Blockwise):
         super().__init__(**base)
         require(
             self,
+            f"block_tokens must be at least 2, got {block_tokens}" if block_tokens == 1 else "",
             counts={"top_k": top_k, "block_tokens": block_tokens, "levels": levels},
-            more=(f"block_tokens must be at least 2, got {block_tokens}" if block_tokens == 1 else "",),
         )
         self.top_k, self.block_tokens, self.levels, self.enrich = top_k, block_tokens, levels, bool(enrich)
 

@@ -5,21 +5,18 @@ Paper: MoBA: Mixture of Block Attention for Long-Context LLMs, arXiv 2502.13189.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from sparse_zoo.attention import Attention, Branch, Call, Card, Knob, Limit, Term, is_count
+from sparse_zoo.attention import Attention, Branch, Call, Card, Knob, Limit, Term
 from sparse_zoo.blocks import joint, same_film, stretches
-from sparse_zoo.errors import refuse
 from sparse_zoo.layout import Layout
-from sparse_zoo.partition import Partition
 from sparse_zoo.plan import Plan
 from sparse_zoo.registry import register
 from sparse_zoo.remember import remembered
-from sparse_zoo.routing import top_chunks
+from sparse_zoo.requirements import require
+from sparse_zoo.routing import Candidates, from_blocks
 
 
 @register("moba")
@@ -72,56 +69,23 @@ class MoBA(Attention):
 
     def __init__(self, *, top_k: int = 3, block_tokens: int = 512, **base: Any) -> None:
         super().__init__(**base)
-        counts = {"top_k": top_k, "block_tokens": block_tokens}
-        refuse(
-            type(self).__name__,
-            [
-                f"{name} must be a whole number of at least 1, got {x!r}"
-                for name, x in counts.items()
-                if not is_count(x)
-            ],
-        )
+        require(self, counts={"top_k": top_k, "block_tokens": block_tokens})
         self.top_k, self.block_tokens = top_k, block_tokens
 
     def branches(self, call: Call) -> list[Branch | Term]:
         """One branch over the own block, the chosen blocks and text."""
-        static = _static(call.layout, self.block_tokens)
-        own = static.own if call.q_rows is None else static.own[call.q_rows]
-        kind = own.where(own >= 0, static.blocks.count)
-        others = top_chunks(
-            call.q,
-            call.k,
-            static.blocks,
-            static.others,
-            kind,
-            self.top_k - 1,
-            on_device=self.on_device(call),
-        )
-        chosen = torch.cat([own.int().expand(*others.shape[:2], -1)[..., None], others], dim=-1)
-        return [Branch(joint(call.layout, *Plan.routed(static.blocks, chosen).parts, q_rows=call.q_rows))]
+        others = _others(call.layout, self.block_tokens)
+        own, found = call.at(others.chunks.piece_of[0, 0]), others.best(self, call, self.top_k - 1)
+        chosen = torch.cat([own.int().expand(*found.shape[:2], -1)[..., None], found], dim=-1)
+        return [Branch(joint(call.layout, *Plan.routed(others.chunks, chosen).parts, q_rows=call.q_rows))]
 
     def routing_flops(self, call: Call) -> int:
         """Pooling, and one product per query, head and block."""
-        batch, heads, length, dim = call.q.shape
-        count = _static(call.layout, self.block_tokens).blocks.count
-        return batch * dim * (2 * heads * length * count + call.k.shape[1] * call.k.shape[2])
-
-
-@dataclass(frozen=True, eq=False)
-class _Static:
-    """What follows from the layout.
-
-    `blocks` is the cut. `own`, int64 (L,), is the own block of each token, -1 for text. `others`, bool (blocks + 1,
-    blocks), tells by own block which other blocks a query may choose; its last row is for text, which chooses none.
-    """
-
-    blocks: Partition
-    own: Tensor
-    others: Tensor
+        return _others(call.layout, self.block_tokens).flops(call)
 
 
 @remembered(32)
-def _static(layout: Layout, tokens: int) -> _Static:
+def _others(layout: Layout, tokens: int) -> Candidates:
+    """The blocks of a film, all but the own one of which a query may choose."""
     blocks = stretches(layout, tokens)
-    others = same_film(blocks, blocks).fill_diagonal_(False)
-    return _Static(blocks, blocks.piece_of[0, 0], torch.nn.functional.pad(others, (0, 0, 0, 1)))
+    return from_blocks(blocks, same_film(blocks, blocks).fill_diagonal_(False))

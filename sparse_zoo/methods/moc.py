@@ -11,16 +11,17 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 import torch
-from torch import Tensor
 
-from sparse_zoo.attention import ANCHORS, Attention, Branch, Call, Card, Knob, Limit, Term, is_count
-from sparse_zoo.errors import refuse, unknown
+from sparse_zoo.anchors import anchored, keys_given
+from sparse_zoo.attention import ANCHORS, Attention, Branch, Call, Card, Knob, Limit, Term
+from sparse_zoo.blocks import same_film
+from sparse_zoo.errors import unknown
 from sparse_zoo.layout import CHUNKS, Layout
-from sparse_zoo.partition import Partition, refine
 from sparse_zoo.plan import Plan
 from sparse_zoo.registry import register
 from sparse_zoo.remember import remembered
-from sparse_zoo.routing import Drops, top_chunks
+from sparse_zoo.requirements import require
+from sparse_zoo.routing import Candidates, Drops
 
 Chunk = Literal["shot", "frame", "tokens", "fixed"]
 Causal = Literal["routing", "strict"]
@@ -107,14 +108,14 @@ class MoC(Attention):
         super().__init__(**base)
         anchors = (anchors,) if isinstance(anchors, str) else tuple(anchors)
         counts = {"top_k": top_k, "frames_per_chunk": frames_per_chunk, "chunk_tokens": chunk_tokens}
-        refuse(
-            type(self).__name__,
-            [f"{name} must be a whole number of at least 1, got {x!r}" for name, x in counts.items() if not is_count(x)]
-            + ([unknown("chunk", chunk, CHUNKS)] if chunk not in CHUNKS else [])
-            + [unknown("anchor", anchor, ANCHORS) for anchor in anchors if anchor not in ANCHORS]
-            + ([f"causal must be null, 'routing' or 'strict', got {causal!r}"] if causal not in CAUSAL else [])
-            + ([f"drop_off must be in [0, 1], got {drop_off!r}"] if not 0 <= drop_off <= 1 else [])
-            + ([f"drop_in must be at least 0 and finite, got {drop_in!r}"] if not 0 <= drop_in < math.inf else []),
+        require(
+            self,
+            unknown("chunk", chunk, CHUNKS) if chunk not in CHUNKS else "",
+            *(unknown("anchor", anchor, ANCHORS) for anchor in anchors if anchor not in ANCHORS),
+            f"causal must be null, 'routing' or 'strict', got {causal!r}" if causal not in CAUSAL else "",
+            f"drop_off must be in [0, 1], got {drop_off!r}" if not 0 <= drop_off <= 1 else "",
+            f"drop_in must be at least 0 and finite, got {drop_in!r}" if not 0 <= drop_in < math.inf else "",
+            counts=counts,
         )
         self.top_k, self.drop_off, self.drop_in = top_k, float(drop_off), float(drop_in)
         self.cut = _Cut(chunk, frames_per_chunk, chunk_tokens, tuple(a for a in ANCHORS if a in anchors), causal)
@@ -125,21 +126,9 @@ class MoC(Attention):
     def branches(self, call: Call) -> list[Branch | Term]:
         """One branch over the anchors and the chosen chunks."""
         static = _static(call.layout, self.cut)
-        kind, anchors = static.kind, static.anchors
-        if call.q_rows is not None:
-            kind, anchors = kind[call.q_rows], anchors and anchors.narrow(call.q_rows)
+        anchors = static.anchors and call.narrow(static.anchors)
         drops = Drops(call, self.drop_off, self.drop_in) if self.training and (self.drop_off or self.drop_in) else None
-        chosen = top_chunks(
-            call.q,
-            call.k,
-            static.chunks,
-            static.legal,
-            kind,
-            self.top_k,
-            drops,
-            on_device=self.on_device(call),
-        )
-        routed = Plan.routed(static.chunks, chosen)
+        routed = Plan.routed(static.chunks, static.best(self, call, self.top_k, drops))
         if anchors is None:
             return [Branch(routed)]
         # Unless a chunk is anchored in part, no chosen chunk overlaps an anchor, and the parts can simply be joined.
@@ -147,9 +136,7 @@ class MoC(Attention):
 
     def routing_flops(self, call: Call) -> int:
         """Pooling, and one product per query, head and chunk."""
-        batch, heads, length, dim = call.q.shape
-        count = _static(call.layout, self.cut).chunks.count
-        return batch * dim * (2 * heads * length * count + call.k.shape[1] * call.k.shape[2])
+        return _static(call.layout, self.cut).flops(call)
 
 
 @register("moc_fixed")
@@ -243,18 +230,13 @@ class _Cut:
 
 
 @dataclass(frozen=True, eq=False)
-class _Static:
-    """What follows from the layout.
+class _Static(Candidates):
+    """What follows from the layout: the chunks and who may choose them, and beside them the anchors.
 
-    `chunks` is the cut, `anchors` the plan of the anchors. `kind` is the kind of each token, by which `legal`, bool
-    (kinds, C), tells which chunks it may choose. `straddles` tells whether a legal chunk can be covered in part by
-    anchors.
+    `anchors` is the plan of the anchors. `straddles` tells whether a legal chunk can be covered in part by anchors.
     """
 
-    chunks: Partition
     anchors: Plan | None
-    kind: Tensor
-    legal: Tensor
     straddles: bool
 
 
@@ -264,48 +246,10 @@ def _static(layout: Layout, cut: _Cut) -> _Static:
     own = chunks.piece_of[0, 0]
     kinds = layout.partition(own, "shot", "is_text")
     order = torch.arange(chunks.count, device=layout.device)
-    legal = kinds.sample[:, None] == chunks.sample
+    legal = same_film(kinds, chunks)
     if cut.causal is not None:
         legal &= order < kinds.of(own)[:, None]
-    anchors = _anchors(layout, chunks, cut)
-    held = _held(anchors, kinds, chunks) if anchors else torch.zeros_like(legal, dtype=torch.int64)
-    size = chunks.sizes[0, 0]
-    legal &= held < size
-    return _Static(chunks, anchors, kinds.piece_of[0, 0], legal, bool((legal & (held > 0)).any()))
-
-
-def _anchors(layout: Layout, chunks: Partition, cut: _Cut) -> Plan | None:
-    plans = []
-    strict = cut.causal == "strict"
-    if "text" in cut.anchors and bool(layout.is_text.any()):
-        keys = ("shot",) if strict else ()
-        readers, text = layout.partition(*keys), layout.partition(*keys, where=layout.is_text)
-        wanted = readers.sample[:, None] == text.sample
-        plans.append(Plan.blocks(readers, text, wanted & (text.shot <= readers.shot[:, None]) if strict else wanted))
-    if "shot" in cut.anchors and bool((layout.shot >= 0).any()):
-        plans.append(Plan.within(layout.partition("shot", where=layout.shot >= 0)))
-    if "chunk" in cut.anchors:
-        if strict:
-            pieces = layout.partition(chunks.piece_of[0, 0], "shot")
-            chunk = pieces.of(chunks.piece_of[0, 0])
-            past = pieces.shot <= pieces.shot[:, None]
-            plans.append(Plan.blocks(pieces, pieces, (chunk[:, None] == chunk) & past))
-        else:
-            plans.append(Plan.within(chunks))
-    joined = None
-    for plan in plans:
-        joined = plan if joined is None else joined | plan
-    return joined
-
-
-def _held(anchors: Plan, kinds: Partition, chunks: Partition) -> Tensor:
-    """The number of tokens of each chunk that the anchors give to each kind of query: int64 (kinds, C)."""
-    total = torch.zeros(kinds.count, chunks.count, dtype=torch.int64, device=kinds.device)
-    for part in anchors.parts:
-        atoms = refine(part.keys, chunks)
-        sizes, parent, chunk = atoms.pieces.sizes[0, 0], atoms.of_a[0, 0], atoms.of_b[0, 0]
-        given = torch.zeros(part.queries.count, chunks.count, dtype=torch.int64, device=kinds.device)
-        given.index_add_(1, chunk, part.table[0, 0][:, parent] * sizes)
-        piece = kinds.of(part.queries.piece_of[0, 0])
-        total += given[piece.clamp(min=0)] * (piece >= 0)[:, None]
-    return total
+    anchors = anchored(layout, chunks, cut.anchors, past=cut.causal == "strict")
+    held = keys_given(anchors, kinds, chunks) if anchors else torch.zeros_like(legal, dtype=torch.int64)
+    legal &= held < chunks.sizes[0, 0]
+    return _Static(chunks, kinds.piece_of[0, 0], legal, anchors, bool((legal & (held > 0)).any()))

@@ -6,19 +6,21 @@ Paper: Mixture-of-Groups Attention for End-to-End Long Video Generation, arXiv 2
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from sparse_zoo.attention import Attention, Branch, Call, Card, Knob, Limit, Term, is_count
-from sparse_zoo.errors import refuse, unknown
-from sparse_zoo.gather import add_at
+from sparse_zoo.attention import Attention, Branch, Call, Card, Knob, Limit, Term
+from sparse_zoo.blocks import shot_for_captions, text_for_all
+from sparse_zoo.errors import unknown
 from sparse_zoo.layout import Layout
 from sparse_zoo.partition import Partition
 from sparse_zoo.plan import Plan
 from sparse_zoo.registry import register
 from sparse_zoo.remember import remembered
+from sparse_zoo.requirements import is_count, require
+from sparse_zoo.routing import balance
 
 MIX = ("group", "stga", "frame")
 BORROWED = 2
@@ -94,24 +96,20 @@ class MoGA(Attention):
     ) -> None:
         super().__init__(**base)
         windows, mix = tuple(windows), (mix,) if isinstance(mix, str) else tuple(mix)
-        refuse(
-            type(self).__name__,
-            [
-                f"groups must be a whole number of at least 1, got {groups!r}" if not is_count(groups) else "",
-                f"windows must be two whole numbers of at least 1, got {windows!r}"
-                if len(windows) != 2 or not all(map(is_count, windows))
-                else "",
-                f"frames_per_group must be null or at least 1, got {frames_per_group!r}"
-                if frames_per_group is not None and not is_count(frames_per_group)
-                else "",
-                *(unknown("branch", name, MIX) for name in mix if name not in MIX),
-                f"mix needs at least one of {MIX}, each once, got {mix!r}"
-                if len(set(mix)) != len(mix) or not mix
-                else "",
-                unknown("balance", balance, ("printed", "switch")) if balance not in ("printed", "switch") else "",
-                f"alpha must be at least 0, got {alpha!r}" if not alpha >= 0 else "",
-                "dim, the width of hidden, is needed for the router" if self.dim is None else "",
-            ],
+        require(
+            self,
+            f"windows must be two whole numbers of at least 1, got {windows!r}"
+            if len(windows) != 2 or not all(map(is_count, windows))
+            else "",
+            f"frames_per_group must be null or at least 1, got {frames_per_group!r}"
+            if frames_per_group is not None and not is_count(frames_per_group)
+            else "",
+            *(unknown("branch", name, MIX) for name in mix if name not in MIX),
+            f"mix needs at least one of {MIX}, each once, got {mix!r}" if len(set(mix)) != len(mix) or not mix else "",
+            unknown("balance", balance, ("printed", "switch")) if balance not in ("printed", "switch") else "",
+            f"alpha must be at least 0, got {alpha!r}" if not alpha >= 0 else "",
+            "dim, the width of hidden, is needed for the router" if self.dim is None else "",
+            counts={"groups": groups},
         )
         self.groups, self.windows, self.frames_per_group = groups, windows, frames_per_group
         self.mix, self.balance, self.alpha = mix, balance, float(alpha)
@@ -134,20 +132,18 @@ class MoGA(Attention):
         return [Branch(self._plan(name, call), self._weight(name, call) / len(self.mix)) for name in self.mix]
 
     def _plan(self, name: str, call: Call) -> Plan:
+        layout = call.layout
         if name == "group":
-            layout, group = call.layout, self.featured(call)["group"]
+            group = self.featured(call)["group"]
             labels = torch.where(layout.is_text, -1, group + self.groups * layout.sample)[:, None]
             queries = labels if call.q_rows is None else labels[:, :, call.q_rows]
             plan = Plan.groups(queries, labels, count=self.groups * len(layout.films), routed=True)
         else:
-            plan = _frames(call.layout) if name == "frame" else _stga(call.layout, self.windows, self.frames_per_group)
-            plan = plan if call.q_rows is None else plan.narrow(call.q_rows)
-        text = _text(call.layout)
-        if text is None:
-            return plan
-        text = text if call.q_rows is None else text.narrow(call.q_rows)
+            local = _frames(layout) if name == "frame" else _stga(layout, self.windows, self.frames_per_group)
+            plan = call.narrow(local)
         # The branch's plan joins video to video; these parts have text on one side, so that no pair is held twice.
-        return Plan(*text.parts, *plan.parts)
+        text = (*text_for_all(layout), *shot_for_captions(layout))
+        return Plan(*call.narrow(Plan(*text)).parts, *plan.parts) if text else plan
 
     def _weight(self, name: str, call: Call) -> Tensor | float:
         if name != "group":
@@ -162,38 +158,15 @@ class MoGA(Attention):
 
         F carries no gradient.
         """
-        video = _videos(call.layout)
-        if self.alpha == 0 or "group" not in self.mix or not len(video.number):
+        if self.alpha == 0 or "group" not in self.mix or not call.layout.video_tokens:
             return {}
         routing = self.featured(call)
-        p, group = routing["p"][:, video.tokens], routing["group"][:, video.tokens]
-        taken = (group[..., None] == torch.arange(self.groups, device=group.device)).to(p.dtype)
-
-        def per_film(x: Tensor) -> Tensor:
-            total = add_at(x.new_zeros(len(x), len(video.number), self.groups), 1, video.film, x)
-            return total / video.number.to(p.dtype)[:, None]
-
-        share, mass = per_film(taken), per_film(p * taken if self.balance == "printed" else p)
-        return {"balance": self.alpha * self.groups * (share * mass).sum(-1).mean()}
+        loss = balance(routing["p"], routing["group"], call.layout, assigned_alone=self.balance == "printed")
+        return {"balance": self.alpha * self.groups * loss}
 
     def routing_flops(self, call: Call) -> int:
         """The router's matrix product, if the "group" branch is in `mix`."""
         return 2 * call.k.shape[0] * call.k.shape[2] * (self.dim or 0) * self.groups if "group" in self.mix else 0
-
-
-class _Videos(NamedTuple):
-    """Video tokens, int64 (n,), the film of each, and the number of tokens of each film that has any."""
-
-    tokens: Tensor
-    film: Tensor
-    number: Tensor
-
-
-@remembered(32)
-def _videos(layout: Layout) -> _Videos:
-    tokens = (~layout.is_text).nonzero()[:, 0]
-    _, film, number = torch.unique(layout.sample[tokens], return_inverse=True, return_counts=True)
-    return _Videos(tokens, film, number)
 
 
 @remembered(32)
@@ -220,17 +193,3 @@ def _stga(layout: Layout, windows: tuple[int, ...], frames_per_group: int | None
     own = (gap == 0) & both(keys, time)
     lent = ((gap == -1) & (keys.of(last) == 1)) | ((gap == 1) & (keys.of(first) == 1))
     return Plan.blocks(queries, keys, same_window & (own | lent))
-
-
-@remembered(32)
-def _text(layout: Layout) -> Plan | None:
-    """All tokens attend to the text of their film; captions also attend to the video of their shot."""
-    if not bool(layout.is_text.any()):
-        return None
-    everyone, text = layout.partition(), layout.partition(where=layout.is_text)
-    read = Plan.blocks(everyone, text, everyone.sample[:, None] == text.sample)
-    captions = layout.partition("shot", where=layout.is_text & (layout.shot >= 0))
-    shots = layout.partition("shot", where=~layout.is_text)
-    same = (captions.sample[:, None] == shots.sample) & (captions.shot[:, None] == shots.shot)
-    # `read` has text keys, the captions' part has video keys: no pair is held twice.
-    return Plan(*read.parts, *Plan.blocks(captions, shots, same).parts)

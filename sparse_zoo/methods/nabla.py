@@ -11,12 +11,12 @@ from typing import Any
 from torch import Tensor
 
 from sparse_zoo.attention import Call, Card, Knob, Limit
-from sparse_zoo.blocks import is_triple, windowed
-from sparse_zoo.blockwise import Blockwise, require
+from sparse_zoo.blocks import windowed
+from sparse_zoo.blockwise import Blockwise
 from sparse_zoo.layout import Layout
-from sparse_zoo.partition import Partition
 from sparse_zoo.registry import register
 from sparse_zoo.remember import remembered
+from sparse_zoo.requirements import require
 from sparse_zoo.selectors import heaviest_logits
 
 
@@ -76,22 +76,9 @@ class NABLA(Blockwise):
     ) -> None:
         tile, window = tuple(tile), tuple(window)
         super().__init__(**base)
-        require(
-            self,
-            shares={"threshold": threshold},
-            more=(
-                f"tile must be three whole numbers of at least 1, got {tile!r}" if not is_triple(tile) else "",
-                f"window must be three odd whole numbers of at least 1, got {window!r}"
-                if not is_triple(window) or not all(size % 2 for size in window)
-                else "",
-            ),
-        )
-        self.threshold, self.tile, self.window = float(threshold), tile, window
-        self.stop_at_shots = bool(stop_at_shots)
-
-    def queries(self, layout: Layout) -> Partition:
-        """The tiles of the video, `tile` tokens each, which restart at each shot if `stop_at_shots`."""
-        return layout.tiles(self.tile, stop_at_shots=self.stop_at_shots)
+        require(self, shares={"threshold": threshold}, triples={"tile": tile}, windows={"window": window})
+        self.threshold, self.window = float(threshold), window
+        self.tile, self.stop_at_shots = tile, bool(stop_at_shots)
 
     def select(self, scores: Tensor, legal: Tensor) -> Tensor:  # noqa: ARG002
         """Keep the fewest tiles, largest first, that hold a share `threshold` of the softmax of the scores."""

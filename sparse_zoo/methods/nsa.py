@@ -11,14 +11,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sparse_zoo.attention import Attention, Branch, Call, Card, Knob, Term, is_count
+from sparse_zoo.attention import Attention, Branch, Call, Card, Knob, Term
 from sparse_zoo.blocks import joint, pooled, same_film, stretches, whole_film
-from sparse_zoo.errors import refuse
 from sparse_zoo.layout import Layout
 from sparse_zoo.plan import Plan
 from sparse_zoo.registry import register
 from sparse_zoo.remember import remembered
-from sparse_zoo.routing import top_chunks
+from sparse_zoo.requirements import is_count, require
+from sparse_zoo.routing import Candidates, from_blocks
 
 
 @register("nsa")
@@ -79,18 +79,12 @@ class NSA(Attention):
 
     def __init__(self, *, top_k: int = 13, block_tokens: int = 64, window: int = 9, **base: Any) -> None:
         super().__init__(**base)
-        refuse(
-            type(self).__name__,
-            [
-                f"top_k must be a whole number of at least 1, got {top_k!r}" if not is_count(top_k) else "",
-                f"block_tokens must be a whole number of at least 1, got {block_tokens!r}"
-                if not is_count(block_tokens)
-                else "",
-                f"window must be an odd whole number of at least 1, got {window!r}"
-                if not is_count(window) or not window % 2
-                else "",
-                "dim, the width of hidden, is needed for the gates" if self.dim is None else "",
-            ],
+        odd = is_count(window) and window % 2
+        require(
+            self,
+            "" if odd else f"window must be an odd whole number of at least 1, got {window!r}",
+            "dim, the width of hidden, is needed for the gates" if self.dim is None else "",
+            counts={"top_k": top_k, "block_tokens": block_tokens},
         )
         self.top_k, self.block_tokens, self.window = top_k, block_tokens, window
         self.gate = nn.Linear(self.dim or 0, 3 * self.heads)
@@ -101,47 +95,39 @@ class NSA(Attention):
 
     def branches(self, call: Call) -> list[Branch | Term]:
         """The compressed branch (keys and values are block means), the selected branch and the window branch."""
-        blocks, static = stretches(call.layout, self.block_tokens), _static(call.layout, self.block_tokens, self.window)
-
-        def mine(plan: Plan) -> Plan:
-            return plan if call.q_rows is None else plan.narrow(call.q_rows)
-
+        static = _static(call.layout, self.block_tokens, self.window)
+        blocks = static.others.chunks
         compress, select, near = self._gates(call).split(1, dim=-1)
-        fixed, window = mine(static.fixed), Branch(mine(static.window), near)
+        fixed, window = call.narrow(static.fixed), Branch(call.narrow(static.window), near)
         if not blocks.count:
             return [Branch(fixed, select), window]
-        kind = static.kind if call.q_rows is None else static.kind[call.q_rows]
-        best = top_chunks(call.q, call.k, blocks, static.legal, kind, self.top_k, on_device=self.on_device(call))
+        best = static.others.best(self, call, self.top_k)
         # A fixed block is never a candidate, so that no pair is held twice.
         selected = Branch(Plan(*fixed.parts, *Plan.routed(blocks, best).parts), select)
         k, v = (pooled(blocks, x).to(x.dtype) for x in (call.k, call.v))
-        return [Branch(mine(whole_film(call.layout, blocks)), compress, k=k, v=v), selected, window]
+        return [Branch(call.narrow(whole_film(call.layout, blocks)), compress, k=k, v=v), selected, window]
 
     def _gates(self, call: Call) -> Tensor:
         """The gates of this call's heads, (B, H, Lq, 3)."""
-        heads = slice(call.head_offset, call.head_offset + call.q.shape[1])
-        gates = self.featured(call)["gates"][:, :, heads].transpose(1, 2).to(call.q.dtype)
+        gates = self.featured(call)["gates"][:, :, call.heads].transpose(1, 2).to(call.q.dtype)
         return gates if call.q_rows is None else gates[:, :, call.q_rows]
 
     def routing_flops(self, call: Call) -> int:
         """Pooling of k, and one product for each query, head and block."""
-        batch, heads, length, dim = call.q.shape
-        count = stretches(call.layout, self.block_tokens).count
-        return batch * dim * (2 * heads * length * count + call.k.shape[1] * call.k.shape[2])
+        return _static(call.layout, self.block_tokens, self.window).others.flops(call)
 
 
 @dataclass(frozen=True, eq=False)
 class _Static:
     """What follows from the layout.
 
-    `fixed` and `window` are the plans of the fixed blocks and of the window, with text. `kind` is the kind of each
-    token (its block, the last for text), by which `legal`, bool (kinds, C), tells which blocks it may choose.
+    `fixed` and `window` are the plans of the fixed blocks and of the window, with text; `others` are the blocks that a
+    query may choose besides the fixed ones.
     """
 
     fixed: Plan
     window: Plan
-    kind: Tensor
-    legal: Tensor
+    others: Candidates
 
 
 @remembered(32)
@@ -154,7 +140,5 @@ def _static(layout: Layout, block_tokens: int, window: int) -> _Static:
     first = place - (together & (gap > 0)).sum(-1)
     fixed = together & ((gap == 0) | (gap == 1) | (place == first[:, None]))
     near = together & (gap.abs() <= window // 2)
-    own = blocks.piece_of[0, 0]
-    kind, legal = torch.where(own < 0, blocks.count, own), torch.nn.functional.pad(together & ~fixed, (0, 0, 0, 1))
-    plans = [joint(layout, *Plan.blocks(blocks, blocks, wanted).parts) for wanted in (fixed, near)]
-    return _Static(plans[0], plans[1], kind, legal)
+    always, window_plan = (joint(layout, *Plan.blocks(blocks, blocks, wanted).parts) for wanted in (fixed, near))
+    return _Static(always, window_plan, from_blocks(blocks, together & ~fixed))

@@ -14,13 +14,14 @@ from torch import Tensor
 from sparse_zoo import scorers
 from sparse_zoo.attention import Branch, Call, Card, Knob, Limit, Segment, Term
 from sparse_zoo.blocks import joint, pooled, same_film, stretches
-from sparse_zoo.blockwise import Blockwise, require
+from sparse_zoo.blockwise import Blockwise
 from sparse_zoo.layout import Layout
 from sparse_zoo.partition import Partition
 from sparse_zoo.plan import Plan
 from sparse_zoo.registry import register
 from sparse_zoo.remember import remembered
-from sparse_zoo.selectors import Scores, largest
+from sparse_zoo.requirements import require
+from sparse_zoo.selectors import Scores, ranked
 
 LEVELS = (2, 4, 8)
 """Tokens in a pooled key, by level of the pyramid."""
@@ -86,34 +87,27 @@ class PSA(Blockwise):
         fits = len(shares) == len(LEVELS) and all(isinstance(x, int | float) and 0 <= x <= 1 for x in shares)
         require(
             self,
+            "" if fits else f"pooled_fractions must be three numbers in [0, 1], got {pooled_fractions!r}",
             counts={"query_tokens": query_tokens, "block_tokens": block_tokens},
             shares={"top_fraction": top_fraction},
-            more=("" if fits else f"pooled_fractions must be three numbers in [0, 1], got {pooled_fractions!r}",),
         )
-        whole = f"block_tokens must be a multiple of {LEVELS[-1]}, got {block_tokens}"
-        require(self, more=(whole if block_tokens % LEVELS[-1] else "",))
+        uneven = f"block_tokens must be a multiple of {LEVELS[-1]}, got {block_tokens}"
+        require(self, uneven if block_tokens % LEVELS[-1] else "")
         self.shares = (float(top_fraction), *map(float, shares))
         self.query_tokens, self.block_tokens = query_tokens, block_tokens
-
-    def queries(self, layout: Layout) -> Partition:
-        """Blocks of `query_tokens` consecutive video tokens of a film."""
-        return stretches(layout, self.query_tokens)
-
-    def keys(self, layout: Layout) -> Partition:
-        """Blocks of `block_tokens` consecutive video tokens of a film."""
-        return stretches(layout, self.block_tokens)
 
     def scores(self, call: Call) -> Scores:
         """Score a pair of blocks by its largest product relative to the query's best key, over every fourth token."""
         queries, keys = self.queries(call.layout), self.keys(call.layout)
-        return scorers.maxima(call.q, call.k, queries, keys, every=4, scale=call.q.shape[-1] ** -0.5)
+        return scorers.maxima(call.q, call.k, queries, keys, every=4)
 
     def branches(self, call: Call) -> list[Branch | Term]:
         """One branch over the exact blocks and text, with means of 2, 4 and 8 keys of pooled blocks as further keys."""
         queries, keys = self.queries(call.layout), self.keys(call.layout)
         if not queries.count:
             return [Branch(joint(call.layout))]
-        level = self._levels(call, queries, keys)
+        shape = (*call.q.shape[:2], queries.count, keys.count)
+        level = ranked(self.scores(call), same_film(queries, keys), shape, self._counts)
         segments = []
         for number, tokens in enumerate(LEVELS, 1):
             pieces, of_block = _pooled_keys(call.layout, keys, tokens)
@@ -122,20 +116,12 @@ class PSA(Blockwise):
             segments.append(Segment(plan, k, v, pieces.sizes.to(torch.promote_types(k.dtype, torch.float32)).log()))
         return [Branch(self.exact(call, level == 0), segments=tuple(segments))]
 
-    @torch.no_grad()
-    def _levels(self, call: Call, queries: Partition, keys: Partition) -> Tensor:
-        """0 exact, 1 … 3 pooled, 4 skipped: int64 (B, H, Q, K)."""
-        bounds = [min(1.0, sum(self.shares[: n + 1])) for n in range(len(self.shares))]
-        film, shape = same_film(queries, keys), (*call.q.shape[:2], queries.count, keys.count)
-        found = []
-        for some, scores in self.scores(call):
-            legal = film[some].expand(scores.shape)
-            count = legal.sum(-1, keepdim=True).double()
-            masked = scores.masked_fill(~legal, -torch.inf)
-            # Bounds ascend; a rounding below a whole number of blocks is none.
-            inside = [largest(masked, (count * bound + 1e-9).long().clamp(min=1)) for bound in bounds]
-            found.append(len(LEVELS) + 1 - torch.stack(inside).sum(0))
-        return torch.cat(found, dim=2).view(shape)
+    def _counts(self, legal: Tensor) -> Sequence[Tensor]:
+        """How many blocks of each row are exact, and how many are exact or pooled by 2, by 4, by 8: int64 (..., 1)."""
+        count = legal.sum(-1, keepdim=True).double()
+        bounds = (min(1.0, sum(self.shares[: n + 1])) for n in range(len(self.shares)))
+        # A rounding below a whole number of blocks is none.
+        return [(count * bound + 1e-9).long().clamp(min=1) for bound in bounds]
 
     def routing_flops(self, call: Call) -> int:
         """A product for each pair of sampled tokens and head."""

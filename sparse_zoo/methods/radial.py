@@ -11,14 +11,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sparse_zoo.attention import Attention, Card, Knob, Limit, is_count
+from sparse_zoo.attention import Attention, Card, Knob, Limit
 from sparse_zoo.blocks import SLICE, joint, same_film, stretches
-from sparse_zoo.errors import refuse
 from sparse_zoo.layout import Layout
 from sparse_zoo.partition import Partition
 from sparse_zoo.plan import Plan
 from sparse_zoo.registry import register
 from sparse_zoo.remember import remembered
+from sparse_zoo.requirements import require
 
 
 @register("radial")
@@ -77,16 +77,11 @@ class Radial(Attention):
 
     def __init__(self, *, decay: float = 1.0, block_tokens: int = 128, **base: Any) -> None:
         super().__init__(**base)
-        refuse(
-            type(self).__name__,
-            [
-                f"decay must be above 0 and finite (the authors use 0.2 to 1), got {decay!r}"
-                if not 0 < decay < math.inf
-                else "",
-                f"block_tokens must be a whole number of at least 1, got {block_tokens!r}"
-                if not is_count(block_tokens)
-                else "",
-            ],
+        finite = 0 < decay < math.inf
+        require(
+            self,
+            "" if finite else f"decay must be above 0 and finite (the authors use 0.2 to 1), got {decay!r}",
+            counts={"block_tokens": block_tokens},
         )
         self.decay, self.block_tokens = float(decay), block_tokens
 

@@ -10,12 +10,13 @@ from typing import Any
 
 from torch import Tensor
 
-from sparse_zoo.attention import Attention, Card, Knob, is_count
-from sparse_zoo.blockwise import require
+from sparse_zoo.attention import Attention, Card, Knob
+from sparse_zoo.blocks import shot_for_captions, text_for_all
 from sparse_zoo.layout import Layout
 from sparse_zoo.plan import Part, Plan
 from sparse_zoo.registry import register
 from sparse_zoo.remember import remembered
+from sparse_zoo.requirements import require
 
 
 @register("rolling")
@@ -67,16 +68,7 @@ class Rolling(Attention):
 
     def __init__(self, *, window: int = 6, sinks: int = 1, chunk_frames: int = 3, **base: Any) -> None:
         super().__init__(**base)
-        least = {"window": window, "sinks": sinks}
-        require(
-            self,
-            counts={"chunk_frames": chunk_frames},
-            more=tuple(
-                f"{name} must be a whole number of at least 0, got {x!r}"
-                for name, x in least.items()
-                if not is_count(x, 0)
-            ),
-        )
+        require(self, counts={"chunk_frames": chunk_frames}, from_zero={"window": window, "sinks": sinks})
         self.window, self.sinks, self.chunk_frames = window, sinks, chunk_frames
 
     def plan(self, q: Tensor, k: Tensor, layout: Layout) -> Plan:  # noqa: ARG002
@@ -97,11 +89,5 @@ def _plan(layout: Layout, window: int, sinks: int, chunk_frames: int) -> Plan:
         before = (gap < 0) & ((gap >= -window) | (frames.frame < sinks))
         own = (chunks.shot[:, None] == frames.shot) & (gap >= 0) & (gap < chunk_frames)
         parts += Plan.blocks(chunks, frames, film & (before | own)).parts
-    if bool(layout.is_text.any()):
-        readers, text = layout.partition("shot"), layout.partition("shot", where=layout.is_text)
-        seen = (readers.sample[:, None] == text.sample) & (text.shot <= readers.shot[:, None])
-        parts += Plan.blocks(readers, text, seen).parts
-        shots = layout.partition("shot", where=video)
-        same = (text.sample[:, None] == shots.sample) & (text.shot[:, None] == shots.shot)
-        parts += Plan.blocks(text, shots, same).parts if shots.count else ()
+    parts += (*text_for_all(layout, past=True), *shot_for_captions(layout))
     return Plan(*parts)

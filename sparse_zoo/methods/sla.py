@@ -5,22 +5,23 @@ Paper: SLA: Beyond Sparsity in Diffusion Transformers via Fine-Tunable Sparse-Li
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
-from sparse_zoo.attention import Attention, Branch, Call, Card, Knob, Limit, Term, is_count
-from sparse_zoo.blocks import joint, pooled, same_film, stretches
-from sparse_zoo.errors import refuse
+from sparse_zoo import scorers
+from sparse_zoo.attention import Branch, Call, Card, Knob, Limit, Term
+from sparse_zoo.blocks import joint, same_film
+from sparse_zoo.blockwise import Blockwise
 from sparse_zoo.linear import linear_attention
-from sparse_zoo.plan import Plan
 from sparse_zoo.registry import register
-from sparse_zoo.selectors import chosen, largest
+from sparse_zoo.requirements import require
+from sparse_zoo.selectors import Scores, ranked
 
 
 @register("sla")
-class SLA(Attention):
+class SLA(Blockwise):
     """Critical blocks exactly, marginal blocks by linear attention.
 
     **Rule**
@@ -61,8 +62,6 @@ class SLA(Attention):
 
     limits = Limit({"top_fraction": 1.0})
     strict = "blocks of all shots are ranked together"
-    anchors = ("text",)
-    pools_queries = True
     knob = Knob("top_fraction", 0.05, 1.0)
     card = Card(
         paper="SLA: Beyond Sparsity in Diffusion Transformers via Fine-Tunable Sparse-Linear Attention, "
@@ -78,17 +77,11 @@ class SLA(Attention):
         self, *, top_fraction: float = 0.05, negligible: float = 0.1, block_tokens: int = 64, **base: Any
     ) -> None:
         super().__init__(**base)
-        refuse(
-            type(self).__name__,
-            [
-                f"top_fraction must be above 0 and at most 1, got {top_fraction!r}"
-                if not 0 < top_fraction <= 1
-                else "",
-                f"negligible must be at least 0 and below 1, got {negligible!r}" if not 0 <= negligible < 1 else "",
-                f"block_tokens must be a whole number of at least 1, got {block_tokens!r}"
-                if not is_count(block_tokens)
-                else "",
-            ],
+        require(
+            self,
+            f"negligible must be at least 0 and below 1, got {negligible!r}" if not 0 <= negligible < 1 else "",
+            shares={"top_fraction": top_fraction},
+            counts={"block_tokens": block_tokens},
         )
         self.top_fraction, self.negligible, self.block_tokens = float(top_fraction), float(negligible), block_tokens
         self.proj = nn.Linear(self.head_dim, self.head_dim, bias=False)
@@ -96,23 +89,19 @@ class SLA(Attention):
 
     def branches(self, call: Call) -> list[Branch | Term]:
         """One exact branch over the critical blocks and one linear term over the marginal blocks."""
-        width = call.v.shape[-1]
-        refuse(
-            type(self).__name__,
-            [f"v has head dim {width}; proj is for {self.head_dim}"] if width != self.head_dim else [],
-        )
-        blocks = stretches(call.layout, self.block_tokens)
+        self.require_width(call, "proj is")
+        blocks = self.queries(call.layout)
         if not blocks.count:
             return [Branch(joint(call.layout))]
-        with torch.no_grad():
-            q, k = pooled(blocks, call.q), pooled(blocks, call.k)
-        film = same_film(blocks, blocks)
-        critical = chosen(q, k, film, lambda scores, legal: largest(scores, self._counts(legal)[0]))
-        attended = chosen(q, k, film, lambda scores, legal: largest(scores, self._counts(legal)[1]))
-        exact = joint(call.layout, *Plan.blocks(blocks, blocks, critical, routed=True).parts)
-        return [Branch(exact), self._linear(call, attended & ~critical)]
+        shape = (*call.q.shape[:2], blocks.count, blocks.count)
+        share = ranked(self.scores(call), same_film(blocks, blocks), shape, self._counts)
+        return [Branch(self.exact(call, share == 0)), self._linear(call, share == 1)]
 
-    def _counts(self, legal: Tensor) -> tuple[Tensor, Tensor]:
+    def scores(self, call: Call) -> Scores:
+        """Score a pair of blocks by the product of its means, whose order is that of P_c."""
+        return scorers.means(call.q, call.k, self.queries(call.layout), self.keys(call.layout))
+
+    def _counts(self, legal: Tensor) -> Sequence[Tensor]:
         """The number of critical blocks of each row, and of critical or marginal ones: int64 (..., 1)."""
         count = legal.sum(-1, keepdim=True)
         critical = (count.double() * self.top_fraction).long().clamp(min=1)
@@ -121,13 +110,7 @@ class SLA(Attention):
 
     def _linear(self, call: Call, marginal: Tensor) -> Term:
         """Proj(O_l), with marginal, bool (B, H, blocks, blocks)."""
-        value, flops = linear_attention(call, stretches(call.layout, self.block_tokens), marginal)
+        value, flops = linear_attention(call, self.queries(call.layout), marginal)
         tokens = call.layout.video_tokens
         projected = self.proj(value.to(self.proj.weight.dtype)).to(call.q.dtype)
         return Term(projected, flops + 2 * call.q.shape[0] * call.q.shape[1] * call.q.shape[-1] ** 2 * tokens)
-
-    def routing_flops(self, call: Call) -> int:
-        """Pooling of q and k, and two passes of one product for each pair of blocks and head."""
-        batch, heads, length, dim = call.q.shape
-        count = stretches(call.layout, self.block_tokens).count
-        return batch * dim * (2 * 2 * heads * count**2 + (heads + call.k.shape[1]) * length)

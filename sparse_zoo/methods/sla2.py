@@ -13,11 +13,11 @@ from torch.nn.functional import pad
 
 from sparse_zoo.attention import Branch, Call, Card, Knob, Limit, Term
 from sparse_zoo.blocks import film_by_film, joint, pooled, same_film
-from sparse_zoo.blockwise import Blockwise, require
-from sparse_zoo.errors import refuse
+from sparse_zoo.blockwise import Blockwise
 from sparse_zoo.gather import take_rows
 from sparse_zoo.linear import linear_attention
 from sparse_zoo.registry import register
+from sparse_zoo.requirements import require
 from sparse_zoo.selectors import chosen, fraction_of, largest
 
 
@@ -77,19 +77,13 @@ class SLA2(Blockwise):
 
     def branches(self, call: Call) -> list[Branch | Term]:
         """One exact branch over the chosen blocks and text, weighted by α, and a linear term over the other blocks."""
-        width = call.v.shape[-1]
-        refuse(
-            type(self).__name__,
-            [f"v has head dim {width}; its maps are for {self.head_dim}"] if width != self.head_dim else [],
-        )
+        self.require_width(call, "its maps are")
         blocks = self.queries(call.layout)
         if not blocks.count:
             return [Branch(joint(call.layout))]
         with torch.autocast(call.q.device.type, enabled=False):
-            q, k = (
-                self._mapped(pooled(blocks, call.q), self.query_map),
-                self._mapped(pooled(blocks, call.k), self.key_map),
-            )
+            q, k = pooled(blocks, call.q), pooled(blocks, call.k)
+            q, k = (x @ by.weight.to(x.dtype).mT for x, by in ((q, self.query_map), (k, self.key_map)))
             q, film = q * call.q.shape[-1] ** -0.5, same_film(blocks, blocks)
             best = chosen(q, k, film, lambda scores, legal: largest(scores, fraction_of(legal, self.top_fraction)))
             ratio = self._ratio(call, q, k, best)
@@ -99,13 +93,9 @@ class SLA2(Blockwise):
         rest = (1 - alpha) * value.to(call.q.dtype)
         return [Branch(self.exact(call, best), alpha), Term(rest, flops)]
 
-    def _mapped(self, x: Tensor, by: nn.Linear) -> Tensor:
-        return x @ by.weight.to(x.dtype).mT
-
     def _ratio(self, call: Call, q: Tensor, k: Tensor, best: Tensor) -> Tensor:
         """α of each block of queries: (B, H, blocks, 1)."""
-        heads = slice(call.head_offset, call.head_offset + q.shape[1])
-        odds = self.ratio[heads].exp()[:, None, None]
+        odds = self.ratio[call.heads].exp()[:, None, None]
         k = k.repeat_interleave(q.shape[1] // k.shape[1], dim=1)
         mass = []
         for film in film_by_film(self.queries(call.layout)):

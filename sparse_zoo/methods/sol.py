@@ -13,11 +13,12 @@ from torch import Tensor
 
 from sparse_zoo.attention import Branch, Call, Card, Knob, Limit, Segment, Term
 from sparse_zoo.blocks import film_by_film, joint, pooled, same_film
-from sparse_zoo.blockwise import Blockwise, require
+from sparse_zoo.blockwise import Blockwise
 from sparse_zoo.errors import unknown
 from sparse_zoo.partition import Partition
 from sparse_zoo.plan import Plan
 from sparse_zoo.registry import register
+from sparse_zoo.requirements import require
 
 SPREADS = ("diagonal", "exact")
 FLOOR = 1e-6
@@ -84,11 +85,9 @@ class SolAttn(Blockwise):
         number = isinstance(tau, int | float) and not isinstance(tau, bool) and tau == tau
         require(
             self,
+            "" if number else f"tau must be a number, got {tau!r}",
+            unknown("spread", spread, SPREADS) if spread not in SPREADS else "",
             counts={"block_tokens": block_tokens},
-            more=(
-                "" if number else f"tau must be a number, got {tau!r}",
-                unknown("spread", spread, SPREADS) if spread not in SPREADS else "",
-            ),
         )
         self.tau, self.block_tokens, self.spread = float(tau), block_tokens, spread
 

@@ -11,11 +11,9 @@ from typing import Any
 from torch import Tensor
 
 from sparse_zoo.attention import Card, Knob, Limit
-from sparse_zoo.blocks import stretches
-from sparse_zoo.blockwise import Blockwise, require
-from sparse_zoo.layout import Layout
-from sparse_zoo.partition import Partition
+from sparse_zoo.blockwise import Blockwise
 from sparse_zoo.registry import register
+from sparse_zoo.requirements import require
 from sparse_zoo.selectors import fraction_of, heaviest_logits, largest
 
 
@@ -83,14 +81,6 @@ class SpargeAttention2(Blockwise):
         )
         self.top_fraction, self.top_p = float(top_fraction), float(top_p)
         self.query_tokens, self.block_tokens = query_tokens, block_tokens
-
-    def queries(self, layout: Layout) -> Partition:
-        """Blocks of `query_tokens` consecutive video tokens of a film."""
-        return stretches(layout, self.query_tokens)
-
-    def keys(self, layout: Layout) -> Partition:
-        """Blocks of `block_tokens` consecutive video tokens of a film."""
-        return stretches(layout, self.block_tokens)
 
     def select(self, scores: Tensor, legal: Tensor) -> Tensor:
         """Keep blocks among the `top_fraction` largest, or among the fewest that hold `top_p` of the softmax."""

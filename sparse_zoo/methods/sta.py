@@ -11,12 +11,12 @@ from typing import Any
 import torch
 
 from sparse_zoo.attention import Attention, Branch, Call, Card, Knob, Limit, Term
-from sparse_zoo.blocks import is_triple, joint, windowed
-from sparse_zoo.errors import refuse
+from sparse_zoo.blocks import joint, windowed
 from sparse_zoo.layout import Layout
 from sparse_zoo.plan import Plan
 from sparse_zoo.registry import register
 from sparse_zoo.remember import remembered
+from sparse_zoo.requirements import is_window, require
 
 Triple = tuple[int, ...]
 EVERY_TILE = (1 << 30) + 1
@@ -77,14 +77,11 @@ class STA(Attention):
     ) -> None:
         super().__init__(**base)
         tile, windows = tuple(tile), _windows(window)
-        refuse(
-            type(self).__name__,
-            [
-                f"tile must be three whole numbers of at least 1, got {tile!r}" if not is_triple(tile) else "",
-                f"window must be three odd whole numbers of at least 1, or a list of such, got {window!r}"
-                if not windows or not all(is_triple(one) and all(size % 2 for size in one) for one in windows)
-                else "",
-            ],
+        right = windows and all(map(is_window, windows))
+        require(
+            self,
+            "" if right else f"window must be three odd whole numbers of at least 1, or a list of such, got {window!r}",
+            triples={"tile": tile},
         )
         self.tile, self.windows = tile, windows
         if len(set(windows)) > 1:
@@ -92,10 +89,10 @@ class STA(Attention):
 
     def branches(self, call: Call) -> list[Branch | Term]:
         """One branch with one window table for each head."""
-        heads = range(call.head_offset, call.head_offset + call.q.shape[1])
+        heads = range(call.heads.start, call.heads.stop)
         windows = tuple(self.windows[head % len(self.windows)] for head in heads)
         plan = _sta(call.layout, self.tile, windows if len(set(windows)) > 1 else windows[:1])
-        return [Branch(plan if call.q_rows is None else plan.narrow(call.q_rows))]
+        return [Branch(call.narrow(plan))]
 
 
 def _windows(given: Sequence[Any]) -> tuple[Triple, ...]:

@@ -12,8 +12,9 @@ from torch import Tensor
 from sparse_zoo import scorers
 from sparse_zoo.attention import Call, Card, Knob, Limit
 from sparse_zoo.blocks import stretches
-from sparse_zoo.blockwise import Blockwise, require
+from sparse_zoo.blockwise import Blockwise
 from sparse_zoo.registry import register
+from sparse_zoo.requirements import require
 from sparse_zoo.selectors import Scores, fraction_of, largest
 
 
@@ -77,15 +78,14 @@ class SubBlock(Blockwise):
         wrong = [
             f"block_tokens must be a multiple of {x}, got {block_tokens}" for x in parts if block_tokens % parts[x]
         ]
-        require(self, more=tuple(wrong))
+        require(self, *wrong)
         self.top_fraction, self.block_tokens = float(top_fraction), block_tokens
         self.parts = (query_parts, key_parts)
 
     def scores(self, call: Call) -> Scores:
         """Score a pair of blocks by the log-sum-exp of the scaled products of their parts' means."""
         of_q, of_k = (stretches(call.layout, self.block_tokens // parts) for parts in self.parts)
-        scale = call.q.shape[-1] ** -0.5
-        return scorers.sub_blocks(call.q, call.k, self.queries(call.layout), (of_q, of_k), scale=scale)
+        return scorers.sub_blocks(call.q, call.k, self.queries(call.layout), (of_q, of_k))
 
     def select(self, scores: Tensor, legal: Tensor) -> Tensor:
         """Keep the `top_fraction` best of the legal blocks of each row, their number rounded up."""

@@ -10,14 +10,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sparse_zoo.attention import Attention, Branch, Call, Card, Knob, Limit, Term, is_count
+from sparse_zoo.attention import Attention, Branch, Call, Card, Knob, Limit, Term
 from sparse_zoo.blocks import SLICE, joint, same_film
-from sparse_zoo.errors import refuse
 from sparse_zoo.layout import Layout
 from sparse_zoo.partition import Partition
 from sparse_zoo.plan import Part, Plan
 from sparse_zoo.registry import register
 from sparse_zoo.remember import remembered
+from sparse_zoo.requirements import require
 
 
 @register("svg")
@@ -76,13 +76,7 @@ class SVG(Attention):
 
     def __init__(self, *, width: int = 3, rows: int = 64, **base: Any) -> None:
         super().__init__(**base)
-        refuse(
-            type(self).__name__,
-            [
-                f"width must be a whole number of at least 0, got {width!r}" if not is_count(width, 0) else "",
-                f"rows must be a whole number of at least 1, got {rows!r}" if not is_count(rows) else "",
-            ],
-        )
+        require(self, from_zero={"width": width}, counts={"rows": rows})
         self.width, self.rows = width, rows
 
     def branches(self, call: Call) -> list[Branch | Term]:

@@ -13,15 +13,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sparse_zoo.attention import Attention, Branch, Call, Card, Knob, Limit, Term, is_count
+from sparse_zoo.attention import Attention, Branch, Call, Card, Knob, Limit, Term
 from sparse_zoo.blocks import joint
-from sparse_zoo.errors import refuse
 from sparse_zoo.kmeans import clusters
 from sparse_zoo.layout import Layout
 from sparse_zoo.partition import Partition
 from sparse_zoo.plan import Part
 from sparse_zoo.registry import register
 from sparse_zoo.remember import remembered
+from sparse_zoo.requirements import require
 from sparse_zoo.selectors import chosen, heaviest, largest
 
 
@@ -101,12 +101,8 @@ class SVG2(Attention):
             "first_rounds": first_rounds,
             "later_rounds": later_rounds,
         }
-        refuse(
-            type(self).__name__,
-            [f"{name} must be a whole number of at least 1, got {x!r}" for name, x in counts.items() if not is_count(x)]
-            + ([f"top_p must be above 0 and at most 1, got {top_p!r}"] if not 0 < top_p <= 1 else [])
-            + ([f"least must be in [0, 1], got {least!r}"] if not 0 <= least <= 1 else []),
-        )
+        more = "" if 0 <= least <= 1 else f"least must be in [0, 1], got {least!r}"
+        require(self, more, counts=counts, shares={"top_p": top_p})
         self.top_p, self.least = float(top_p), float(least)
         self.clusters = (query_clusters, key_clusters)
         self.first_rounds, self.later_rounds = first_rounds, later_rounds

@@ -5,21 +5,22 @@ Paper: VMoBA: Mixture-of-Block Attention for Video Diffusion Models, arXiv 2506.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
+from functools import partial
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from sparse_zoo.attention import Attention, Branch, Call, Card, Knob, Limit, Term, is_count
-from sparse_zoo.blocks import film_by_film, joint, products
-from sparse_zoo.budgets import weights, within_budget
-from sparse_zoo.errors import ZooError, refuse, unknown
+from sparse_zoo.attention import Attention, Branch, Call, Card, Knob, Limit, Term
+from sparse_zoo.blocks import film_by_film, joint
+from sparse_zoo.budgets import kept_pairs
+from sparse_zoo.errors import ZooError, unknown
 from sparse_zoo.partition import Partition
 from sparse_zoo.plan import Plan
 from sparse_zoo.registry import register
 from sparse_zoo.remember import remembered
-from sparse_zoo.selectors import heaviest, largest
+from sparse_zoo.requirements import is_count, require
 
 SCOPES = ("query", "head", "global")
 WHOLE = 1 << 30
@@ -100,25 +101,19 @@ class VMoBA(Attention):
     ) -> None:
         super().__init__(**base)
         tiles = {"temporal": (temporal,), "spatial": tuple(spatial), "spatiotemporal": tuple(spatiotemporal)}
-        refuse(
-            type(self).__name__,
-            [
-                f"one of threshold and top_k must be given, the other null, got {threshold!r} and {top_k!r}"
-                if (threshold is None) == (top_k is None)
-                else "",
-                f"threshold must be in (0, 1], got {threshold!r}"
-                if threshold is not None and not 0 < threshold <= 1
-                else "",
-                f"top_k must be a whole number of at least 1, got {top_k!r}"
-                if top_k is not None and not is_count(top_k)
-                else "",
-                unknown("scope", scope, SCOPES) if scope not in SCOPES else "",
-                *(
-                    f"{name} must be {axes} whole number{'s' * (axes > 1)} of at least 1, got {tile!r}"
-                    for axes, (name, tile) in enumerate(tiles.items(), 1)
-                    if len(tile) != axes or not all(map(is_count, tile))
-                ),
-            ],
+        require(
+            self,
+            f"one of threshold and top_k must be given, the other null, got {threshold!r} and {top_k!r}"
+            if (threshold is None) == (top_k is None)
+            else "",
+            unknown("scope", scope, SCOPES) if scope not in SCOPES else "",
+            *(
+                f"{name} must be {axes} whole number{'s' * (axes > 1)} of at least 1, got {tile!r}"
+                for axes, (name, tile) in enumerate(tiles.items(), 1)
+                if len(tile) != axes or not all(map(is_count, tile))
+            ),
+            shares={} if threshold is None else {"threshold": threshold},
+            counts={} if top_k is None else {"top_k": top_k},
         )
         self.threshold, self.top_k, self.scope = threshold, top_k or 0, scope
         self.tiles = ((temporal, WHOLE, WHOLE), (WHOLE, *tiles["spatial"]), tiles["spatiotemporal"])
@@ -141,9 +136,9 @@ class VMoBA(Attention):
     def _chosen(self, call: Call, blocks: Partition) -> Tensor:
         """The pairs of a query and a block that are kept: bool (B, H, Lq, C)."""
         means = blocks.mean(call.k.float())
-        own = blocks.piece_of[0, 0] if call.q_rows is None else blocks.piece_of[0, 0, call.q_rows]
-        choose = self._by_query if self.scope == "query" else self._together
+        own = call.at(blocks.piece_of[0, 0])
         chosen = torch.zeros(*call.q.shape[:3], blocks.count, dtype=torch.bool, device=call.q.device)
+        choose = partial(kept_pairs, scope=self.scope, share=self.threshold, count=self.top_k)
         for film, tokens in _films(blocks):
             # Selecting the film's queries would wait for a GPU: all choose, and other films' choices are dropped.
             rows = tokens if call.q_rows is None else torch.arange(len(call.q_rows), device=call.q.device)
@@ -156,35 +151,6 @@ class VMoBA(Attention):
                 chosen[:, :, rows[start:end], film], start = some, end
         return chosen
 
-    def _by_query(self, q: Tensor, means: Tensor, own: Tensor) -> Iterator[Tensor]:
-        """The blocks that queries (B, H, n, D) of one film choose, each alone: rows of (B, H, n, C), slice by slice.
-
-        `means` is (B, Hk, C, D); `own`, int64 (n,), is the block of each query.
-        """
-        for rows, scores in products(q, means):
-            mine = _is(own[rows], scores)
-            if self.threshold is None:
-                yield largest(scores.masked_fill(mine, torch.inf), self.top_k)
-            else:
-                scale = weights(scores, scores.amin(-1, keepdim=True), scores.amax(-1, keepdim=True))
-                yield heaviest(scale, self.threshold, first=mine)
-
-    def _together(self, q: Tensor, means: Tensor, own: Tensor) -> Iterator[Tensor]:
-        """As `_by_query`, but pairs compete over a head or over all heads."""
-        batch, heads, length, _ = q.shape
-        across = self.scope == "global"
-
-        def slices() -> Iterator[tuple[Tensor, Tensor]]:
-            for rows, scores in products(q, means):
-                pair = scores, _is(own[rows], scores)
-                a, b = (x.transpose(1, 2).flatten(1) if across else x.flatten(2).flatten(0, 1) for x in pair)
-                yield a, b
-
-        count = self.top_k * length * (heads if across else 1)
-        for kept in within_budget(slices, share=self.threshold, count=count):
-            order = (batch, -1, heads, means.shape[2]) if across else (batch, heads, -1, means.shape[2])
-            yield kept.view(order).transpose(1, 2) if across else kept.view(order)
-
     def routing_flops(self, call: Call) -> int:
         """Pooling, and a product per query, head and block in each pass."""
         (batch, heads, _, dim), blocks = call.q.shape, self._blocks(call)
@@ -195,11 +161,6 @@ class VMoBA(Attention):
         )
         passes = 1 if self.scope == "query" or self.threshold == 1 else 4
         return batch * dim * (2 * heads * passes * pairs + call.k.shape[1] * call.k.shape[2])
-
-
-def _is(own: Tensor, scores: Tensor) -> Tensor:
-    """Whether a block is the query's own block `own`, int64 (n,): bool (B, H, n, C), in the shape of `scores`."""
-    return (own[:, None] == torch.arange(scores.shape[-1], device=own.device)).expand_as(scores)
 
 
 @remembered(64)

@@ -10,18 +10,19 @@ from typing import Any, Literal
 
 from torch import Tensor, nn
 
-from sparse_zoo.attention import Attention, Branch, Call, Card, Knob, Limit, Term, is_count
+from sparse_zoo.attention import Branch, Call, Card, Knob, Limit, Term
 from sparse_zoo.blocks import joint, pooled, same_film, whole_film
-from sparse_zoo.errors import refuse, unknown
-from sparse_zoo.plan import Plan
+from sparse_zoo.blockwise import Blockwise
+from sparse_zoo.errors import unknown
 from sparse_zoo.registry import register
+from sparse_zoo.requirements import require
 from sparse_zoo.selectors import chosen, largest
 
 GATES = ("both", "coarse", "none")
 
 
 @register("vsa")
-class VSA(Attention):
+class VSA(Blockwise):
     """Attention among pooled cubes, then to the best cubes in full.
 
     **Rule**
@@ -62,8 +63,6 @@ class VSA(Attention):
 
     limits = Limit({"top_k": 1 << 30, "gates": "none"})
     strict = "cubes of all shots are candidates"
-    anchors = ("text",)
-    pools_queries = True
     own_heads = "each head has gates of its own"
     knob = Knob("top_k", 1, 64)
     card = Card(
@@ -86,16 +85,12 @@ class VSA(Attention):
     ) -> None:
         super().__init__(**base)
         tile = tuple(tile)
-        refuse(
-            type(self).__name__,
-            [
-                f"top_k must be a whole number of at least 1, got {top_k!r}" if not is_count(top_k) else "",
-                f"tile must be three whole numbers of at least 1, got {tile!r}"
-                if len(tile) != 3 or not all(map(is_count, tile))
-                else "",
-                unknown("gates", gates, GATES) if gates not in GATES else "",
-                "dim, the width of hidden, is needed for the gates" if gates != "none" and self.dim is None else "",
-            ],
+        require(
+            self,
+            unknown("gates", gates, GATES) if gates not in GATES else "",
+            "dim, the width of hidden, is needed for the gates" if gates != "none" and self.dim is None else "",
+            counts={"top_k": top_k},
+            triples={"tile": tile},
         )
         self.top_k, self.tile, self.stop_at_shots = top_k, tile, bool(stop_at_shots)
         stages = {"both": ("coarse", "fine"), "coarse": ("coarse",), "none": ()}[gates]
@@ -110,14 +105,13 @@ class VSA(Attention):
 
     def branches(self, call: Call) -> list[Branch | Term]:
         """The fine branch and, unless gates is "none", the coarse branch."""
-        cubes = call.layout.tiles(self.tile, stop_at_shots=self.stop_at_shots)
+        cubes = self.queries(call.layout)
         if not cubes.count:
             return [Branch(joint(call.layout))]
         q, k, v = (pooled(cubes, x) for x in (call.q, call.k, call.v))
         best = chosen(q, k, same_film(cubes, cubes), lambda scores, _: largest(scores, self.top_k))
         gates = self._gates(call)
-        fine = joint(call.layout, *Plan.blocks(cubes, cubes, best, routed=True).parts)
-        made: list[Branch | Term] = [Branch(fine, gates.get("fine", 1.0))]
+        made: list[Branch | Term] = [Branch(self.exact(call, best), gates.get("fine", 1.0))]
         if "coarse" in gates:
             film = whole_film(call.layout, cubes, cubes)
             q, k, v = (x.to(call.q.dtype) for x in (q, k, v))
@@ -126,21 +120,11 @@ class VSA(Attention):
 
     def _gates(self, call: Call) -> dict[str, Tensor]:
         """The gates of this call's heads, (B, H, L, D) each, 1 for text."""
-        width = call.v.shape[-1]
-        refuse(
-            type(self).__name__,
-            [f"v has head dim {width}; gates are for {self.head_dim}"] if self.gates and width != self.head_dim else [],
-        )
-        heads = slice(call.head_offset, call.head_offset + call.q.shape[1])
+        if self.gates:
+            self.require_width(call, "gates are")
         text = call.layout.is_text[:, None]
         found = {}
         for name in self.gates:
             gate = self.featured(call)[name].unflatten(-1, (self.heads, self.head_dim))
-            found[name] = gate[:, :, heads].transpose(1, 2).to(call.q.dtype).masked_fill(text, 1.0)
+            found[name] = gate[:, :, call.heads].transpose(1, 2).to(call.q.dtype).masked_fill(text, 1.0)
         return found
-
-    def routing_flops(self, call: Call) -> int:
-        """Pooling of q and k, and one product for each pair of cubes and head."""
-        batch, heads, length, dim = call.q.shape
-        count = call.layout.tiles(self.tile, stop_at_shots=self.stop_at_shots).count
-        return batch * dim * (2 * heads * count**2 + (heads + call.k.shape[1]) * length)

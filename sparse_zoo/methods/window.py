@@ -11,12 +11,13 @@ from typing import Any, Literal
 from torch import Tensor
 
 from sparse_zoo.attention import Attention, Card, Knob, Limit
-from sparse_zoo.blocks import is_triple, joint, windowed
-from sparse_zoo.errors import refuse, unknown
+from sparse_zoo.blocks import joint, windowed
+from sparse_zoo.errors import unknown
 from sparse_zoo.layout import Layout
 from sparse_zoo.plan import Plan
 from sparse_zoo.registry import register
 from sparse_zoo.remember import remembered
+from sparse_zoo.requirements import require
 
 EVERY_TILE = (1 << 30) + 1
 
@@ -75,16 +76,8 @@ class Window(Attention):
     ) -> None:
         super().__init__(**base)
         tile, window = tuple(tile), tuple(window)
-        refuse(
-            type(self).__name__,
-            [
-                f"tile must be three whole numbers of at least 1, got {tile!r}" if not is_triple(tile) else "",
-                f"window must be three odd whole numbers of at least 1, got {window!r}"
-                if not is_triple(window) or not all(size % 2 for size in window)
-                else "",
-                unknown("edge", edge, ("shift", "cut")) if edge not in ("shift", "cut") else "",
-            ],
-        )
+        wrong = unknown("edge", edge, ("shift", "cut")) if edge not in ("shift", "cut") else ""
+        require(self, wrong, triples={"tile": tile}, windows={"window": window})
         self.tile, self.window, self.stop_at_shots = tile, window, bool(stop_at_shots)
         self.edge: Literal["shift", "cut"] = edge
 

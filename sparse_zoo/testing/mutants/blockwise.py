@@ -10,16 +10,19 @@ from unittest.mock import patch
 import torch
 from torch import Tensor
 
+from sparse_zoo import blockwise, budgets, scorers
 from sparse_zoo.attention import Branch, Call, Term
-from sparse_zoo.budgets import Slices, within_budget
-from sparse_zoo.layout import Layout
-from sparse_zoo.methods import vmoba, xattention
+from sparse_zoo.budgets import Slices, kept_pairs, within_budget
+from sparse_zoo.methods import vmoba
 from sparse_zoo.methods.moba import MoBA
 from sparse_zoo.methods.vmoba import VMoBA
 from sparse_zoo.methods.xattention import XAttention
 from sparse_zoo.partition import Partition
 from sparse_zoo.plan import Plan
+from sparse_zoo.selectors import Scores
 from sparse_zoo.testing.mutants.base import mutant
+
+QUERY, GLOBAL = {"scope": "query"}, {"scope": "global"}
 
 
 @mutant("routing_is_the_papers")
@@ -54,24 +57,25 @@ class NeverTakesTurns(VMoBA):
 class QueriesBudgetApart(VMoBA):
     """Each query has a share of its own, though the scope is a head."""
 
-    def _together(self, q: Tensor, means: Tensor, own: Tensor) -> Iterator[Tensor]:
-        yield from self._by_query(q, means, own)
+    def branches(self, call: Call) -> list[Branch | Term]:
+        with patch.object(vmoba, "kept_pairs", lambda *given, **budget: kept_pairs(*given, **budget | QUERY)):
+            return super().branches(call)
 
 
 @mutant("head_slices", "routing_is_the_papers")
 class HeadsShareABudget(VMoBA):
     """Heads compete with each other, though the scope is a head."""
 
-    def _together(self, q: Tensor, means: Tensor, own: Tensor) -> Iterator[Tensor]:
-        with patch.object(self, "scope", "global"):
-            yield from super()._together(q, means, own)
+    def branches(self, call: Call) -> list[Branch | Term]:
+        with patch.object(vmoba, "kept_pairs", lambda *given, **budget: kept_pairs(*given, **budget | GLOBAL)):
+            return super().branches(call)
 
 
 @mutant("batch_items_apart", "routing_is_the_papers")
 class ItemsShareABudget(VMoBA):
     """Batch items compete with each other."""
 
-    def _together(self, q: Tensor, means: Tensor, own: Tensor) -> Iterator[Tensor]:
+    def branches(self, call: Call) -> list[Branch | Term]:
         def joined(slices: Slices, **budget: Any) -> Iterator[Tensor]:
             def flat() -> Iterator[tuple[Tensor, Tensor]]:
                 for scores, first in slices():
@@ -81,15 +85,15 @@ class ItemsShareABudget(VMoBA):
             for kept, shape in zip(within_budget(flat, **budget), shapes, strict=True):
                 yield kept.view(shape)
 
-        with patch.object(vmoba, "within_budget", joined):
-            yield from super()._together(q, means, own)
+        with patch.object(budgets, "within_budget", joined):
+            return super().branches(call)
 
 
 @mutant("routing_is_the_papers")
 class OwnBlocksForFree(VMoBA):
     """Own blocks are kept besides what the share buys."""
 
-    def _together(self, q: Tensor, means: Tensor, own: Tensor) -> Iterator[Tensor]:
+    def branches(self, call: Call) -> list[Branch | Term]:
         def free(slices: Slices, **budget: Any) -> Iterator[Tensor]:
             def none_first() -> Iterator[tuple[Tensor, Tensor]]:
                 for scores, first in slices():
@@ -98,8 +102,8 @@ class OwnBlocksForFree(VMoBA):
             for kept, (_, first) in zip(within_budget(none_first, **budget), slices(), strict=True):
                 yield kept | first
 
-        with patch.object(vmoba, "within_budget", free):
-            yield from super()._together(q, means, own)
+        with patch.object(budgets, "within_budget", free):
+            return super().branches(call)
 
 
 class Gathering(XAttention):
@@ -108,12 +112,12 @@ class Gathering(XAttention):
     def gathered(self, x: Tensor, slots: Tensor, of_queries: bool) -> Tensor:  # noqa: ARG002
         return gathered(x, slots)
 
-    def _chosen(self, q: Tensor, k: Tensor, slots: Tensor) -> Tensor:
-        with patch.object(xattention, "_gathered", lambda x, slots: self.gathered(x, slots, x is q)):
-            return super()._chosen(q, k, slots)
+    def scores(self, call: Call) -> Scores:
+        with patch.object(scorers, "_side_by_side", lambda x, slots: self.gathered(x, slots, x is call.q)):
+            yield from super().scores(call)
 
 
-gathered = xattention._gathered
+gathered = scorers._side_by_side
 
 
 @mutant("routing_is_the_papers")
@@ -136,13 +140,16 @@ class PaddedWithTokens(Gathering):
 class GuessesAcrossFilms(XAttention):
     """Blocks of all films share one softmax, and one share."""
 
-    def plan(self, q: Tensor, k: Tensor, layout: Layout) -> Plan:
+    def branches(self, call: Call) -> list[Branch | Term]:
         def as_one(*given: Any) -> list[tuple[slice, Tensor]]:
-            films = slots(*given)
+            films = groups(*given)
             return [(slice(0, films[-1][0].stop), torch.cat([tokens for _, tokens in films]))] if films else []
 
-        with patch.object(xattention, "_slots", as_one):
-            return super().plan(q, k, layout)
+        def any_film(queries: Partition, keys: Partition) -> Tensor:
+            return torch.ones(queries.count, keys.count, dtype=torch.bool, device=queries.device)
+
+        with patch.object(scorers, "groups", as_one), patch.object(blockwise, "same_film", any_film):
+            return super().branches(call)
 
 
-slots = xattention._slots
+groups = scorers.groups

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 from unittest.mock import patch
@@ -80,7 +81,7 @@ class LinearOverAllBlocks(SLA):
 class NothingIsNegligible(SLA):
     """All blocks that are not critical are marginal."""
 
-    def _counts(self, legal: Tensor) -> tuple[Tensor, Tensor]:
+    def _counts(self, legal: Tensor) -> Sequence[Tensor]:
         return super()._counts(legal)[0], legal.sum(-1, keepdim=True)
 
 

@@ -43,7 +43,7 @@ class Open(MoC):
         def choose(*given: Any, on_device: bool) -> Tensor:  # noqa: ARG001
             return self.choose(*given)
 
-        with patch.object(moc, "_static", static), patch.object(moc, "top_chunks", choose):
+        with patch.object(moc, "_static", static), patch.object(routing, "top_chunks", choose):
             return super().branches(call)
 
 
