@@ -101,6 +101,7 @@ def test_peak_memory_is_what_is_held_at_once() -> None:
     assert bench.peak_bytes(run, CPU) == pytest.approx(4 * 3 * (1 << 17), rel=0.01)
 
 
+@pytest.mark.slow
 def test_out_of_memory_is_a_row_and_the_other_methods_are_timed(monkeypatch: pytest.MonkeyPatch) -> None:
     attend = turns._attend
 

@@ -275,6 +275,7 @@ def test_a_capture_replays_bit_for_bit(tmp_path: Path, method):
     assert [row.failed for row in rows] == [None, None]
 
 
+@pytest.mark.slow
 def test_a_model_of_wans_size_is_planned_without_its_weights():
     from accelerate import init_empty_weights
     from diffusers import WanTransformer3DModel
@@ -297,6 +298,7 @@ def test_a_model_of_wans_size_is_planned_without_its_weights():
         assert layer.cost.routing_flops > 0
 
 
+@pytest.mark.slow
 def test_a_model_of_wans_size_is_planned_at_477_frames():
     from accelerate import init_empty_weights
     from diffusers import WanTransformer3DModel

@@ -109,6 +109,7 @@ def test_map_draws(here: Path) -> None:
     assert (here / "a" / "b.png").exists()
 
 
+@pytest.mark.slow
 def test_map_counts_loops(here: Path) -> None:
     assert "9 <-> 11" in zoo("map", "moc", "causal=null").stdout
     assert "<->" not in zoo("map", "moc").stdout

@@ -70,6 +70,7 @@ def test_a_list_of_methods_is_split_between_methods_only():
     assert found == [("moc", moc), ("sta", {"tile": [1, [2, 3]]}), ("radial", {}), ("moga", {})]
 
 
+@pytest.mark.slow
 def test_videos_are_sampled_with_a_method(model: Path, prompts: Path, tmp_path: Path):
     """As comparing samples them: the same files, prompt by prompt."""
     asked = ["--model", str(model), "--prompts", str(prompts), *SIZE]
@@ -92,6 +93,7 @@ def test_videos_are_sampled_with_a_method(model: Path, prompts: Path, tmp_path: 
     assert (tmp_path / "moc" / "0.mp4").read_bytes() != (tmp_path / "dense" / "0.mp4").read_bytes()
 
 
+@pytest.mark.slow
 def test_methods_are_compared_at_one_density(model: Path, prompts: Path, tmp_path: Path):
     asked = [
         "compare",
@@ -114,6 +116,7 @@ def test_methods_are_compared_at_one_density(model: Path, prompts: Path, tmp_pat
         assert rows["sta"]["density"] == pytest.approx(0.78, rel=0.05)
 
 
+@pytest.mark.slow
 def test_a_pipeline_is_captured_and_replayed(model: Path, prompts: Path, tmp_path: Path):
     file = tmp_path / "calls.safetensors"
     asked = ["capture", "--model", str(model), "--prompts", str(prompts), "--size", "9x64x96", "--steps", "4"]

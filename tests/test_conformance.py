@@ -247,6 +247,7 @@ def test_method_that_cannot_be_built_gives_one_outcome() -> None:
     assert "test_conformance.py:" in outcomes[0].reason
 
 
+@pytest.mark.slow
 def test_checks_leave_the_global_generator_alone() -> None:
     torch.manual_seed(4)
     want = torch.rand(3)
@@ -349,6 +350,7 @@ def test_pytest_items_pass_fail_skip_and_expect_failure() -> None:
 # -- kernels ----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_broken_kernel_gets_one_error() -> None:
     with pytest.raises(testing.ConformanceError) as error:
         testing.check_kernel(

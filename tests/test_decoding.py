@@ -518,6 +518,7 @@ def test_memory_does_not_grow_with_the_length_of_a_video(tmp_path: Path) -> None
     assert max(more) < 25_000
 
 
+@pytest.mark.slow
 def test_killed_decoder_leaves_no_entry_and_nothing_in_the_way(tmp_path: Path) -> None:
     path, cache, settings = (
         write(tmp_path / "a.mp4", busy(600), "mpeg4"),
@@ -548,6 +549,7 @@ def count_decodings(path: Path, cache: Path, counted: Path) -> None:
     assert len(load(path, Decoding(None, (64, 96)), cache).frames) == 200
 
 
+@pytest.mark.slow
 def test_processes_share_one_decoding(tmp_path: Path) -> None:
     path = write(tmp_path / "a.mp4", busy(200), "mpeg4")
     runs = [in_fork(count_decodings, path, tmp_path / "cache", tmp_path / "count") for _ in range(3)]

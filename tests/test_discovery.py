@@ -164,6 +164,7 @@ def test_home_is_expanded_in_folder_and_cache(tmp_path: Path, monkeypatch: pytes
         resolve("~nobody-of-this-name/clips")
 
 
+@pytest.mark.slow
 def test_name_with_a_colon_in_a_relative_folder_is_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     three_shots(tmp_path / "clips" / "plain.mp4").rename(tmp_path / "clips" / "scene:01.mp4")
     monkeypatch.chdir(tmp_path / "clips")

@@ -92,6 +92,7 @@ def test_every_section_is_followed() -> None:
     assert not [line for _, code in blocks(INTRODUCTION) for line in code.splitlines() if line.startswith("zoo ")]
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("here")
 def test_a_method() -> None:
     (result,) = follow("A method")

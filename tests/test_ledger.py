@@ -12,7 +12,6 @@ from typing import Any
 import pytest
 import torch
 from conftest import FILMS
-from tiers import cases
 from tiny import OWN_AND_PREVIOUS
 from torch.utils.flop_counter import FlopCounterMode
 from typer.testing import CliRunner, Result
@@ -318,7 +317,8 @@ def known(name: str, rows: list[dict[str, Any]]) -> None:
             assert plain("groups, 10 s", f"M {groups}", "sparsity") == pytest.approx(1 - share, abs=1e-4)
 
 
-@pytest.mark.parametrize("name", cases(PAPERS, ["moc"]))
+@pytest.mark.slow
+@pytest.mark.parametrize("name", PAPERS)
 def test_every_printed_figure_is_recomputed(name: str) -> None:
     """All plans of a paper at its size, from the command to the page: about ten seconds each."""
     result = cost("--paper", name, "--json")

@@ -157,6 +157,7 @@ def test_runs_get_a_picture_of_each_routed_branch(tmp_path: Path) -> None:
     assert all((tmp_path / entry["file"]).is_file() for entry in written)
 
 
+@pytest.mark.slow
 def test_plans_over_pooled_tokens_are_counted_and_not_plotted(tmp_path: Path) -> None:
     """The compressed branch of nsa is its first: 592 queries × 9 means of blocks."""
     drawn = sample_map("nsa", {"top_k": 1})

@@ -250,6 +250,7 @@ def test_flops_and_seconds_are_budgets_too(monkeypatch: pytest.MonkeyPatch) -> N
     assert 0.392 <= 0.1 + 0.01 * config["attention"]["top_k"] <= 0.408
 
 
+@pytest.mark.slow
 def test_layers_share_what_those_without_a_knob_leave() -> None:
     moc = {"name": "moc", "anchors": ["shot"], "causal": None}
     layers = [{"name": "dense"}, moc, {"name": "window", "tile": [1, 1, 1]}, moc]
@@ -326,6 +327,7 @@ def test_seeds_share_one_solution(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert len({cell.id for cell in sweep.cells}) == 9
 
 
+@pytest.mark.slow
 def test_a_solution_is_kept_as_long_as_it_holds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = write_sweep(tmp_path / "kept.yaml", **BUDGET)
     sweep = read(path)
@@ -343,6 +345,7 @@ def test_a_solution_is_kept_as_long_as_it_holds(tmp_path: Path, monkeypatch: pyt
     assert read(path) == sweep
 
 
+@pytest.mark.slow
 def test_every_cell_that_misses_is_named_at_once(tmp_path: Path) -> None:
     cells = {"dense": {"attention": "dense"}, "other": {"attention": "moc", "attention.top_k": 2}}
     with pytest.raises(ZooError) as caught:

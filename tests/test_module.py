@@ -72,7 +72,7 @@ def loader(*batches, times=1):
     return DataLoader(list(batches) * times, batch_size=None)
 
 
-@pytest.mark.parametrize("method", cases(METHODS, ["moc", "moga"]))
+@pytest.mark.parametrize("method", cases(METHODS, ["moc"]))
 def test_every_method_learns(method):
     films = batch(FIRST)
     films["clips"] = [torch.full_like(clip, 0.8 * (-1) ** i) for i, clip in enumerate(films["clips"])]

@@ -251,6 +251,7 @@ for *arguments, text in json.load(sys.stdin):
 """
 
 
+@pytest.mark.slow
 def test_every_command_refuses_a_wrong_name_before_torch_is_imported(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -291,6 +292,7 @@ def test_a_cell_that_exclude_leaves_out_may_have_wrong_names(tmp_path: Path) -> 
         Written.of(path).check_names()
 
 
+@pytest.mark.slow
 def test_errors_are_one_class_whatever_is_imported_first() -> None:
     code = """
 import experiments, sparse_zoo.errors as first, sparse_zoo as zoo

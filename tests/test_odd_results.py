@@ -18,6 +18,7 @@ import pytest
 from made_up import finished, write_sweep_of
 from matplotlib.axes import Axes
 from rich.console import Console
+from tiers import cases
 from typer.testing import CliRunner
 
 from experiments import escape
@@ -118,7 +119,7 @@ ODD: dict[str, Callable[[Path], object]] = {
 }
 
 
-@pytest.mark.parametrize("what", ODD)
+@pytest.mark.parametrize("what", cases(ODD, ["truncated", "outside"]))
 def test_an_odd_cell_is_one_line_and_a_marked_row(good: Path, what: str) -> None:
     ODD[what](good)
     result = CliRunner().invoke(app, ["report", "s"])

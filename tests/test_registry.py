@@ -57,6 +57,7 @@ def test_one_class_in_a_file_is_a_method(tmp_path: Path) -> None:
     assert torch.equal(attention.plan(q, q, film).dense_mask()[0, 0], (gap >= 0) & (gap <= 2))
 
 
+@pytest.mark.slow
 def test_files_of_one_name_are_two_plugins_in_every_process(tmp_path: Path) -> None:
     paths = [tmp_path / folder / "m.py" for folder in ("a", "b")]
     for path in paths:

@@ -303,6 +303,7 @@ def told(report: Report) -> str:
     return console.export_text()
 
 
+@pytest.mark.slow
 def test_a_test_of_memory_always_has_its_four_lines(memory: str, full: str) -> None:
     report = build_report(memory)
     assert [group.name for group in report.leaderboard.ranked] == [
@@ -338,6 +339,7 @@ def test_a_test_of_memory_always_has_its_four_lines(memory: str, full: str) -> N
     }
 
 
+@pytest.mark.slow
 def test_controls_come_from_a_sweep_of_the_same_films(sweep: str) -> None:  # noqa: ARG001
     attention = {"dense": {"name": "dense"}, "random_shot": {"name": "random_shots"}, "moc": {"name": "moc"}}
     attention["own"] = {"name": "own_shot"}
@@ -374,6 +376,7 @@ def test_a_leaderboard_without_recall_is_as_it_was(sweep: str) -> None:
     assert "not in this sweep" not in html(report) + told(report) + tables.markdown(report)
 
 
+@pytest.mark.slow
 def test_memory_stands_beside_recall(memory: str) -> None:
     report = build_report(memory)
     columns = ["shape", "colour", "texture", "wrong subject", "whole film"]
@@ -394,6 +397,7 @@ def test_memory_stands_beside_recall(memory: str) -> None:
     assert "validation loss" not in heads
 
 
+@pytest.mark.slow
 def test_distances_are_plotted_and_not_listed(memory: str) -> None:
     report = build_report(memory)
     assert list_distances(report.sweep, "identity_recall") == {
@@ -422,6 +426,7 @@ def test_distances_are_plotted_and_not_listed(memory: str) -> None:
     assert "whole film" not in page.lower()
 
 
+@pytest.mark.slow
 def test_recall_is_the_first_curve_and_from_0_to_1(memory: str) -> None:
     (drawn,) = re.findall(r'<section id="training">(.*?)</section>', html(build_report(memory)), re.DOTALL)
     assert re.findall('aria-label="learning curves, (.*?)"', drawn) == ["val/identity_recall", "train/flow", "val/loss"]
@@ -537,6 +542,7 @@ def zoo_command(*arguments: str) -> Result:
     return CliRunner().invoke(app, arguments)
 
 
+@pytest.mark.slow
 def test_the_commands_of_the_docs_run(full: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     page = (ROOT / "docs" / "reports.md").read_text()

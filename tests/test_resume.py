@@ -129,7 +129,7 @@ def points(run_id: str) -> dict[str, list[tuple[int, float]]]:
     }
 
 
-@pytest.mark.parametrize(("batches", "accumulate"), [(3, 1), (5, 2)])
+@pytest.mark.parametrize(("batches", "accumulate"), [(3, 1), pytest.param(5, 2, marks=pytest.mark.slow)])
 def test_a_run_that_was_killed_ends_like_one_that_was_not(batches: int, accumulate: int) -> None:
     cell = Cell("moc", load([BASE, LONG, {"trainer.accumulate_grad_batches": accumulate}]))
     assert killed_or_done(cell, "whole", 0) == 0
@@ -160,6 +160,7 @@ def test_a_run_that_was_killed_ends_like_one_that_was_not(batches: int, accumula
     assert len(client.search_runs([client.get_run(str(parts.mlflow_run)).info.experiment_id])) == 1
 
 
+@pytest.mark.slow
 def test_a_pretrained_run_that_was_killed_ends_like_one_that_was_not(tmp_path: Path) -> None:
     """Adapters, routers, averages, noise and the interval of sampling go on from where they were."""
     model = {"folder": str(write(tmp_path / "models", ["wan"])[0]), "lora_rank": 2, "distill_output": 1.0}
@@ -186,6 +187,7 @@ def test_a_pretrained_run_that_was_killed_ends_like_one_that_was_not(tmp_path: P
     assert points(str(parts.mlflow_run)) == points(str(whole.mlflow_run))
 
 
+@pytest.mark.slow
 def test_a_run_that_was_killed_in_a_validation_validates_again(monkeypatch: pytest.MonkeyPatch) -> None:
     cell = Cell("moc", load([BASE, LONG]))
     with monkeypatch.context() as patched:
@@ -252,6 +254,7 @@ def begun(cell: Cell, fresh: bool = False) -> tuple[int, list[str]]:
     return step, watch.told
 
 
+@pytest.mark.slow
 def test_a_full_disk_loses_nothing(runs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A checkpoint finds no room; the one before it stays whole, and the run goes on from it."""
     cell, saved = Cell("moc", load([BASE, LONG])), list[str]()
@@ -303,6 +306,7 @@ def test_weights_whose_validation_is_not_finite_are_not_kept(monkeypatch: pytest
     assert len(list(Path(result.folder).glob("checkpoints/*"))) == 1
 
 
+@pytest.mark.slow
 def test_a_checkpoint_that_is_written_again_takes_its_own_place(monkeypatch: pytest.MonkeyPatch) -> None:
     """Killed after the weights of step 3 were kept, before the state to go on from was written."""
     cell = Cell("moc", load([BASE, LONG]))

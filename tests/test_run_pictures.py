@@ -118,6 +118,7 @@ def test_a_file_that_is_no_picture_is_refused_in_one_line(case: str, tmp_path: P
     assert "\n" not in str(refused.value)
 
 
+@pytest.mark.slow
 def test_pictures_of_an_earlier_version_are_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ZOO_HOME", str(tmp_path))
     cells = tuple(Cell(name, {"attention": {"name": "dense"}, "seed": i}) for i, name in enumerate("ab"))

@@ -41,6 +41,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return Path(result.folder)
 
 
+@pytest.mark.slow
 def test_films_longer_than_trained_on(trained: Path, tmp_path: Path) -> None:
     asked = [
         "data.returns=3",

@@ -41,6 +41,7 @@ class Told(Callback):
         attention.register_forward_pre_hook(tell, with_kwargs=True)
 
 
+@pytest.mark.slow
 def test_the_phase_goes_by_optimizer_steps_in_training_and_judging(tmp_path):
     told, films = Told(), SampleFilms(tmp_path, steps=1)
     module = lit(attention=CHANGING, sample_metrics={"seen": Seen()}, sampling={"steps": 1})

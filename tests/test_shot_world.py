@@ -276,6 +276,7 @@ def test_recall_is_split_by_how_long_ago_the_subject_was_seen() -> None:
     assert len(told) == 3  # 2 to 4: the second return of a subject is of the second round
 
 
+@pytest.mark.slow
 def test_a_whole_film_is_right_if_it_agrees_with_itself() -> None:
     world, films = ShotWorld(), 300
     batch, draw = world.batch("test", range(films)), torch.Generator().manual_seed(0)

@@ -61,6 +61,7 @@ def pairs_of(work: Work, item: int, head: int, rows: int, columns: int) -> Tenso
     return met
 
 
+@pytest.mark.slow
 @given(data=st.data())
 @settings(max_examples=60, deadline=None)
 def test_tiles_meet_each_pair_once_from_both_sides(data: st.DataObject) -> None:

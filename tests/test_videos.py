@@ -121,6 +121,7 @@ def test_frames_are_resized_with_their_aspect_and_cropped_around_the_centre(tmp_
 # Films, splits, batches
 
 
+@pytest.mark.slow
 def test_all_four_real_clips_make_films_that_follow_their_cuts(real: VideoFilms) -> None:
     names = ["bigbuckbunny.mp4", "bikes.mp4", "carphone_distorted.mp4", "carphone_pristine.mp4"]
     assert [film.name for film in real.train_films] == names
@@ -181,6 +182,7 @@ def test_windows_are_random_in_training_and_fixed_in_validation(tmp_path: Path) 
     assert levels([*data.val_dataloader()], 5) == levels([*data.val_dataloader()], 5) == [30, 31, 32, 33]
 
 
+@pytest.mark.slow
 def test_short_shots_are_dropped_or_for_training_only(tmp_path: Path) -> None:
     three_shots(tmp_path / "a.mp4", frames=(40, 16, 24))
     data = VideoFilms(str(tmp_path), **SMALL | {"fps": 3, "patch": (4, 8, 8)}, frames_per_shot=4)
