@@ -140,6 +140,7 @@ def test_a_kernel_that_cannot_run_says_why() -> None:
     assert "needs a CUDA device" in row["failed"] or "tensors are on cpu" in row["failed"]
 
 
+@pytest.mark.slow
 def test_every_event_is_reported() -> None:
     rounds = [bench.Round(bench.film_of(2048), bench.CPU_ENTRIES[3:])]
     seen: list[str] = []

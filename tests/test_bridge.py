@@ -249,6 +249,7 @@ def fresh() -> nn.Module:
     return model
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_a_backend_that_is_active_for_all_is_noticed():
     from diffusers.models.attention_dispatch import attention_backend

@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-from tiers import cases
 
 import sparse_zoo as zoo
 from sparse_zoo import testing
@@ -32,7 +31,8 @@ class Knobless(zoo.Attention):
         return zoo.Plan.within(layout.partition("shot"))
 
 
-@pytest.mark.parametrize("method", cases(OWN, ["moc"]))
+@pytest.mark.slow
+@pytest.mark.parametrize("method", OWN)
 def test_methods_conform(method: str) -> None:
     """Every check passes; skipped is what a method says in a sentence that it cannot be held to."""
     outcomes = testing.check_method(method)
@@ -294,6 +294,7 @@ def rule(attention, call):
 '''
 
 
+@pytest.mark.slow
 def test_a_plugin_in_a_file_is_found_and_judged(tmp_path: Path) -> None:
     right, wrong = tmp_path / "right_rule.py", tmp_path / "wrong_rule.py"
     right.write_text(PLUGIN.format(wrong=""))

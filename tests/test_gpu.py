@@ -108,6 +108,7 @@ def ends(found: list[Row]) -> dict[str, Row]:
     return {row["name"]: row for row in found if row["kind"] == "end"}
 
 
+@pytest.mark.slow
 def test_every_row_survives_what_ends_a_stage(rehearsed: tuple[int, list[Row], Path]) -> None:
     _, found, _ = rehearsed
     timed = [row["name"] for row in found if row["kind"] == "time"]
@@ -295,6 +296,7 @@ def tried(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, list[Row]
     return found, run.out
 
 
+@pytest.mark.slow
 def test_every_stage_runs_to_its_end(tried: tuple[dict[str, list[Row]], Path]) -> None:
     found, _ = tried
     for name, own in found.items():

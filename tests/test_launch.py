@@ -298,6 +298,7 @@ def test_store_that_cannot_be_opened_is_one_line_soon(monkeypatch: pytest.Monkey
     assert "\n" not in line
 
 
+@pytest.mark.slow
 def test_a_store_out_of_reach_costs_no_run(runs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "sqlite:////dev/null/mlflow.db")
     bar = Silent()
@@ -472,6 +473,7 @@ class OneWork:
         self.told.append(told)
 
 
+@pytest.mark.slow
 def test_files_of_data_are_loaded_by_workers_and_jobs(runs: Path) -> None:
     (runs / "films.py").write_text(FILMS)
     base = BASE | {"data": BASE["data"] | {"name": f"{runs}/films.py:Films"}}

@@ -307,6 +307,7 @@ BUDGET: dict[str, Any] = {
 }
 
 
+@pytest.mark.slow
 def test_seeds_share_one_solution(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[int] = []
     solving = budget._solve
@@ -403,6 +404,7 @@ def run(*arguments: str) -> Any:
     return result
 
 
+@pytest.mark.slow
 def test_cost_turns_the_knob() -> None:
     size = [
         "--shots",

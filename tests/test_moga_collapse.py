@@ -99,6 +99,7 @@ def test_without_the_balance_loss_nearly_all_tokens_end_in_one_group(seed: int) 
     assert entropy < 0.15
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", cases([0, 1], [0]))
 @pytest.mark.parametrize("balance", ["printed", "switch"])
 def test_with_the_balance_loss_groups_stay_in_use(balance: Balance, seed: int) -> None:

@@ -73,6 +73,7 @@ def test_lora_trains_adapters_and_routers_alone(models: Path, tmp_path: Path, fa
     assert metrics["val/loss"] > 0
 
 
+@pytest.mark.slow
 def test_full_fine_tuning_moves_all_and_leaves_the_teacher(models: Path, tmp_path: Path):
     module = LitPretrained({"folder": str(models / "wan"), "distill_layers": 1.0}, MOGA, optim={"ema_decay": 0.0})
     assert module.teacher is not None
@@ -114,6 +115,7 @@ def test_the_flow_loss_is_that_of_its_definition(models: Path):
     assert set(found) == {"flow"}
 
 
+@pytest.mark.slow
 def test_a_schedule_goes_by_the_optimizer_step(models: Path, tmp_path: Path):
     module = LitPretrained(
         {"folder": str(models / "wan"), "lora_rank": 2},

@@ -295,6 +295,7 @@ def test_the_last_weights_are_kept_whatever_the_interval(steps: int) -> None:
     assert all(torch.equal(tensor, one["state_dict"][name]) for name, tensor in other["state_dict"].items())
 
 
+@pytest.mark.slow
 def test_weights_whose_validation_is_not_finite_are_not_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     """The one after the last step is not: what is kept is from the validation before."""
     compute, left = LossByTime.compute, [1.0, float("nan")]

@@ -125,6 +125,7 @@ def test_what_does_not_fit_is_refused(trained: Path, asked: list[str], message: 
     assert message in result.stderr
 
 
+@pytest.mark.slow
 def test_a_run_without_a_checkpoint_is_refused(trained: Path, tmp_path: Path) -> None:
     assert "no such run or checkpoint" in zoo("sample", tmp_path / "none").stderr
     assert "holds no checkpoints/*.ckpt" in zoo("sample", tmp_path).stderr

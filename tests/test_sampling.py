@@ -181,6 +181,7 @@ def test_each_shot_is_sampled_with_clean_earlier_shots(attention):
         torch.testing.assert_close(got, want, rtol=0, atol=1e-9)
 
 
+@pytest.mark.slow
 def test_films_of_a_stream_are_sampled_as_alone():
     model = open_model(attention=FRAMES).double()
     packed = double(batch(zoo.Layout.pack([LONG, SECOND, SILENT])))
@@ -230,6 +231,7 @@ def test_the_chosen_shots_make_a_film_of_their_own(monkeypatch):
             torch.testing.assert_close(x, model.embed(video, words, layout)[0])
 
 
+@pytest.mark.slow
 def test_more_context_than_there_is_takes_all_and_says_so_once():
     model, films = open_model(attention=FRAMES), batch(PACKED)
     with pytest.warns(UserWarning, match="context 5 takes every earlier shot; the longest film has 3 shots") as told:
@@ -244,6 +246,7 @@ def test_more_context_than_there_is_takes_all_and_says_so_once():
         torch.testing.assert_close(a, b, rtol=0, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_film_longer_than_any_before_can_be_sampled():
     layout = zoo.Layout.film([zoo.Shot(1, 2, 2, 1)] * 9, caption=1)
     drawn: Generated = Euler(1, order="shots", context=2).generate(

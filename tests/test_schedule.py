@@ -136,6 +136,7 @@ def test_what_is_declared_holds_in_every_phase():
     assert [scheduled(anchors=[["text", "shot"], [last]]).may_be_empty for last in ("chunk", "shot")] == [False, True]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["moc", "moga"])
 def test_a_scheduled_method_is_judged_by_the_checks(method):
     """Those that a wrapper could fail, of what `zoo check` runs."""

@@ -56,6 +56,7 @@ def test_the_phase_goes_by_optimizer_steps_in_training_and_judging(tmp_path):
     assert [top_k for *_, top_k in told.judged[::7]] == [3, 2, 2, 1, 1]
 
 
+@pytest.mark.slow
 def test_draws_differ_between_accumulated_batches_ranks_and_seeds(monkeypatch):
     seen = {}
     for name, seed, rank in (("a", 0, 0), ("again", 0, 0), ("other rank", 0, 1), ("other seed", 1, 0)):

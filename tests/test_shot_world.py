@@ -175,6 +175,7 @@ def nearest(world: ShotWorld, clip: Tensor, position: Tensor, background: Tensor
     return int(torch.stack(errors).argmin())
 
 
+@pytest.mark.slow
 def test_the_metric_decodes_as_comparing_whole_renderings_does() -> None:
     world = ShotWorld(**RANGES)
     batch = world.batch("validation", range(30))
@@ -190,6 +191,7 @@ def test_the_metric_decodes_as_comparing_whole_renderings_does() -> None:
     assert torch.cat(metric.scored)[:, 0].tolist() == seen.tolist()
 
 
+@pytest.mark.slow
 def test_guessing_scores_what_the_metric_calls_chance() -> None:
     world, films = ShotWorld(), 2000
     batch = world.batch("validation", range(films))

@@ -304,6 +304,7 @@ def test_a_damaged_entry_is_decoded_again(tmp_path: Path, decoded: list[Path], h
 # Bad input
 
 
+@pytest.mark.slow
 def test_a_bad_video_is_named_or_skipped(tmp_path: Path) -> None:
     three_shots(tmp_path / "good.mp4")
     (tmp_path / "bad.mp4").write_bytes(b"this is no video")
@@ -363,6 +364,7 @@ def test_two_videos_of_one_name_are_refused(tmp_path: Path) -> None:
     assert [film.name for film in data.train_films] == ["a/same.mp4", "b/same.mp4"]
 
 
+@pytest.mark.slow
 def test_captions_beside_the_videos_are_read_and_checked(tmp_path: Path) -> None:
     three_shots(tmp_path / "a.mp4")
     side = tmp_path / "captions.json"
