@@ -33,6 +33,7 @@ PAGES += sorted((ROOT / "examples").glob("*/README.md"))
 # Pages whose commands their own tests run, all of them.
 PAGES_WITH_A_TEST = {
     "docs/extending.md": "test_extending.py",
+    "docs/pretrained.md": "test_pretrained_page.py",
     "docs/tutorials/add-a-method.md": "test_tutorials.py",
     "docs/tutorials/run-an-ablation.md": "test_tutorials.py",
     "examples/zoo-keyframes/README.md": "test_extending.py",
