@@ -100,7 +100,7 @@ def test_the_leaderboard_is_read_by_a_cost(sense: str, order: list[str], home: P
     assert rows[:4] == order
     page = (home / "memory" / "report.html").read_text()
     table = page[page.index('id="equal-cost"') :]
-    places = [table.index(f">{name}</a>") for name in order]
+    places = [table.index(f"</span>{name}</td>") for name in order]
     assert places == sorted(places)
 
 
