@@ -101,6 +101,49 @@ def test_a_dense_student_is_its_own_teacher(models: Path):
         assert far["flow"] != alike["flow"]
 
 
+@pytest.mark.parametrize("rank", [0, 4])
+def test_sparge2_is_tuned_towards_the_outputs_of_the_dense_model(models: Path, rank: int) -> None:
+    """What its paper trains by: the velocity of the dense model is the target, and the film's own noise is none."""
+    shares = {"top_fraction": 0.2, "top_p": 0.2, "query_tokens": 4, "block_tokens": 4}
+    own = {"folder": str(models / "wan"), "lora_rank": rank, "distill_output": 2.0}
+    module = LitPretrained(own, {"name": "sparge2", **shares})
+    time = torch.tensor([0.3, 0.8])
+
+    def loss() -> torch.Tensor:
+        return module.losses(batch(), time, torch.Generator().manual_seed(1), seed=0)["distill_output"]
+
+    first = loss()
+    noise = torch.randn(batch()["latents"].shape, generator=torch.Generator().manual_seed(1))
+    noisy = batch()["latents"] * (1 - time[:, None, None, None, None]) + noise * time[:, None, None, None, None]
+    dense, sparse = transformer("wan"), transformer("wan")
+    bridge = zoo.attach(sparse, "sparge2", **shares)
+    bridge.film([2, 4])
+    text = batch()["arguments"]["encoder_hidden_states"]
+    with torch.no_grad():
+        outputs = [x(noisy, 1000 * time, text, return_dict=False)[0] for x in (dense, sparse)]
+    torch.testing.assert_close(first, 2 * (outputs[0] - outputs[1]).square().mean(), rtol=1e-4, atol=0)
+    assert bridge.cost().density < 0.9
+
+    first.backward()
+    trained = {name: x for name, x in module.named_parameters() if x.requires_grad}
+    assert all("lora_" in name for name in trained) == (rank > 0)
+    for part in ("attn1.to_q", "attn1.to_k", "attn1.to_v"):
+        learns = "lora_B" if rank else "weight"
+        found = [x.grad for name, x in trained.items() if part in name and learns in name]
+        assert found
+        assert all(x is not None and float(x.abs().max()) > 0 for x in found), part
+    assert not [name for name, x in module.named_parameters() if not x.requires_grad and x.grad is not None]
+    if module.teacher is not None:
+        assert not [x for x in module.teacher.model.parameters() if x.grad is not None]
+
+    optimizer = torch.optim.Adam(trained.values(), lr=1e-2 if rank else 1e-3)
+    for _ in range(30):
+        optimizer.zero_grad()
+        loss().backward()
+        optimizer.step()
+    assert float(loss().detach()) < 0.5 * float(first.detach())
+
+
 def test_the_flow_loss_is_that_of_its_definition(models: Path):
     module = LitPretrained(models / "wan", {"name": "dense"})
     assert module.flow.shift == 3.0  # the scheduler's
