@@ -275,7 +275,11 @@ def test_layers_share_what_those_without_a_knob_leave() -> None:
     ("overrides", "message"),
     [
         ({"attention": "moc", "attention.top_k": 3}, "top_k of moc is to be solved: leave it out"),
-        ({"attention": "dense"}, "dense has no knob to turn; `match: null` in a cell leaves it as it is"),
+        ({"attention": "dense"}, "its density is always 1, got match.density 0.3; `match: null` in a cell leaves it"),
+        (
+            {"attention": "dense", "match": {"density": 2}},
+            "no knob to turn: its density is always 1, got match.density 2",
+        ),
         ({"attention": {"name": "moc", "schedule": {"causal": {0: None, 5: "routing"}}}}, "has a schedule"),
         ({"attention": "moc", "match": {"density": 5.0}}, "; it can reach 0.5135 to 0.727, with top_k from 1 to 64"),
         ({"match": {"densty": 0.1}}, "unknown key of match 'densty'; did you mean 'density'"),
