@@ -7,6 +7,7 @@ import importlib
 import inspect
 import json
 import logging
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
@@ -147,7 +148,14 @@ class LitPretrained(LightningModule):
         try:
             adapt(config)
         except ValueError as error:  # no layer has such a name
-            raise ZooError(f"model.lora_targets: {error}") from error
+            family = find_family(self.model)
+            sites = [part for name, part in self.model.named_modules() if re.fullmatch(family.sites, name)]
+            linear = dict.fromkeys(
+                name for part in sites for name, x in part.named_modules() if isinstance(x, nn.Linear)
+            )
+            raise ZooError(
+                f"model.lora_targets: {error}. The linear layers of its self-attentions are {', '.join(linear)}"
+            ) from error
 
     @override
     def configure_callbacks(self) -> list[Callback]:

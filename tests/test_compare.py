@@ -166,3 +166,16 @@ def test_a_folder_that_is_no_pipeline_is_refused(tmp_path: Path):
     (tmp_path / "none.txt").write_text("# nothing\n")
     with pytest.raises(ZooError, match="has no prompt"):
         pretrained.read_prompts(tmp_path / "none.txt")
+
+
+def test_a_pipeline_whose_classes_or_packages_are_not_here_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    import diffusers
+
+    (tmp_path / "model_index.json").write_text('{"_class_name": "NoSuchPipeline", "_diffusers_version": "0.42.0"}')
+    with pytest.raises(ZooError, match=r"model .*: it does not load: .*NoSuchPipeline"):
+        pretrained.load_pipeline(tmp_path)
+    # Cosmos asks for its checker when it is made of its parts.
+    made = diffusers.CosmosTextToWorldPipeline
+    monkeypatch.setattr(diffusers.DiffusionPipeline, "from_pretrained", lambda *_, **__: made(*[None] * 5))
+    with pytest.raises(ZooError, match=r"it does not load: .*cosmos_guardrail"):
+        pretrained.load_pipeline(tmp_path)

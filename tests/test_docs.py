@@ -33,6 +33,7 @@ PAGES += sorted((ROOT / "examples").glob("*/README.md"))
 # Pages whose commands their own tests run, all of them.
 PAGES_WITH_A_TEST = {
     "docs/extending.md": "test_extending.py",
+    "docs/pretrained.md": "test_pretrained_page.py",
     "docs/tutorials/add-a-method.md": "test_tutorials.py",
     "docs/tutorials/run-an-ablation.md": "test_tutorials.py",
     "examples/zoo-keyframes/README.md": "test_extending.py",
@@ -47,6 +48,9 @@ COMMANDS_WITH_A_TEST = {
         "Equal budgets",
     ),
     "zoo cost moc --match density=0.25": ("test_sweeps_page.py", "Equal budgets"),
+    "zoo sweep tuned.yaml --dry-run": ("test_sweeps_page.py", "Tune each method fairly"),
+    "zoo report memory --by flops": ("test_equal_cost.py", '"memory", "--by"'),
+    "zoo power memory --difference 0.1": ("test_equal_cost.py", '"power", "memory"'),
     "zoo sweep mine.yaml": ("test_secrets.py", "oc.env"),
     "zoo sweep recall --executor ray": ("test_ray.py", '"--executor"'),
     "RAY_ADDRESS=head:6379 zoo sweep recall --size gpu --executor ray --jobs 8": ("test_ray.py", '"--executor"'),

@@ -258,7 +258,7 @@ def test_a_package_brings_its_method(tmp_path: Path) -> None:
     outcomes = json.loads(python("-c", run, "check", "keyframes", "--json"))["checks"]
     assert {outcome["check"] for outcome in outcomes} == set(testing.checks())
     assert {outcome["status"] for outcome in outcomes} == {"passed", "skipped"}
-    own = "routing_is_the_papers or refused_at_once"
+    own = "routing_is_the_papers or refused_together"
     told = python("-m", "pytest", "-p", "no:cacheprovider", source / "tests", "-k", own)
     assert re.search(r"2 passed", told), told
 

@@ -272,9 +272,10 @@ def test_layers_share_what_those_without_a_knob_leave() -> None:
     ("overrides", "message"),
     [
         ({"attention": "moc", "attention.top_k": 3}, "top_k of moc is to be solved: leave it out"),
+        ({"attention": "dense"}, "its density is always 1, got match.density 0.3; `match: null` in a cell excludes it"),
         (
-            {"attention": "dense"},
-            "dense has no knob that sets its cost; `match: null` in a cell excludes it",
+            {"attention": "dense", "match": {"density": 2}},
+            "has no knob that sets its cost: its density is always 1, got match.density 2",
         ),
         ({"attention": {"name": "moc", "schedule": {"causal": {0: None, 5: "routing"}}}}, "has a schedule"),
         ({"attention": "moc", "match": {"density": 5.0}}, "; it can reach 0.5135 to 0.727, with top_k from 1 to 64"),

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from datamodules import ShotQuality, ShotWorld
+from datamodules.identities import Shown
 from datamodules.quality import MEASURES, pixel_similarity
 
 FILMS = 200
@@ -80,7 +81,9 @@ def test_no_background_is_no_figure() -> None:
 
 def slow_cross_shot(films: ShotWorld, batch: dict[str, Any], clips: list[Tensor]) -> float:
     """Film by film, frame by frame, from the true identities and their masks."""
-    truth, sprites, pixels = batch["truth"], films.identities.sprites, films.identities.pixels
+    truth, pixels = batch["truth"], films.identities.pixels
+    ground = films.identities.grounds[:, :, None, None].expand(-1, -1, pixels, pixels)
+    sprites = films.identities.templates(torch.zeros(4, dtype=torch.int64), ground)
     lengths = [clip.shape[1] for clip in clips]
     total = []
     for b in range(len(clips[0])):
@@ -189,7 +192,7 @@ def test_locating_is_comparing_whole_frames_with_every_rendering() -> None:
     clip = batch["clips"][-1] + 0.9 * torch.randn_like(batch["clips"][-1])
     ground = batch["truth"]["background"][:, -1]
     places = torch.tensor([(4 * row, 4 * col) for row in range(2) for col in range(3)])
-    found = films.identities.locate(clip, ground, places)
+    found = films.identities.locate(Shown(clip, places[:1].expand(6, 2, 2), ground, torch.zeros_like(ground)), places)
     for b in range(6):
         for f in range(2):
             errors = []

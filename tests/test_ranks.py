@@ -142,6 +142,7 @@ class Replica:
 
     def __init__(self, rank: int) -> None:
         self.distributed_sampler_kwargs = {"num_replicas": 2, "rank": rank}
+        self.limit_train_batches = 1.0
 
 
 @pytest.mark.parametrize("attention", [MOGA, MOC], ids=["moga", "moc"])

@@ -488,7 +488,7 @@ def test_the_record_has_the_figures_of_the_runs(memory: str, tmp_path: Path) -> 
 def test_markdown_has_complete_tables(full: str) -> None:
     text = tables.markdown(build_report(full))
     blocks = re.findall(r"(?:^\|.*\n)+", text, re.MULTILINE)
-    assert len(blocks) == 10
+    assert len(blocks) == 11
     for block in blocks:
         widths = {len(re.findall(r"(?<!\\)\|", line)) for line in block.splitlines()}
         assert len(widths) == 1, block

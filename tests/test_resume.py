@@ -7,11 +7,12 @@ import os
 import shutil
 import signal
 import zipfile
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
 
+import lightning.pytorch as pl
 import mlflow
 import pytest
 import torch
@@ -19,6 +20,7 @@ from tiny import BASE
 from torch.utils._pytree import tree_leaves
 
 import sparse_zoo as zoo
+from datamodules.loading import train_loader
 from experiments.config.resolve import load
 from experiments.execution import checkpointing
 from experiments.execution.checkpointing import Saving, saved_step
@@ -158,6 +160,69 @@ def test_a_run_that_was_killed_ends_like_one_that_was_not(batches: int, accumula
     assert all(len(dict(found)) == len(found) for found in points(str(parts.mlflow_run)).values())
     client = mlflow.MlflowClient(uri())
     assert len(client.search_runs([client.get_run(str(parts.mlflow_run)).info.experiment_id])) == 1
+
+
+class Numbers(pl.LightningDataModule):
+    """Films that are their numbers, `films` to an epoch."""
+
+    def __init__(self, films: int) -> None:
+        super().__init__()
+        self.films = films
+
+    def __len__(self) -> int:
+        return self.films
+
+    def __getitem__(self, number: int) -> Any:
+        return number
+
+    def __getitems__(self, numbers: Sequence[int]) -> Any:
+        return list(numbers)
+
+    def train_dataloader(self) -> Any:
+        return train_loader(self, 1, seed=0, workers=0, trainer=self.trainer)
+
+
+class Seeing(pl.LightningModule):
+    """Notes which film it trains on in each step, and stops as if it was killed before step `last`."""
+
+    def __init__(self, seen: dict[int, int], last: int) -> None:
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.zeros(1))
+        self.seen, self.last = seen, last
+
+    def training_step(self, batch: list[int], _: int) -> Any:
+        if self.global_step == self.last:
+            raise InterruptedError
+        self.seen[self.global_step] = batch[0]
+        return 0 * self.weight.sum()
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.SGD(self.parameters(), 0.1)
+
+
+@pytest.mark.parametrize("killed_every", [2, 3])
+@pytest.mark.parametrize(("films", "limit"), [(2, 1.0), (5, 2), (4, 0.5)])
+def test_run_killed_at_the_end_of_epochs_goes_on_with_the_next_films(
+    tmp_path: Path, killed_every: int, films: int, limit: float
+) -> None:
+    """An epoch ends before the loader does where its batches are limited."""
+
+    def train(seen: dict[int, int], resume: Path | None, last: int) -> None:
+        trainer = pl.Trainer(
+            max_steps=7, limit_train_batches=limit, callbacks=[Saving(tmp_path / RESUME, 0)], accelerator="cpu",
+            logger=False, enable_progress_bar=False, enable_model_summary=False, default_root_dir=tmp_path,
+        )  # fmt: skip
+        with suppress(InterruptedError):
+            trainer.fit(Seeing(seen, last), datamodule=Numbers(films), ckpt_path=resume, weights_only=True)
+
+    whole: dict[int, int] = {}
+    killed: dict[int, int] = {}
+    train(whole, None, -1)
+    for last in (*range(killed_every, 7, killed_every), -1):
+        train(killed, tmp_path / RESUME if killed else None, last)
+    assert whole == killed
+    assert len(whole) == 7
+    assert len({*whole.values()}) == 7
 
 
 @pytest.mark.slow

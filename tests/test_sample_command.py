@@ -55,10 +55,16 @@ def test_films_longer_than_trained_on(trained: Path, tmp_path: Path) -> None:
         "2",
         "--out",
         tmp_path / "out",
+        "--plot",
+        tmp_path / "drift.png",
     ]
     result = zoo("sample", trained, *asked, "--json")
     assert result.exit_code == 0, result.output
     found = json.loads(result.stdout)
+    assert image.imread(found.pop("plot")).shape[1] == 1300
+    assert (found["by_shot"]["shot"], found["by_shot"]["films"]) == ([0, 1, 2, 3], [3] * 4)
+    assert found["by_shot"]["window_error"][0] < 1e-6 < min(found["by_shot"]["window_error"][1:])  # the first is given
+    assert found["by_shot"]["same_as_introduction"][0] is None
     assert found == json.loads((tmp_path / "out" / "sample.json").read_text())
     assert (found["step"], found["data"]["returns"]) == (1, 3)
     assert found["sampling"] == {"steps": 2, "guidance": 1.0, "order": "shots", "context": 1}

@@ -23,6 +23,9 @@ STRICT = {
     "text reads text": {**FRAMES, "text_reads": "text"},
     "layers": [FRAMES, FIXED],
     "scheduled": {**FRAMES, "schedule": {"top_k": {5: 3}}},
+    "moc_fixed": {"name": "moc_fixed", "causal": "strict", "top_k": 2, "chunk_tokens": 8},
+    "rolling": {"name": "rolling", "window": 2, "chunk_frames": 2},
+    "rolling without sinks": {"name": "rolling", "window": 1, "sinks": 0, "chunk_frames": 1},
 }
 LONG = zoo.Layout.film(
     [zoo.Shot(2, 3, 3, 4), zoo.Shot(1, 2, 4), zoo.Shot(3, 2, 3, 2), zoo.Shot(1, 3, 3, 1), zoo.Shot(2, 2, 2, 3)],
@@ -48,6 +51,12 @@ class Rows:
     def __init__(self, model):
         self.counts = []
         model.blocks[0].attention.register_forward_hook(lambda _, args, __: self.counts.append(args[0].shape[2]))
+
+
+def test_every_method_that_can_be_strict_is_sampled_with_a_cache():
+    own = [name for name in zoo.names() if zoo.get(name).__module__.startswith("sparse_zoo.methods.")]
+    sampled = {layer["name"] for given in STRICT.values() for layer in (given if isinstance(given, list) else [given])}
+    assert {name for name in own if not isinstance(zoo.get(name).strict, str)} == sampled
 
 
 @pytest.mark.parametrize(("text", "pooled"), FORMS)
@@ -115,6 +124,8 @@ def test_a_model_that_looks_ahead_keeps_nothing():
         ("fixed", "cross", None, 1.0),
         ("text reads text", "joint", None, 1.0),
         ("layers", "cross", 0, 2.0),
+        ("rolling", "joint", None, 2.0),
+        ("rolling without sinks", "cross", 2, 1.0),
     ],
 )
 def test_kept_keys_give_the_film_that_recomputing_gives(monkeypatch, attention, text, context, guidance):

@@ -12,6 +12,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor
 
 from datamodules import IdentityRecall, ShotWorld
+from datamodules.identities import Shown
 from sparse_zoo.errors import ZooError
 
 RANGES: dict[str, Any] = {"subjects": [2, 4], "frames_per_shot": [2, 6], "patch": (2, 4, 4), "batch_size": 5}
@@ -54,7 +55,9 @@ def test_the_world_that_was_tried() -> None:
 
 
 def test_all_identities_look_different_on_every_background() -> None:
-    sprites = ShotWorld().identities.sprites.flatten(2)
+    of = ShotWorld().identities
+    ground = of.grounds[:, :, None, None].expand(-1, -1, 8, 8)
+    sprites = of.templates(torch.zeros(4, dtype=torch.int64), ground).flatten(2)
     apart = torch.cdist(sprites, sprites) + 9 * torch.eye(192)
     assert apart.min() > 1.8
 
@@ -185,7 +188,8 @@ def test_the_metric_decodes_as_comparing_whole_renderings_does() -> None:
     last = torch.tensor([len(film.shots) for film in batch["layout"].films]).cumsum(0) - 1
     seen = torch.tensor([nearest(world, clips[i][0], places[i], truth["background"][i]) for i in last])
     for i, identity in zip(last.tolist(), seen, strict=True):
-        assert world.identities.decode(clips[i], places[i][None], truth["background"][i, None]) == identity
+        shot = Shown(clips[i], places[i][None], truth["background"][i, None], truth["view"][i, None])
+        assert world.identities.decode(shot) == identity
     metric = world.sample_metrics()["identity"]
     metric.update(clips, batch)
     assert torch.cat(metric.scored)[:, 0].tolist() == seen.tolist()
