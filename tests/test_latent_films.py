@@ -12,6 +12,7 @@ from torch import Tensor
 
 from datamodules import LatentFilms
 from datamodules.shards import Writer
+from experiments.config.datamodule import build
 from lit_modules import LitPretrained, LitVideoDiT
 from sparse_zoo.errors import ZooError
 
@@ -180,6 +181,16 @@ def test_shots_that_are_not_there_are_left_out_with_a_line(tmp_path: Path) -> No
 def test_settings_that_do_not_fit_are_refused(tmp_path: Path, settings: dict[str, Any], reason: str) -> None:
     with pytest.raises(ZooError, match=reason):
         made(write(tmp_path / "a"), **settings)
+
+
+def test_batches_of_the_other_kind_of_model_are_refused(tmp_path: Path) -> None:
+    settings = {"name": "latent_films", "folder": str(write(tmp_path))}
+    with pytest.raises(ZooError, match="batches must be pretrained for a pretrained model=DIR, got packed"):
+        build(settings, pretrained=True)
+    with pytest.raises(ZooError, match="batches must be packed for a model of ours, got pretrained"):
+        build({**settings, "batches": "pretrained"})
+    assert build({**settings, "batches": "pretrained"}, pretrained=True)
+    assert build(settings)
 
 
 def test_a_folder_that_is_not_encoded_is_refused(tmp_path: Path) -> None:

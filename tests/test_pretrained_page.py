@@ -23,9 +23,9 @@ SIZE = ["--size", "9x64x96", "--steps", "2"]
 SMALLER = {
     "5,15,25": "0,1",
     "6,6,9": "1,1,1",
-    "density=0.2": "density=0.78",
-    "moc,radial,sta": "moc,sta",
-    "radial": "sta",
+    "density=0.2": "density=0.67",
+    "moc,radial,sta": "moc",
+    "radial": "dense",
 }
 OF_PYTHON = {
     '"cuda"': '"cpu"',

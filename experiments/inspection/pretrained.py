@@ -110,13 +110,7 @@ def load_pipeline(folder: Path) -> Any:
         pipe = diffusers.DiffusionPipeline.from_pretrained(
             folder, local_files_only=True, dtype=torch.bfloat16 if cuda else torch.float32
         )
-    except (
-        OSError,
-        ValueError,
-        RuntimeError,
-        AttributeError,
-        ImportError,
-    ) as error:  # a class or package that is not here
+    except (OSError, ValueError, RuntimeError, AttributeError, ImportError) as error:  # ImportError: of a part
         reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
         raise ZooError(f"model {folder}: it does not load: {reason}") from error
     refuse(
