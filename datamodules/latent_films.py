@@ -174,7 +174,7 @@ class LatentFilms(LightningDataModule):
         self.text_dim = max(1, *widths)
         if self.vae_folder is not None:
             self._check_vae(self.vae_folder)
-        elif self.channels not in (1, 3):
+        elif self.channels not in (1, 3) and self.batches == "packed":  # a pretrained pipeline has its VAE
             self._note("vae is not given: what a model samples stays latents, without pictures or videos")
         held = set(sources[: min(len(sources) - 1, max(1, round(len(sources) * self.val_fraction)))])
         self.train_films = [film for film in films if film.source not in held]

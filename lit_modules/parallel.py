@@ -15,13 +15,11 @@ import torch
 import torch.distributed as dist
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, Strategy
 from torch import Tensor, nn
-from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.state_dict import (
     get_model_state_dict,
     get_optimizer_state_dict,
     set_optimizer_state_dict,
 )
-from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -30,6 +28,7 @@ from torch.optim import Optimizer
 from typing_extensions import override
 
 from lit_modules.settings import Parallel
+from lit_modules.sharded_checkpoint import load_shards, read_metadata
 
 BACKENDS = {"cpu": "gloo", "cuda": "cpu:gloo,cuda:nccl"}
 """Backend of the exchange by type of device; on GPUs what is decided on the host is agreed upon by gloo."""
@@ -111,17 +110,17 @@ class Shards(ModelParallelStrategy):
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
         path = Path(self.broadcast(checkpoint_path))
         assert self.model is not None
-        saved = FileSystemReader(path).read_metadata().state_dict_metadata
+        saved = read_metadata(path).state_dict_metadata
         averaged = any(name.startswith("current_model_state.") for name in saved)
         model: dict[str, Any] = dict(get_model_state_dict(self.model))
         tensors: dict[str, Any] = {"current_model_state" if averaged else "state_dict": model}
         if averaged:
             names = {name.removeprefix("state_dict.") for name in saved if name.startswith("state_dict.")}
             tensors["state_dict"] = {name: torch.empty_like(x) for name, x in model.items() if name in names}
-        load(tensors, checkpoint_id=path)
+        load_shards(tensors, path)
         for i, optimizer in enumerate(self.optimizers):
             state = get_optimizer_state_dict(self.model, optimizer)
-            load({f"optimizer_{i}": state}, checkpoint_id=path)
+            load_shards({f"optimizer_{i}": state}, path)
             set_optimizer_state_dict(self.model, optimizer, state)
         meta = torch.load(path / META, map_location="cpu", weights_only=True)
         return dict(meta) | tensors

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import copy
 import importlib
+import inspect
 import json
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import fields
+from dataclasses import dataclass, fields
 from functools import lru_cache
 from itertools import pairwise
 from pathlib import Path
@@ -25,11 +26,31 @@ import sparse_zoo as zoo
 from lit_modules.callbacks import EMA
 from lit_modules.flow import RectifiedFlow, generator
 from lit_modules.module import VALIDATION_TIMES, NonFiniteLoss, _plain, log_gradient_norm, scheduled_settings
+from lit_modules.parallel import mean_over_ranks
 from lit_modules.settings import Flow, Optim, Outline, Pretrained, Sampling
 from sparse_zoo.bridge import Bridge
+from sparse_zoo.bridge.family import find_family
 from sparse_zoo.errors import ZooError, refuse, unknown
 
-FLOW_FAMILIES = ("wan", "skyreels_v2", "hunyuan_video", "hunyuan_video_15", "ltx", "kandinsky5")
+
+@dataclass(frozen=True)
+class Takes:
+    """What a transformer takes: the dimension of channels among `dims`, and where its config has both widths."""
+
+    dims: int = 5
+    dim: int = 1
+    channels: str = "in_channels"
+    text: str = "text_dim"
+
+
+FLOW_FAMILIES = {
+    "wan": Takes(),
+    "skyreels_v2": Takes(),
+    "hunyuan_video": Takes(text="text_embed_dim"),
+    "hunyuan_video_15": Takes(text="text_embed_dim"),
+    "ltx": Takes(dims=3, dim=2, text="caption_channels"),
+    "kandinsky5": Takes(dim=4, channels="in_visual_dim", text="in_text_dim"),
+}
 """Families that predict noise - clean at timesteps of 1000 · time."""
 
 ONE_TIME = zoo.Layout.film([zoo.Shot(1, 1, 1)])
@@ -115,11 +136,7 @@ class LitPretrained(LightningModule):
         if adapted:
             self._adapt()
         self.bridge = attach_layers(self.model, attention)
-        family = self.bridge.family.name
-        refuse(
-            "LitPretrained",
-            [unknown("family with a flow loss", family, FLOW_FAMILIES)] if family not in FLOW_FAMILIES else [],
-        )
+        _need_flow(self.bridge)
 
     def _adapt(self) -> None:
         peft = importlib.import_module("peft")
@@ -152,6 +169,8 @@ class LitPretrained(LightningModule):
 
     def losses(self, batch: Mapping[str, Any], time: Tensor, draws: torch.Generator, *, seed: int) -> dict[str, Tensor]:
         """Every part of the loss at times (B,), weighted."""
+        absent = [name for name in ("latents", "arguments") if name not in batch]
+        refuse("batch", [f"it has no {name!r}; see LitPretrained for what it holds" for name in absent])
         clean, arguments = batch["latents"], batch["arguments"]
         noisy, noise = noised(clean, time, draws)
         wanted: Tensor | None = None
@@ -204,14 +223,16 @@ class LitPretrained(LightningModule):
         time = self.flow.draw_times(len(batch["latents"]), ONE_TIME, draws)[:, 0].to(self.device)
         losses = self.losses(batch, time, draws, seed=attention)
         loss = torch.stack(list(losses.values())).sum()
-        if not torch.isfinite(loss):
-            bad = {name: float(part) for name, part in losses.items() if not part.isfinite()}
-            raise NonFiniteLoss(self.global_step, bad or {"loss": float(loss)})
+        # The same on all devices: where one has met NaN, all stop here.
+        mean, *parts = mean_over_ranks(torch.stack([loss, *losses.values()]).detach())
+        if not torch.isfinite(mean):
+            bad = {name: float(part) for name, part in zip(losses, parts, strict=True) if not part.isfinite()}
+            raise NonFiniteLoss(self.global_step, bad or {"loss": float(mean)})
         size = len(batch["latents"])
-        self.log("train/loss", loss, prog_bar=True, batch_size=size)
-        self.log_dict({f"train/{name}": part for name, part in losses.items()}, batch_size=size)
+        self.log("train/loss", mean, prog_bar=True, batch_size=size)
+        self.log_dict({f"train/{name}": part for name, part in zip(losses, parts, strict=True)}, batch_size=size)
         self.log_dict(scheduled_settings(self.bridge.methods(), self.global_step), batch_size=size)
-        return {"loss": loss, "flow": losses["flow"].detach(), "results": list(self.bridge.results.values())}
+        return {"loss": loss, "flow": parts[0], "results": list(self.bridge.results.values())}
 
     @override
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
@@ -229,7 +250,7 @@ class LitPretrained(LightningModule):
     def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
         parts = []
         for which, at in enumerate(VALIDATION_TIMES):
-            draws = generator("validation", self.global_rank, batch_idx, which)
+            draws = generator("validation", 0, batch_idx, which)  # every device validates all films
             time = torch.full((len(batch["latents"]),), at, device=self.device)
             parts.append(self.losses(batch, time, draws, seed=self.seed)["flow"])
         size = len(batch["latents"])
@@ -316,10 +337,56 @@ def noised(clean: Tensor, time: Tensor, draws: torch.Generator) -> tuple[Tensor,
 
 
 def predict(model: nn.Module, noisy: Tensor, time: Tensor, arguments: Mapping[str, Any]) -> Tensor:
-    """The velocity, noise - clean, that a transformer predicts for latents with noise of times (B,)."""
+    """The velocity, noise - clean, that a transformer predicts for latents with noise of times (B,).
+
+    Raises:
+        ZooError: For latents, text or other arguments that the transformer does not take.
+    """
+    family = find_family(model).name
+    takes = FLOW_FAMILIES[family]
+    _check_batch(model, noisy, arguments, takes)
+    if noisy.shape[takes.dim] in _with_picture(model, family):
+        # Models of text and pictures take a picture's latents and mask too; of text alone, both are zero.
+        none = [*noisy.shape]
+        none[takes.dim] += 1
+        noisy = torch.cat([noisy, noisy.new_zeros(none)], takes.dim)
     out: Any = model(hidden_states=noisy, timestep=1000 * time, **{**arguments, "return_dict": False})
     found: Tensor = out[0] if isinstance(out, tuple) else out
     return found
+
+
+def _with_picture(model: nn.Module, family: str) -> list[int]:
+    """Channels of latents to which a transformer wants those of a picture added, as many, and one of its mask."""
+    config: Any = model.config
+    if family == "kandinsky5" and config.visual_cond:
+        return [int(config.in_visual_dim)]
+    return [(int(config.in_channels) - 1) // 2] if family == "hunyuan_video_15" else []
+
+
+def _check_batch(model: nn.Module, latents: Tensor, arguments: Mapping[str, Any], takes: Takes) -> None:
+    config: Any = model.config
+    picture = _with_picture(model, find_family(model).name)
+    channels = picture[0] if picture else int(config[takes.channels])
+    shape = tuple(latents.shape)
+    text, width = arguments.get("encoder_hidden_states"), int(config[takes.text])
+    known = inspect.signature(type(model).forward).parameters
+    needed = [name for name, one in known.items() if one.default is one.empty and one.kind is not one.VAR_KEYWORD]
+    absent = [name for name in needed if name not in ("self", "hidden_states", "timestep", *arguments)]
+    refuse(
+        f"batch of {type(model).__name__}",
+        [
+            f"latents have shape {shape}; it takes {takes.dims} dimensions with {channels} channels in dimension "
+            f"{takes.dim}. Encode the videos with its own VAE"
+            if len(shape) != takes.dims or shape[takes.dim] != channels
+            else "",
+            f"text embeddings are {text.shape[-1]} wide, it takes {width}. Encode captions with its own text encoder"
+            + ("; these films have no captions" if text.shape[-1] == 1 else "")
+            if isinstance(text, Tensor) and text.shape[-1] != width
+            else "",
+            f"arguments lack {', '.join(absent)}; give them beside the latents" if absent else "",
+        ]
+        + [unknown("argument", name, known) for name in arguments if name not in known],
+    )
 
 
 @contextmanager
@@ -338,6 +405,19 @@ def attended(modules: Sequence[nn.Module]) -> Iterator[list[Tensor]]:
             hook.remove()
 
 
+def _need_flow(bridge: Bridge) -> None:
+    family, name = bridge.family.name, type(bridge.model).__name__
+    refuse(
+        f"train {name}",
+        [
+            f"its family {family} has no flow loss here; families that train: {', '.join(FLOW_FAMILIES)}. "
+            "Sampling, capturing and comparing work with it"
+        ]
+        if family not in FLOW_FAMILIES
+        else [],
+    )
+
+
 @lru_cache(maxsize=8)
 def outline(folder: str) -> Outline:
     """The self-attentions of the transformer in a folder, of which no weights are read."""
@@ -346,6 +426,7 @@ def outline(folder: str) -> Outline:
     with accelerate.init_empty_weights():
         model = kind.from_config(kind.load_config(inner))
     bridge = zoo.attach(model, "dense")
+    _need_flow(bridge)
     return Outline(len(bridge.sites), *bridge.family.shape(bridge.sites[0].module))
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import sys
 from collections.abc import Generator, Iterator
+from pathlib import Path
 from unittest.mock import patch
 
 import pytest
@@ -83,3 +84,20 @@ def _reset_process() -> Iterator[None]:
     yield
     notes.setLevel(level)
     torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def wan(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny pipeline: VAE, text encoder and tokenizer."""
+    pytest.importorskip("diffusers", reason="needs the extra pretrained")
+    from experiments.tools import tiny_models
+
+    return tiny_models.write(tmp_path_factory.mktemp("models"), ["wan"])[0]
+
+
+@pytest.fixture
+def films(tmp_path: Path) -> Path:
+    """A manifest of two videos of two shots, with and without times."""
+    from toy_encoding import two_films
+
+    return two_films(tmp_path)

@@ -5,7 +5,8 @@
 
 The first encodes the four real clips (extra `clips`) and says whether anything was lost or done twice, beside a run
 that was left alone; each start is a fork that has the models already, which saves its imports. The second encodes one
-long video and prints the peak memory of the process.
+long video, every one of its frames, and prints the peak memory of the command: what the kernel says of its largest
+process, and the most that all of its processes held together whenever that was looked at.
 """
 
 from __future__ import annotations
@@ -36,6 +37,7 @@ from experiments.cli import app
 from experiments.tools import tiny_models
 
 ROOT = Path(__file__).parent.parent
+LOOK = 0.2  # seconds between looks at the memory of a command
 
 
 def command(manifest: str, models: Path, out: Path, *more: str) -> list[str]:
@@ -144,24 +146,46 @@ def four_clips(path: Path) -> Path:
 
 
 def memory(place: Path, minutes: float) -> dict[str, Any]:
-    """Encode one long video; the peak memory of the command."""
-    video = place / "long.mp4"
-    make(video, minutes)
+    """Encode every frame of one long video; the peak memory of the command."""
+    video, rate = place / "long.mp4", 24
+    make(video, minutes, (64, 64), rate)
     manifest = place / "films.jsonl"
     manifest.write_text(json.dumps({"video": str(video), "caption": "a long film"}) + "\n")
     models = tiny_models.write(place / "models", ["wan"])[0]
     start = time.monotonic()
-    given = command(str(manifest), models, place / "out", "--size", "48x64", "--fps", "8", "--json")
-    ended = subprocess.run(given, env=environment(), capture_output=True, text=True, check=True)
-    told = json.loads(ended.stdout)
-    peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024
+    given = command(str(manifest), models, place / "out", "--size", "32x32", "--json")
+    output = place / "output.json"
+    with output.open("w") as out:
+        running = subprocess.Popen(given, env=environment(), stdout=out)
+        together = 0
+        while running.poll() is None:
+            together = max(together, resident(running.pid))
+            time.sleep(LOOK)
+    if running.returncode:
+        raise SystemExit(f"zoo encode ended with {running.returncode}")
+    told = json.loads(output.read_text())
+    largest = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024
+    frames = [entry["meta"]["shape"][1] for entry in entries(place / "out")["latents"]]
     return {
         "minutes": minutes,
+        "frames": round(minutes * 60 * rate),
+        "encoded_frames": sum(1 + 4 * (latent - 1) for latent in frames),
         "shots": told["shots"],
         "megabytes": told["bytes"] / 1e6,
         "seconds": round(time.monotonic() - start),
-        "peak_megabytes": round(peak / 1e6),
+        "peak_megabytes": round(max(largest, together) / 1e6),
+        "largest_process_megabytes": round(largest / 1e6),
     }
+
+
+def resident(pid: int) -> int:
+    """Bytes that a process and its children hold in memory; pages that they share count for each."""
+    try:
+        pages = int(Path(f"/proc/{pid}/statm").read_text().split()[1])
+        children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+    except OSError:  # it has ended
+        return 0
+    return pages * resource.getpagesize() + sum(resident(int(child)) for child in children)
 
 
 def main() -> None:

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from tiers import cases
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
@@ -18,10 +19,17 @@ from experiments.tools.tiny_models import CONFIGS, inputs, transformer
 from sparse_zoo.bridge import Family, bridge_of, family_names, register_family
 from sparse_zoo.bridge import bridge as bridge_module
 from sparse_zoo.bridge import family as family_module
+from sparse_zoo.bridge.family import UNSERVED
 from sparse_zoo.bridge.stream import kept_tokens, make_stream
 from sparse_zoo.errors import ZooError
 
-TEXT = {"hunyuan_video": ("after", 5), "hunyuan_video_15": ("after", 8), "cogvideox": ("before", 7)}
+TEXT = {
+    "hunyuan_video": ("after", 5),
+    "hunyuan_video_15": ("after", 8),
+    "cogvideox": ("before", 7),
+    "consisid": ("before", 7),
+    "easyanimate": ("before", 7),
+}
 """Where the stream has text, and how many tokens of it are no padding, counted by hand from `inputs`."""
 
 
@@ -109,7 +117,7 @@ def swapped(family: Family, model: nn.Module, given: Mapping[str, Any]) -> tuple
     return f, w, h
 
 
-@pytest.mark.parametrize("method", zoo.names())
+@pytest.mark.parametrize("method", cases(zoo.names()))
 @pytest.mark.parametrize("family", ["wan", "hunyuan_video"])
 def test_every_method_trains_in_a_pretrained_model(family, method):
     model, given = transformer(family).train(), inputs(family)
@@ -252,6 +260,26 @@ def test_a_backend_that_is_active_for_all_is_noticed():
     ):
         run(model, inputs("wan"))
     run(model, inputs("wan"))
+
+
+OF_PICTURES = {"JoyImageEditPlusTransformer3DModel", "JoyImageEditTransformer3DModel"}
+
+
+def test_every_video_transformer_of_diffusers_is_known_or_refused_by_name():
+    """Those whose names say 3D or that are listed; the page says the same."""
+    import diffusers
+
+    known = {cls for family in family_module._families.values() for cls in family.classes}
+    there = {name for name in dir(diffusers) if name.endswith("Transformer3DModel")} - OF_PICTURES
+    assert there <= known | set(UNSERVED)
+    assert not known & set(UNSERVED)
+    assert all(hasattr(diffusers, name) for name in {*known, *UNSERVED})
+    for name, reason in UNSERVED.items():
+        made = type(name, (nn.Module,), {})()
+        with pytest.raises(ZooError, match=f"attach: {name} cannot be served: {reason}"):
+            zoo.attach(made, "dense")
+    page = (Path(__file__).parent.parent / "docs" / "pretrained.md").read_text()
+    assert all(f"`{name}`" in page for name in family_names())
 
 
 def test_text_of_different_length_in_one_batch_is_refused():

@@ -15,7 +15,7 @@ from experiments.inspection.pretrained import Compared, Request, write_page, wri
 from experiments.reporting.html import write
 from experiments.reporting.report import build_report
 
-sync_api = pytest.importorskip("playwright.sync_api", reason="needs the extra: pip install -e '.[browser]'")
+pytestmark = pytest.mark.slow
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome")
 DESKTOP, PHONE, PAPER = 1280, 390, 690  # pixels across; the last is A4 between the margins
@@ -30,6 +30,7 @@ def report(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Any]:
+    sync_api = pytest.importorskip("playwright.sync_api", reason="needs the extra: pip install -e '.[browser]'")
     with sync_api.sync_playwright() as driver:
         own = driver.chromium.executable_path
         path = next(filter(None, map(shutil.which, BROWSERS)), own if Path(own).exists() else None)
@@ -81,7 +82,6 @@ def test_the_page_fits_and_is_whole(browser: Any, report: Path, tmp_path: Path, 
     page.close()
 
 
-@pytest.mark.slow
 def test_the_videos_of_a_comparison_play(browser: Any, tmp_path: Path) -> None:
     """In the page, at both widths: a picture of the right size, time that goes on, no error of the decoder."""
     draws = torch.Generator().manual_seed(0)

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -15,6 +17,8 @@ from typer.testing import CliRunner, Result
 
 import sparse_zoo as library
 from experiments.cli import app
+from sparse_zoo import testing
+from sparse_zoo.testing import checks
 
 
 @pytest.fixture(scope="module")
@@ -220,15 +224,18 @@ cli.main()
 
 
 def test_check_says_what_each_check_found() -> None:
-    done = zoo("check", "dense", "window", "--json")
+    done = zoo("check", "dense", "--json")
     assert done.exit_code == 0, done.output
     found = json.loads(done.stdout)["checks"]
-    assert {row["method"] for row in found} == {"dense", "window"}
+    assert [row["check"] for row in found] == list(checks())
+    assert {row["method"] for row in found} == {"dense"}
     assert set(found[0]) == {"method", "check", "status", "reason", "seconds"}
     assert {row["status"] for row in found} == {"passed"}
 
 
-def test_check_of_a_broken_plugin_fails(tmp_path: Path) -> None:
+def test_check_of_a_broken_plugin_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    only = ["films_packed", "inputs_untouched"]
+    monkeypatch.setattr(testing, "run_checks", partial(testing.run_checks, only=only))
     file = tmp_path / "looks_across_films.py"
     file.write_text(
         "import torch, sparse_zoo as zoo\n"
@@ -238,8 +245,10 @@ def test_check_of_a_broken_plugin_fails(tmp_path: Path) -> None:
         "    def plan(self, q, k, layout):\n"
         "        return zoo.Plan.groups(torch.zeros(len(layout), dtype=torch.int64))\n"
     )
-    done = zoo("check", "looks_across_films", "--plugin", file)
+    done = zoo("check", "looks_across_films", "window", "--plugin", file)
     assert done.exit_code == 1
-    assert "looks_across_films: " in done.output
+    counts = re.findall(r"(looks_across_films|window)\W+(\d+)\W+(\d+)\W+(\d+)\W", done.output)
+    assert counts == [("looks_across_films", "1", "1", "0"), ("window", "2", "0", "0")]  # passed, failed, skipped
+    assert "looks_across_films: films_packed" in done.output
     assert " failed: expected " in done.output
     assert zoo("check", "windows").exit_code == 2

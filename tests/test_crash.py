@@ -6,7 +6,7 @@ import pytest
 from crash_harness import CELLS, FILMS, torture
 
 KILLS = 20
-pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]
+pytestmark = [pytest.mark.slow, pytest.mark.long, pytest.mark.filterwarnings("ignore")]
 
 
 @pytest.mark.parametrize("films", FILMS)

@@ -367,10 +367,10 @@ def damaged(path: Path, start: float = 0.5, stop: float = 0.53) -> Path:
     [
         ("a.mp4", "libx264"),
         ("a.ts", "libx264"),
-        ("a.mkv", "libx264"),
-        ("a.webm", "libvpx-vp9"),
+        pytest.param("a.mkv", "libx264", marks=pytest.mark.slow),
+        pytest.param("a.webm", "libvpx-vp9", marks=pytest.mark.slow),
         ("a.avi", "mpeg4"),
-        ("a.mpg", "mpeg2video"),
+        pytest.param("a.mpg", "mpeg2video", marks=pytest.mark.slow),
     ],
 )
 def test_damage_in_the_middle_is_placed_and_the_rest_is_used(tmp_path: Path, name: str, codec: str) -> None:
@@ -520,7 +520,7 @@ def test_memory_does_not_grow_with_the_length_of_a_video(tmp_path: Path) -> None
 
 def test_killed_decoder_leaves_no_entry_and_nothing_in_the_way(tmp_path: Path) -> None:
     path, cache, settings = (
-        write(tmp_path / "a.mp4", busy(1500), "mpeg4"),
+        write(tmp_path / "a.mp4", busy(600), "mpeg4"),
         tmp_path / "cache",
         Decoding(None, (128, 192)),
     )
@@ -532,7 +532,7 @@ def test_killed_decoder_leaves_no_entry_and_nothing_in_the_way(tmp_path: Path) -
     assert process.exitcode == -signal.SIGKILL
     assert [*cache.glob("*.unfinished")]
     assert not [*cache.glob("*.npy"), *cache.glob("*.json")]
-    assert len(load(path, settings, cache).frames) == 1500
+    assert len(load(path, settings, cache).frames) == 600
     assert sorted(file.suffix for file in cache.iterdir()) == [".json", ".npy"]
 
 

@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from tiers import cases
 from toy_films import FIRST, METHODS, PACKED, SECOND, SILENT, arguments, attention, batch, open_model
 
 import sparse_zoo as zoo
@@ -75,7 +76,7 @@ def test_a_new_model_says_zero_and_an_open_one_does_not(text):
 
 
 @pytest.mark.parametrize("text", TEXTS)
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", cases(METHODS))
 def test_packed_films_give_what_they_give_alone(method, text):
     model = open_model(text=text, attention=attention(method)).double()
     parts = [batch(layout, seed=i) for i, layout in enumerate((FIRST, SECOND, SILENT))]
@@ -93,7 +94,7 @@ def test_packed_films_give_what_they_give_alone(method, text):
     torch.testing.assert_close(run(model, packed, times).velocity, torch.cat(alone, dim=1), rtol=0, atol=1e-6)
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", cases(METHODS))
 def test_batch_items_do_not_meet(method):
     model, films = open_model(attention=attention(method)), batch(FIRST, size=3)
     whole = run(model, films).velocity
@@ -186,7 +187,7 @@ def test_a_clean_prediction_is_turned_into_the_velocity_that_leads_to_it():
     torch.testing.assert_close(model.patchify(clips), said[-1], rtol=0, atol=1e-4)
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", cases(METHODS))
 @pytest.mark.parametrize("text", TEXTS)
 def test_training_may_follow_inference_on_the_same_layout(method, text):
     sizes = 2 + list(METHODS).index(method), 1 + TEXTS.index(text)  # a layout that no other test has met
@@ -209,7 +210,7 @@ def test_pooled_captions_reach_the_model_as_asked():
     assert model.pooled.weight.grad.any()
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", cases(METHODS))
 def test_recomputing_activations_changes_no_gradient(method):
     gradients = []
     for checkpoint in (False, True):

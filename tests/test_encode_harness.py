@@ -11,6 +11,7 @@ import pytest
 HARNESS = Path(__file__).parent / "encode_harness.py"
 pytestmark = [
     pytest.mark.slow,
+    pytest.mark.long,
     pytest.mark.skipif(importlib.util.find_spec("diffusers") is None, reason="needs the extra pretrained"),
 ]
 

@@ -3,7 +3,7 @@
 import json
 import os
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import replace
 from multiprocessing import get_context
 from pathlib import Path
@@ -13,52 +13,17 @@ import numpy as np
 import pytest
 import torch
 from test_decoding import film
-from typer.testing import CliRunner
+from toy_encoding import SIZE, keys, manifest, run, scene, video
 
 from datamodules import encoding as encoding_module
 from datamodules.encoders import TextEncoder, VideoVAE
 from datamodules.encoding import Encoder, Encoding, Film, write_films
 from datamodules.manifest import Manifest, Row
 from datamodules.shards import Index
-from experiments.cli import app
 from experiments.execution import encode as execution
-from experiments.tools import tiny_models
 from sparse_zoo.errors import ZooError
 
 pytest.importorskip("diffusers", reason="needs the extra pretrained")
-SIZE = (32, 48)
-
-
-@pytest.fixture(scope="session")
-def wan(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny pipeline: VAE, text encoder and tokenizer."""
-    return tiny_models.write(tmp_path_factory.mktemp("models"), ["wan"])[0]
-
-
-def scene(seed: int, frames: int) -> list[np.ndarray]:
-    draw = np.random.default_rng(seed)
-    picture = np.kron(draw.integers(0, 255, (4, 6, 3)), np.ones((8, 8, 1))).astype(np.uint8)
-    return [np.roll(picture, number, 1) for number in range(frames)]
-
-
-def video(path: Path, seeds: Sequence[int], frames: int = 12) -> Path:
-    """One scene after the other, a second each, at 12 frames a second."""
-    return film(path, [one for seed in seeds for one in scene(seed, frames)], rate=12, gop=1)
-
-
-@pytest.fixture
-def films(tmp_path: Path) -> Path:
-    """A manifest of two videos of two shots, with and without times."""
-    video(tmp_path / "a.mp4", (1, 2))
-    video(tmp_path / "b.mp4", (3, 4))
-    shots = [{"start": 0, "end": 1, "caption": "first"}, {"start": 1, "end": 2, "caption": "second"}]
-    rows = [{"video": "a.mp4", "caption": "whole", "shots": shots}, {"video": "b.mp4", "caption": "other"}]
-    return manifest(tmp_path / "films.jsonl", rows)
-
-
-def manifest(path: Path, rows: Sequence[dict[str, Any]]) -> Path:
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return path
 
 
 def asked(out: Path, wan: Path, **settings: Any) -> Encoding:
@@ -79,12 +44,6 @@ def encoded(path: Path, given: Encoding) -> list[Film]:
     assert len(found) == len(made)
     write_films(given.folder, found)
     return found
-
-
-def keys(out: Path, kind: str) -> list[str]:
-    """As they were written, one line an entry: what is encoded twice is here twice."""
-    lines = [line for path in sorted(out.glob(f"{kind}-*.jsonl")) for line in path.read_text().splitlines()]
-    return [json.loads(line)["key"] for line in lines]
 
 
 def test_videos_become_latents_shot_by_shot_and_captions_embeddings(tmp_path: Path, wan: Path, films: Path) -> None:
@@ -162,11 +121,6 @@ def test_a_video_takes_the_size_of_the_nearest_shape(tmp_path: Path, wan: Path) 
     encoded(path, asked(tmp_path / "out", wan, sizes=((32, 48), (48, 32))))
     index = Index(tmp_path / "out", "latents").refresh()
     assert sorted(tuple(entry.meta["shape"][2:]) for entry in index.entries.values()) == [(4, 6), (6, 4)]
-
-
-def run(path: Path, wan: Path, out: Path, *more: str) -> Any:
-    arguments = ["--vae", str(wan), "--text-encoder", str(wan), "--out", str(out), "--size", "32x48"]
-    return CliRunner().invoke(app, ["encode", str(path), *arguments, "--max-frames", "9", *more])
 
 
 def test_each_bad_row_is_one_line_and_the_rest_is_encoded(tmp_path: Path, wan: Path, films: Path) -> None:

@@ -101,6 +101,7 @@ def test_a_method() -> None:
     assert judged.status == "passed"
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("here")
 def test_a_choice_for_each_query() -> None:
     (result,) = follow("A choice for each query")
@@ -146,6 +147,7 @@ def test_a_method_from_parts() -> None:
     assert result["status"] == "finished"
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("here")
 def test_a_coarse_branch() -> None:
     (result,) = follow("A coarse branch")
@@ -159,6 +161,7 @@ def test_a_coarse_branch() -> None:
     assert coarse.rows.tolist() == [-1, 0, 0, 0, 0, 1, 1]
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("here")
 def test_a_schedule(capsys: pytest.CaptureFixture[str]) -> None:
     results = follow("A schedule")
@@ -168,6 +171,7 @@ def test_a_schedule(capsys: pytest.CaptureFixture[str]) -> None:
     assert sorted(map(str, schedules)) == ["{'name': {'1': 'own_and_previous_shots'}}", "{'reach': {'1': 0}}"]
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("here")
 def test_layers_and_noise() -> None:
     results = [result["attention"] for result in follow("Layers and noise")]
@@ -182,6 +186,7 @@ def test_layers_and_noise() -> None:
         assert int((grid > above + 1e-9).sum()) == round(share * steps)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("here")
 def test_a_kernel() -> None:
     (result,) = follow("A kernel")
@@ -214,6 +219,7 @@ def test_a_metric() -> None:
     assert float(metric.compute()) == 0.5
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("here")
 def test_a_sweep_axis() -> None:
     results = follow("A sweep axis")

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from test_module import lit, loader, trainer
+from tiers import cases
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from toy_films import METHODS, PACKED, attention, batch, open_model
@@ -44,7 +45,7 @@ def repeated(indices: list[Tensor]) -> bool:
 
 
 @pytest.mark.parametrize("model", MODELS)
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", cases(METHODS))
 def test_training_step_has_no_unordered_sums(method: str, model: str) -> None:
     given = batch(PACKED, size=2)
     dit = open_model(attention=attention(method) | {"text_reads": "text"}, **MODELS[model])
@@ -75,10 +76,9 @@ def test_take_and_add_at_equal_indexing() -> None:
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("text", ["joint", pytest.param("cross", marks=pytest.mark.slow)])
-@pytest.mark.parametrize(
-    "threads", [pytest.param(1, marks=pytest.mark.slow), 2, pytest.param(4, marks=pytest.mark.slow)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("text", ["joint", "cross"])
+@pytest.mark.parametrize("threads", [1, 2, 4])
 def test_equal_runs_on_films_of_one_shot_are_equal(threads: int, text: str) -> None:
     """One shot fills the stream, so that all its tokens read one row of the modulation."""
     films = batch(Layout.film([Shot(8, 10, 10, 4)], caption=3))

@@ -222,6 +222,7 @@ def test_a_stage_asked_for_alone_brings_its_checks() -> None:
 # -- the command ------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(torch.cuda.is_available(), reason="runs all stages where there is a GPU")
 def test_without_a_gpu_it_is_one_line_and_exit_code_2(tmp_path: Path) -> None:
     done = subprocess.run(
@@ -380,6 +381,7 @@ echo '========= ERROR SUMMARY: 2 errors'
 """
 
 
+@pytest.mark.slow
 def test_what_tools_print_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     tool = tmp_path / "tool"
     tool.write_text(FAKE_TOOL)
@@ -518,6 +520,7 @@ def test_a_folder_that_is_no_pack_is_refused(tmp_path: Path, capsys: pytest.Capt
 # -- what it imports --------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_it_needs_torch_and_triton_alone_and_lightning_for_the_step() -> None:
     """In a process where the train extra's other packages cannot be imported, every stage's module and the DiT are."""
     absent = [

@@ -85,6 +85,12 @@ def zoo(*arguments: str, exit_code: int = 0, shows: str = "") -> str:
     return done.output
 
 
+@pytest.mark.slow
+def test_names_are_text_in_what_bench_shows(here: Path) -> None:  # noqa: ARG001
+    given = ["--method", "odd", "--repeats", "1", "--max-repeats", "1", "--plot", f"{IN_A_PATH}.png"]
+    zoo("bench", *given, "--plugin", "plugin.py", shows="[red]x")
+
+
 def test_names_are_text_in_every_output_of_every_command(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     plugin = ["--plugin", "plugin.py"]
     shown = escape.visible(HOSTILE)
@@ -99,7 +105,6 @@ def test_names_are_text_in_every_output_of_every_command(here: Path, monkeypatch
         zoo("check", "odd", *plugin, exit_code=1, shows=shown)
     zoo("map", "odd", f"note=a{HOSTILE}", "--out", picture, *plugin, shows=escape.visible(picture))
     zoo("cost", "odd", f"note=a{HOSTILE}", *plugin)
-    zoo("bench", "--method", "odd", "--repeats", "1", "--max-repeats", "1", "--plot", picture, *plugin, shows="[red]x")
 
     zoo("train", "--config", "tiny.yaml", "attention=odd", f"attention.note=a{HOSTILE}", *plugin, shows="[red]x")
     zoo("sweep", f"{NAME}.yaml", "--dry-run", shows="[red]x")

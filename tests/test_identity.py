@@ -209,6 +209,7 @@ class Films(ShotWorld):
 """
 
 
+@pytest.mark.slow
 def test_a_home_that_moved_has_its_runs_still_and_they_find_their_data(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -9,6 +9,7 @@ import pytest
 import torch
 from fake_cuda import CUDA, fake_cuda
 from test_no_sync import DIM, HEAD_DIM, HEADS, new_film
+from tiers import cases
 from torch import Tensor
 
 import sparse_zoo as zoo
@@ -63,10 +64,7 @@ def variants(method: str, film: zoo.Layout, **settings: Any) -> set[str]:
 FILMS = [zoo.Layout.film([zoo.Shot(3, 16, width, text=text)] * 3, caption=5) for width, text in ((16, 0), (17, 1))]
 
 
-@pytest.mark.parametrize(
-    "method",
-    [pytest.param(name, marks=[] if name in ("moc", "vsa", "window") else pytest.mark.slow) for name in zoo.names()],
-)
+@pytest.mark.parametrize("method", cases(zoo.names(), ["moc", "vsa"]))
 def test_a_training_step_compiles_few_kernels(method: str) -> None:
     """Films of other lengths, packs and heads in another slab need no others."""
     settings = QUICK.get(method, {})

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from tiers import KINDS, cases, marks
 from torch import Tensor
 
 import sparse_zoo as zoo
@@ -72,6 +73,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "mixed": ("mixed", {}),
     "mixed, text apart": ("mixed", {"text_reads": "text"}),
 }
+FAST = (*KINDS, "moc, no anchors", "near", "mixed, text apart")
 
 
 @pytest.fixture(autouse=True)
@@ -282,8 +284,12 @@ class Slow:
 @torch.no_grad()
 @pytest.mark.parametrize(
     ("case", "rows"),
-    [pytest.param(case, None, id=f"{case}-all queries") for case in CASES]
-    + [pytest.param(case, SOME, id=f"{case}-some queries") for case in CASES if not needs_all_queries(case)],
+    [pytest.param(case, None, id=f"{case}-all queries", marks=marks(case, FAST)) for case in CASES]
+    + [
+        pytest.param(case, SOME, id=f"{case}-some queries", marks=marks(case, FAST))
+        for case in CASES
+        if not needs_all_queries(case)
+    ],
 )
 def test_every_rung_is_the_slow_one(case: str, rows: Tensor | None, monkeypatch: pytest.MonkeyPatch) -> None:
     attention = method(case)
@@ -304,7 +310,7 @@ def test_every_rung_is_the_slow_one(case: str, rows: Tensor | None, monkeypatch:
 # -- what must hold -------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", cases(CASES, FAST))
 def test_the_best_holds_at_least_what_any_other_rung_does(case: str) -> None:
     attention = method(case)
     rungs = ladder(attention, call_on(PACKED)).rungs

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from tiers import cases
 from tiny import BASE, write_sweep
 from typer.testing import CliRunner
 
@@ -224,12 +225,7 @@ def test_the_target_is_hit_on_ragged_films(attention: dict[str, Any], target: fl
 
 
 @pytest.mark.parametrize(
-    "name",
-    [
-        pytest.param(name, marks=[] if name in ("moc", "moga", "window", "vmoba") else pytest.mark.slow)
-        for name in zoo.names()
-        if zoo.get(name).knob is not None
-    ],
+    "name", cases([name for name in zoo.names() if zoo.get(name).knob is not None], ["moc", "moga", "window", "vmoba"])
 )
 def test_what_a_knob_can_buy_is_found(name: str) -> None:
     """For every method: the density at a value of its knob is asked for, and reached again."""
@@ -275,7 +271,10 @@ def test_layers_share_what_those_without_a_knob_leave() -> None:
     ("overrides", "message"),
     [
         ({"attention": "moc", "attention.top_k": 3}, "top_k of moc is to be solved: leave it out"),
-        ({"attention": "dense"}, "dense has no knob to turn; `match: null` in a cell leaves it as it is"),
+        (
+            {"attention": "dense"},
+            "dense has no knob that sets its cost; `match: null` in a cell excludes it",
+        ),
         ({"attention": {"name": "moc", "schedule": {"causal": {0: None, 5: "routing"}}}}, "has a schedule"),
         ({"attention": "moc", "match": {"density": 5.0}}, "; it can reach 0.5135 to 0.727, with top_k from 1 to 64"),
         ({"match": {"densty": 0.1}}, "unknown key of match 'densty'; did you mean 'density'"),

@@ -69,6 +69,7 @@ def test_unbroken_kernel_passes_every_check(kernel: Kernel) -> None:
     assert others == ({} if kernel.weighs_keys else {"kernel_log_weights": "skipped"})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [*testing.checks(), *testing.kernel_checks()])
 def test_an_emptied_check_lets_its_mutants_through(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     every: dict[str, Any] = methods._all if name in methods._all else kernels._all

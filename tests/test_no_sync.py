@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from fake_cuda import CUDA, Synchronises, fake_cuda, no_synchronisation
+from tiers import cases
 from torch import Tensor
 
 import sparse_zoo as zoo
@@ -57,21 +58,19 @@ def attend(method: str, film: zoo.Layout, *, rows: int | None = None, **settings
 
 
 @needs_triton
-@pytest.mark.parametrize("method", zoo.names())
+@pytest.mark.parametrize("method", cases(zoo.names()))
 def test_training_steps_never_wait(method: str) -> None:
     attend(method, new_film(19), **QUICK.get(method, {}))
 
 
 @needs_triton
-@pytest.mark.parametrize("method", zoo.names())
+@pytest.mark.parametrize("method", cases(zoo.names()))
 def test_captions_that_read_text_alone_never_wait(method: str) -> None:
     attend(method, new_film(18), text_reads="text", **QUICK.get(method, {}))
 
 
 @needs_triton
-@pytest.mark.parametrize(
-    "method", sorted({*zoo.names()} - {name for name in zoo.names() if zoo.get(name).pools_queries})
-)
+@pytest.mark.parametrize("method", cases(name for name in zoo.names() if not zoo.get(name).pools_queries))
 def test_some_of_the_queries_never_wait(method: str) -> None:
     scope = {"scope": "query"} if method == "vmoba" else {}
     attend(method, new_film(17), rows=100, **QUICK.get(method, {}), **scope)

@@ -4,6 +4,7 @@ from typing import Any
 
 import pytest
 import torch
+from tiers import cases
 
 import sparse_zoo as zoo
 from lit_modules import VideoDiT
@@ -29,7 +30,7 @@ def test_default_precision_follows_the_device(
     assert default_precision(accelerator) == want
 
 
-@pytest.mark.parametrize("method", zoo.names())
+@pytest.mark.parametrize("method", cases(zoo.names()))
 def test_autocast_reaches_the_kernel(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The norm of q and k gives float32 under autocast, which fast kernels refuse."""
     seen: set[torch.dtype] = set()

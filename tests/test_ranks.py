@@ -14,7 +14,7 @@ import lightning.pytorch as pl
 import pytest
 import torch
 from rich.console import Console
-from tiny import BASE, DIVERGES
+from tiny import BASE, DIVERGES, write_sweep
 
 from datamodules.loading import train_loader
 from experiments.config.datamodule import build
@@ -22,7 +22,7 @@ from experiments.config.resolve import cell, load
 from experiments.execution.progress import Bar
 from experiments.execution.run import run
 from experiments.execution.scheduler import execute
-from experiments.sweep.expand import Sweep
+from experiments.sweep.expand import read
 from experiments.tracking.mlflow_logger import Tracker
 from experiments.tracking.store import Cell, Result
 from lit_modules import LitVideoDiT
@@ -51,7 +51,8 @@ class Told:
 
 
 def asked(*overrides: Any) -> Cell:
-    small = {"model": {"dim": 32, "depth": 1, "heads": 4}, "optim": {"ema_decay": 0.5}}
+    # Without a warm-up: updates as large as the learning rate, beside which the tolerances are small.
+    small = {"model": {"dim": 32, "depth": 1, "heads": 4}, "optim": {"ema_decay": 0.5, "warmup_steps": 0}}
     return cell("cell", load([BASE, small, *overrides]))
 
 
@@ -98,6 +99,7 @@ class Killer(Told):
 MOGA = {"name": "moga", "groups": 3}
 MOC = {"name": "moc", "top_k": 1, "drop_off": 0.9}
 STEPS = {"trainer": {"max_steps": 4, "val_check_interval": 2}}
+PAIR = ("parallel.sequence=2",)
 
 
 def by_one_process(one: Cell, replicas: int) -> dict[str, torch.Tensor]:
@@ -154,6 +156,33 @@ def test_two_by_two_ranks_learn_what_one_process_learns(attention: dict[str, Any
         torch.testing.assert_close(got[name], weight, rtol=0, atol=1e-6)
 
 
+TWO = {"trainer": {"max_steps": 2, "val_check_interval": 2}, "attention": MOC, "optim": {"ema_decay": 0.0}}
+SETTINGS: dict[str, dict[str, Any]] = {
+    "recomputed activations": {"model": {"checkpoint": True}},
+    # Below AdamW's epsilon, so that the size of a gradient is the size of its update.
+    "clipped gradients": {"trainer": {"gradient_clip_val": 1e-7}},
+    "averaged weights": {"optim": {"ema_decay": 0.5}},
+}
+
+
+@pytest.mark.parametrize("setting", SETTINGS.values(), ids=list(SETTINGS))
+def test_shards_learn_what_one_device_learns(setting: dict[str, Any]) -> None:
+    one, two = (train(replace(asked(TWO, setting, *more), name=f"on {len(more)}")) for more in ((), PAIR))
+    assert_learnt_the_same(two, one)
+
+
+def test_shards_in_half_precision_are_nearer_to_one_device_than_that_is_to_float32() -> None:
+    half = {"trainer": {"precision": "bf16-mixed"}}
+    asked_for = {"one": (TWO, half), "two": (TWO, half, *PAIR), "float32": (TWO,)}
+    one, two, single = (weights(train(replace(asked(*given), name=name))) for name, given in asked_for.items())
+    assert {x.dtype for x in two.values()} == {torch.float32}
+
+    def apart(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> float:
+        return sum(float((a[name].double() - b[name].double()).square().sum()) for name in a) ** 0.5
+
+    assert 0 < apart(two, one) < apart(one, single)
+
+
 def test_a_killed_run_resumes_exactly_and_on_another_number_of_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ZOO_SAVE_SECONDS", "0")
     on_two = asked(STEPS, {"attention": MOGA}, "parallel.sequence=2")
@@ -197,12 +226,9 @@ def test_a_sweep_goes_on_after_a_rank_has_died(tmp_path: Path, capsys: pytest.Ca
         .replace("import torch", "import os", 1)
     )
     import_file(plugin)
-    shared = {"parallel": {"sequence": 2}, "attention": {"name": "dense"}}
-    cells = [
-        replace(asked(STEPS, {"attention": {"name": "dies_on_one"}}, "parallel.sequence=2"), name="dies"),
-        replace(asked(STEPS, shared), name="lives"),
-    ]
+    base = BASE | {"parallel": {"sequence": 2}}
+    sweep = read(write_sweep(tmp_path / "ranks.yaml", base=base, axes={"attention": ["dies_on_one", "dense"]}))
     with Bar(Console(width=200), 2) as bar:
-        results = execute(Sweep("ranks", "two cells", tuple(cells)), bar)
+        results = execute(sweep, bar)
     assert [result.status for result in results] == ["missing", "finished"]
-    assert "dies: rank 1 of 2 was killed by SIGABRT; the others were ended" in capsys.readouterr().out
+    assert "dies_on_one: rank 1 of 2 was killed by SIGABRT; the others were ended" in capsys.readouterr().out

@@ -16,6 +16,7 @@ import pytest
 from test_cli import zoo
 from test_launch import KILLED, Silent
 from tiny import BASE, write_sweep
+from toy_encoding import assert_jobs_encode_once, run
 
 from experiments.execution import ray_jobs
 from experiments.execution.scheduler import execute
@@ -226,3 +227,14 @@ def test_a_sweep_on_ray_outlives_the_death_of_a_process(runs: Path, monkeypatch:
     assert len({os.getpid(), killed.resumed[0]["pid"], killed.provenance["pid"], dense.provenance["pid"]}) == 4
     assert bar.lost == []
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(find_spec("ray") is None, reason="needs Ray: pip install 'sparse-attention-zoo[ray]'")
+def test_tasks_encode_a_manifest_once(tmp_path: Path, wan: Path, films: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RAY_ADDRESS", "local")
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(filter(None, sys.path)))
+    assert_jobs_encode_once(tmp_path, wan, films.relative_to(tmp_path), "ray")
+    missing = run(films, tmp_path, tmp_path / "none", "--executor", "ray")
+    assert missing.exit_code == 2
+    assert "config.json is missing" in missing.stderr

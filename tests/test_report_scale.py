@@ -16,6 +16,7 @@ GROUPS, SEEDS = 500, 3
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_a_report_of_500_groups_takes_10_seconds_of_cpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """1,500 runs, a command with its imports; measured on a machine that does nothing else."""
     monkeypatch.setenv("ZOO_HOME", str(tmp_path))

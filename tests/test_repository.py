@@ -1,5 +1,8 @@
 """The files that a repository is expected to have say what is so."""
 
+import re
+import shutil
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -29,10 +32,24 @@ def test_ci_runs_what_developers_run() -> None:
     workflow = yaml.safe_load((ROOT / ".github" / "workflows" / "ci.yml").read_text())
     steps = workflow["jobs"]["test"]["steps"]
     assert ".ci/run" in [step.get("run") for step in steps]
-    commands = (ROOT / ".ci" / "run").read_text().splitlines()[-2:]
-    assert commands == ["make test", "make conformance"]
+    commands = (ROOT / ".ci" / "run").read_text()
+    assert re.findall(r"make ([a-z-]+)", commands.partition("set -e")[2]) == ["test", "extras", "test-slow"]
     targets = {line.partition(":")[0] for line in (ROOT / "Makefile").read_text().splitlines()}
-    assert {"test", "conformance", "test-slow", "test-all"} <= targets
+    assert {"test", "fast", "conformance", "extras", "test-slow", "test-all"} <= targets
+
+
+def test_packages_that_cannot_be_installed_are_named(tmp_path: Path) -> None:
+    bash = shutil.which("bash")
+    assert bash is not None
+    done = subprocess.run(
+        [bash, ROOT / ".ci" / "packages"],
+        env={"PATH": str(tmp_path)},
+        capture_output=True,
+        encoding="utf-8",
+        check=False,
+    )
+    assert done.returncode == 1
+    assert re.fullmatch(r"make extras: chromium.* cannot be installed: there is no apt-get\. .+\n", done.stderr)
 
 
 def test_skipped_test_fails_when_asked(pytester: pytest.Pytester) -> None:

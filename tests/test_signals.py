@@ -90,7 +90,11 @@ def read(asked: Cell, sweep: str) -> dict[str, Any]:
 
 @pytest.mark.parametrize(
     ("number", "at", "accumulate"),
-    [*((number, 1, 1) for number in SIGNALS), (signal.SIGTERM, 3, 1), (signal.SIGTERM, 1, 2)],
+    [
+        (signal.SIGTERM, 1, 2),
+        *(pytest.param(number, 1, 1, marks=pytest.mark.slow) for number in SIGNALS),
+        pytest.param(signal.SIGTERM, 3, 1, marks=pytest.mark.slow),
+    ],
 )
 def test_signal_ends_training_after_a_checkpoint(number: int, at: int, accumulate: int) -> None:
     asked = cell(accumulate_grad_batches=accumulate)
@@ -174,9 +178,8 @@ def wait_until(what: Callable[[], object], process: subprocess.Popen[str]) -> No
         time.sleep(0.05)
 
 
-@pytest.mark.parametrize(
-    ("number", "group"), [(signal.SIGTERM, False), pytest.param(signal.SIGHUP, True, marks=pytest.mark.slow)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize(("number", "group"), [(signal.SIGTERM, False), (signal.SIGHUP, True)])
 def test_driver_of_jobs_ends_its_processes_and_waits_for_them(runs: Path, number: int, group: bool) -> None:
     """Alone, or with its processes, as a terminal that is closed signals them all."""
     file = write_sweep(runs / "jobs.yaml", axes={"attention": ["dense", "window"]})

@@ -1,4 +1,4 @@
-"""A sweep on a SLURM of one node, started here: an array runs to its end, and what is requeued goes on."""
+"""A sweep on a SLURM of one node, started here: an array job finishes, and requeued cells resume."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 from tiny import BASE, write_sweep
+from toy_encoding import assert_jobs_encode_once, run
 
 from experiments.execution import slurm
 from experiments.execution.progress import Bar
@@ -116,7 +117,7 @@ def state(job: str) -> str:
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("cluster")
-def test_an_array_runs_to_its_end_and_goes_on_when_requeued(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_array_job_finishes_and_its_cells_resume_when_requeued(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in {"ZOO_HOME": str(tmp_path / "runs"), "ZOO_SAVE_SECONDS": "0", "OMP_NUM_THREADS": "1"}.items():
         monkeypatch.setenv(name, value)
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
@@ -127,7 +128,7 @@ def test_an_array_runs_to_its_end_and_goes_on_when_requeued(tmp_path: Path, monk
     asked = slurm.parameters(["time=0:20:00", "mem=500", "comment=a sweep"])
 
     assert {result.status for result in execute(sweep, bar(), slurm=asked, wait=False)} == {"missing"}
-    jobs = sorted(slurm._queued())
+    jobs = sorted(slurm.queued())
     assert len(jobs) == 3
     assert len({job.partition("_")[0] for job in jobs}) == 1
     dense, moc, _ = sweep.cells
@@ -148,12 +149,31 @@ def test_an_array_runs_to_its_end_and_goes_on_when_requeued(tmp_path: Path, monk
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("cluster")
-def test_what_slurm_refuses_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_error_of_slurm_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ZOO_HOME", str(tmp_path))
     sweep = read(write_sweep(tmp_path / "refused.yaml"))
     with pytest.raises(ZooError, match=r"--executor slurm: .*invalid partition") as caught:
         execute(sweep, bar(), slurm={"partition": "none"})
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("cluster")
+def test_jobs_encode_a_manifest_once(tmp_path: Path, wan: Path, films: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    assert_jobs_encode_once(tmp_path, wan, films, "slurm", "--slurm", "time=0:20:00", "--slurm", "mem=500")
+    jobs = list((tmp_path / "slurm" / "slurm").glob("*_log.out"))
+    assert len(jobs) == 2
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("cluster")
+def test_encoding_that_fails_in_every_job_is_one_line(tmp_path: Path, films: Path) -> None:
+    parameters = ("--slurm", "time=0:20:00", "--slurm", "mem=500")
+    done = run(films, tmp_path, tmp_path / "out", "--executor", "slurm", *parameters)
+    assert done.exit_code == 2
+    assert "encode: every job failed: job " in done.stderr
+    assert "config.json is missing" in done.stderr
 
 
 def test_without_slurm_it_says_what_is_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -93,6 +93,7 @@ def test_open_encodings_are_seen(code: str, wanted: bool) -> None:
     assert leaves_the_encoding_open(call) is wanted
 
 
+@pytest.mark.slow
 def test_a_sweep_runs_in_an_ascii_locale_for_an_unknown_user(tmp_path: Path) -> None:
     """A report with signs that ASCII has not, tables that no edge cuts, and no traceback."""
     path = write_sweep(tmp_path / "s.yaml", about="60 × 60 — größer", cells={"a": {}})
@@ -110,10 +111,13 @@ def test_a_sweep_runs_in_an_ascii_locale_for_an_unknown_user(tmp_path: Path) -> 
     assert done.stdout.isascii()
 
 
-def test_a_malformed_address_is_one_line_before_anything_runs(tmp_path: Path) -> None:
+def test_a_malformed_address_is_one_line_before_anything_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("ZOO_HOME", raising=False)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "htp://me:secret@host")
     write_sweep(tmp_path / "s.yaml", cells={"a": {}})
-    done = zoo("sweep", "s.yaml", folder=tmp_path, MLFLOW_TRACKING_URI="htp://me:secret@host")
-    assert done.returncode == 2
+    done = CliRunner().invoke(app, ["sweep", "s.yaml"])
+    assert done.exit_code == 2
     assert done.stderr.startswith("Error: MLFLOW_TRACKING_URI: ")
     assert len(done.stderr.splitlines()) == 1
     assert "http://HOST:PORT" in done.stderr

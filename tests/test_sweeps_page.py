@@ -58,6 +58,7 @@ PARTS_WITH_COMMANDS = ("Dry run", "Equal budgets", "Tune each method fairly")
 COMMANDS = [line for part in PARTS_WITH_COMMANDS for block in blocks(part, "") for line in block.splitlines()]
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.usefixtures("here")
 @pytest.mark.parametrize("command", COMMANDS)

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from tiers import cases
 from torch import Tensor
 
 import sparse_zoo as zoo
@@ -136,7 +137,7 @@ RADIAL_FILMS = {
 
 
 @pytest.mark.parametrize(("decay", "block_tokens"), [(1.0, 4), (0.3, 3), (2.5, 7), (0.15, 1)])
-@pytest.mark.parametrize("film", RADIAL_FILMS)
+@pytest.mark.parametrize("film", cases(RADIAL_FILMS, ["packed"]))
 def test_blocks_are_those_of_the_mask_of_tokens(film: str, decay: float, block_tokens: int) -> None:
     layout = RADIAL_FILMS[film]
     radial = zoo.build("radial", heads=1, head_dim=8, decay=decay, block_tokens=block_tokens)

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from tiers import cases
 
 import sparse_zoo as zoo
 from experiments.tools.tiny_models import CONFIGS, PIPELINES, main, write
@@ -21,7 +22,7 @@ def test_every_family_is_written_and_read_back(tmp_path: Path):
         assert type(model).__name__ == CONFIGS[folder.name][0]
 
 
-@pytest.mark.parametrize("family", PIPELINES)
+@pytest.mark.parametrize("family", cases(PIPELINES, ["wan"]))
 def test_a_pipeline_samples_with_any_method(tmp_path: Path, family):
     from diffusers import DiffusionPipeline
 
@@ -31,6 +32,9 @@ def test_a_pipeline_samples_with_any_method(tmp_path: Path, family):
     pipe = DiffusionPipeline.from_pretrained(folder, local_files_only=True)
     pipe.set_progress_bar_config(disable=True)
 
+    # HunyuanVideo 1.5 pads all prompts to one length of its own.
+    length = {} if family == "hunyuan_video_15" else {"max_sequence_length": 7}
+
     def sample(prompt: str = "a ball") -> torch.Tensor:
         return pipe(
             prompt=prompt,
@@ -39,7 +43,7 @@ def test_a_pipeline_samples_with_any_method(tmp_path: Path, family):
             width=96,
             num_frames=9,
             num_inference_steps=2,
-            max_sequence_length=7,
+            **length,
             generator=torch.Generator().manual_seed(0),
             output_type="pt",
         ).frames

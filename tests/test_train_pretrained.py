@@ -2,16 +2,25 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
+import lightning.pytorch as pl
 import pytest
 import torch
+from toy_latents import ToyLatents
 from typer.testing import CliRunner
 
 import sparse_zoo as zoo
+from datamodules.loading import train_loader
 from experiments.cli import app
 from experiments.config.resolve import cell, load
+from experiments.execution.run import run
 from experiments.sweep.preflight import run_preflight
 from experiments.tools.tiny_models import inputs, transformer, write
+from experiments.tracking.mlflow_logger import Tracker
+from lit_modules.flow import generator
+from lit_modules.pretrained import ONE_TIME, LitPretrained
+from lit_modules.settings import Optim
 from sparse_zoo.errors import ZooError
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -87,6 +96,7 @@ def test_zoo_train_fine_tunes_a_model_and_zoo_sample_generates_with_it(models: P
         assert "trained a pretrained model" in done.output
 
 
+@pytest.mark.slow
 def test_methods_are_swept_at_one_density(models: Path, tmp_path: Path):
     file = tmp_path / "retrofit.yaml"
     file.write_text(
@@ -172,10 +182,88 @@ def test_what_cannot_be_is_refused(models: Path, monkeypatch: pytest.MonkeyPatch
     assert message in done.output
 
 
-@pytest.mark.parametrize(("given", "message"), [(2, "trains on one device"), ("two", "parallel.data must be int")])
-def test_several_devices_are_refused(models: Path, given: object, message: str):
+@pytest.mark.parametrize(
+    ("parallel", "message"),
+    [({"sequence": 2}, "parallel.sequence must be 1 for a pretrained model"), ({"data": "two"}, "data must be int")],
+)
+def test_devices_that_share_a_film_are_refused(models: Path, parallel: dict, message: str):
     with pytest.raises(ZooError, match=message):
-        load([{"model": {"folder": str(models / "wan")}, "parallel.data": given}, SHORT])
+        load([{"model": {"folder": str(models / "wan")}, "parallel": parallel}, SHORT])
+
+
+class Quiet:
+    """An observer that says nothing."""
+
+    def started(self, name: str) -> None: ...
+
+    def step(self, name: str, step: int, total: int | None, note: str) -> None: ...
+
+    def ended(self, result: object) -> None: ...
+
+    def note(self, line: str) -> None: ...
+
+
+def by_one_process(config: dict, replicas: int) -> dict[str, torch.Tensor]:
+    """The weights after training on the films of all data ranks in turn, without what trains on several devices."""
+    given = {key: config[key] for key in ("model", "attention", "flow", "optim", "seed", "sampling")}
+    pl.seed_everything(config["seed"], workers=True, verbose=False)
+    module, optim = LitPretrained(**given), Optim(**config["optim"])
+    trained = [p for p in module.parameters() if p.requires_grad]
+    groups = [
+        {"params": [p for p in trained if p.dim() == 2], "weight_decay": optim.weight_decay},
+        {"params": [p for p in trained if p.dim() != 2], "weight_decay": 0.0},
+    ]
+    optimizer = torch.optim.AdamW(groups, lr=optim.lr, betas=(optim.beta1, optim.beta2))
+    steps = config["trainer"]["max_steps"]
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: optim.rate(step, steps))
+    data = ToyLatents(films=4)
+    films = data._films(0, 4)
+    share = [SimpleNamespace(distributed_sampler_kwargs={"num_replicas": replicas, "rank": r}) for r in range(replicas)]
+    streams = [iter(train_loader(films, 1, 0, 0, one)) for one in share]
+    for step in range(steps):
+        for rank, stream in enumerate(streams):
+            purpose = (config["seed"], rank, step)
+            draws, seed = generator("train", *purpose), generator("attention", *purpose).initial_seed()
+            time = module.flow.draw_times(1, ONE_TIME, draws)[:, 0]
+            losses = module.losses(next(stream), time, draws, seed=seed)
+            (sum(losses.values()) / replicas).backward()
+        torch.nn.utils.clip_grad_norm_(module.parameters(), config["trainer"]["gradient_clip_val"])
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad()
+    return {name: p.detach() for name, p in module.named_parameters()}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rank", [2, 0], ids=["lora", "full"])
+def test_two_processes_learn_what_one_learns(models: Path, rank: int):
+    """Each trains on films of its own; adapters and routers, or all weights, towards the dense model."""
+    model = {"folder": str(models / "wan"), "lora_rank": rank, "distill_layers": 0.1}
+    config = load(
+        [
+            {
+                **SHORT,
+                "data": {"name": DATA, "films": 4},
+                "trainer": {"max_steps": 2, "val_check_interval": 2, "accelerator": "cpu"},
+                "model": model,
+                "attention": {"name": "moga", **zoo.get("moga").small},
+                "optim": {"ema_decay": 0.0, "lr": 1e-3},
+                "parallel": {"data": 2},
+            }
+        ]
+    )
+    result = run(cell("two", config), "ranks", Tracker("ranks", lambda _: None), Quiet())
+    assert result.status == "finished", result.traceback or result.reason
+    assert (Path(result.folder) / "methods.pt").is_file()
+    assert (Path(result.folder) / "lora").is_dir() is (rank > 0)
+    state = torch.load(str(result.checkpoint), weights_only=True)["state_dict"]
+    wanted = by_one_process(config, 2)
+    original = transformer("wan").state_dict()
+    assert set(state) >= set(wanted)
+    for name, weight in wanted.items():
+        torch.testing.assert_close(state[name], weight, rtol=0, atol=1e-6)
+    moved = [n for n, x in wanted.items() if (o := original.get(n.removeprefix("model."))) is None or not x.equal(o)]
+    assert moved
 
 
 def test_all_reasons_are_given_at_once(models: Path):

@@ -34,14 +34,8 @@ HERE = Path(__file__).parent
 
 
 @pytest.mark.skipif(find_spec("triton") is None, reason="needs the package triton")
-@pytest.mark.parametrize(
-    "which",
-    [
-        "test_plans_of_methods and (moc-settings0 or moga)",
-        pytest.param("test_conforms", marks=pytest.mark.slow),
-        pytest.param("not test_conforms", marks=pytest.mark.slow),
-    ],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("which", ["test_conforms", "not test_conforms"])
 def test_kernels_pass_in_the_interpreter(which: str) -> None:
     done = subprocess.run(
         [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-k", which, HERE / "interpreted_triton.py"],

@@ -53,6 +53,7 @@ def test_a_method_is_added_as_the_tutorial_says() -> None:
     assert "own_and_previous_shots" in checked
 
 
+@pytest.mark.slow
 def test_an_ablation_is_run_and_read_as_the_tutorial_says() -> None:
     write_files("tutorials/run-an-ablation.md")
     listed, _, report, markdown = run_commands("tutorials/run-an-ablation.md")

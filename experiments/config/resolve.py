@@ -389,8 +389,11 @@ def _parallel(config: Config) -> list[str]:
     if "parallel" not in config:
         return []
     parallel, trainer, model = Parallel(**config["parallel"]), config["trainer"], config["model"]
-    if is_pretrained(model) and parallel.devices > 1:
-        return ["parallel: a pretrained model trains on one device; leave out parallel"]
+    if is_pretrained(model) and parallel.sequence > 1:
+        return [
+            f"parallel.sequence must be 1 for a pretrained model, got {parallel.sequence}: its layers outside of "
+            "attention work on whole films. Use parallel.data"
+        ]
     accelerator = trainer.get("accelerator", "auto")
     reasons = [
         f"parallel needs trainer.accelerator cpu, gpu, cuda or auto, got {accelerator!r}: no backend exchanges there"

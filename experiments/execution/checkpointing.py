@@ -13,13 +13,13 @@ import torch
 import torch.distributed as dist
 from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.plugins import TorchCheckpointIO
-from torch.distributed.checkpoint.filesystem import FileSystemReader
 from typing_extensions import override
 
 from experiments.execution import signals
 from experiments.tracking.mlflow_logger import Log
 from experiments.tracking.store import atomic_write
 from lit_modules.parallel import META, recover_folder
+from lit_modules.sharded_checkpoint import read_metadata
 
 
 class WholeCheckpoints(TorchCheckpointIO):
@@ -118,7 +118,7 @@ def saved_step(path: Path) -> int:
     recover_folder(path)
     try:
         if path.is_dir():  # of several devices
-            FileSystemReader(path).read_metadata()
+            read_metadata(path)
             return int(load_plain(path / META)["global_step"])
         with zipfile.ZipFile(path) as file:
             broken = file.testzip()

@@ -335,7 +335,7 @@ def _on_slurm(
     """Encode in `jobs` elements of an array job; folders are those of this machine, so they must be shared."""
     slurm.needed()
     folder = encoding.folder.absolute() / "slurm"
-    job = Job(tuple(rows), _absolute(encoding), folder / f"outcomes-{time.time_ns()}.json")
+    job = Job(_anywhere(rows), _absolute(encoding), folder / f"outcomes-{time.time_ns()}.json")
     made = slurm.queue_up([job] * jobs, folder, f"encode-{encoding.folder.name}", settings, jobs)
     bar.note(f"{jobs} jobs of SLURM: {', '.join(one.job_id for one in made)}; scancel ends them")
     missed = dict.fromkeys((one.job_id for one in made), 0)
@@ -351,11 +351,16 @@ def _on_slurm(
                 return found
             if one.paths.result_pickle.exists():  # it ended, and wrote no outcome
                 del missed[one.job_id]
-                reasons.append(f"job {one.job_id} failed, see {one.paths.stderr}")
+                reasons.append(f"job {one.job_id} failed ({_last_line(one.paths.stderr)}), see {one.paths.stderr}")
             elif missed[one.job_id] >= slurm.GONE:
                 del missed[one.job_id]
                 reasons.append(f"job {one.job_id} ended without a result, see {one.paths.stderr}")
     raise ZooError(f"encode: every job failed: {'; '.join(dict.fromkeys(reasons))}. The same command resumes")
+
+
+def _last_line(log: Path) -> str:
+    lines = [line for line in log.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
+    return lines[-1].strip() if lines else "its log is empty"
 
 
 def _on_ray(rows: Sequence[Row], encoding: Encoding, jobs: int) -> list[Outcome]:
@@ -374,7 +379,7 @@ def _on_ray(rows: Sequence[Row], encoding: Encoding, jobs: int) -> list[Outcome]
             gpus = int("GPU" in there)
             cpus = max(1, int(there["CPU"]) // jobs)
             task = ray.remote(max_calls=1, max_retries=ray_jobs.RETRIES, num_cpus=cpus, num_gpus=gpus)(_serve_ray)
-            running = [task.remote(Job(tuple(rows), _absolute(encoding)), cpus) for _ in range(jobs)]
+            running = [task.remote(Job(_anywhere(rows), _absolute(encoding)), cpus) for _ in range(jobs)]
             found: list[list[Outcome]] = ray.get(running)
             return found[0]
         except ray.exceptions.RayTaskError as error:
@@ -388,6 +393,11 @@ def _on_ray(rows: Sequence[Row], encoding: Encoding, jobs: int) -> list[Outcome]
 def _serve_ray(job: Job, cpus: int) -> list[Outcome]:
     torch.set_num_threads(cpus)
     return job()
+
+
+def _anywhere(rows: Sequence[Row]) -> tuple[Row, ...]:
+    """Rows whose files are found from any folder."""
+    return tuple(replace(row, path=row.path.absolute()) for row in rows)
 
 
 def _absolute(encoding: Encoding) -> Encoding:

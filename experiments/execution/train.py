@@ -219,7 +219,8 @@ def train(stored: Config, folder: Path, result: Result, log: Logger, observer: O
         _keep_last(trainer, keep, folder / "checkpoints")
         trainer.strategy.barrier()
         if isinstance(module, LitPretrained):
-            module.export(folder)
+            if trainer.is_global_zero:
+                module.export(folder)
         elif getattr(data, "test_films", 0):
             trainer.test(module, datamodule=data, verbose=False)
     finally:

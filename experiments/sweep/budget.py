@@ -349,7 +349,7 @@ def _hindrances(entries: Sequence[Settings], knobs: Mapping[int, zoo.Knob], budg
             reasons.append(f"{name} has a schedule, whose phases do not cost the same: leave it out")
     if not knobs:
         names = ", ".join(dict.fromkeys(entry["name"] for entry in entries))
-        reasons.append(f"{names} has no knob to turn; `match: null` in a cell leaves it as it is")
+        reasons.append(f"{names} has no knob that sets its cost; `match: null` in a cell excludes it")
     if budget.kind == "seconds" and len(knobs) > 1:
         reasons.append("seconds are those of all layers: only one of several methods may have a knob")
     return reasons
@@ -432,7 +432,7 @@ def solve_knob(method: str, settings: Settings, budget: Budget, size: Mapping[st
     Raises `ZooError` where it cannot.
     """
     knob = zoo.get(method).knob
-    refuse("match", [] if knob else [f"{method} has no knob to turn"])
+    refuse("match", [] if knob else [f"{method} has no knob that sets its cost"])
     refuse("match", ["seconds can be matched in zoo train and zoo sweep alone"] if budget.kind == "seconds" else [])
     assert knob is not None
     refuse("match", _hindrances([{"name": method, **settings}], {0: knob}, budget))

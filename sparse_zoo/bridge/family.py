@@ -92,6 +92,8 @@ class Family:
 
 
 _families: dict[str, Family] = {}
+UNSERVED: dict[str, str] = {}
+"""Classes of video transformers whose self-attention is not one over a grid of tokens, and what it is instead."""
 
 
 def register_family(family: Family) -> Family:
@@ -117,6 +119,8 @@ def find_family(model: nn.Module) -> Family:
     for base in type(model).__mro__:
         if base.__name__ in known:
             return known[base.__name__]
+        if base.__name__ in UNSERVED:
+            raise ZooError(f"attach: {base.__name__} cannot be served: {UNSERVED[base.__name__]}")
     raise ZooError(
         f"attach: {unknown('model class', type(model).__name__, known)}. "
         "Declare another one with sparse_zoo.bridge.register_family"
