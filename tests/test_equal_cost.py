@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from made_up import finished
+from made_up import finished, write_sweep_of
 from markupsafe import escape
 from typer.testing import CliRunner
 
@@ -192,3 +192,12 @@ def test_the_report_shows_every_tried_setting() -> None:
     assert "top\\_k 2" in text
     shown = CliRunner().invoke(app, ["report", "costs"]).stdout
     assert "it <diverged>" in shown
+
+
+def test_trials_lend_no_controls() -> None:
+    attention = {"moc": {"name": "moc"}, "dense": {"name": "dense"}}
+    write_sweep_of("mine", {"moc": (0.9, 0.8)}, attention, world="same")
+    write_sweep_of("other-trials", {"dense": (1.0, 0.9)}, attention, world="same")
+    assert build_report("mine").sweep.borrowed == ()
+    write_sweep_of("other", {"dense": (1.0, 0.9)}, attention, world="same")
+    assert [group.sweep for group in build_report("mine").sweep.borrowed] == ["other"]
