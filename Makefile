@@ -30,7 +30,7 @@ test: install  ## ruff, mypy and the fast tests
 	$(MAKE) --jobs 2 lint fast
 
 fast: install  ## the fast tests alone
-	$(BIN)/pytest --numprocesses 2
+	$(BIN)/pytest --numprocesses 2 --dist loadfile
 
 conformance: install  ## the conformance suite on every method, and on the broken ones that it must catch
 	$(BIN)/pytest --numprocesses 2 -m slow tests/test_conformance.py tests/test_mutants.py

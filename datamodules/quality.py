@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 from torchmetrics import Metric
 
-from datamodules.identities import Identities
-from datamodules.last_shots import LastShot, last_shots
+from datamodules.identities import Identities, Shown
+from datamodules.judged_shots import Judged, judged_shots
 
 MEASURES = (
     "cross_shot_consistency",
@@ -38,7 +38,7 @@ def over_time(similarity: Tensor, first: Tensor) -> Tensor:
 
 
 class ShotQuality(Metric):
-    """Means over films of measures of the last shot, named after VBench's where the meaning is the same.
+    """Means over judged shots of measures, named after VBench's where the meaning is the same.
 
     VBench (arXiv 2311.17982) compares features of networks (DINO, CLIP, an interpolator, optical flow). Here the truth
     about the film replaces them, so that values do not compare with VBench's, although rankings may. "Similar" is
@@ -70,45 +70,58 @@ class ShotQuality(Metric):
     is_differentiable = False
 
     total: Tensor
-    films: Tensor
+    shots: Tensor
 
     def __init__(self, identities: Identities, places: Tensor) -> None:
         super().__init__()
         self.identities = identities
         self.places = places
         self.add_state("total", torch.zeros(len(MEASURES), dtype=torch.float64), dist_reduce_fx="sum")
-        self.add_state("films", torch.zeros(len(MEASURES), dtype=torch.int64), dist_reduce_fx="sum")
+        self.add_state("shots", torch.zeros(len(MEASURES), dtype=torch.int64), dist_reduce_fx="sum")
 
     def update(self, clips: list[Tensor], batch: dict[str, Any]) -> None:
         """Add generated clips, shaped as `batch["clips"]`; the batch is one of `ShotWorld`'s."""
-        for last in last_shots(clips, batch):
-            found = {"cross_shot_consistency": self._cross_shot(last)} | self._over_frames(last)
+        for judged in (shot for film in judged_shots(clips, batch) for shot in film):
+            found = {"cross_shot_consistency": self._cross_shot(judged)} | self._over_frames(judged)
             # Not in place: states that a run in inference mode left could not be updated by one outside of it.
             values = [found.get(name, self.total[:0]) for name in MEASURES]
             self.total = self.total + torch.stack([value.double().nansum() for value in values])
-            self.films = self.films + torch.stack([(~value.isnan()).sum() for value in values])
+            self.shots = self.shots + torch.stack([(~value.isnan()).sum() for value in values])
 
     def compute(self) -> dict[str, Tensor]:
-        """The mean of each measure over films, as scalars."""
-        return {name: self.total[i] / self.films[i] for i, name in enumerate(MEASURES) if self.films[i]}
+        """The mean of each measure over shots, as scalars."""
+        return {name: self.total[i] / self.shots[i] for i, name in enumerate(MEASURES) if self.shots[i]}
 
-    def _cross_shot(self, last: LastShot) -> Tensor:
-        seen = self.identities.crop(last.shot.clip, last.shot.position)  # (B, F, 3, p, p)
+    def _cross_shot(self, judged: Judged) -> Tensor:
+        shot = judged.shot
+        seen = self.identities.crop(shot.clip, shot.position)  # (B, F, 3, p, p)
+        size, number = (shot.clip.shape[-2], shot.clip.shape[-1]), torch.arange(seen.shape[1], device=seen.device)
         found = seen.new_full((len(seen),), torch.nan)
-        for number, shown in enumerate(last.earlier):
-            rows = last.introduction == number
-            if not rows.any():
+        for at, shown in enumerate(judged.earlier):
+            rows = (judged.introduction == at).nonzero()[:, 0]
+            if not len(rows):
                 continue
-            clip, position, ground = shown.clip[rows], shown.position[rows], shown.background[rows]
-            outline = self.identities.outlines.to(clip.device)[self.identities.decode(clip, position, ground)]
-            here = self.identities.grounds.to(clip)[last.shot.background[rows], :, None, None]
-            expected = torch.where(outline, self.identities.crop(clip, position).mean(1), here)
-            found[rows] = pixel_similarity(seen[rows], expected[:, None]).mean(-1)
+            intro = Shown(shown.clip[rows], shown.position[rows], shown.background[rows], shown.view[rows])
+            identity, here = self.identities.decode(intro), torch.arange(len(rows), device=seen.device)
+            scene = self.identities.scene(
+                shot.background[rows].repeat_interleave(len(number)), number.repeat(len(rows)), size
+            ).unflatten(0, (len(rows), len(number)))
+            ground = self.identities.crop(scene, shot.position[rows])
+            if self.identities.views == 1:
+                outline = self.identities.outlines(intro.view)[here, identity][:, None]  # (B, 1, 1, p, p)
+                cut = self.identities.crop(intro.clip, intro.position).mean(1, keepdim=True)
+                expected = torch.where(outline, cut, ground)
+            else:
+                view = shot.view[rows].repeat_interleave(len(number))
+                known = self.identities.templates(view, ground.flatten(0, 1))
+                each = torch.arange(len(known), device=seen.device)
+                expected = known[each, identity.repeat_interleave(len(number))].unflatten(0, ground.shape[:2])
+            found[rows] = pixel_similarity(seen[rows], expected).mean(-1)
         return found
 
-    def _over_frames(self, last: LastShot) -> dict[str, Tensor]:
-        clip, position = last.shot.clip, last.shot.position
-        located = self.identities.locate(clip, last.shot.background, self.places)
+    def _over_frames(self, judged: Judged) -> dict[str, Tensor]:
+        clip, position = judged.shot.clip, judged.shot.position
+        located = self.identities.locate(judged.shot, self.places)
         found = {"motion_accuracy": (located == position).all(-1).float().mean(-1)}
         if clip.shape[1] > 1:
             subject, away = self.identities.crop(clip, position), self._outside(clip, position)

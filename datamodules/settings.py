@@ -11,6 +11,7 @@ from sparse_zoo.errors import refuse, unknown
 Detector = Literal["content", "adaptive"]
 OnBad = Literal["raise", "skip"]
 Batches = Literal["packed", "pretrained"]
+Judged = Literal["last", "returns"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -126,6 +127,20 @@ class ShotWorldSettings:
     """Number of backgrounds."""
     tags: int = 6
     """Number of tags that name the subjects in captions; at least as many as subjects."""
+    poses: int = 1
+    """Number of poses, of 8: upright, turned by 90, 180 or 270 degrees, and these mirrored; captioned if above 1."""
+    scales: int = 1
+    """Number of sizes, of 2: the whole of `subject_size`, and three quarters of it; captioned if above 1."""
+    screens: int = 1
+    """Number of ways to hide a subject, of 5: not at all, or a quarter behind a screen; captioned if above 1."""
+    distractors: int = 0
+    """Other objects in a shot, behind the subject, each of the subject's shape or of its colour; never captioned."""
+    scenery: bool = False
+    """Stripes on backgrounds, of a direction for each background, which move by a pixel a frame."""
+    least_subjects: int | None = None
+    """Training films have from so many subjects to `subjects`, and as many more returns; null: as the judged films."""
+    judged: Judged = "last"
+    """Shots to generate and judge: the "last" of a film, or all "returns" at once, beside the true introductions."""
     batch_size: int = 16
     """Number of films in a batch."""
     films_per_epoch: int = 1600
@@ -150,7 +165,9 @@ class ShotWorldSettings:
             "films_per_epoch": 1,
             "val_films": 1,
             "returns": 1,
+            "least_subjects": 1,
             "test_films": 0,
+            "distractors": 0,
             "num_workers": 0,
             "seed": 0,
         }
@@ -158,10 +175,18 @@ class ShotWorldSettings:
             "ShotWorld",
             [
                 *_too_small(self, least),
+                unknown("judged", self.judged, get_args(Judged)) if self.judged not in get_args(Judged) else "",
                 "" if most else f"subjects must be a count or a range [least, most] from 1, got {self.subjects}",
                 ""
                 if longest
                 else f"frames_per_shot must be a count or a range [least, most] from 1, got {self.frames_per_shot}",
+                f"least_subjects must be at most subjects, one number, got {self.least_subjects} and {self.subjects}"
+                if self.least_subjects is not None
+                and not (isinstance(self.subjects, int) and self.least_subjects <= self.subjects)
+                else "",
+                f"distractors need at least 2 shapes and 2 colours, got {self.shapes} and {self.colours}"
+                if self.distractors and min(self.shapes, self.colours) < 2
+                else "",
                 f"{most} subjects need as many tags, got {self.tags}" if self.tags < most else "",
                 "" if sized else f"grid must be 2 and patch 3 lengths of at least 1, got {grid} and {patch}",
                 f"a patch must be as high as wide, got {patch}" if sized and patch[1] != patch[2] else "",

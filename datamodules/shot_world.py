@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from torchmetrics import Metric
 
+from datamodules.drift import ShotDrift
 from datamodules.identities import Identities
 from datamodules.loading import Batch, ResumableLoader, train_loader, val_loader
 from datamodules.quality import ShotQuality
@@ -21,12 +22,16 @@ from datamodules.settings import ShotWorldSettings, ends
 from sparse_zoo.layout import Layout, Shot
 
 SPLITS = ("train", "validation", "test")
-TEXT = 4  # tokens of a caption: the subject's tag, its start cell, its end cell, the background
+TEXT = 4  # tokens of a caption: the subject's tag, its start cell, its end cell, the background; then of its view
 
 
 @dataclass(frozen=True)
 class Script:
-    """The events of one film, by shot (n,): subject number, identity, tag, start and end cell, background, frames."""
+    """The events of one film, by shot (n,).
+
+    Subject number, identity, tag, start and end cell, background, frames, view; the identities (n, k) and cells (n, k)
+    of the distractors.
+    """
 
     name: str
     subject: np.ndarray[Any, np.dtype[np.int64]]
@@ -36,6 +41,9 @@ class Script:
     end: np.ndarray[Any, np.dtype[np.int64]]
     background: np.ndarray[Any, np.dtype[np.int64]]
     frames: np.ndarray[Any, np.dtype[np.int64]]
+    view: np.ndarray[Any, np.dtype[np.int64]]
+    others: np.ndarray[Any, np.dtype[np.int64]]
+    other_cells: np.ndarray[Any, np.dtype[np.int64]]
 
 
 class ShotWorld(LightningDataModule):
@@ -46,12 +54,16 @@ class ShotWorld(LightningDataModule):
     return, a model must find, by the tag, the shot that introduced the subject. In a shot the subject moves evenly from
     its start to its end cell, in whole patches. Returns show all subjects in random order before any is repeated.
 
+    Settings make it harder: poses, sizes and screens of subjects (a view, whose pose, size and screen the caption names
+    by further tokens, each where it can differ), other objects, striped backgrounds that move. Metrics know the view.
+
     Film n of training is a function of (seed, n), and every epoch has new films; validation and test have films of
     their own, always the same. Films of one shape are stacked (B = `batch_size`). If `subjects` or `frames_per_shot` is
     a range, films differ in shape, and `batch_size` films are packed into one stream (B = 1).
 
-    A batch's "truth", in stream order: "subject" (a number within its film), "identity" and "background", int64 (B,
-    shots); "position", int64 (B, frames, 2), the subject's top left pixel in each frame. The sample metrics need it.
+    A batch's "truth", in stream order: "subject" (a number within its film), "identity", "background" and "view", int64
+    (B, shots); "position", int64 (B, frames, 2), the top left pixel of the subject's window in each frame. The sample
+    metrics need it. "known" tells for each shot of the stream whether it is given where films are judged.
 
     Args:
         **settings: Fields of `ShotWorldSettings`.
@@ -67,14 +79,27 @@ class ShotWorld(LightningDataModule):
         given = ShotWorldSettings(**settings)
         grid, patch, side = given.grid, given.patch, given.subject_size
         lengths = ends(given.frames_per_shot)
-        self.identities = Identities(given.shapes, given.colours, given.textures, given.backgrounds, side * patch[1])
+        self.identities = Identities(
+            given.shapes,
+            given.colours,
+            given.textures,
+            given.backgrounds,
+            side * patch[1],
+            given.poses,
+            given.scales,
+            given.screens,
+            given.scenery,
+        )
         self.subjects = ends(given.subjects)
         self.returns = given.returns
+        self.least_subjects = given.least_subjects
         self.lengths = range(lengths[0], lengths[1] + 1, patch[0])
         self.grid = (grid[0], grid[1])
         self.patch = (patch[0], patch[1], patch[2])
         self.cells = (grid[0] - side + 1, grid[1] - side + 1)
         self.tags = given.tags
+        self.distractors = given.distractors
+        self.judged = given.judged
         self.batch_size = given.batch_size
         self.films_per_epoch = given.films_per_epoch
         self.val_films = given.val_films
@@ -84,8 +109,14 @@ class ShotWorld(LightningDataModule):
 
     @property
     def vocabulary(self) -> int:
-        """Ids for the tags, then the start cells, the end cells, the backgrounds."""
-        return self.tags + 2 * self.cells[0] * self.cells[1] + self.identities.backgrounds
+        """Ids for the tags, then the start cells, the end cells, the backgrounds, then poses, scales and screens."""
+        return self.tags + 2 * self.cells[0] * self.cells[1] + self.identities.backgrounds + sum(self._views)
+
+    @property
+    def _views(self) -> list[int]:
+        """How many poses, scales and screens there are, of those that can differ."""
+        of = self.identities
+        return [count for count in (of.poses, of.scales, of.screens) if count > 1]
 
     @property
     def stacked(self) -> bool:
@@ -115,6 +146,10 @@ class ShotWorld(LightningDataModule):
         """Metrics of films of which every shot is generated."""
         return {"whole": IdentityRecall(self.identities, whole=True)}
 
+    def drift(self) -> ShotDrift:
+        """What every shot of generated films shows, by its number in the film."""
+        return ShotDrift(self.identities)
+
     def summary(self) -> dict[str, Any]:
         """Sizes, ready for JSON; the shots and frames of a range are counted over the films themselves."""
         counts = {}
@@ -132,38 +167,65 @@ class ShotWorld(LightningDataModule):
         draw = np.random.default_rng([self.seed, SPLITS.index(split), number])
         count = int(draw.integers(self.subjects[0], self.subjects[1] + 1))
         returns = count if self.returns is None else self.returns
+        if split == "train" and self.least_subjects is not None:
+            # In as many shots, so that films of all batches have one shape.
+            fewer = int(draw.integers(self.least_subjects, count + 1))
+            count, returns = fewer, returns + count - fewer
         rounds = [draw.permutation(count) for _ in range(-(-returns // count))]
         subject = np.concatenate([np.arange(count), *rounds])[: count + returns]
-        start, end = draw.integers(self.cells[0] * self.cells[1], size=(2, len(subject)))
+        cells, shots, of = self.cells[0] * self.cells[1], len(subject), self.identities
+        start, end = draw.integers(cells, size=(2, shots))
+        identity = draw.integers(len(of), size=count)[subject]
+        tag = draw.permutation(self.tags)[subject]
+        background = draw.integers(of.backgrounds, size=shots)
+        frames = draw.choice(self.lengths, size=shots)
+        # Whatever is sampled from here on leaves the films of earlier settings as they were.
+        view = draw.integers(of.views, size=shots)
+        others = self._distractors(draw, identity)
+        other_cells = draw.integers(cells, size=others.shape)
         return Script(
-            name=f"{split} {number}",
-            subject=subject,
-            identity=draw.integers(len(self.identities), size=count)[subject],
-            tag=draw.permutation(self.tags)[subject],
-            start=start,
-            end=end,
-            background=draw.integers(self.identities.backgrounds, size=len(subject)),
-            frames=draw.choice(self.lengths, size=len(subject)),
+            f"{split} {number}", subject, identity, tag, start, end, background, frames, view, others, other_cells
         )
+
+    def _distractors(
+        self, draw: np.random.Generator, identity: np.ndarray[Any, np.dtype[np.int64]]
+    ) -> np.ndarray[Any, np.dtype[np.int64]]:
+        """Identities (n, distractors), each of the shape of the shot's subject or of its colour, but not of both."""
+        of, size = self.identities, (len(identity), self.distractors)
+        same_shape = draw.integers(2, size=size) == 0
+        other_shape = draw.integers(1, max(of.shapes, 2), size=size)
+        other_colour = draw.integers(1, max(of.colours, 2), size=size)
+        texture = draw.integers(of.textures, size=size)
+        own = identity[:, None] // of.textures
+        shape = np.where(same_shape, own // of.colours, (own // of.colours + other_shape) % of.shapes)
+        colour = np.where(same_shape, (own % of.colours + other_colour) % of.colours, own % of.colours)
+        return (shape * of.colours + colour) * of.textures + texture
 
     def batch(self, split: str, numbers: Sequence[int]) -> Batch:
         """These films of "train", "validation" or "test", stacked or packed as the class describes."""
         scripts = [self.script(split, number) for number in numbers]
         rows = len(scripts) if self.stacked else 1
         frames = np.concatenate([script.frames for script in scripts])
-        subject, identity, background, start, end, tag = (
+        subject, identity, background, view, start, end, tag, others, other_cells = (
             torch.from_numpy(np.concatenate([getattr(script, name) for script in scripts]))
-            for name in ("subject", "identity", "background", "start", "end", "tag")
+            for name in ("subject", "identity", "background", "view", "start", "end", "tag", "others", "other_cells")
         )
         shot = torch.arange(len(frames)).repeat_interleave(torch.from_numpy(frames))
+        number = torch.arange(len(shot)) - torch.from_numpy(np.cumsum(frames) - frames)[shot]  # of a frame in its shot
         position = self._position(start, end, frames, shot)
         size = (self.grid[0] * self.patch[1], self.grid[1] * self.patch[2])
-        video = self.identities.render(identity[shot], position, background[shot], size)
-        cells = self.cells[0] * self.cells[1]
-        offsets = torch.tensor([0, self.tags, self.tags + cells, self.tags + 2 * cells])
-        text = torch.stack([tag, start, end, background], dim=-1) + offsets
+        ground, canvas = background[shot], None
+        for other, cell in zip(others.T, other_cells.T, strict=True):
+            place = torch.stack([cell // self.cells[1], cell % self.cells[1]], dim=-1)[shot] * self.patch[1]
+            canvas = self.identities.render(other[shot], place, ground, size, frame=number, canvas=canvas)
+        video = self.identities.render(
+            identity[shot], position, ground, size, view=view[shot], frame=number, canvas=canvas
+        )
+        text = self._captions(tag, start, end, background, view)
         films = [
-            Layout.film([Shot(int(length) // self.patch[0], *self.grid, TEXT) for length in script.frames])
+            Layout.film(
+                [Shot(int(length) // self.patch[0], *self.grid, TEXT + len(self._views)) for length in script.frames]
+            )
             for script in (scripts[:1] if self.stacked else scripts)
         ]
         lengths = (scripts[0].frames if self.stacked else frames).tolist()
@@ -175,10 +237,32 @@ class ShotWorld(LightningDataModule):
                 "subject": subject.view(rows, -1),
                 "identity": identity.view(rows, -1),
                 "background": background.view(rows, -1),
+                "view": view.view(rows, -1),
                 "position": position.view(rows, -1, 2),
             },
+            "known": [known for script in (scripts[:1] if self.stacked else scripts) for known in self._known(script)],
             "names": [script.name for script in scripts],
         }
+
+    def _known(self, script: Script) -> list[bool]:
+        """Whether each shot is given where the film is judged."""
+        shots = len(script.subject)
+        introduced = self.subjects[1] if self.stacked else int(script.subject.max()) + 1
+        given = introduced if self.judged == "returns" else shots - 1
+        return [shot < given for shot in range(shots)]
+
+    def _captions(self, tag: Tensor, start: Tensor, end: Tensor, background: Tensor, view: Tensor) -> Tensor:
+        """Token ids (shots, tokens of a caption)."""
+        cells, of = self.cells[0] * self.cells[1], self.identities
+        parts = [(tag, self.tags), (start, cells), (end, cells), (background, of.backgrounds)]
+        seen = [
+            (view // (of.scales * of.screens), of.poses),
+            (view // of.screens % of.scales, of.scales),
+            (view % of.screens, of.screens),
+        ]
+        parts += [(words, count) for words, count in seen if count > 1]
+        offsets = np.cumsum([0, *(count for _, count in parts[:-1])]).tolist()
+        return torch.stack([words + offset for (words, _), offset in zip(parts, offsets, strict=True)], dim=-1)
 
     def _position(self, start: Tensor, end: Tensor, frames: np.ndarray[Any, Any], shot: Tensor) -> Tensor:
         """Top left pixel (row, col) in every frame, int64 (frames, 2)."""

@@ -17,7 +17,7 @@ from torch import Tensor
 import sparse_zoo as zoo
 from lit_modules.dit import DiTOutput, VideoDiT
 from lit_modules.settings import Flow
-from lit_modules.stream import stream
+from lit_modules.stream import Stream, stream
 from sparse_zoo.remember import copy_to
 
 
@@ -25,6 +25,13 @@ def generator(*purpose: object) -> torch.Generator:
     """A CPU generator, whatever the device, that is a function of `purpose` (printed, then hashed) alone."""
     digest = hashlib.blake2b(repr(purpose).encode(), digest_size=4).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest, "little"))
+
+
+def known_shots(batch: Mapping[str, Any]) -> Tensor:
+    """The shots that are given where films are judged, bool (S,): all but the last if the batch does not say."""
+    if "known" in batch:
+        return torch.tensor(batch["known"], device=batch["text"].device)
+    return ~stream(batch["layout"]).last_shots
 
 
 @dataclass(frozen=True)
@@ -44,8 +51,11 @@ class RectifiedFlow(Flow):
         """Times in [0, 1], shifted towards noise by `shift`."""
         return self.shift * time / (1 + (self.shift - 1) * time)
 
-    def draw_times(self, batch: int, layout: zoo.Layout, draws: torch.Generator) -> Tensor:
-        """Training times (B, S), one per shot of the stream; 0 where a shot is given."""
+    def draw_times(self, batch: int, layout: zoo.Layout, draws: torch.Generator, known: Tensor | None = None) -> Tensor:
+        """Training times (B, S), one per shot of the stream; 0 where a shot is given.
+
+        `known`, bool (S,), are the shots that are given where films are judged.
+        """
         table = stream(layout)
         films = len(table.shots_of_film)
         count = len(table.film_of_shot) if self.per_shot else films
@@ -54,10 +64,18 @@ class RectifiedFlow(Flow):
         else:
             time = torch.sigmoid(self.mean + self.std * torch.randn(batch, count, generator=draws))
         time = copy_to(self.warp(time), layout.device)
-        time = time if self.per_shot else time[:, table.film_of_shot]
-        if not self.history:
-            return time
-        chosen, how_many = copy_to(torch.rand(2, batch, films, generator=draws), layout.device)
+        time = noisy = time if self.per_shot else time[:, table.film_of_shot]
+        if self.history:
+            time = self._with_history(time, table, draws)
+        if self.known and known is not None:
+            chosen = copy_to(torch.rand(batch, films, generator=draws), layout.device) < self.known
+            time = torch.where(chosen[:, table.film_of_shot], noisy.masked_fill(known.to(noisy.device), 0.0), time)
+        return time
+
+    def _with_history(self, time: Tensor, table: Stream, draws: torch.Generator) -> Tensor:
+        """Times (B, S), 0 for the first shots of some films."""
+        batch, films = len(time), len(table.shots_of_film)
+        chosen, how_many = copy_to(torch.rand(2, batch, films, generator=draws), time.device)
         # From 1 to S - 1 shots of S; of a film of one shot, none.
         given = (1 + how_many * (table.shots_of_film - 1)).long().clamp(max=table.shots_of_film - 1)
         given = torch.where(chosen < self.history, given, 0)
@@ -69,7 +87,7 @@ class RectifiedFlow(Flow):
         """The loss of a batch at random times, noise and dropped captions."""
         text: Tensor = batch["text"]
         layout = batch["layout"].to(text.device)
-        time = self.draw_times(text.shape[0], layout, draws)
+        time = self.draw_times(text.shape[0], layout, draws, known_shots(batch))
         films = len(layout.films)
         dropped = copy_to(torch.rand(text.shape[0], films, generator=draws), text.device) < self.drop_text
         text = model.drop_text(text, dropped[:, stream(layout).film_of_text])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import fields
+from dataclasses import fields, replace
 from typing import Any, Protocol, cast, runtime_checkable
 
 import torch
@@ -18,7 +18,7 @@ from typing_extensions import override
 import sparse_zoo as zoo
 from lit_modules.callbacks import EMA
 from lit_modules.dit import Block, VideoDiT
-from lit_modules.flow import RectifiedFlow, generator
+from lit_modules.flow import RectifiedFlow, generator, known_shots
 from lit_modules.metrics import LossByTime
 from lit_modules.muon import MuonAdamW
 from lit_modules.parallel import mean_over_ranks, shard
@@ -53,7 +53,8 @@ class LitVideoDiT(LightningModule):
 
     A batch is a dict: "layout", the joint `Layout` of the stream, sizes in tokens; "clips", float32 in [-1, 1], one
     per shot in stream order, each (B, F, C, H, W), of pixels or of a VAE's latents; "text", int64 (B, Nt) token ids
-    in stream order, or embeddings (B, Nt, text_dim); and whatever the sample metrics need.
+    in stream order, or embeddings (B, Nt, text_dim); "known", a bool for each shot, whether it is given where films are
+    judged (by default all but the last of a film); and whatever the sample metrics need.
 
     Args:
         model: Arguments of `VideoDiT`.
@@ -62,8 +63,10 @@ class LitVideoDiT(LightningModule):
         sampling: Fields of `Euler`, for `sample_metrics`.
         seed: Seed of noise, times and the attention's random numbers; with the number of the batch it fixes them all.
         sample_metrics: Metrics by name, whose `update(clips, batch)` judges films that are generated in validation and
-            test: the last shot of each film, the earlier ones given. Not kept in checkpoints.
-        whole_metrics: The same for films of which every shot is generated, in test alone.
+            test, beside the known shots. Not kept in checkpoints.
+        whole_metrics: The same for films of which every shot is generated, in test alone. If the model is strictly
+            causal and films are generated at once, they are also generated shot by shot, with cached keys: then
+            "whole_streamed_" begins the names that otherwise begin with "whole_".
 
     Raises:
         NonFiniteLoss: Before a non-finite loss or gradient reaches the weights.
@@ -103,12 +106,14 @@ class LitVideoDiT(LightningModule):
         self.sample_metrics = MetricCollection(dict(sample_metrics or {}), prefix="val/", compute_groups=False)
         self.test_metrics = self.sample_metrics.clone(prefix="test/")
         self.whole_metrics = MetricCollection(dict(whole_metrics or {}), prefix="test/", compute_groups=False)
+        self.streamed_metrics = self.whole_metrics.clone()
         # Every device validates all films, so there is nothing to reduce.
         for metric in (
             self.val_loss,
             *self.sample_metrics.values(),
             *self.test_metrics.values(),
             *self.whole_metrics.values(),
+            *self.streamed_metrics.values(),
         ):
             metric.sync_on_compute = False
         self._sharded = False
@@ -151,7 +156,14 @@ class LitVideoDiT(LightningModule):
         ]
         rates: dict[str, Any] = {"lr": optim.lr, "betas": (optim.beta1, optim.beta2)}
         optimizer: torch.optim.Optimizer = (
-            MuonAdamW(inner, groups, muon_lr=optim.muon_lr, weight_decay=optim.weight_decay, **rates)
+            MuonAdamW(
+                inner,
+                groups,
+                muon_lr=optim.muon_lr,
+                weight_decay=optim.weight_decay,
+                wide=optim.muon_float32,
+                **rates,
+            )
             if muon
             else torch.optim.AdamW(groups, **rates)
         )
@@ -192,17 +204,33 @@ class LitVideoDiT(LightningModule):
             found = self.flow.loss(self.model, batch["clips"], text, time, layout, draws, step=self.global_step)
             self.val_loss.update(found.per_token, which)
         if not self.trainer.sanity_checking:
-            self._judge(self.sample_metrics, batch, batch_idx, ~stream(layout).last_shots)
+            self._judge(self.sample_metrics, batch, batch_idx, known_shots(batch))
 
     @override
     def test_step(self, batch: dict[str, Any], batch_idx: int) -> None:
-        self._judge(self.test_metrics, batch, batch_idx, ~stream(batch["layout"]).last_shots)
+        self._judge(self.test_metrics, batch, batch_idx, known_shots(batch))
         self._judge(self.whole_metrics, batch, batch_idx, None)
+        if self._streams:
+            self._judge(self.streamed_metrics, batch, batch_idx, None, replace(self.sampling, order="shots"))
 
-    def _judge(self, metrics: MetricCollection, batch: dict[str, Any], seed: int, known: Tensor | None) -> None:
+    @property
+    def _streams(self) -> bool:
+        """Whether whole films are also generated shot by shot in a test."""
+        return self.model.strict and self.sampling.order == "film"
+
+    def _judge(
+        self,
+        metrics: MetricCollection,
+        batch: dict[str, Any],
+        seed: int,
+        known: Tensor | None,
+        sampling: Euler | None = None,
+    ) -> None:
         """Update metrics with the batch's films, generated except for the `known` shots."""
         if len(metrics):
-            clips = self.sampling.sample(self.model, self.flow, batch, seed=seed, known=known, step=self.global_step)
+            clips = (sampling or self.sampling).sample(
+                self.model, self.flow, batch, seed=seed, known=known, step=self.global_step
+            )
             metrics.update(clips, batch)
 
     @override
@@ -220,6 +248,10 @@ class LitVideoDiT(LightningModule):
     @override
     def on_test_epoch_end(self) -> None:
         self._tell(self.test_metrics, self.whole_metrics)
+        if self._streams and len(self.streamed_metrics):
+            found = self.streamed_metrics.compute()
+            self.log_dict({name.replace("whole_", "whole_streamed_", 1): value for name, value in found.items()})
+            self.streamed_metrics.reset()
 
     def _tell(self, *judges: MetricCollection) -> None:
         """Log the values of metrics, keep their outcomes for each film, and reset them."""

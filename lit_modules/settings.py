@@ -96,6 +96,8 @@ class Flow:
     """Gives each shot a time of its own; otherwise all shots of a film share one."""
     history: float = 0.0
     """Share of the films whose first shots, from one to all but the last, are given clean, at time 0."""
+    known: float = 0.0
+    """Share of the films whose known shots, those that are given where films are judged, are the clean ones instead."""
     drop_text: float = 0.1
     """How often a film's captions are all replaced by the null token, for guidance."""
 
@@ -109,7 +111,7 @@ class Flow:
                 f"shift must be above 0, got {self.shift}" if self.shift <= 0 else "",
                 *(
                     f"{name} must be in [0, 1], got {share}"
-                    for name, share in (("history", self.history), ("drop_text", self.drop_text))
+                    for name, share in (("history", self.history), ("known", self.known), ("drop_text", self.drop_text))
                     if not 0 <= share <= 1
                 ),
             ],
@@ -126,6 +128,8 @@ class Optim:
     """Learning rate of AdamW."""
     muon_lr: float = 0.02
     """Learning rate of Muon."""
+    muon_float32: bool = False
+    """Muon's iterations run in float32, faster on a CPU without bfloat16; false: in bfloat16, as torch has it."""
     weight_decay: float = 0.01
     """Weight decay, for the matrices of linear layers alone."""
     beta1: float = 0.9

@@ -67,7 +67,7 @@ def wider_than(page: Any, width: int) -> list[str]:
 
 
 @pytest.mark.parametrize(("width", "scheme"), [(DESKTOP, "light"), (PHONE, "dark")])
-def test_the_page_fits_and_is_whole(browser: Any, report: Path, tmp_path: Path, width: int, scheme: str) -> None:
+def test_page_fits_and_is_complete(browser: Any, report: Path, tmp_path: Path, width: int, scheme: str) -> None:
     page = browser.new_page(viewport={"width": width, "height": 900}, color_scheme=scheme)
     requests, said = [], []
     page.on("request", lambda request: requests.append(request.url))

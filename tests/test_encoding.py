@@ -153,6 +153,7 @@ def test_each_bad_row_is_one_line_and_the_rest_is_encoded(tmp_path: Path, wan: P
     assert len((tmp_path / "out" / "films.jsonl").read_text().splitlines()) == 2
 
 
+@pytest.mark.slow
 def test_odd_sizes_and_another_vae_are_refused_and_nothing_is_lost(tmp_path: Path, wan: Path, films: Path) -> None:
     out = tmp_path / "out"
     encoded(films, asked(out, wan))
@@ -218,6 +219,7 @@ def test_a_shard_cut_short_is_encoded_again_and_said(tmp_path: Path, wan: Path, 
     assert len(Index(given.folder, "latents").refresh()) == 8
 
 
+@pytest.mark.slow
 def test_a_full_disk_ends_in_one_line_and_the_rest_follows(
     tmp_path: Path, wan: Path, films: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -262,6 +264,7 @@ def share(films: Path, given: Encoding, number: int, told: Any) -> None:
     told.put((number, [outcome.film is not None for outcome in outcomes]))
 
 
+@pytest.mark.slow
 def test_two_processes_share_a_manifest_without_double_work(
     tmp_path: Path, wan: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

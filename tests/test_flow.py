@@ -73,6 +73,27 @@ def test_history_gives_the_first_shots_clean(per_shot):
     assert not (RectifiedFlow(per_shot=per_shot).draw_times(batch, PACKED, generator("times")) == 0).any()
 
 
+def test_known_shots_are_the_clean_ones_in_their_share_of_films():
+    batch, known = 4000, torch.arange(7) % 3 == 0
+    flow = RectifiedFlow(per_shot=True, history=0.5, known=0.6)
+    clean = flow.draw_times(batch, PACKED, generator("times"), known) == 0
+    chosen = torch.stack(
+        [
+            (clean[:, film == stream(PACKED).film_of_shot] == known[film == stream(PACKED).film_of_shot]).all(-1)
+            for film in range(2)
+        ],
+        -1,
+    ).double()
+    assert bool(((chosen.mean(0) - 0.6).abs() < 0.2).all())
+    only = RectifiedFlow(per_shot=True, known=1.0).draw_times(batch, PACKED, generator("times"), known)
+    assert torch.equal(only == 0, known.expand(batch, -1))
+    before = RectifiedFlow(per_shot=True, history=0.5)
+    assert torch.equal(
+        before.draw_times(batch, PACKED, generator("times"), known),
+        before.draw_times(batch, PACKED, generator("times")),
+    )
+
+
 def test_clean_tokens_are_left_out_of_the_loss():
     films, table = batch(PACKED, size=2), stream(PACKED)
     model = Field(lambda at: torch.zeros_like(at.x))

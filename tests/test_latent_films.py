@@ -16,6 +16,7 @@ from torch import Tensor
 
 from datamodules import LatentFilms
 from datamodules.shards import Writer
+from experiments.config.datamodule import build
 from lit_modules import LitPretrained, LitVideoDiT
 from sparse_zoo.errors import ZooError
 
@@ -124,7 +125,7 @@ def test_an_epoch_gives_each_film_once_in_batches_of_one_size(tmp_path: Path) ->
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_an_epoch_goes_on_where_it_stopped(tmp_path: Path, workers: int) -> None:
+def test_epoch_resumes_where_it_stopped(tmp_path: Path, workers: int) -> None:
     data = made(write(tmp_path / "a", 9), films_per_batch=2, num_workers=workers)
     whole = names(data)
     loader = data.train_dataloader()
@@ -153,7 +154,7 @@ def test_dropped_captions_are_a_function_of_seed_epoch_and_film(tmp_path: Path) 
     assert {batch["text"].shape[1] for batch in data.val_dataloader()} == {7}
 
 
-def test_pretrained_batches_have_equal_shots_and_text_as_long_as_asked(tmp_path: Path) -> None:
+def test_pretrained_batches_have_equal_shots_and_text_of_the_given_length(tmp_path: Path) -> None:
     data = made(write(tmp_path / "a", 9), batches="pretrained", films_per_batch=2, max_tokens=10)
     for batch in data.train_dataloader():
         assert batch["latents"].shape[1:] == (CHANNELS, 5, 4, 6)
@@ -190,6 +191,16 @@ def test_another_vae_than_that_of_the_latents_is_refused(tmp_path: Path, wan: Pa
     folder = write(tmp_path / "a")
     with pytest.raises(ZooError, match=r"vae .* did not make these latents: its digest is \w+, theirs x"):
         made(folder, vae=str(wan))
+
+
+def test_batches_of_the_other_kind_of_model_are_refused(tmp_path: Path) -> None:
+    settings = {"name": "latent_films", "folder": str(write(tmp_path))}
+    with pytest.raises(ZooError, match="batches must be pretrained for a pretrained model=DIR, got packed"):
+        build(settings, pretrained=True)
+    with pytest.raises(ZooError, match="batches must be packed for a model of ours, got pretrained"):
+        build({**settings, "batches": "pretrained"})
+    assert build({**settings, "batches": "pretrained"}, pretrained=True)
+    assert build(settings)
 
 
 def test_a_folder_that_is_not_encoded_is_refused(tmp_path: Path) -> None:

@@ -23,9 +23,10 @@ from typing_extensions import override
 
 import sparse_zoo as zoo
 from datamodules import ShotWorld
-from lit_modules import AttentionCost, LitVideoDiT, NonFiniteLoss, Optim, SampleFilms, StepTimer, film_strip
+from lit_modules import AttentionCost, Euler, LitVideoDiT, NonFiniteLoss, Optim, SampleFilms, StepTimer, film_strip
 from lit_modules.flow import generator
 from lit_modules.module import VALIDATION_TIMES
+from lit_modules.muon import WideMuon
 from lit_modules.stream import stream
 from lit_modules.strips import stack_rows
 
@@ -72,7 +73,7 @@ def loader(*batches, times=1):
     return DataLoader(list(batches) * times, batch_size=None)
 
 
-@pytest.mark.parametrize("method", cases(METHODS))
+@pytest.mark.parametrize("method", cases(METHODS, ["moc"]))
 def test_every_method_learns(method):
     films = batch(FIRST)
     films["clips"] = [torch.full_like(clip, 0.8 * (-1) ** i) for i, clip in enumerate(films["clips"])]
@@ -317,7 +318,7 @@ class Weights(Callback):
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
-def test_steps_that_overflow_are_skipped_and_training_goes_on(optimizer):
+def test_steps_that_overflow_are_skipped_and_training_continues(optimizer):
     seen, half, module = Weights(), Half(2.0**24), lit(optim={"optimizer": optimizer, "ema_decay": 0.9})
     for weight in module.parameters():
         weight.register_hook(lambda gradient: gradient.half().float())  # beyond 65504 infinite
@@ -358,6 +359,23 @@ def test_only_matrices_of_linear_layers_decay():
     plain = {id(p) for p in others["params"]}
     assert id(module.model.words.weight) in plain
     assert {id(p) for p in module.model.parameters()} == plain | {id(p) for p in decayed["params"]}
+
+
+def test_muon_in_float32_steps_as_torchs_does_but_for_rounding():
+    torch.manual_seed(0)
+    shapes, found = [(6, 9), (12, 5), (8, 8)], {}
+    start, gradients = [torch.randn(*shape) for shape in shapes], [torch.randn(3, *shape) for shape in shapes]
+    for cls in (torch.optim.Muon, WideMuon):
+        weights = [torch.nn.Parameter(x.clone()) for x in start]
+        muon = cls(weights, lr=0.1, weight_decay=0.1)
+        for turn in range(3):
+            for weight, gradient in zip(weights, gradients, strict=True):
+                weight.grad = gradient[turn].clone()
+            muon.step()
+        found[cls] = [weight.detach() for weight in weights]
+    for theirs, ours, x in zip(*found.values(), start, strict=True):
+        assert torch.allclose(ours, theirs, atol=0.02)
+        assert (theirs - x).abs().max() > 0.1
 
 
 @pytest.mark.parametrize("text", ["joint", "cross"])
@@ -564,7 +582,7 @@ class Bright(Metric):
         return self.pixels[0] / self.pixels[1]
 
 
-def test_a_test_draws_last_shots_and_whole_films_with_the_averaged_weights(tmp_path):
+def test_testing_samples_last_shots_and_whole_films_with_the_averaged_weights(tmp_path):
     keep, films = ModelCheckpoint(tmp_path, filename="last"), batch(PACKED)
     judges = {"sample_metrics": {"last": Bright()}, "whole_metrics": {"all": Bright(), "seen": Seen()}}
     module = lit(**judges, sampling={"steps": 2})
@@ -577,6 +595,21 @@ def test_a_test_draws_last_shots_and_whole_films_with_the_averaged_weights(tmp_p
     for name, known in (("last", ~stream(PACKED).last_shots), ("all", None)):
         clips = averaged.sampling.sample(averaged.model, averaged.flow, films, seed=0, known=known, step=2)
         assert once[f"test/{name}"] == pytest.approx(float(sum(clip.double().sum() for clip in clips)), rel=1e-5)
+
+
+@pytest.mark.parametrize(("causal", "order"), [("strict", "film"), ("strict", "shots"), (None, "film")])
+def test_whole_films_of_a_strict_model_are_also_generated_shot_by_shot(causal, order):
+    films = batch(PACKED)
+    attention = {"name": "moc", "chunk": "shot", "top_k": 1, "causal": causal}
+    module = lit(attention=attention, whole_metrics={"whole_sum": Bright()}, sampling={"steps": 2, "order": order})
+    run = trainer(1)
+    run.test(module, loader(films, times=1), verbose=False)
+    found = {name: float(value) for name, value in run.callback_metrics.items()}
+    streams = causal == "strict" and order == "film"
+    assert set(found) == {"test/whole_sum"} | ({"test/whole_streamed_sum"} if streams else set())
+    if streams:
+        shots = Euler(2, order="shots").sample(module.model, module.flow, films, seed=0, step=0)
+        assert found["test/whole_streamed_sum"] == pytest.approx(float(sum(x.double().sum() for x in shots)), rel=1e-5)
 
 
 def test_a_resumed_run_whose_training_was_over_is_tested_with_the_averaged_weights(tmp_path):

@@ -166,7 +166,7 @@ def test_a_task_trains_its_cell_in_the_surroundings_of_the_sweep(
     assert "PATH" not in seen[0]
 
 
-def test_what_dies_or_fails_is_told_and_the_others_go_on(made_up: Callable[..., MadeUp], runs: Path) -> None:
+def test_dead_and_failed_tasks_are_reported_and_the_others_run(made_up: Callable[..., MadeUp], runs: Path) -> None:
     ray = made_up(CPU=2.0)
 
     def serve(job: Any, *_: object) -> None:

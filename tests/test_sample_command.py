@@ -41,6 +41,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return Path(result.folder)
 
 
+@pytest.mark.slow
 def test_films_longer_than_trained_on(trained: Path, tmp_path: Path) -> None:
     asked = [
         "data.returns=3",
@@ -54,10 +55,16 @@ def test_films_longer_than_trained_on(trained: Path, tmp_path: Path) -> None:
         "2",
         "--out",
         tmp_path / "out",
+        "--plot",
+        tmp_path / "drift.png",
     ]
     result = zoo("sample", trained, *asked, "--json")
     assert result.exit_code == 0, result.output
     found = json.loads(result.stdout)
+    assert image.imread(found.pop("plot")).shape[1] == 1300
+    assert (found["by_shot"]["shot"], found["by_shot"]["films"]) == ([0, 1, 2, 3], [3] * 4)
+    assert found["by_shot"]["window_error"][0] < 1e-6 < min(found["by_shot"]["window_error"][1:])  # the first is given
+    assert found["by_shot"]["same_as_introduction"][0] is None
     assert found == json.loads((tmp_path / "out" / "sample.json").read_text())
     assert (found["step"], found["data"]["returns"]) == (1, 3)
     assert found["sampling"] == {"steps": 2, "guidance": 1.0, "order": "shots", "context": 1}
@@ -77,7 +84,7 @@ def test_films_longer_than_trained_on(trained: Path, tmp_path: Path) -> None:
             assert (real[:, place] == drawn[:, place]).mean() < 0.9
 
 
-def test_people_see_which_shots_each_was_drawn_beside(trained: Path) -> None:
+def test_output_shows_the_context_of_each_generated_shot(trained: Path) -> None:
     result = zoo("sample", trained, "--films", "1", "--steps", "1", "--context", "4")
     assert "0: –; 1: 0" in result.stdout
     assert "film_000.png" in result.stdout
@@ -88,7 +95,7 @@ def test_people_see_which_shots_each_was_drawn_beside(trained: Path) -> None:
     assert "each shot beside" not in zoo("sample", trained, "--films", "1", "--steps", "1", "--order", "shots").stdout
 
 
-def test_what_is_not_asked_for_is_the_runs_and_the_model_is_told_its_step(trained: Path, tmp_path: Path) -> None:
+def test_settings_not_given_are_the_runs_and_the_model_gets_its_step(trained: Path, tmp_path: Path) -> None:
     (checkpoint,) = trained.glob("checkpoints/*.ckpt")
     drawing = Drawing(checkpoint, [], films=3, given=0, sampling={})
     assert (drawing.euler.order, drawing.euler.steps, drawing.euler.context) == ("film", 1, None)
@@ -124,6 +131,7 @@ def test_what_does_not_fit_is_refused(trained: Path, asked: list[str], message: 
     assert message in result.stderr
 
 
+@pytest.mark.slow
 def test_a_run_without_a_checkpoint_is_refused(trained: Path, tmp_path: Path) -> None:
     assert "no such run or checkpoint" in zoo("sample", tmp_path / "none").stderr
     assert "holds no checkpoints/*.ckpt" in zoo("sample", tmp_path).stderr

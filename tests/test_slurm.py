@@ -187,6 +187,7 @@ def test_encoding_that_fails_in_every_job_is_one_line(tmp_path: Path, films: Pat
     assert "config.json is missing" in done.stderr
 
 
+@pytest.mark.slow
 def test_without_slurm_it_says_what_is_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ZOO_HOME", str(tmp_path))
     monkeypatch.setenv("PATH", "")

@@ -64,6 +64,7 @@ def leaves_the_encoding_open(call: ast.Call) -> bool:
     return any(x.arg == "text" and isinstance(x.value, ast.Constant) and x.value.value is True for x in call.keywords)
 
 
+@pytest.mark.slow
 def test_every_file_is_opened_in_a_stated_encoding() -> None:
     found = [
         f"{file.relative_to(ROOT)}:{node.lineno}"

@@ -1,5 +1,6 @@
 """Measures of videos: what they are by definition, and what is said where they cannot be computed."""
 
+import hashlib
 import json
 import math
 import sys
@@ -29,15 +30,69 @@ def test_psnr_is_that_of_its_definition():
     }  # fmt: skip
 
 
-def test_lpips_is_left_out_without_its_weights(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+@pytest.fixture
+def alexnet(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> dict[str, torch.Tensor]:
+    """Random weights of AlexNet where torchvision's would be, which count as its file; and what is in it."""
+    draws = torch.Generator().manual_seed(0)
+    shapes = {0: (64, 3, 11, 11), 3: (192, 64, 5, 5), 6: (384, 192, 3, 3), 8: (256, 384, 3, 3), 10: (256, 256, 3, 3)}
+    held = {}
+    for i, shape in shapes.items():
+        held[f"features.{i}.weight"] = torch.randn(shape, generator=draws) / math.prod(shape[1:]) ** 0.5
+        held[f"features.{i}.bias"] = torch.randn(shape[0], generator=draws)
+    held |= {"classifier.1.weight": torch.zeros(1, 1)}
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
-    monkeypatch.setattr(video_quality, "find_spec", lambda _: None)
-    assert video_quality.lpips_missing().endswith("is not installed")
-    monkeypatch.setattr(video_quality, "find_spec", lambda name: name)
-    assert video_quality.lpips_missing().endswith(f"are not at {tmp_path / 'checkpoints' / video_quality.ALEXNET}")
-    (tmp_path / "checkpoints").mkdir()
-    (tmp_path / "checkpoints" / video_quality.ALEXNET).touch()
-    assert video_quality.lpips_missing() == ""
+    path = tmp_path / "checkpoints" / video_quality.ALEXNET
+    path.parent.mkdir()
+    torch.save(held, path)
+    monkeypatch.setattr(video_quality, "ALEXNET_SHA256", hashlib.sha256(path.read_bytes()).hexdigest()[:8])
+    return held
+
+
+def test_lpips_is_left_out_without_the_weights_of_alexnet(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
+    path = tmp_path / "checkpoints" / video_quality.ALEXNET
+    assert video_quality.lpips_missing().endswith(f"are not at {path}")
+    path.parent.mkdir()
+    torch.save({"features.0.weight": torch.zeros(1)}, path)  # as a backbone at random would be
+    assert "its SHA-256 must begin with 7be5be79" in video_quality.lpips_missing()
+    assert video_quality.fidelity(videos(), videos(1))["lpips"] is None
+    with pytest.raises(ZooError, match="is not torchvision's file"):
+        video_quality.Lpips()
+
+
+def test_lpips_is_that_of_its_definition(alexnet: dict[str, torch.Tensor]):
+    """Section 3 of its paper, in float64, on AlexNet written out; heads are those that its authors trained."""
+    import torchmetrics.functional.image.lpips as published
+
+    heads = torch.load(
+        Path(published.__file__).parent / "lpips_models" / "alex.pth", map_location="cpu", weights_only=True
+    )
+    shift = torch.tensor([-0.030, -0.088, -0.188]).double()[:, None, None]
+    scale = torch.tensor([0.458, 0.448, 0.450]).double()[:, None, None]
+
+    def activations(frame: torch.Tensor) -> list[torch.Tensor]:
+        x = ((2 * frame.double() - 1 - shift) / scale)[None]
+        found = []
+        for i, stride, padding in ((0, 4, 2), (3, 1, 2), (6, 1, 1), (8, 1, 1), (10, 1, 1)):
+            if i in (3, 6):
+                x = torch.nn.functional.max_pool2d(x, 3, 2)
+            weight, bias = (alexnet[f"features.{i}.{name}"].double() for name in ("weight", "bias"))
+            x = torch.nn.functional.conv2d(x, weight, bias, stride, padding).clamp(min=0)
+            found.append(x[0])
+        return found
+
+    own, dense = videos(), videos(1)
+    wanted = []
+    for a, b in zip(torch.cat(own), torch.cat(dense), strict=True):
+        distance = 0.0
+        for i, (x, y) in enumerate(zip(activations(a), activations(b), strict=True)):
+            difference = (x / x.norm(dim=0).clamp(min=1e-12) - y / y.norm(dim=0).clamp(min=1e-12)).square()
+            distance += float((heads[f"lin{i}.model.1.weight"].double()[0] * difference).sum(0).mean())
+        wanted.append(distance)
+    found = video_quality.fidelity(own, dense)["lpips"]
+    assert found == pytest.approx(sum(wanted) / len(wanted), rel=1e-4)
+    assert found > 0.01
+    assert video_quality.fidelity(own, own)["lpips"] == 0
 
 
 def test_consistency_is_that_of_its_definition(monkeypatch: pytest.MonkeyPatch):

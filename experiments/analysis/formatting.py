@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import groupby
 from typing import Any
 
@@ -70,6 +70,12 @@ def settings(attention: dict[str, Any] | list[dict[str, Any]], without: Iterable
         return " / ".join(name if count == 1 else f"{name} ×{count}" for name, count in alike)
     kept = {key: value for key, value in attention.items() if key not in without}
     return " · ".join(str(value) if key == "name" else f"{key} {plain(value)}" for key, value in kept.items())
+
+
+def tried(overrides: Mapping[str, Any]) -> str:
+    """Return the settings of a trial as `top_k 2 · lr 0.001`, without their sections."""
+    named = (f"{key.rpartition('.')[2]} {plain(value)}" for key, value in overrides.items())
+    return " · ".join(named) or "as written"
 
 
 def plain(value: Any) -> str:

@@ -24,6 +24,8 @@ BESIDE = {
     "colour_recall": "colour",
     "texture_recall": "texture",
     "wrong_subject": "wrong subject",
+    "subject_shown": "subject shown",
+    "shown_identity_recall": "recall where shown",
     WHOLE + RECALL: "whole film",
 }
 
@@ -35,12 +37,14 @@ LABELS = {
     "attention_flops": "attention GFLOPs of a step",
     "density": "density, %",
     "seconds_per_step": "seconds per step",
+    "subject_shown": "share of shots with a subject",
+    "shown_identity_recall": "identity recall where a subject is shown",
 }
 UNITS = {"flops": 1e-9, "attention_flops": 1e-9, "density": 100.0}  # a figure times this is what its label names
 # By a word of the name, so that a measure of one's own, or one at a certain distance, needs no entry.
 HIGHER = ("recall", "consistency", "smoothness", "accuracy")
 LOWER = ("loss", "wrong", "error", *COSTS)
-SHARES = (*HIGHER, "wrong", "degree", "density")
+SHARES = (*HIGHER, "wrong", "degree", "density", "shown")
 
 # Controls of a memory test, by the name of the cell or the method: references that methods are compared with.
 CONTROLS = {"dense": "dense ceiling", "own_shot": "own shot only", "random_shot": "random baseline"}

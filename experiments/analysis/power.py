@@ -8,7 +8,7 @@ normal. Power is the share of the true differences that the paired t tests find 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from itertools import combinations
@@ -18,7 +18,8 @@ import numpy as np
 from experiments.analysis.significance import ALPHA, holm_rows, t_test_p
 
 PROBABILITY = 0.8  # with which a difference is to be found
-DRAWS = 1000  # simulated sweeps
+DRAWS, FEWEST = 1000, 100  # simulated sweeps: of many methods fewer, because each has many pairs
+TABLE = 100_000  # tests of all simulated sweeps together, while those are more than `FEWEST`
 MOST_SEEDS = 200  # that are considered
 STEPS = 14  # of the bisection for a difference: to 1 part in 16,000 of the range
 
@@ -95,13 +96,64 @@ def seeds_needed(effect: float, methods: int, probability: float = PROBABILITY) 
 
 @cache
 def _simulated(seeds: int, methods: int) -> tuple[np.ndarray, np.ndarray]:
-    """Mean difference and standard error of all pairs of alike methods, (DRAWS, pairs), in units of `Spread.sd`."""
+    """Mean difference and standard error of all pairs of alike methods, (draws, pairs), in units of `Spread.sd`."""
     rng = np.random.default_rng(0)
     first, second = np.triu_indices(methods, 1)
-    runs = rng.standard_normal((DRAWS, methods, seeds)) / math.sqrt(2)
+    draws = max(FEWEST, min(DRAWS, TABLE // len(first)))
+    runs = rng.standard_normal((draws, methods, seeds)) / math.sqrt(2)
     centred = runs - runs.mean(-1, keepdims=True)
-    covariance = centred @ centred.swapaxes(1, 2) / (seeds - 1)  # (DRAWS, methods, methods)
+    covariance = centred @ centred.swapaxes(1, 2) / (seeds - 1)  # (draws, methods, methods)
     own = np.diagonal(covariance, axis1=1, axis2=2)
     variance = own[:, first] + own[:, second] - 2 * covariance[:, first, second]
     means = runs.mean(-1)
     return means[:, first] - means[:, second], np.sqrt(variance / seeds)
+
+
+@dataclass(frozen=True)
+class SeedPlan:
+    """What the seeds of a comparison can show, and how many more it needs.
+
+    `difference` is the smallest true difference that is found with `probability` by `spread.seeds` seeds of `methods`
+    methods. `needed` is the number of seeds that finds `target`, `needed_widest` the same if all pairs varied as much
+    as the one that varies most; None where more than `MOST_SEEDS` are needed. Without a target both are None.
+    """
+
+    spread: Spread
+    methods: int
+    probability: float
+    difference: float
+    target: float | None
+    needed: int | None
+    needed_widest: int | None
+
+    @staticmethod
+    def of(
+        values: Mapping[str, Mapping[int, float]],
+        methods: int | None = None,
+        target: float | None = None,
+        probability: float = PROBABILITY,
+    ) -> SeedPlan | None:
+        """Return the plan that a pilot gives.
+
+        Args:
+            values: Name -> seed -> value, of the methods whose spread counts.
+            methods: How many methods are compared; by default those of `values`.
+            target: The difference that is to be found.
+            probability: With which it is to be found.
+
+        Returns:
+            The plan; None where no two methods have two seeds in common, or where no difference varies at all.
+        """
+        spread = Spread.of(values)
+        if spread is None or not spread.sd:
+            return None
+        count = methods or len(values)
+        difference = spread.sd * smallest_effect(spread.seeds, count, probability)
+        needed = [
+            None if target is None else seeds_needed(target / sd, count, probability) for sd in (spread.sd, spread.most)
+        ]
+        return SeedPlan(spread, count, probability, difference, target, *needed)
+
+    def curve(self, seeds: Sequence[int]) -> dict[int, float]:
+        """Return the smallest difference that is found with each of these numbers of seeds."""
+        return {n: self.spread.sd * smallest_effect(n, self.methods, self.probability) for n in seeds}

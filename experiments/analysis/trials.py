@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -76,7 +76,7 @@ class Tuning:
 
     @staticmethod
     def of(plan: TuningFile) -> Tuning:
-        """Read the trials that a sweep planned, with their results; raises `ZooError` for an unknown measure."""
+        """Read the trials that a sweep planned, with their results as far as they are there."""
         request = last_request(plan["sweep"])
         runs: dict[str, list[Result]] = {}
         for cell in request.cells if request else ():
@@ -89,25 +89,27 @@ class Tuning:
             )
             for name, tried in plan["cells"].items()
         )
-        measure = choose_measure(plan["sweep"], plan.get("by"), (result for own in runs.values() for result in own))
-        return Tuning(plan["sweep"], tuple(plan["seeds"]), measure, cells)
+        measured = measures_to_rank_by(result for own in runs.values() for result in own)
+        return Tuning(plan["sweep"], tuple(plan["seeds"]), choose_measure(plan["by"], measured), cells)
+
+    @property
+    def trials(self) -> int:
+        """How many settings were tried for each cell."""
+        return max((len(cell.trials) for cell in self.cells), default=0)
 
 
-def choose_measure(sweep: str, by: str | None, results: Iterable[Result]) -> Measure:
-    """Return the measure that chooses between trials: `by`, or the first of `HEADLINES` that was measured.
-
-    Raises:
-        ZooError: if trials finished and none of them has the measure.
-    """
-    measured = measures_to_rank_by(results)
-    if by is not None:
-        refuse(f"tune.by of {sweep}", [unknown("measure", by, measured)] if measured and by not in measured else [])
-        return Measure.of(by)
-    return Measure.of(next((name for name in HEADLINES if name in measured), HEADLINES[-1]))
+def choose_measure(by: str | None, measured: Sequence[str]) -> Measure:
+    """Return the measure that chooses between trials: `by`, or the first of `HEADLINES` that was measured."""
+    return Measure.of(by or next((name for name in HEADLINES if name in measured), HEADLINES[-1]))
 
 
 def choose(sweep: str, by: str | None, cells: Sequence[TriedCell]) -> dict[str, Trial | None]:
-    """Return the best trial of every cell whose trials have all ended; None where none of them has a score."""
-    everything = (result for cell in cells for trial in cell.trials for result in trial.results)
-    measure = choose_measure(sweep, by, everything)
+    """Return the best trial of every cell whose trials have all ended; None where none of them has a score.
+
+    Raises:
+        ZooError: if trials finished and none of them has the measure `by`.
+    """
+    measured = measures_to_rank_by(result for cell in cells for trial in cell.trials for result in trial.results)
+    refuse(f"tune.by of {sweep}", [unknown("measure", by, measured)] if by and measured and by not in measured else [])
+    measure = choose_measure(by, measured)
     return {cell.name: cell.best(measure) for cell in cells if cell.has_ended}

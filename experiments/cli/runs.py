@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.table import Table
 
-from experiments.analysis.metrics import measures_to_rank_by
+from experiments.analysis.metrics import COST_SENSES, measures_to_rank_by
 from experiments.cli.shell import AsJson, Plugin, app, console, errors, load_plugins
 from experiments.config.names import Override, misspelt, misspelt_choices
 from experiments.config.yaml12 import read_yaml
@@ -19,6 +19,8 @@ from experiments.escape import for_terminal as escape
 from experiments.sweep.schema import Written, find_sized
 from experiments.tracking.store import read, read_sweep
 from sparse_zoo.errors import refuse, unknown
+
+SHOWN_SEEDS = (3, 5, 7, 10, 15, 20, 30)  # numbers of seeds that `zoo power` lists
 
 if TYPE_CHECKING:
     from experiments.reporting.report import Report
@@ -53,13 +55,14 @@ def train(
     from experiments.execution.progress import Bar
     from experiments.execution.run import run
     from experiments.sweep.budget import solved
+    from experiments.sweep.preflight import unfit_limits
     from experiments.tracking.address import tracking_uri
     from experiments.tracking.mlflow_logger import Tracker
     from experiments.tracking.store import lock
 
     tracking_uri()  # refused before anything is solved or trained
     asked = load(given)
-    refuse("zoo train", cannot_start(asked))
+    refuse("zoo train", cannot_start(asked) or unfit_limits(asked))
     resolved = solved(asked)
     methods = resolved["attention"] if isinstance(resolved["attention"], list) else [resolved["attention"]]
     cell = make_cell("-".join(dict.fromkeys(str(method["name"]) for method in methods)), resolved)
@@ -87,6 +90,13 @@ def sweep(
     file: Annotated[
         str, typer.Argument(help="A sweep file, or the name of one in experiments/sweeps, with -SIZE or without.")
     ],
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(
+            help="key=value, for every cell, over the file: trainer.max_steps=50. A key that a cell sets itself is "
+            "refused. The changed cells are other cells, with results of their own."
+        ),
+    ] = None,
     max_steps: Annotated[int | None, typer.Option(min=1, help="Train every cell for this many steps at most.")] = None,
     size: Annotated[
         str | None, typer.Option(help="One of the file's `sizes`; its results are those of the sweep NAME-SIZE.")
@@ -120,16 +130,20 @@ def sweep(
     themselves. A cell that fails is recorded with its reason and the others still run; the exit code is then 1.
     Where the file has a `tune` section its trials run first, and each cell then runs with its best setting.
     """
+    given = overrides or []
     refuse(
         "zoo sweep",
         [
             *misspelt_choices(bool(plugin), executor=executor),
             "--slurm and --no-wait are for --executor slurm" if executor != "slurm" and (slurm or not wait) else "",
             "--json goes with --dry-run" if as_json and not dry_run else "",
+            "trainer.max_steps is given twice, by --max-steps too; leave out one"
+            if max_steps is not None and any(text.startswith("trainer.max_steps=") for text in given)
+            else "",
         ],
     )
     path, sized = find_sized(file, size)
-    Written.of(path, sized).check_names(plugins=bool(plugin))
+    Written.of(path, sized).check_names(given, plugins=bool(plugin))
     load_plugins(plugin)
     from experiments.execution.progress import Bar
     from experiments.execution.ray_jobs import needed
@@ -147,12 +161,13 @@ def sweep(
     if executor == "ray":
         needed()
     with errors.status("cells are read") as status:
-        shorter = [] if max_steps is None else [{"trainer.max_steps": max_steps}]
+        shorter: list[Override] = [] if max_steps is None else [{"trainer.max_steps": max_steps}]
+        shared = [*shorter, *given]
 
         def solving(name: str) -> None:
             status.update(f"the budget of {escape(name)} is solved")
 
-        loaded = read(path, shorter, sized, solving)
+        loaded = read(path, shared, sized, solving)
         cells = (*(loaded.trials.sweep.cells if loaded.trials else ()), *loaded.cells)
         status.update("preflight check of the cells")
         preflight.check(cells)
@@ -173,7 +188,7 @@ def sweep(
         if loaded.trials:
             with Bar(errors, len(loaded.trials.sweep.cells)) as bar:
                 execute(loaded.trials.sweep, bar, **how)
-            loaded = read(path, shorter, sized)  # with the settings that the trials chose
+            loaded = read(path, shared, sized)  # with the settings that the trials chose
         if loaded.ready.cells:
             with Bar(errors, len(loaded.ready.cells)) as bar:
                 execute(loaded.ready, bar, **how)
@@ -208,7 +223,11 @@ def sweep(
 def report(
     name: Annotated[str, typer.Argument(help="A sweep that has run.")],
     by: Annotated[
-        str | None, typer.Option(help="The measure that ranks and is tested; identity_recall, or else val_loss.")
+        str | None,
+        typer.Option(
+            help="The measure that ranks and is tested (identity_recall, or else val_loss); or pairs, flops, seconds, "
+            "for the default one in the order of that cost."
+        ),
     ] = None,
     runs: Annotated[bool, typer.Option("--runs", help="Show single runs, not their means over seeds.")] = False,
     markdown: Annotated[
@@ -230,12 +249,14 @@ def report(
     )
     # An unknown sweep or measure is refused before the imports below, which take seconds.
     request = read_sweep(name)
+    by, read_by = (None, by) if by in COST_SENSES else (by, None)
     if by is not None:
         measured = measures_to_rank_by(read(cell, name) for cell in request.cells)
-        refuse(f"report {name}", [unknown("measure", by, measured)] if by not in measured else [])
+        known = [*measured, *COST_SENSES]
+        refuse(f"report {name}", [unknown("measure", by, known)] if by not in measured else [])
     from experiments.reporting.report import build_report
 
-    found = build_report(name, by)
+    found = build_report(name, by, read_by=read_by)
     if results is not None:
         from experiments.reporting.record import write_record
 
@@ -261,6 +282,63 @@ def report(
     _show(found, page, runs=runs)
 
 
+@app.command(epilog="Example: [bold]zoo power memory --difference 0.1[/bold]")
+def power(
+    name: Annotated[str, typer.Argument(help="A sweep that has run with two seeds or more: the pilot.")],
+    difference: Annotated[
+        float | None, typer.Option(help="The true difference that is to be found; 0.1 for a share.")
+    ] = None,
+    probability: Annotated[float, typer.Option(help="The probability with which it is to be found.")] = 0.8,
+    methods: Annotated[
+        int | None, typer.Option(min=2, help="How many cells the comparison has; by default those of the pilot.")
+    ] = None,
+    by: Annotated[str | None, typer.Option(help="The measure; identity_recall, or else val_loss.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Say how many seeds a comparison needs, by what a pilot shows of the spread over seeds.
+
+    Sweeps are simulated with that spread and judged by the tests of the report: paired t tests of all pairs, corrected
+    by Holm. One cell is better than all others by the difference, and the others are alike.
+    """
+    refuse(
+        "zoo power",
+        [
+            f"--probability must be above 0.05 and below 1, got {probability}" if not 0.05 < probability < 1 else "",
+            f"--difference must be above 0, got {difference}" if difference is not None and not difference > 0 else "",
+        ],
+    )
+    read_sweep(name)
+    from experiments.reporting.comparison import plan_seeds
+    from experiments.reporting.loading import load_sweep
+    from experiments.reporting.report_json import plain_seeds
+    from experiments.reporting.sentences import word_power
+
+    sweep = load_sweep(name, by)
+    plan = plan_seeds(sweep, methods, difference, probability)
+    without = (
+        f"no two of its methods have two seeds in common that differ in {sweep.headline.label}, so the spread over"
+    )
+    refuse(f"power {name}", [] if plan else [f"{without} seeds is not known. To measure it run 3 seeds or more"])
+    assert plan is not None
+    curve = plan.curve(SHOWN_SEEDS)
+    if as_json:
+        print(json.dumps(plain_seeds(plan) | {"measure": sweep.headline.name, "curve": curve}))
+        return
+    chance = f"{100 * probability:g} %"
+    table = Table(title=f"{escape(name)}: {plan.methods} cells, {escape(sweep.headline.label)}", title_justify="left")
+    table.add_column("seeds", justify="right")
+    table.add_column(f"difference that is found with {chance}", justify="right")
+    for seeds, smallest in curve.items():
+        table.add_row(str(seeds), f"{smallest:.3g}")
+    console.print(table)
+    console.print(
+        f"The difference of two methods varies from seed to seed by {plan.spread.sd:.3g} (standard deviation), most "
+        f"between {escape(' and '.join(plan.spread.widest))}: {plan.spread.most:.3g}.",
+        soft_wrap=True,
+    )
+    console.print(escape(word_power(sweep, plan)), soft_wrap=True)
+
+
 def _show(report: Report, page: Path | None = None, *, runs: bool = False) -> None:
     """The leaderboard, what holds, what did not finish, where the page is, if it was written."""
     from experiments.analysis.formatting import p_value, signed
@@ -276,7 +354,9 @@ def _show(report: Report, page: Path | None = None, *, runs: bool = False) -> No
     if len(significant) > MAX_NAMES:
         console.print(f"and {len(significant) - MAX_NAMES} more significant differences")
     said = report.sentences
-    for line in (said.conclusion, f"{said.verdict} {said.caution}".strip(), said.deviation, said.shortened):
+    timing = said.timing if report.read_by == "seconds" else ""
+    verdict = f"{said.verdict} {said.caution}".strip()
+    for line in (said.conclusion, verdict, said.power, said.deviation, said.shortened, timing):
         if line:
             console.print(escape(line), highlight=False)
     for names, result in group_unfinished(report.sweep).items():

@@ -53,6 +53,10 @@ def sample(
         Path | None,
         typer.Option(help="Folder for strips and videos; one in the run if not given, with --model `samples`."),
     ] = None,
+    picture: Annotated[
+        Path | None,
+        typer.Option("--plot", help="Also plot recall against distance and what each shot shows: PNG or SVG."),
+    ] = None,
     plugin: Plugin = [],  # noqa: B006
     as_json: AsJson = False,
 ) -> None:
@@ -65,7 +69,12 @@ def sample(
     was given agrees with itself, the others compare generated shots with the true film.
     """
     if model is not None or prompts is not None or run is None:
-        given_too = {"key=value": bool(overrides), "--films": films != 4, "--given": given > 0}
+        given_too = {
+            "key=value": bool(overrides),
+            "--films": films != 4,
+            "--given": given > 0,
+            "--plot": picture is not None,
+        }
         given_too |= {"--order": order is not None, "--context": context is not None}
         not_for_it = [name for name, there in given_too.items() if there]
         request = requested(size, steps or 50, guidance, seed, shots)
@@ -76,7 +85,7 @@ def sample(
     load_plugins(plugin, data=True)
     from experiments.analysis.formatting import number
     from experiments.execution.progress import counting
-    from experiments.inspection.sample import Drawing
+    from experiments.inspection.sample import Drawing, plot
 
     asked = {
         key: value for key, value in {"order": order, "context": context, "steps": steps}.items() if value is not None
@@ -84,8 +93,9 @@ def sample(
     drawing = Drawing(run, overrides or [], films=films, given=given, sampling=asked, plugins=plugin)
     with counting(errors, "steps", drawing.steps) as advance:
         sampled = drawing.draw(out, lambda: advance(""))
+    plotted = None if picture is None else str(plot(sampled, picture).absolute())
     if as_json:
-        print(json.dumps(asdict(sampled)))
+        print(json.dumps(asdict(sampled) | ({} if plotted is None else {"plot": plotted})))
         return
     for note in sampled.notes:
         errors.print(escape(note), soft_wrap=True)
@@ -93,6 +103,8 @@ def sample(
     for name, value in sampled.metrics.items():
         console.print(f"{escape(name)} {number(value)}")
     console.print(f"The strips and videos are in {escape(sampled.folder)}", soft_wrap=True)
+    if plotted is not None:
+        console.print(f"Plot: {escape(plotted)}", soft_wrap=True)
 
 
 Times = Annotated[

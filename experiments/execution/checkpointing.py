@@ -97,6 +97,9 @@ class Saving(Checkpoint):
             return
         for logger in trainer.loggers:
             logger.flush() if isinstance(logger, Log) else logger.save()  # what came before is not repeated
+        epochs = trainer.fit_loop.epoch_progress
+        for count in (epochs.current, epochs.total):  # Lightning forgets them where a run resumed at an epoch's end
+            count.ready = count.started = count.processed + 1
         trainer.save_checkpoint(self.path)
         self._last = time.monotonic()
         signals.raise_pending()

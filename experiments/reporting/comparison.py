@@ -7,6 +7,7 @@ from functools import cached_property
 
 from experiments.analysis.ablations import AblationCell, MainEffect, main_effects
 from experiments.analysis.formatting import mean
+from experiments.analysis.power import PROBABILITY, SeedPlan, Spread
 from experiments.analysis.seed_groups import Group
 from experiments.analysis.significance import (
     Difference,
@@ -19,6 +20,8 @@ from experiments.reporting.leaderboard import Leaderboard
 from experiments.reporting.limits import MAX_LISTED_PAIRS
 from experiments.reporting.loading import SweepResults
 
+TARGET = 0.1  # difference in a share that a comparison should find
+
 
 @dataclass(frozen=True)
 class Comparison:
@@ -29,6 +32,7 @@ class Comparison:
     differ significantly; there are none where nothing could be tested, and none for a long sweep. `contest` holds the
     methods that can win, best first, and `against_best` the first one's difference from each of the others.
     `beats_chance` is whether the first one's mean is better than guessing, or it is not known what guessing scores.
+    `seeds` says which difference so many seeds find; None where that is not known, and for a long sweep.
     """
 
     differences: list[Difference]
@@ -38,6 +42,7 @@ class Comparison:
     contest: list[Group]
     against_best: list[Difference]
     beats_chance: bool = True
+    seeds: SeedPlan | None = None
 
     @cached_property
     def tested(self) -> list[Difference]:
@@ -84,7 +89,27 @@ def compare(sweep: SweepResults, leaderboard: Leaderboard) -> Comparison:
         contest,
         [best[group.name] for group in contest[1:]],
         not contest or name not in sweep.chance or _rank(sweep, contest[0]) < sweep.headline.rank(sweep.chance[name]),
+        None if sweep.is_long else plan_seeds(sweep),
     )
+
+
+def plan_seeds(
+    sweep: SweepResults, methods: int | None = None, target: float | None = None, probability: float = PROBABILITY
+) -> SeedPlan | None:
+    """Return what the seeds of a sweep can show of its headline measure, and how many it needs.
+
+    Args:
+        sweep: The pilot. The spread over seeds is that of its methods; controls, which hardly vary, are left out.
+        methods: How many groups are compared, controls included; by default those of the pilot.
+        target: The difference that is to be found; by default `TARGET` of a share, and none of another measure.
+        probability: With which it is to be found.
+    """
+    methods_alone = {g.name: g.values(sweep.headline.name) for g in sweep.measured if not g.control}
+    everything = {g.name: g.values(sweep.headline.name) for g in sweep.measured}
+    if target is None and sweep.headline.bounds == (0.0, 1.0):
+        target = TARGET
+    values = methods_alone if Spread.of(methods_alone) else everything
+    return SeedPlan.of(values, methods or len(everything), target, probability)
 
 
 def _rank(sweep: SweepResults, group: Group) -> float:

@@ -11,10 +11,12 @@ from typing import Any
 import numpy as np
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from experiments.analysis.formatting import giga, interval, mean, mib, number, p_value, percent, settings, signed
+from experiments.analysis.formatting import giga, interval, mean, mib, number, p_value, percent, settings, signed, tried
 from experiments.analysis.metrics import CONTROLS, COSTS, LABELS, RECALL, WHOLE, Measure
+from experiments.analysis.seed_groups import Group
 from experiments.escape import visible
 from experiments.reporting import plots
+from experiments.reporting.equal_cost import CostOrder, cost_figure
 from experiments.reporting.leaderboard import list_distances, rank_groups
 from experiments.reporting.limits import MAX_CURVE_POINTS, MAX_EFFECTS, MAX_LEVELS
 from experiments.reporting.plots import GREY, PALETTE, Mark
@@ -48,11 +50,12 @@ def html(report: Report) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    formats = (mean, number, percent, giga, mib, interval, p_value, settings, signed)
+    formats = (mean, number, percent, giga, mib, interval, p_value, settings, signed, tried, cost_figure)
     environment.filters.update({one.__name__: one for one in formats})
     sweep, board, comparison = report.sweep, report.leaderboard, report.comparison
     marks = _marks(report)
     pictures = load_pictures(sweep, board)
+    ordered_by = report.costs.get(report.read_by or "pairs") or next(iter(report.costs.values()), None)
     effects = [effect for effect in comparison.effects if len(effect.levels) <= MAX_LEVELS][:MAX_EFFECTS]
     return environment.get_template("report.html.j2").render(
         sweep=sweep,
@@ -68,6 +71,9 @@ def html(report: Report) -> str:
         pairs={} if sweep.is_long else {(pair.a, pair.b): pair for pair in comparison.differences},
         singles=rank_groups(sweep.split_runs()).rows if sweep.shows_full_results else [],
         cost_plots=_cost_plots(report, marks),
+        costs=report.costs,
+        ordered_by=ordered_by,
+        cost_rows=_cost_rows(report, ordered_by),
         effect_plots=[(effect, plots.effect(effect, sweep.headline, board.levels)) for effect in effects],
         effects_left_out=[effect.name for effect in comparison.effects if effect not in effects],
         distance_plots=_distance_plots(report, marks),
@@ -121,10 +127,17 @@ def _dots(report: Report) -> dict[str, Any]:
     }
 
 
+def _cost_rows(report: Report, ordered_by: CostOrder | None) -> list[Group]:
+    """The measured groups in the order of a cost, those without it last."""
+    ordered = [*ordered_by.groups] if ordered_by else []
+    return ordered + [group for group in report.sweep.measured if group not in ordered]
+
+
 def _cost_plots(report: Report, marks: dict[str, Mark]) -> list[str]:
-    """The headline against each cost that was measured."""
+    """The headline against each cost that was measured; FLOPs of attention with all that belongs to it, if counted."""
     drawn = []
-    for cost in COSTS:
+    total = "attention_flops" if "flops" in report.costs else "flops"
+    for cost in (total if cost == "flops" else cost for cost in COSTS):
         both = {g.name: (g.estimate(report.sweep.headline.name), g.estimate(cost)) for g in report.sweep.groups}
         points = {name: (good, paid) for name, (good, paid) in both.items() if good is not None and paid is not None}
         if points:

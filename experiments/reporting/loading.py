@@ -11,6 +11,7 @@ from functools import cached_property
 from experiments.analysis.formatting import mean
 from experiments.analysis.metrics import HEADLINES, RECALL, Measure, measures_to_rank_by
 from experiments.analysis.seed_groups import Group, borrow_controls, describe_commit
+from experiments.analysis.trials import Tuning
 from experiments.reporting.limits import MAX_FULL_RESULTS, MAX_PLOTTED_GROUPS
 from experiments.tracking.store import Result, SweepRequest, read, read_sweep
 from sparse_zoo.errors import refuse, unknown
@@ -22,7 +23,7 @@ class SweepResults:
 
     `groups` holds runs that differ only by their seed. Groups are ordered by the headline, best first. Groups without a
     finished run come last, in the order of the sweep file. `borrowed` holds controls that another sweep ran with the
-    same films, model and training.
+    same films, model and training. `tuning` holds the settings that were tried first; None where none were.
     """
 
     name: str
@@ -31,6 +32,7 @@ class SweepResults:
     headline: Measure
     command: str = ""
     borrowed: tuple[Group, ...] = ()
+    tuning: Tuning | None = None
 
     @cached_property
     def results(self) -> list[Result]:
@@ -125,7 +127,9 @@ def load_sweep(name: str, by: str | None = None, request: SweepRequest | None = 
     unranked = f"{headline.label} cannot rank methods: it is not known whether more or less of it is better"
     refuse(f"report {name}", [unranked] if headline.higher is None else [])
     borrowed = borrow_controls(name, groups) if RECALL in metrics else ()
-    return SweepResults(name, request.about, _best_first(groups, headline), headline, request.command, borrowed)
+    tuning = Tuning.of(request.tuning) if request.tuning else None
+    ordered = _best_first(groups, headline)
+    return SweepResults(name, request.about, ordered, headline, request.command, borrowed, tuning)
 
 
 def list_metrics(groups: Sequence[Group]) -> list[str]:

@@ -10,30 +10,40 @@ from dataclasses import dataclass
 from typing import Any
 
 from experiments.reporting.comparison import Comparison, compare
+from experiments.reporting.equal_cost import CostOrder, order_by_costs
 from experiments.reporting.leaderboard import Columns, Leaderboard, choose_columns, rank_groups
 from experiments.reporting.loading import SweepResults, load_sweep
 from experiments.reporting.sentences import Sentences, write_sentences
 from experiments.tracking.store import SweepRequest
+from sparse_zoo.errors import refuse, unknown
 
 
 @dataclass(frozen=True)
 class Report:
-    """The parts of a report, for the modules that write it."""
+    """The parts of a report, for the modules that write it.
+
+    `costs` orders the methods by each sense of cost; `read_by` is the sense that tables of costs are ordered by.
+    """
 
     sweep: SweepResults
     leaderboard: Leaderboard
     columns: Columns
     comparison: Comparison
     sentences: Sentences
+    costs: dict[str, CostOrder]
+    read_by: str | None = None
 
 
-def build_report(name: str, by: str | None = None, request: SweepRequest | None = None) -> Report:
+def build_report(
+    name: str, by: str | None = None, request: SweepRequest | None = None, read_by: str | None = None
+) -> Report:
     """Read a sweep's results and analyse them.
 
     Args:
         name: The sweep's name, a folder of the runs.
         by: The headline measure; see `load_sweep`.
         request: The cells to report. By default those that were last requested under that name.
+        read_by: One of `COST_SENSES`: the leaderboard is shown in this order, cheapest first.
 
     Returns:
         The report. Results of a long sweep that nothing shows in full have no curves.
@@ -49,7 +59,10 @@ def build_report(name: str, by: str | None = None, request: SweepRequest | None 
             for result in group.results if group.name not in plotted else ():
                 result.curves = {}  # millions of points that nothing shows; to free them at the end takes seconds
     comparison = compare(sweep, leaderboard)
-    return Report(sweep, leaderboard, columns, comparison, write_sentences(sweep, leaderboard, columns, comparison))
+    sentences, costs = write_sentences(sweep, leaderboard, columns, comparison), order_by_costs(sweep)
+    if read_by is not None:
+        refuse(f"report {name}", [unknown("cost that was measured", read_by, costs)] if read_by not in costs else [])
+    return Report(sweep, leaderboard, columns, comparison, sentences, costs, read_by)
 
 
 def list_machines(sweep: SweepResults) -> list[dict[str, Any]]:

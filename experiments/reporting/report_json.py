@@ -7,7 +7,9 @@ from typing import Any
 
 from experiments.analysis.ablations import MainEffect
 from experiments.analysis.metrics import FIGURES
+from experiments.analysis.power import SeedPlan
 from experiments.analysis.seed_groups import Group
+from experiments.analysis.trials import Tuning
 from experiments.reporting.limits import MAX_LISTED_PAIRS
 from experiments.reporting.report import Report
 from experiments.tracking.schema import VERSION
@@ -24,7 +26,9 @@ def to_json(report: Report) -> dict[str, Any]:
 
     Returns:
         {"name", "cells", "groups", "headline", "command", "verdict", "caution", "drift", "differences", "films",
-        "effects", "winner", "conclusion", "shortened", "version"}.
+        "effects", "winner", "conclusion", "shortened", "version", "costs", "timing", "power", "tuning"}.
+        "costs" has, by sense of cost, the names of the groups, cheapest first, and those on the Pareto front. "power"
+        and "tuning" are null where they are not known.
     """
     sweep, comparison, sentences = report.sweep, report.comparison, report.sentences
     results = sweep.results if sweep.shows_full_results else [_shorten(result) for result in sweep.results]
@@ -47,6 +51,43 @@ def to_json(report: Report) -> dict[str, Any]:
         "conclusion": sentences.conclusion,
         "shortened": sentences.shortened,
         "version": VERSION,
+        "costs": {
+            sense: {"figure": one.measure.name, "order": [group.name for group in one.groups], "front": [*one.front]}
+            for sense, one in report.costs.items()
+        },
+        "timing": sentences.timing,
+        "power": None if comparison.seeds is None else plain_seeds(comparison.seeds) | {"sentence": sentences.power},
+        "tuning": None if sweep.tuning is None else _plain_tuning(sweep.tuning) | {"sentence": sentences.tuning},
+    }
+
+
+def plain_seeds(plan: SeedPlan) -> dict[str, Any]:
+    """Return a plan of seeds as plain data: the fields of `SeedPlan` and of `Spread`."""
+    return vars(plan) | {"spread": vars(plan.spread)}
+
+
+def _plain_tuning(tuning: Tuning) -> dict[str, Any]:
+    return {
+        "sweep": tuning.sweep,
+        "seeds": tuning.seeds,
+        "by": tuning.measure.name,
+        "cells": [
+            {
+                "name": cell.name,
+                "chosen": cell.chosen,
+                "trials": [
+                    {
+                        "name": trial.name,
+                        "settings": dict(trial.settings),
+                        "score": trial.score(tuning.measure),
+                        "reason": trial.why_unscored(tuning.measure),
+                        "seconds": trial.seconds,
+                    }
+                    for trial in cell.trials
+                ],
+            }
+            for cell in tuning.cells
+        ],
     }
 
 

@@ -6,8 +6,11 @@ from dataclasses import dataclass
 
 from experiments.analysis.formatting import mean, number, p_value, percent, signed
 from experiments.analysis.metrics import RECALL, TOLERANCE, WHOLE
+from experiments.analysis.power import MOST_SEEDS, SeedPlan
 from experiments.analysis.significance import detectable_effect
+from experiments.analysis.trials import Tuning
 from experiments.reporting.comparison import Comparison
+from experiments.reporting.equal_cost import word_timing
 from experiments.reporting.leaderboard import Columns, Leaderboard
 from experiments.reporting.limits import MAX_LISTED_PAIRS, MAX_PLOTTED_GROUPS, join_names
 from experiments.reporting.loading import SweepResults
@@ -22,7 +25,8 @@ class Sentences:
 
     `conclusion` names the winner, or says why there is none. `verdict` counts the significant differences, and
     `caution` says what so few seeds cannot show. `deviation` names the cells that left their budget in training.
-    `shortened` says what a long report leaves out. `task` says how memory was tested.
+    `shortened` says what a long report leaves out. `task` says how memory was tested. `power` says which difference so
+    many seeds find, `timing` why seconds cannot be compared, `tuning` how settings were tried.
     """
 
     conclusion: str
@@ -31,6 +35,9 @@ class Sentences:
     deviation: str
     shortened: str
     task: str
+    power: str
+    timing: str
+    tuning: str
 
 
 def write_sentences(
@@ -44,6 +51,9 @@ def write_sentences(
         deviation=word_deviation(leaderboard),
         shortened=word_shortened(sweep, comparison),
         task=word_task(sweep, columns),
+        power=word_power(sweep, comparison.seeds),
+        timing=word_timing(sweep),
+        tuning=word_tuning(sweep.tuning),
     )
 
 
@@ -101,6 +111,40 @@ def word_caution(comparison: Comparison) -> str:
         f" {detectable_effect(n + 2, pairs):.1f}). A difference that is not significant may still be real. The t test"
         " assumes normal differences, which so few seeds cannot confirm. The sign-flip test assumes nothing, but its"
         f" smallest possible p is {2 / 2**n:.2g}."
+    )
+
+
+def word_power(sweep: SweepResults, plan: SeedPlan | None) -> str:
+    """Say which difference the seeds of a sweep find, and how many seeds would find the target."""
+    if plan is None:
+        return ""
+    label, chance = sweep.headline.label, percent(plan.probability).replace(".0 %", "\u00a0%")
+    seeds = f"With {plan.spread.seeds} seeds"
+    low, high = sweep.headline.bounds
+    if plan.difference < high - low:
+        shown = number(plan.difference)
+        text = f"{seeds} a true difference of {shown} in {label} is found with {chance} probability; a smaller one "
+        text += f"could not be shown reliably ({plan.methods} groups, all pairs tested, Holm's correction)."
+    else:
+        text = f"{seeds} and {plan.methods} groups no difference in {label} is found with {chance} probability."
+    if plan.target is None:
+        return text
+    needed = f"more than {MOST_SEEDS}" if plan.needed is None else str(plan.needed)
+    widest = f"more than {MOST_SEEDS}" if plan.needed_widest is None else str(plan.needed_widest)
+    return f"{text} A difference of {plan.target:g} needs {needed} seeds" + (
+        "." if widest == needed else f", and {widest} if all pairs varied like {' and '.join(plan.spread.widest)}."
+    )
+
+
+def word_tuning(tuning: Tuning | None) -> str:
+    """Say how settings were tried before the runs of a sweep."""
+    if tuning is None:
+        return ""
+    label, seeds = tuning.measure.label, ", ".join(map(str, tuning.seeds))
+    return (
+        f"For each cell {tuning.trials} settings were tried with seed{'s' * (len(tuning.seeds) > 1)} {seeds}, which its"
+        f" own runs do not use. The best by {label} is used in its own runs; of equal ones the first, which is the cell"
+        " as written in the sweep file."
     )
 
 

@@ -20,10 +20,12 @@ from experiments.analysis.formatting import (
     plus_minus,
     settings,
     signed,
+    tried,
 )
 from experiments.analysis.metrics import RECALL, WHOLE, Measure
 from experiments.analysis.seed_groups import Group, Reference
 from experiments.escape import for_latex, for_markdown, for_markdown_code
+from experiments.reporting.equal_cost import cost_figure
 from experiments.reporting.leaderboard import list_distances
 from experiments.reporting.report import Report, list_machines
 from experiments.reporting.sentences import group_unfinished
@@ -142,7 +144,8 @@ def _sheets(report: Report) -> Iterator[Sheet]:
     yield Sheet(
         "Differences",
         f"In {head.label}, the first less the second, paired by seed, each with its own 95 % interval; p of the paired"
-        f" t test, corrected by Holm, and of the sign-flip test. {report.sentences.verdict} {report.sentences.caution}",
+        f" t test, corrected by Holm, and of the sign-flip test. {report.sentences.verdict} {report.sentences.caution}"
+        f" {report.sentences.power}".rstrip(),
         ["pair", "difference", "95 % interval", "n", "p", "p (Holm)", "p (signs)", "significant"],
         [
             [
@@ -155,6 +158,25 @@ def _sheets(report: Report) -> Iterator[Sheet]:
             ]
             for pair in report.comparison.listed
         ],
+    )
+    yield Sheet(
+        "Cost",
+        "Cheapest first by density. *: no other method is at least as good and costs at most as much, in that sense of"
+        f" cost. FLOPs are those of a training step, routing and terms included. {report.sentences.timing}".rstrip(),
+        ["method", head.label, *(cost.measure.label for cost in report.costs.values())],
+        [
+            [
+                group.name,
+                number(mean(group.estimate(head.name))),
+                *(
+                    cost_figure(group, cost.measure) + "*" * (group.name in cost.front)
+                    for cost in report.costs.values()
+                ),
+            ]
+            for group in next(iter(report.costs.values())).groups
+        ]
+        if report.costs
+        else [],
     )
     yield Sheet(
         "Films",
@@ -189,6 +211,24 @@ def _sheets(report: Report) -> Iterator[Sheet]:
             for effect in report.comparison.effects
             for first, level in ((i == 0, level) for i, level in enumerate(effect.levels))
         ],
+    )
+    tuning = report.sweep.tuning
+    yield Sheet(
+        "Settings that were tried",
+        report.sentences.tuning,
+        ["cell", "setting", tuning.measure.label if tuning else "", "outcome"],
+        [
+            [
+                cell.name,
+                tried(trial.settings),
+                number(trial.score(tuning.measure)),
+                "used" if trial.name == cell.chosen else trial.why_unscored(tuning.measure),
+            ]
+            for cell in tuning.cells
+            for trial in cell.trials
+        ]
+        if tuning
+        else [],
     )
     yield Sheet(
         "Not finished",

@@ -7,15 +7,17 @@ from collections.abc import Iterator, Mapping, Sequence
 from rich import box
 from rich.table import Table
 
-from experiments.analysis.formatting import giga, interval, mean, number, percent, plus_minus
+from experiments.analysis.formatting import giga, interval, mean, number, percent, plus_minus, tried
 from experiments.analysis.metrics import COSTS
 from experiments.analysis.seed_groups import Group
+from experiments.analysis.trials import Tuning
 from experiments.escape import for_terminal as escape
+from experiments.reporting.equal_cost import CostOrder, cost_figure
 from experiments.reporting.leaderboard import choose_columns, rank_groups
 from experiments.reporting.limits import MAX_TERMINAL_ROWS
 from experiments.reporting.loading import SweepResults
 from experiments.reporting.report import Report
-from experiments.reporting.sentences import word_task
+from experiments.reporting.sentences import word_task, word_tuning
 
 MEASURES_PER_TABLE = 5  # columns of measures that fit
 
@@ -37,8 +39,11 @@ def terminal_tables(report: Report, *, runs: bool = False) -> list[Table]:
         (columns.whole_films, f"Whole films, generated from noise.{half}"),
         (columns.others, others + half),
     )
+    order = report.costs.get(report.read_by or "")
+    tuning = [_tuning(sweep.tuning, word_tuning(sweep.tuning))] if sweep.tuning else []
     return [
-        _leaderboard(report, sweep),
+        _leaderboard(report, sweep) if order is None or runs else _by_cost(report, order),
+        *tuning,
         *(table for shown, title in tables for table in _measure_tables(sweep, leaderboard.rows, shown, title)),
     ]
 
@@ -88,6 +93,43 @@ def _leaderboard(report: Report, sweep: SweepResults) -> Table:
     return table
 
 
+def _by_cost(report: Report, order: CostOrder) -> Table:
+    """The measured groups by one sense of cost, cheapest first."""
+    head = report.sweep.headline
+    table = _table(
+        f"{escape(report.sweep.name)}: {escape(head.label)} by {escape(order.measure.label)}, cheapest first; *: no "
+        "other cell is at least as good and costs at most as much"
+    )
+    table.add_column("cell", overflow="fold")
+    for column in (_short(head.name), "95 %", *(cost.measure.label for cost in report.costs.values())):
+        table.add_column(escape(column), justify="right", overflow="fold")
+    for group in order.groups[:MAX_TERMINAL_ROWS]:
+        estimate = group.estimate(head.name)
+        costs = [
+            cost_figure(group, cost.measure) + ("*" if group.name in cost.front else " ")
+            for cost in report.costs.values()
+        ]
+        table.add_row(escape(group.titled), number(mean(estimate)), escape(interval(estimate)), *costs)
+    _add_rest(table, order.groups)
+    return table
+
+
+def _tuning(tuning: Tuning, title: str) -> Table:
+    """The settings that were tried, a row each; the one that the cell's own runs have is marked."""
+    table = _table(escape(title))
+    for column in ("cell", "setting", _short(tuning.measure.name), "outcome"):
+        table.add_column(
+            escape(column), justify="right" if column == _short(tuning.measure.name) else "left", overflow="fold"
+        )
+    rows = [(cell, trial) for cell in tuning.cells for trial in cell.trials]
+    for cell, trial in rows[:MAX_TERMINAL_ROWS]:
+        outcome = "used" if trial.name == cell.chosen else trial.why_unscored(tuning.measure)
+        score = number(trial.score(tuning.measure))
+        table.add_row(escape(cell.name), escape(tried(trial.settings)), score, escape(outcome))
+    _add_rest(table, rows)
+    return table
+
+
 def _measure_tables(
     sweep: SweepResults, rows: Sequence[Group], columns: Mapping[str, str], title: str
 ) -> Iterator[Table]:
@@ -110,7 +152,7 @@ def _table(title: str) -> Table:
     return Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1), pad_edge=False)
 
 
-def _add_rest(table: Table, groups: Sequence[Group]) -> None:
+def _add_rest(table: Table, groups: Sequence[object]) -> None:
     """Say how many groups have no row, where there are too many."""
     if len(groups) > MAX_TERMINAL_ROWS:
         table.add_row(f"[dim]and {len(groups) - MAX_TERMINAL_ROWS} more[/dim]")

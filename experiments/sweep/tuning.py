@@ -20,7 +20,7 @@ AS_WRITTEN = "as_written"  # names the trial of a cell that nothing is laid over
 
 
 def list_trials(
-    label: str, config: Config, written: Written, identify: Callable[[Mapping[str, Any]], str]
+    label: str, config: Config, written: Written, identify: Callable[[dict[str, Any]], str]
 ) -> list[Choice]:
     """Return the settings that are tried for a cell: names, and overrides of the cell as written.
 

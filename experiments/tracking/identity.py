@@ -12,12 +12,31 @@ ELSEWHERE = {
     "trainer": {"devices", "num_nodes", "log_every_n_steps", "profiler", "enable_autolog_hparams", "model_registry"},
 }
 
+# Settings that came later than results that are kept, with the values at which nothing changes: left out there.
+NEUTRAL = {
+    "data": {
+        "poses": 1,
+        "scales": 1,
+        "screens": 1,
+        "distractors": 0,
+        "scenery": False,
+        "judged": "last",
+        "least_subjects": None,
+    },
+    "flow": {"known": 0.0},
+    "optim": {"muon_float32": False},
+}
+
 
 def identity(config: Mapping[str, Any]) -> dict[str, Any]:
     """A config without the settings that say where it runs: two runs of one identity compute the same."""
     made = {
-        section: {key: value for key, value in own.items() if key not in ELSEWHERE[section]}
-        if section in ELSEWHERE and isinstance(own, Mapping)
+        section: {
+            key: value
+            for key, value in own.items()
+            if key not in ELSEWHERE.get(section, ()) and (key, value) not in NEUTRAL.get(section, {}).items()
+        }
+        if isinstance(own, Mapping) and (section in ELSEWHERE or section in NEUTRAL)
         else own
         for section, own in config.items()
     }
