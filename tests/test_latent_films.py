@@ -194,7 +194,7 @@ def test_another_vae_than_that_of_the_latents_is_refused(tmp_path: Path, wan: Pa
 
 
 def test_batches_of_the_other_kind_of_model_are_refused(tmp_path: Path) -> None:
-    settings = {"name": "latent_films", "folder": str(write(tmp_path))}
+    settings = {"name": "latent_films", "folder": str(write(tmp_path / "a"))}
     with pytest.raises(ZooError, match="batches must be pretrained for a pretrained model=DIR, got packed"):
         build(settings, pretrained=True)
     with pytest.raises(ZooError, match="batches must be packed for a model of ours, got pretrained"):
