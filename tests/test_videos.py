@@ -378,6 +378,7 @@ def test_captions_beside_the_videos_are_read_and_checked(tmp_path: Path) -> None
     data = setup()
     assert data.summary()["captions_without_video"] == ["b.mp4"]
     batch = next(iter(data.train_dataloader()))
+    assert batch["captions"] == [["", "red", "Green, green!", ""]]
     green = tokenize("green", 1024, 16).tolist()
     assert [text_of_shot(batch, 0, shot) for shot in (-1, 0, 1, 2)] == [
         [],
