@@ -40,7 +40,12 @@ def test_the_file_makes_the_cells_that_the_page_counts(here: Path) -> None:
     assert f"{len(cells)} runs, named like `{cells[0].name}`" in PARTS["The file"]
 
 
-COMMANDS = [line for part in ("The file", "Dry run", "Equal budgets") for block in blocks(part, "") for line in block.splitlines()]
+COMMANDS = [
+    line
+    for part in ("The file", "Dry run", "Equal budgets")
+    for block in blocks(part, "")
+    for line in block.splitlines()
+]
 
 
 @pytest.mark.filterwarnings("ignore")
