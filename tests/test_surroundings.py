@@ -146,7 +146,7 @@ def test_every_command_writes_to_a_terminal_that_is_not_utf8(
         assert (ended.value.code or 0) == code, (command, text)
         assert "Traceback" not in "".join(text)
         assert "".join(text).strip() or "--out" in command, command
-        if code:
+        if code == 2:
             assert text[1].startswith("Error: "), (command, text)
     assert "größe × 2" in Path("größe.md").read_text(encoding="utf-8")
     assert Path("größe.png").stat().st_size > 1000
