@@ -324,7 +324,7 @@ def unfit_limits(config: Config) -> list[str]:
 
 def _batches(config: Config) -> dict[str, int]:
     """The batches of an epoch, by what `LIMITS` call the films; none where the loader has no length."""
-    made, _ = _data(json.dumps(config["data"]), pretrained=is_pretrained(config["model"]))
+    made: Any = _data(json.dumps(config["data"]), pretrained=is_pretrained(config["model"]))[0]
     loaders = {"train": made.train_dataloader(), "val": made.val_dataloader()}
     if getattr(made, "test_films", 0):
         loaders["test"] = made.test_dataloader()
