@@ -195,6 +195,7 @@ def test_names_are_text_in_every_output(tmp_path: Path, monkeypatch: pytest.Monk
         assert not re.search(r"(?<!\\)_", row)
 
 
+@pytest.mark.slow
 def test_a_long_report_is_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ZOO_HOME", str(tmp_path))
     names = [f"m{i}" for i in range(100)]
@@ -220,6 +221,7 @@ def test_a_long_report_is_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert "m99" in text
 
 
+@pytest.mark.slow
 def test_a_report_does_not_load_what_trains() -> None:
     loaded = (
         "import sys, experiments.reporting.html; print(*{'lightning', 'mlflow', 'scipy.stats'} & sys.modules.keys())"
@@ -227,6 +229,7 @@ def test_a_report_does_not_load_what_trains() -> None:
     assert subprocess.run([sys.executable, "-c", loaded], capture_output=True, text=True, check=True).stdout == "\n"
 
 
+@pytest.mark.slow
 def test_a_winner_is_named_where_it_is_significant_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ZOO_HOME", str(tmp_path))
     sweeps = {
