@@ -134,7 +134,7 @@ class ShotWorldSettings:
     screens: int = 1
     """Number of ways to hide a subject, of 5: not at all, or a quarter behind a screen; captioned if above 1."""
     distractors: int = 0
-    """Other objects in a shot, behind the subject, each of the subject's shape or of its colour; never captioned."""
+    """Other objects in an introduction, behind the subject, each of its shape or of its colour; never captioned."""
     scenery: bool = False
     """Stripes on backgrounds, of a direction for each background, which move by a pixel a frame."""
     least_subjects: int | None = None

@@ -30,7 +30,7 @@ class Script:
     """The events of one film, by shot (n,).
 
     Subject number, identity, tag, start and end cell, background, frames, view; the identities (n, k) and cells (n, k)
-    of the distractors.
+    of distractors, which introductions show.
     """
 
     name: str
@@ -218,6 +218,10 @@ class ShotWorld(LightningDataModule):
         for other, cell in zip(others.T, other_cells.T, strict=True):
             place = torch.stack([cell // self.cells[1], cell % self.cells[1]], dim=-1)[shot] * self.patch[1]
             canvas = self.identities.render(other[shot], place, ground, size, frame=number, canvas=canvas)
+        if canvas is not None:
+            # In introductions alone: where it would have to be generated, nothing says what it is.
+            scene = self.identities.scene(ground, number, size)
+            canvas = torch.where(_introduces(scripts)[shot, None, None, None], canvas, scene)
         video = self.identities.render(
             identity[shot], position, ground, size, view=view[shot], frame=number, canvas=canvas
         )
@@ -273,6 +277,11 @@ class ShotWorld(LightningDataModule):
         began = torch.from_numpy(np.cumsum(frames) - frames)[shot]
         way = (torch.arange(len(shot)) - began)[:, None] / (length - 1).clamp(min=1)
         return (first + (last - first) * way).round().long() * self.patch[1]
+
+
+def _introduces(scripts: Sequence[Script]) -> Tensor:
+    """Which shots of these films introduce a subject, bool (shots,)."""
+    return torch.cat([torch.arange(len(x.subject)) <= int(x.subject.max()) for x in scripts])
 
 
 class _Split:

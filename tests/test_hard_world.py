@@ -92,6 +92,7 @@ def slow_frame(world: ShotWorld, script: Any, shot: int, frame: int, position: t
         (int(other), 0, (int(cell) // cols * world.patch[1], int(cell) % cols * world.patch[1]))
         for other, cell in zip(script.others[shot], script.other_cells[shot], strict=True)
     ]
+    objects = objects if shot <= script.subject.max() else []  # introductions come first
     for identity, view, (top, left) in [*objects, (int(script.identity[shot]), int(script.view[shot]), position)]:
         for row in range(pixels):
             for col in range(pixels):
