@@ -8,6 +8,7 @@ import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -22,6 +23,7 @@ from datamodules.discovery import listed, resolve
 from datamodules.loading import Batch, ResumableLoader, train_loader, val_loader
 from datamodules.settings import LatentFilmsSettings
 from datamodules.shards import Index
+from datamodules.storage import Folder, need, storage
 from sparse_zoo.errors import refuse
 from sparse_zoo.layout import Layout, Shot
 
@@ -29,6 +31,7 @@ if TYPE_CHECKING:
     from datamodules.encoders import VideoVAE
 
 _log = logging.getLogger(__name__)
+ABOUT, FILMS = "latents.json", "films.jsonl"  # files that `zoo encode` writes beside its shards
 
 
 @dataclass(frozen=True)
@@ -73,7 +76,7 @@ class LatentFilms(LightningDataModule):
     `encoder_hidden_states` (B, max_tokens, width), the captions one after the other and zeros, as Wan's are.
 
     Args:
-        folder: What `zoo encode` wrote.
+        folder: What `zoo encode` wrote, or its address ("https://…", "s3://…"): shards are then read over the network.
         **settings: Further fields of `LatentFilmsSettings`.
 
     Raises:
@@ -86,22 +89,15 @@ class LatentFilms(LightningDataModule):
         super().__init__()
         given = LatentFilmsSettings(folder=folder, **settings)
         patch = given.patch
-        self.folder, self.patch, self.batches = resolve(folder), (patch[0], patch[1], patch[2]), given.batches
+        self.files, self.patch, self.batches = storage(folder), (patch[0], patch[1], patch[2]), given.batches
         self.films_per_batch, self.shots_per_film = given.films_per_batch, given.shots_per_film
         self.frames_per_shot, self.max_tokens = given.frames_per_shot, given.max_tokens
         self.drop_captions, self.val_fraction = given.drop_captions, given.val_fraction
         self.num_workers, self.seed = given.num_workers, given.seed
         self.vae_folder = None if given.vae is None else resolve(given.vae)
-        about = self.folder / "latents.json"
-        refuse(
-            f"LatentFilms {self.folder}",
-            [
-                f"{path.name} is missing; it is a folder that zoo encode wrote to its end"
-                for path in (about, self._list)
-                if not path.is_file()
-            ],
-        )
-        self.about: dict[str, Any] = json.loads(about.read_text(encoding="utf-8"))
+        why = "it is a folder that zoo encode wrote to its end"
+        need(f"LatentFilms {self.files}", self.files, (ABOUT, FILMS), why)
+        self.about: dict[str, Any] = json.loads(b"".join(self.files.lines(ABOUT)))
         self.channels = int(self.about["channels"])
         self.notes: list[str] = []
         self.train_films: list[LatentFilm] = []
@@ -109,45 +105,40 @@ class LatentFilms(LightningDataModule):
         self._vae: VideoVAE | None = None
         self.text_dim = 1
 
-    @property
-    def _list(self) -> Path:
-        return self.folder / "films.jsonl"
-
     def setup(self, stage: str | None = None) -> None:  # noqa: ARG002  # Lightning passes it by name
         """Read the list of films and split it; no tensor is read. Further calls do nothing."""
         if self.train_films:
             return
         self.notes = []
-        self.latents, self.texts = Index(self.folder, "latents").refresh(), Index(self.folder, "text").refresh()
+        self.latents, self.texts = (Index(str(self.files), kind).refresh() for kind in ("latents", "text"))
         films, missing, short, widths = list[LatentFilm](), list[str](), 0, set[int]()
-        with self._list.open(encoding="utf-8") as file:
-            for line in file:
-                given = json.loads(line)
-                shots = []
-                for shot in given["shots"]:
-                    if shot["latents"] not in self.latents or (shot["text"] and shot["text"] not in self.texts):
-                        missing.append(given["name"])
-                        continue
-                    _, frames, rows, cols = self.latents[shot["latents"]].meta["shape"]
-                    frames = min(frames, self.frames_per_shot or frames) // self.patch[0] * self.patch[0]
-                    if not frames:
-                        short += 1
-                        continue
-                    shots.append(LatentShot(shot["latents"], frames, rows, cols, shot["text"], shot["caption"]))
-                    widths.add(self.texts[shot["text"]].meta["shape"][1] if shot["text"] else 0)
-                text = given["text"]
-                if text is not None and text not in self.texts:
+        for line in self.files.lines(FILMS):
+            given = json.loads(line)
+            shots = []
+            for shot in given["shots"]:
+                if shot["latents"] not in self.latents or (shot["text"] and shot["text"] not in self.texts):
                     missing.append(given["name"])
-                    text = None
-                widths.add(self.texts[text].meta["shape"][1] if text else 0)
-                for first in range(0, len(shots), self.shots_per_film):
-                    part = tuple(shots[first : first + self.shots_per_film])
-                    name = (
-                        given["name"]
-                        if len(part) == len(shots)
-                        else f"{given['name']} shots {first}-{first + len(part) - 1}"
-                    )
-                    films.append(LatentFilm(name, given["source"], given["rate"], text, given["caption"], part))
+                    continue
+                _, frames, rows, cols = self.latents[shot["latents"]].meta["shape"]
+                frames = min(frames, self.frames_per_shot or frames) // self.patch[0] * self.patch[0]
+                if not frames:
+                    short += 1
+                    continue
+                shots.append(LatentShot(shot["latents"], frames, rows, cols, shot["text"], shot["caption"]))
+                widths.add(self.texts[shot["text"]].meta["shape"][1] if shot["text"] else 0)
+            text = given["text"]
+            if text is not None and text not in self.texts:
+                missing.append(given["name"])
+                text = None
+            widths.add(self.texts[text].meta["shape"][1] if text else 0)
+            for first in range(0, len(shots), self.shots_per_film):
+                part = tuple(shots[first : first + self.shots_per_film])
+                name = (
+                    given["name"]
+                    if len(part) == len(shots)
+                    else f"{given['name']} shots {first}-{first + len(part) - 1}"
+                )
+                films.append(LatentFilm(name, given["source"], given["rate"], text, given["caption"], part))
         if missing:
             why = "; ".join(sorted({*self.latents.lost.values(), *self.texts.lost.values()})) or "they were not encoded"
             self._note(
@@ -162,7 +153,7 @@ class LatentFilms(LightningDataModule):
             {film.source for film in films}, key=lambda x: hashlib.sha256(f"{self.seed} {x}".encode()).hexdigest()
         )
         refuse(
-            f"LatentFilms {self.folder}",
+            f"LatentFilms {self.files}",
             [f"latents of {a}x{b} are not in whole patches of {rows}x{cols}" for a, b in odd]
             + [
                 f"training and validation need a video each, and there {'is' if len(sources) == 1 else 'are'} "
@@ -212,7 +203,9 @@ class LatentFilms(LightningDataModule):
         from datamodules.encoders import vae_folder
         from datamodules.encoding import Digests
 
-        own = Digests(self.folder / "cache").model(vae_folder(folder))
+        with TemporaryDirectory() as once:  # an address has no place for a cache
+            cache = self.files.path / "cache" if isinstance(self.files, Folder) else Path(once)
+            own = Digests(cache).model(vae_folder(folder))
         refuse(
             "LatentFilms",
             [f"vae {folder} did not make these latents: its digest is {own}, theirs {self.about['vae_digest']}"]

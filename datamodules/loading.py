@@ -40,6 +40,7 @@ class ResumableLoader(DataLoader[Batch]):
 
     served = 0
     resume_at = 0
+    epoch_batches = 0  # Lightning may end an epoch before the loader does; 0: it does not
 
     def __iter__(self) -> Iterator[Batch]:  # type: ignore[override]
         self.served, self.resume_at = self.resume_at, 0
@@ -56,7 +57,7 @@ class ResumableLoader(DataLoader[Batch]):
     def load_state_dict(self, state: dict[str, int]) -> None:
         """Resume after the batch that `state` describes."""
         # A finished epoch is followed by a whole one.
-        self.resume_at = state["served"] % len(self)
+        self.resume_at = state["served"] % (self.epoch_batches or len(self))
 
 
 def train_loader(films: FilmSplit, batch: int, seed: int, workers: int, trainer: Trainer | None) -> ResumableLoader:
@@ -64,7 +65,10 @@ def train_loader(films: FilmSplit, batch: int, seed: int, workers: int, trainer:
     # Of ranks that share films, all see the same ones.
     shared = (trainer.distributed_sampler_kwargs if trainer else None) or {"num_replicas": 1, "rank": 0}
     order = Order(films, seed, shared["num_replicas"], shared["rank"])
-    return ResumableLoader(_dataset(films), batch, sampler=order, num_workers=workers, collate_fn=_as_it_is)
+    loader = ResumableLoader(_dataset(films), batch, sampler=order, num_workers=workers, collate_fn=_as_it_is)
+    limit = trainer.limit_train_batches if trainer else 1.0
+    loader.epoch_batches = min(limit, len(loader)) if isinstance(limit, int) else int(limit * len(loader))
+    return loader
 
 
 def val_loader(films: FilmSplit, batch: int, workers: int) -> DataLoader[Batch]:

@@ -205,7 +205,7 @@ class LatentFilmsSettings:
     """The settings of `LatentFilms`."""
 
     folder: str
-    """Folder that `zoo encode` wrote."""
+    """Folder that `zoo encode` wrote, or its address, such as https://host/latents; nothing is copied to the disk."""
     patch: Sequence[int] = (1, 2, 2)
     """Latent frames, rows and columns of one token."""
     batches: Batches = "packed"

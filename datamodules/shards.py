@@ -14,7 +14,7 @@ import io
 import json
 import os
 import tarfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -25,6 +25,7 @@ from zlib import crc32
 from safetensors.torch import load, save
 from torch import Tensor
 
+from datamodules.storage import storage
 from sparse_zoo.errors import ZooError
 
 END = b"\0" * (2 * tarfile.BLOCKSIZE)  # of an archive
@@ -47,33 +48,34 @@ class Index:
     """The entries of one kind in a folder, by key; `refresh` takes in what any process has finished since.
 
     Args:
-        folder: Where the shards lie.
+        place: The folder where the shards lie, or an address that fsspec reads.
         kind: "latents" or "text".
     """
 
-    def __init__(self, folder: Path, kind: str) -> None:
-        self.folder, self.kind = folder, kind
+    def __init__(self, place: Path | str, kind: str) -> None:
+        self.files, self.kind = storage(place), kind
         self.entries: dict[str, Entry] = {}
         self.lost: dict[str, str] = {}
         """Key -> why an entry that the index names is not there: its shard was cut short or removed."""
         self._read: dict[str, int] = {}  # bytes of each index that were taken in
+        self._whole: set[str] = set()  # shards that were finished when they were looked for
 
     def refresh(self) -> Index:
         """Read what is new; entries are kept in memory, tensors are not."""
-        for path in sorted(self.folder.glob(f"{self.kind}-*.jsonl")):
-            before = self._read.get(path.name, 0)
+        for name in self.files.names(f"{self.kind}-", ".jsonl"):
+            before, shard = self._read.get(name, 0), name.removesuffix(".jsonl")
             try:
-                if path.stat().st_size == before:
+                if self.files.size(name) == before:
                     continue
-                tar = find(self.folder, path.stem)
-                there = tar.stat().st_size
+                tar = self._tar(shard)
+                there = self.files.size(tar)
             except FileNotFoundError:
-                tar, there = self.folder / f"{path.stem}.tar", 0
-            for entry, stop in _entries(path, before):
-                self._read[path.name] = stop
+                tar, there = f"{shard}.tar", 0
+            for entry, stop in _entries(self.files.lines(name, before), shard, before):
+                self._read[name] = stop
                 if entry.offset + entry.size > there:
                     missing = "is cut short" if there else "is missing"
-                    self.lost.setdefault(entry.key, f"{tar.name} {missing}")
+                    self.lost.setdefault(entry.key, f"{tar} {missing}")
                 else:
                     self.entries.setdefault(entry.key, entry)
         for key in self.lost.keys() & self.entries.keys():  # written again since
@@ -93,40 +95,37 @@ class Index:
         """The tensors of a key, on the CPU.
 
         Raises:
-            ZooError: if the bytes on disk are not those that were written.
+            ZooError: if the bytes that are read are not those that were written.
         """
         entry = self.entries[key]
-        with find(self.folder, entry.shard).open("rb") as file:
-            file.seek(entry.offset)
-            data = file.read(entry.size)
+        data = self.files.read(self._tar(entry.shard), entry.offset, entry.size)
         if len(data) != entry.size or crc32(data) != entry.crc32:
             raise ZooError(
-                f"{self.folder / entry.shard}.tar: the entry {key} is damaged; delete the shard and its .jsonl, and "
+                f"{self.files}/{entry.shard}.tar: the entry {key} is damaged; delete the shard and its .jsonl, and "
                 "give the command zoo encode again, which encodes what was in it"
             )
         return load(data)
 
+    def _tar(self, shard: str) -> str:
+        """The name of a shard's file, finished or being written; FileNotFoundError where there is none."""
+        if shard not in self._whole:
+            try:
+                self.files.size(f"{shard}.tar")
+            except FileNotFoundError:
+                self.files.size(f"{shard}.tar.part")
+                return f"{shard}.tar.part"
+            self._whole.add(shard)
+        return f"{shard}.tar"
 
-def find(folder: Path, shard: str) -> Path:
-    """The tar of a shard, finished or being written; FileNotFoundError where there is none."""
-    whole = folder / f"{shard}.tar"
-    if whole.exists():
-        return whole
-    part = folder / f"{shard}.tar.part"
-    part.stat()
-    return part
 
-
-def _entries(path: Path, start: int = 0) -> Iterator[tuple[Entry, int]]:
+def _entries(lines: Iterable[bytes], shard: str, start: int = 0) -> Iterator[tuple[Entry, int]]:
     """The entries of an index from byte `start` on, each with where its line ends; a half-written last line is none."""
-    with path.open("rb") as file:
-        file.seek(start)
-        for line in file:
-            start += len(line)
-            if not line.endswith(b"\n"):
-                return
-            with suppress(ValueError, TypeError):
-                yield Entry(shard=path.stem, **json.loads(line)), start
+    for line in lines:
+        start += len(line)
+        if not line.endswith(b"\n"):
+            return
+        with suppress(ValueError, TypeError):
+            yield Entry(shard=shard, **json.loads(line)), start
 
 
 class Writer:
@@ -238,7 +237,7 @@ class Writer:
             index.close()
             return False
         there, line, end = part.stat().st_size, 0, 0
-        for entry, stop in _entries(Path(index.name)):
+        for entry, stop in _entries(index, name):
             if _padded(entry.offset + entry.size) > there:
                 break
             line, end = stop, _padded(entry.offset + entry.size)

@@ -38,14 +38,16 @@ class Span:
     start: int
     stop: int
     text: Tensor
+    caption: str
 
 
 @dataclass(frozen=True)
 class VideoFilm:
-    """Consecutive shots of one video, with the ids of the video's caption."""
+    """Consecutive shots of one video, with the video's caption and its ids."""
 
     name: str
-    caption: Tensor
+    text: Tensor
+    caption: str
     spans: tuple[Span, ...]
 
 
@@ -222,19 +224,20 @@ class VideoFilms(LightningDataModule):
             if length == 0:
                 self.dropped_shots += 1
                 continue
-            text = tokenize(shot_captions[number] if shot_captions else "", self.vocabulary, self.max_words)
+            own = shot_captions[number] if shot_captions else ""
+            said = tokenize(own, self.vocabulary, self.max_words), own
             held = max(unit, round(length * self.val_fraction / unit) * unit)
             held = min(held, length - unit)
             middle = start + length - held
-            kept.append((Span(video, number, start, middle, text), Span(video, number, middle, start + length, text)))
+            kept.append((Span(video, number, start, middle, *said), Span(video, number, middle, start + length, *said)))
         for first in range(0, len(kept), self.shots_per_film):
             group = kept[first : first + self.shots_per_film]
             title = name if len(group) == len(shots) else f"{name} shots {group[0][0].shot}-{group[-1][0].shot}"
-            words = tokenize(caption.whole, self.vocabulary, self.max_words)
-            self.train_films.append(VideoFilm(title, words, tuple(train for train, _ in group)))
+            whole = tokenize(caption.whole, self.vocabulary, self.max_words), caption.whole
+            self.train_films.append(VideoFilm(title, *whole, tuple(train for train, _ in group)))
             held_spans = tuple(val for _, val in group if val.stop > val.start)
             if held_spans:
-                self.val_films.append(VideoFilm(title, words, held_spans))
+                self.val_films.append(VideoFilm(title, *whole, held_spans))
 
 
 class _Split:
@@ -261,11 +264,12 @@ class _Split:
         return {
             "layout": Layout.pack([self._layout(film) for film, _ in films]),
             "clips": [clip for film, number in films for clip in self._clips(film, number)],
-            "text": torch.cat(
-                [ids for film, _ in films for ids in (film.caption, *(span.text for span in film.spans))]
-            )[None],
+            "text": torch.cat([ids for film, _ in films for ids in (film.text, *(span.text for span in film.spans))])[
+                None
+            ],
             "names": [film.name for film, _ in films],
             "rates": [min(self.fps or rate, rate) for film, _ in films if (rate := film.spans[0].video.rate)],
+            "captions": [[film.caption, *(span.caption for span in film.spans)] for film, _ in films],
         }
 
     def _layout(self, film: VideoFilm) -> Layout:
@@ -274,7 +278,7 @@ class _Split:
             Shot(self._frames(span) // frames, self.size[0] // rows, self.size[1] // cols, len(span.text))
             for span in film.spans
         ]
-        return Layout.film(shots, caption=len(film.caption))
+        return Layout.film(shots, caption=len(film.text))
 
     def _frames(self, span: Span) -> int:
         return min(span.stop - span.start, self.frames_per_shot)

@@ -7,6 +7,7 @@ import importlib
 import inspect
 import json
 import logging
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
@@ -147,7 +148,14 @@ class LitPretrained(LightningModule):
         try:
             adapt(config)
         except ValueError as error:  # no layer has such a name
-            raise ZooError(f"model.lora_targets: {error}") from error
+            family = find_family(self.model)
+            sites = [part for name, part in self.model.named_modules() if re.fullmatch(family.sites, name)]
+            linear = dict.fromkeys(
+                name for part in sites for name, x in part.named_modules() if isinstance(x, nn.Linear)
+            )
+            raise ZooError(
+                f"model.lora_targets: {error}. The linear layers of its self-attentions are {', '.join(linear)}"
+            ) from error
 
     @override
     def configure_callbacks(self) -> list[Callback]:
@@ -345,7 +353,7 @@ def predict(model: nn.Module, noisy: Tensor, time: Tensor, arguments: Mapping[st
     family = find_family(model).name
     takes = FLOW_FAMILIES[family]
     _check_batch(model, noisy, arguments, takes)
-    if noisy.shape[takes.dim] in _with_picture(model, family):
+    if _picture_channels(model, family):
         # Models of text and pictures take a picture's latents and mask too; of text alone, both are zero.
         none = [*noisy.shape]
         none[takes.dim] += 1
@@ -355,18 +363,17 @@ def predict(model: nn.Module, noisy: Tensor, time: Tensor, arguments: Mapping[st
     return found
 
 
-def _with_picture(model: nn.Module, family: str) -> list[int]:
-    """Channels of latents to which a transformer wants those of a picture added, as many, and one of its mask."""
+def _picture_channels(model: nn.Module, family: str) -> int:
+    """Channels of latents, where a transformer takes as many of a picture's too, and one of its mask; else 0."""
     config: Any = model.config
     if family == "kandinsky5" and config.visual_cond:
-        return [int(config.in_visual_dim)]
-    return [(int(config.in_channels) - 1) // 2] if family == "hunyuan_video_15" else []
+        return int(config.in_visual_dim)
+    return (int(config.in_channels) - 1) // 2 if family == "hunyuan_video_15" else 0
 
 
 def _check_batch(model: nn.Module, latents: Tensor, arguments: Mapping[str, Any], takes: Takes) -> None:
     config: Any = model.config
-    picture = _with_picture(model, find_family(model).name)
-    channels = picture[0] if picture else int(config[takes.channels])
+    channels = _picture_channels(model, find_family(model).name) or int(config[takes.channels])
     shape = tuple(latents.shape)
     text, width = arguments.get("encoder_hidden_states"), int(config[takes.text])
     known = inspect.signature(type(model).forward).parameters

@@ -459,7 +459,7 @@ def test_rows_that_no_rectangle_covers_are_empty(monkeypatch: pytest.MonkeyPatch
     compare(plan, tensors)
 
 
-def test_gradients_can_be_taken_twice(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_gradients_can_be_computed_twice(monkeypatch: pytest.MonkeyPatch) -> None:
     """The lists that the first backward pass lets go of are made again."""
     monkeypatch.setattr(union, "KEPT", 100)
     plan, tensors = routed(40, 4), strided(True)

@@ -12,6 +12,7 @@ from experiments.tracking.store import home
 from sparse_zoo.errors import ZooError
 
 
+@pytest.mark.slow
 def test_a_store_opens_in_any_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What a URL would take for a query, a fragment or an escape, and what a shell must quote."""
     folder = tmp_path / "who? #1 100% ünï 'x' \"y\" &a=b+c %41;d"

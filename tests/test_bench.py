@@ -101,7 +101,8 @@ def test_peak_memory_is_what_is_held_at_once() -> None:
     assert bench.peak_bytes(run, CPU) == pytest.approx(4 * 3 * (1 << 17), rel=0.01)
 
 
-def test_out_of_memory_is_a_row_and_the_others_go_on(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.slow
+def test_out_of_memory_is_a_row_and_the_other_methods_are_timed(monkeypatch: pytest.MonkeyPatch) -> None:
     attend = turns._attend
 
     def full(attention, *given):  # type: ignore[no-untyped-def]
@@ -139,6 +140,7 @@ def test_a_kernel_that_cannot_run_says_why() -> None:
     assert "needs a CUDA device" in row["failed"] or "tensors are on cpu" in row["failed"]
 
 
+@pytest.mark.slow
 def test_every_event_is_reported() -> None:
     rounds = [bench.Round(bench.film_of(2048), bench.CPU_ENTRIES[3:])]
     seen: list[str] = []
@@ -160,9 +162,12 @@ def test_the_quick_suite_has_every_method_at_work() -> None:
     for name, settings in entries.items():
         if not zoo.get(name).__module__.startswith("sparse_zoo.methods."):
             continue  # a plug-in goes with its defaults
-        counted = simulate(name, round_.film, heads=2, head_dim=16, dim=32, settings=settings)
-        # At defaults made for long films it would be dense; holocine has no setting, and .61 in this film.
-        assert counted.cost.density < 0.62, name
+        density = simulate(name, round_.film, heads=2, head_dim=16, dim=32, settings=settings).cost.density
+        if name == "holocine":
+            # The first of two frames of 128 tokens in all six shots, the other frame of the own shot, and 56 of text.
+            assert density == (1536 * (6 * 128 + 128 + 56) + 56 * 1592) / 1592**2
+        else:
+            assert density < 0.6, name  # at defaults made for long films it would be dense
 
 
 # -- noise ------------------------------------------------------------------------------------------------------------
@@ -244,7 +249,7 @@ def test_turns_are_added_until_the_interval_is_narrow(monkeypatch: pytest.Monkey
     assert row["confidence"] >= intervals.CONFIDENCE
 
 
-def test_turns_that_would_not_help_are_not_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_repeats_that_would_not_help_are_not_run(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = Clock(lambda turn, name: 1.0 + 3.0 * (turn % 2) * (name == "moc"))
     rows = timed_by(clock, monkeypatch, most=8)
     assert clock.turns == 6

@@ -56,6 +56,7 @@ def test_lazy_properties_and_shared_storage_count_once() -> None:
     assert tensor_bytes(holder, set()) == 120
 
 
+@pytest.mark.slow
 def test_memory_stays_bounded_over_many_layouts(limit: int) -> None:
     def live() -> int:
         gc.collect()

@@ -132,6 +132,24 @@ def test_every_method_trains_in_a_pretrained_model(family, method):
     assert {result.kernel for result in bridge.results.values()} != {""}
 
 
+@pytest.mark.parametrize("method", zoo.names())
+@pytest.mark.parametrize("family", ["wan", "hunyuan_video"])
+@torch.no_grad()
+def test_every_method_is_saved_loaded_and_detached_exactly(tmp_path: Path, family, method):
+    given, small = inputs(family), zoo.get(method).small
+    model = transformer(family)
+    original = run(model, given)
+    bridge = zoo.attach(model, method, **small)
+    for parameter in bridge.parameters():
+        parameter.normal_()
+    bridge.film(shots=[2, 4])
+    wanted, path = run(model, given), bridge.save(tmp_path / "methods.pt")
+    assert run(bridge.detach(), given).equal(original)
+    again = zoo.attach(model, method, **small).load(path)
+    again.film(shots=[2, 4])
+    assert run(model, given).equal(wanted)
+
+
 @cache
 def silent_in_the_original(family: str) -> set[str]:
     """Parameters without gradient whoever attends: the last layer's text, for one, reaches no output."""
@@ -249,6 +267,7 @@ def fresh() -> nn.Module:
     return model
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_a_backend_that_is_active_for_all_is_noticed():
     from diffusers.models.attention_dispatch import attention_backend

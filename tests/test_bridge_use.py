@@ -1,20 +1,21 @@
 """An attached model in what people do with models: guidance, compilation, checkpointing, adapters, offloading."""
 
 import copy
-import json
 import warnings
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 from test_bridge import run
+from tiers import cases
 from torch import nn
 
 import sparse_zoo as zoo
 from experiments.inspection.capture import Captured, load, save
 from experiments.inspection.replay import replay
-from experiments.tools.paper_ledger import WAN_CLIP, WAN_MOC, count
+from experiments.tools.paper_ledger import WAN_MOC, count
 from experiments.tools.tiny_models import inputs, transformer
 from sparse_zoo.bridge import bridge_of
 from sparse_zoo.errors import ZooError
@@ -53,7 +54,7 @@ def test_guidance_keeps_the_memory_of_its_two_calls_apart():
 
 
 @torch.no_grad()
-def test_guidance_is_told_apart_by_the_names_of_its_calls():
+def test_calls_of_guidance_are_distinguished_by_their_names():
     """The order of the calls, and further calls at one noise time, do not mix them up; a copy has its own names."""
     prompts = {name: inputs("wan", seed=seed) for seed, name in enumerate(("cond", "uncond"))}
 
@@ -275,42 +276,51 @@ def test_a_capture_replays_bit_for_bit(tmp_path: Path, method):
     assert [row.failed for row in rows] == [None, None]
 
 
-def test_a_model_of_wans_size_is_planned_without_its_weights():
+@pytest.mark.parametrize("frames", cases([81, 477], [81]))
+@pytest.mark.parametrize("size", cases(["1.3B", "14B"], ["1.3B"]))
+def test_a_model_of_wans_size_is_planned_without_its_weights(size, frames):
+    """On the meta device, as the ledger counts it: density and FLOPs of each layer."""
     from accelerate import init_empty_weights
     from diffusers import WanTransformer3DModel
 
-    config = json.loads(WAN_1_3B)
+    config, parameters = WAN[size]
     with init_empty_weights():
         model = WanTransformer3DModel(**config)
     bridge = zoo.attach(model, ["dense", {"name": "moc", **dict(WAN_MOC.settings), "layers": "rest"}])
     assert all(parameter.is_meta for parameter in model.parameters())
-    assert sum(parameter.numel() for parameter in model.parameters()) == pytest.approx(1.42e9, rel=0.01)
-    layers = bridge.simulate((21, 60, 104))
-    assert len(layers) == 30
-    tokens = len(WAN_CLIP)
-    assert tokens == 21 * 1560
+    assert sum(parameter.numel() for parameter in model.parameters()) == pytest.approx(parameters, rel=0.01)
+    latent = (frames - 1) // 4 + 1
+    layers = bridge.simulate((latent, 60, 104))
+    assert len(layers) == config["num_layers"]
+    tokens = latent * 1560
+    counted = count(replace(WAN_MOC, layout=zoo.Layout.film([zoo.Shot(latent, 30, 52)])))
+    width = config["num_attention_heads"] * 128
     assert layers[0].cost.density == 1
-    assert layers[0].cost.flops == 4 * 12 * 128 * tokens**2
+    assert layers[0].cost.flops == 4 * width * tokens**2
     for layer in layers[1:]:
-        assert layer.cost.density == pytest.approx(count(WAN_MOC).density, rel=1e-12)
-        assert layer.cost.flops == pytest.approx(4 * 12 * 128 * count(WAN_MOC).pairs, rel=1e-12)
+        assert layer.cost.density == pytest.approx(counted.density, rel=1e-12)
+        assert layer.cost.density == pytest.approx(4 / latent, rel=1e-12)  # its own frame and three others
+        assert layer.cost.flops == pytest.approx(4 * width * counted.pairs, rel=1e-12)
         assert layer.cost.routing_flops > 0
 
 
-def test_a_model_of_wans_size_is_planned_at_477_frames():
-    from accelerate import init_empty_weights
-    from diffusers import WanTransformer3DModel
-
-    with init_empty_weights():
-        model = WanTransformer3DModel(**json.loads(WAN_1_3B))
-    bridge = zoo.attach(model, "moc", **dict(WAN_MOC.settings))
-    for layer in bridge.simulate((120, 60, 104), shots=[40, 40, 40]):
-        assert layer.cost.dense_pairs == 12 * 187_200**2
-        # Each token reads its own frame and three others of 120; all frames are of one length.
-        assert layer.cost.density == pytest.approx(4 / 120, rel=1e-12)
-
-
-WAN_1_3B = """{"patch_size": [1, 2, 2], "num_attention_heads": 12, "attention_head_dim": 128, "in_channels": 16,
-"out_channels": 16, "text_dim": 4096, "freq_dim": 256, "ffn_dim": 8960, "num_layers": 30, "cross_attn_norm": true,
-"qk_norm": "rms_norm_across_heads", "eps": 1e-6, "added_kv_proj_dim": null, "rope_max_seq_len": 1024}"""
+WAN_1_3B = {
+    "patch_size": [1, 2, 2],
+    "num_attention_heads": 12,
+    "attention_head_dim": 128,
+    "in_channels": 16,
+    "out_channels": 16,
+    "text_dim": 4096,
+    "freq_dim": 256,
+    "ffn_dim": 8960,
+    "num_layers": 30,
+    "cross_attn_norm": True,
+    "qk_norm": "rms_norm_across_heads",
+    "eps": 1e-6,
+    "added_kv_proj_dim": None,
+    "rope_max_seq_len": 1024,
+}
 """transformer/config.json of Wan2.1-T2V-1.3B-Diffusers."""
+WAN_14B = WAN_1_3B | {"num_attention_heads": 40, "ffn_dim": 13824, "num_layers": 40}
+WAN = {"1.3B": (WAN_1_3B, 1.42e9), "14B": (WAN_14B, 14.29e9)}
+"""Configs, and parameters: those of the ledger for 1.3B; for 14B counted from the published shapes."""

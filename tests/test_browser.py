@@ -2,18 +2,31 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from threading import Thread
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
 from made_up import SECTIONS, write_full_sweep
+from test_cli import zoo
+from tiny import BASE
+from toy_encoding import video
 
+from experiments.config.resolve import load
+from experiments.execution.run import run
 from experiments.inspection.pretrained import Compared, Request, write_page, write_video
 from experiments.reporting.html import write
 from experiments.reporting.report import build_report
+from experiments.tracking.mlflow_logger import Tracker
+from experiments.tracking.store import Cell
 
 pytestmark = pytest.mark.slow
 
@@ -54,7 +67,7 @@ def wider_than(page: Any, width: int) -> list[str]:
 
 
 @pytest.mark.parametrize(("width", "scheme"), [(DESKTOP, "light"), (PHONE, "dark")])
-def test_the_page_fits_and_is_whole(browser: Any, report: Path, tmp_path: Path, width: int, scheme: str) -> None:
+def test_page_fits_and_is_complete(browser: Any, report: Path, tmp_path: Path, width: int, scheme: str) -> None:
     page = browser.new_page(viewport={"width": width, "height": 900}, color_scheme=scheme)
     requests, said = [], []
     page.on("request", lambda request: requests.append(request.url))
@@ -112,6 +125,70 @@ def test_the_videos_of_a_comparison_play(browser: Any, tmp_path: Path) -> None:
         assert playing == [[96, 64, True, None]] * 2
         assert said == []
         page.close()
+
+
+@pytest.mark.slow
+def test_a_sampled_film_plays_with_its_captions(browser: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A film of `zoo sample` from a model of pixels, in a page that takes the captions from the file beside it."""
+    monkeypatch.setenv("ZOO_HOME", str(tmp_path / "runs"))
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path / 'mlflow.db'}")
+    clips = tmp_path / "clips"
+    clips.mkdir()
+    video(clips / "a.mp4", (1, 2))
+    (clips / "captions.json").write_text(json.dumps({"a.mp4": {"caption": "whole", "shots": ["a <first> shot", ""]}}))
+    films: dict[str, Any] = {"folder": str(clips), "captions": str(clips / "captions.json"), "fps": 12}
+    films |= {"size": [32, 48], "patch": [1, 8, 8], "frames_per_shot": 9}
+    small = {name: BASE[name] for name in ("model", "trainer", "sampling")}
+    result = run(Cell("dense", load([small, {"data": films, "attention": {"name": "dense"}}])), "train", *silent())
+    assert result.status == "finished", result.traceback
+    drawn = zoo("sample", result.folder, "data.val_fraction=0.5", "--steps", "1", "--out", tmp_path / "out")
+    assert drawn.exit_code == 0, drawn.output
+    assert (tmp_path / "out" / "film_000.vtt").exists()
+    (tmp_path / "out" / "page.html").write_text(
+        '<link rel="icon" href="data:,">'
+        '<video src="film_000.mp4" muted><track kind="captions" src="film_000.vtt" default></video>'
+    )
+    page = browser.new_page()
+    said: list[str] = []
+    page.on("console", lambda message: said.append(message.text))
+    with served(tmp_path / "out") as address:
+        page.goto(f"{address}/page.html")
+        page.wait_for_function("document.querySelector('video').readyState >= 2")
+        page.wait_for_function("document.querySelector('track').readyState === 2")
+        seen = page.evaluate(
+            """async () => {
+                const one = document.querySelector("video");
+                const shown = [];
+                const track = one.textTracks[0];
+                track.addEventListener("cuechange", () => {
+                    if (track.activeCues.length) shown.push(track.activeCues[0].getCueAsHTML().textContent);
+                });
+                const cues = [...track.cues].map(cue => [cue.startTime, cue.endTime]);
+                await one.play();
+                await new Promise(done => one.addEventListener("ended", done));
+                return [one.videoWidth, one.videoHeight, one.duration, cues, shown, one.error];
+            }"""
+        )
+    assert seen == [48, 32, 1.0, [[0, 0.5], [0.5, 1]], ["a <first> shot", "whole"], None]
+    assert said == []
+    page.close()
+
+
+@contextmanager
+def served(folder: Path) -> Iterator[str]:
+    """The address at which a folder is served: of a file's own address a browser takes no captions."""
+    handler = partial(SimpleHTTPRequestHandler, directory=str(folder))
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        thread = Thread(target=server.serve_forever)
+        thread.start()
+        yield f"http://127.0.0.1:{server.server_port}"
+        server.shutdown()
+        thread.join()
+
+
+def silent() -> tuple[Tracker, Any]:
+    """A tracker and an observer that say nothing."""
+    return Tracker("train", lambda _: None), Mock()
 
 
 def test_paper_is_light_and_cuts_no_table(browser: Any, report: Path) -> None:

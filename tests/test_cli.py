@@ -109,6 +109,7 @@ def test_map_draws(here: Path) -> None:
     assert (here / "a" / "b.png").exists()
 
 
+@pytest.mark.slow
 def test_map_counts_loops(here: Path) -> None:
     assert "9 <-> 11" in zoo("map", "moc", "causal=null").stdout
     assert "<->" not in zoo("map", "moc").stdout
@@ -150,7 +151,7 @@ def test_runs_that_cannot_be_written_are_one_message(tmp_path: Path, monkeypatch
 
 def test_train_with_a_plugin(here: Path, plugin: Path) -> None:
     """The example of the design, in a file of its own, trained at once."""
-    asked = ["attention=own_and_previous_shots", "attention.reach=2", "trainer.max_steps=1"]
+    asked = ["attention=own_and_previous_shots", "attention.reach=2", "trainer.max_steps=1", "trainer.profiler=simple"]
     result = zoo("train", "--plugin", plugin, "--config", "tiny.yaml", *asked)
     assert result.exit_code == 0, result.output
     for shown in ("first loss", "val loss", "density", "kernel", "s/step"):
@@ -158,6 +159,7 @@ def test_train_with_a_plugin(here: Path, plugin: Path) -> None:
     folders = list((here / "runs" / "train").iterdir())
     assert [folder.name.rpartition("-")[0] for folder in folders] == ["own_and_previous_shots"]
     assert str(folders[0]) in result.stdout
+    assert "run_training_batch" in (folders[0] / "fit-profile.txt").read_text()
 
     plain = json.loads(zoo("train", "--config", "tiny.yaml", "trainer.max_steps=1", "--json").stdout)
     assert (plain["status"], plain["attention"], plain["steps"]) == ("finished", {"name": "dense"}, 1)
@@ -189,7 +191,7 @@ def test_sweep_then_report(here: Path, bad_plugin: Path) -> None:
     assert shorter.exit_code == 0
     assert "2 of 2 cells finished" in shorter.stdout
     stamps = {p: p.stat().st_mtime_ns for p in here.glob("runs/both/*/result.json")}
-    assert zoo("sweep", path, "--plugin", bad_plugin, "--max-steps", "1").exit_code == 0
+    assert zoo("sweep", path, "trainer.max_steps=1", "--plugin", bad_plugin).exit_code == 0
     assert stamps == {p: p.stat().st_mtime_ns for p in here.glob("runs/both/*/result.json")}
     assert zoo("sweep", path, "--plugin", bad_plugin, "--max-steps", "1", "--fresh").exit_code == 0
     assert stamps != {p: p.stat().st_mtime_ns for p in here.glob("runs/both/*/result.json")}

@@ -70,6 +70,7 @@ def test_a_list_of_methods_is_split_between_methods_only():
     assert found == [("moc", moc), ("sta", {"tile": [1, [2, 3]]}), ("radial", {}), ("moga", {})]
 
 
+@pytest.mark.slow
 def test_videos_are_sampled_with_a_method(model: Path, prompts: Path, tmp_path: Path):
     """As comparing samples them: the same files, prompt by prompt."""
     asked = ["--model", str(model), "--prompts", str(prompts), *SIZE]
@@ -92,6 +93,7 @@ def test_videos_are_sampled_with_a_method(model: Path, prompts: Path, tmp_path: 
     assert (tmp_path / "moc" / "0.mp4").read_bytes() != (tmp_path / "dense" / "0.mp4").read_bytes()
 
 
+@pytest.mark.slow
 def test_methods_are_compared_at_one_density(model: Path, prompts: Path, tmp_path: Path):
     asked = [
         "compare",
@@ -114,6 +116,7 @@ def test_methods_are_compared_at_one_density(model: Path, prompts: Path, tmp_pat
         assert rows["sta"]["density"] == pytest.approx(0.78, rel=0.05)
 
 
+@pytest.mark.slow
 def test_a_pipeline_is_captured_and_replayed(model: Path, prompts: Path, tmp_path: Path):
     file = tmp_path / "calls.safetensors"
     asked = ["capture", "--model", str(model), "--prompts", str(prompts), "--size", "9x64x96", "--steps", "4"]
@@ -151,7 +154,7 @@ def test_a_pipeline_is_captured_and_replayed(model: Path, prompts: Path, tmp_pat
         (["compare", "--methods", "moc", "--model", "x", "--prompts", "y", "--shots", "1,b"], "--shots"),
     ],
 )
-def test_what_cannot_be_is_refused(asked, message):
+def test_impossible_settings_are_refused(asked, message):
     done = CliRunner().invoke(app, asked)
     assert done.exit_code == 2, done.output
     assert message in done.output
@@ -163,3 +166,16 @@ def test_a_folder_that_is_no_pipeline_is_refused(tmp_path: Path):
     (tmp_path / "none.txt").write_text("# nothing\n")
     with pytest.raises(ZooError, match="has no prompt"):
         pretrained.read_prompts(tmp_path / "none.txt")
+
+
+def test_a_pipeline_whose_classes_or_packages_are_not_here_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    import diffusers
+
+    (tmp_path / "model_index.json").write_text('{"_class_name": "NoSuchPipeline", "_diffusers_version": "0.42.0"}')
+    with pytest.raises(ZooError, match=r"model .*: it does not load: .*NoSuchPipeline"):
+        pretrained.load_pipeline(tmp_path)
+    # Cosmos asks for its checker when it is made of its parts.
+    made = diffusers.CosmosTextToWorldPipeline
+    monkeypatch.setattr(diffusers.DiffusionPipeline, "from_pretrained", lambda *_, **__: made(*[None] * 5))
+    with pytest.raises(ZooError, match=r"it does not load: .*cosmos_guardrail"):
+        pretrained.load_pipeline(tmp_path)

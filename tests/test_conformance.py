@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-from tiers import cases
 
 import sparse_zoo as zoo
 from sparse_zoo import testing
@@ -32,7 +31,8 @@ class Knobless(zoo.Attention):
         return zoo.Plan.within(layout.partition("shot"))
 
 
-@pytest.mark.parametrize("method", cases(OWN, ["moc"]))
+@pytest.mark.slow
+@pytest.mark.parametrize("method", OWN)
 def test_methods_conform(method: str) -> None:
     """Every check passes; skipped is what a method says in a sentence that it cannot be held to."""
     outcomes = testing.check_method(method)
@@ -247,6 +247,7 @@ def test_method_that_cannot_be_built_gives_one_outcome() -> None:
     assert "test_conformance.py:" in outcomes[0].reason
 
 
+@pytest.mark.slow
 def test_checks_leave_the_global_generator_alone() -> None:
     torch.manual_seed(4)
     want = torch.rand(3)
@@ -293,6 +294,7 @@ def rule(attention, call):
 '''
 
 
+@pytest.mark.slow
 def test_a_plugin_in_a_file_is_found_and_judged(tmp_path: Path) -> None:
     right, wrong = tmp_path / "right_rule.py", tmp_path / "wrong_rule.py"
     right.write_text(PLUGIN.format(wrong=""))
@@ -349,6 +351,7 @@ def test_pytest_items_pass_fail_skip_and_expect_failure() -> None:
 # -- kernels ----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_broken_kernel_gets_one_error() -> None:
     with pytest.raises(testing.ConformanceError) as error:
         testing.check_kernel(
@@ -386,7 +389,7 @@ def test_kernel_without_half_precision_is_skipped_with_its_reason() -> None:
     assert (outcome.status, outcome.reason) == ("skipped", "half precision is not its thing")
 
 
-def test_drawn_plans_are_skipped_when_hypothesis_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_random_plans_are_skipped_when_hypothesis_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(kernel_suite, "find_spec", lambda _: None)
     (outcome,) = testing.check_kernel("cpu", only=["kernel_drawn_plans"])
     assert (outcome.status, outcome.reason[:27]) == ("skipped", "hypothesis is not installed")

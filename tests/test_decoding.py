@@ -181,7 +181,7 @@ def cover(path: Path, film_too: bool = True) -> Path:
     return path
 
 
-def test_cover_picture_is_not_taken_for_the_film(tmp_path: Path) -> None:
+def test_cover_picture_is_not_decoded_as_the_film(tmp_path: Path) -> None:
     video = decode(cover(tmp_path / "a.mp4"), SETTINGS)
     assert len(video.frames) == 8
     np.testing.assert_allclose(video.frames[3].mean((0, 1)), GREEN, atol=12)
@@ -202,7 +202,7 @@ def test_music_with_a_cover_picture_is_rejected(tmp_path: Path) -> None:
         ("mp4", (64, 32), (1, 8), {0: Disposition.default, 1: Disposition(0)}),
     ],
 )
-def test_best_stream_is_taken_and_named(
+def test_best_stream_is_chosen_and_named(
     tmp_path: Path, suffix: str, sizes: tuple[int, int], frames: tuple[int, int], flags: dict[int, Any]
 ) -> None:
     pictures = [np.full((size, size, 3), colour, np.uint8) for size, colour in zip(sizes, (RED, GREEN), strict=True)]
@@ -213,7 +213,7 @@ def test_best_stream_is_taken_and_named(
     assert any("it has 2 video streams; number 1 is taken" in note for note in video.notes)
 
 
-def test_first_of_two_equal_streams_is_taken_and_named(tmp_path: Path) -> None:
+def test_first_of_two_equal_streams_is_chosen_and_named(tmp_path: Path) -> None:
     pictures = [np.full((64, 64, 3), colour, np.uint8) for colour in (RED, GREEN)]
     flags = {0: Disposition(0), 1: Disposition(0)}
     video = decode(two_streams(tmp_path / "a.mkv", *pictures, (8, 8), flags=flags), SETTINGS)
@@ -329,7 +329,7 @@ def test_frames_after_a_gap_are_sampled_by_time(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("rate", "seconds"), [(5, 2.0), (10, 1.0), (24, 1.0), (60, 1.0), (120, 1.0)])
 @pytest.mark.parametrize("detector", ["content", "adaptive"])
-def test_shots_are_told_apart_by_their_seconds(tmp_path: Path, rate: int, seconds: float, detector: str) -> None:
+def test_shots_are_separated_by_their_seconds(tmp_path: Path, rate: int, seconds: float, detector: str) -> None:
     length = int(rate * seconds)
     pictures = [p for colour in (*COLOURS, WHITE) for p in plain(colour, length)]
     video = decode(write(tmp_path / "a.mp4", pictures, rate=rate), Decoding(None, (32, 48), detector))
@@ -518,6 +518,7 @@ def test_memory_does_not_grow_with_the_length_of_a_video(tmp_path: Path) -> None
     assert max(more) < 25_000
 
 
+@pytest.mark.slow
 def test_killed_decoder_leaves_no_entry_and_nothing_in_the_way(tmp_path: Path) -> None:
     path, cache, settings = (
         write(tmp_path / "a.mp4", busy(600), "mpeg4"),
@@ -548,6 +549,7 @@ def count_decodings(path: Path, cache: Path, counted: Path) -> None:
     assert len(load(path, Decoding(None, (64, 96)), cache).frames) == 200
 
 
+@pytest.mark.slow
 def test_processes_share_one_decoding(tmp_path: Path) -> None:
     path = write(tmp_path / "a.mp4", busy(200), "mpeg4")
     runs = [in_fork(count_decodings, path, tmp_path / "cache", tmp_path / "count") for _ in range(3)]

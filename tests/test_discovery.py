@@ -39,7 +39,7 @@ def test_hidden_files_and_archive_litter_are_left_out_and_named(
     assert f"data: {line}" in caplog.messages
 
 
-def test_files_of_every_video_suffix_in_any_case_are_taken(tmp_path: Path) -> None:
+def test_files_of_every_video_suffix_in_any_case_are_found(tmp_path: Path) -> None:
     suffixes = (
         "3gp",
         "MTS",
@@ -119,7 +119,7 @@ def test_unreadable_folder_and_file_are_named() -> None:
         (folder / "shut").chmod(0o755)
 
 
-def test_linked_files_are_taken(tmp_path: Path) -> None:
+def test_linked_files_are_found(tmp_path: Path) -> None:
     touch(tmp_path / "outside.mp4")
     (tmp_path / "data").mkdir()
     (tmp_path / "data" / "a.mp4").symlink_to(tmp_path / "outside.mp4")
@@ -164,6 +164,7 @@ def test_home_is_expanded_in_folder_and_cache(tmp_path: Path, monkeypatch: pytes
         resolve("~nobody-of-this-name/clips")
 
 
+@pytest.mark.slow
 def test_name_with_a_colon_in_a_relative_folder_is_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     three_shots(tmp_path / "clips" / "plain.mp4").rename(tmp_path / "clips" / "scene:01.mp4")
     monkeypatch.chdir(tmp_path / "clips")

@@ -27,7 +27,7 @@ def shots_that_differ(layout, a, b):
     return stream(layout).shot_of_video[(a - b).abs().amax((0, 2)) > 1e-5].unique().tolist()
 
 
-def test_each_patch_lies_where_the_layout_says():
+def test_each_patch_is_where_the_layout_says():
     films, model = batch(PACKED, size=2), VideoDiT(**arguments())
     patches = model.patchify(films["clips"])
     table = stream(PACKED)
@@ -157,7 +157,7 @@ def test_conditions_pool_own_and_global_caption_of_shots_and_the_latter_of_films
     torch.testing.assert_close(dit._pool(words, table), torch.stack(wanted, dim=1))
 
 
-def test_attention_is_told_all_it_may_look_at():
+def test_attention_receives_all_of_its_inputs():
     model, films = open_model(), batch(PACKED, size=2)
     told = []
     for block in model.blocks:
@@ -198,7 +198,7 @@ def test_training_may_follow_inference_on_the_same_layout(method, text):
     run(model, films).velocity.sum().backward()
 
 
-def test_pooled_captions_reach_the_model_as_asked():
+def test_pooled_captions_reach_the_model_as_configured():
     films = batch(FIRST)
     other = {**films, "text": (films["text"] + 1) % 20}
     for pooled, differs in (("none", False), ("adaln", True), ("tokens", True)):
@@ -254,7 +254,7 @@ def test_results_hold_no_graph():
     assert all(loss.requires_grad for loss in output.losses.values())
 
 
-def test_every_misfit_of_sizes_is_told_at_once():
+def test_all_misfits_of_sizes_are_reported_at_once():
     bad = arguments(
         dim=30,
         heads=4,

@@ -169,6 +169,44 @@ def a_second_a_step(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(dry_run, "step_seconds", lambda _: 1.0)
 
 
+@pytest.mark.parametrize(
+    ("given", "reasons"),
+    [
+        (["trainer.limit_train_batches=0.2"], ["trainer.limit_train_batches=0.2 of 4 batches is none; give a count"]),
+        (["trainer.limit_train_batches=0.25"], []),
+        (["trainer.limit_train_batches=0.25", "parallel.data=2"], ["limit_train_batches=0.25 of 2 batches is none"]),
+        (["trainer.limit_val_batches=0.3"], ["trainer.limit_val_batches=0.3 of 3 batches is none"]),
+        (["trainer.limit_test_batches=0.4"], []),  # no test
+        (["trainer.limit_test_batches=0.4", "data.test_films=2"], ["limit_test_batches=0.4 of 2 batches is none"]),
+        (["trainer.val_check_interval=5"], []),  # counted across epochs
+        (["trainer.check_val_every_n_epoch=1", "trainer.val_check_interval=4"], []),
+        (["trainer.check_val_every_n_epoch=1", "trainer.val_check_interval=5"], ["is more than the 4 batches of an"]),
+        (
+            ["trainer.check_val_every_n_epoch=2", "trainer.val_check_interval=3", "trainer.limit_train_batches=0.5"],
+            ["trainer.val_check_interval=3 is more than the 2 batches of an epoch"],
+        ),
+        (["trainer.limit_train_batches=0.1", "trainer.limit_val_batches=0.1"], ["0.1 of 4 batch", "0.1 of 3 batch"]),
+    ],
+)
+def test_limits_that_leave_no_batch_are_refused(given: list[str], reasons: list[str]) -> None:
+    found = preflight.unfit_limits(load([BASE, "data.films_per_epoch=4", "data.val_films=3", *given]))
+    assert len(found) == len(reasons)
+    assert all(reason in told for reason, told in zip(reasons, found, strict=True)), found
+
+
+def test_a_dry_run_refuses_limits_that_leave_no_batch(tmp_path: Path) -> None:
+    file = write_sweep(tmp_path / "s.yaml", axes={"trainer.limit_val_batches": [1, 0.5]})
+    done = CliRunner().invoke(app, ["sweep", str(file), "--dry-run"])
+    assert done.exit_code == 2
+    assert "cell limit_val_batches=0.5: trainer.limit_val_batches=0.5 of 1 batches is none" in done.stderr
+    assert "limit_val_batches=1:" not in done.stderr
+    alone = tmp_path / "run.yaml"
+    alone.write_text(json.dumps(BASE))
+    done = CliRunner().invoke(app, ["train", "--config", str(alone), "trainer.limit_val_batches=0.5"])
+    assert done.exit_code == 2
+    assert "zoo train: trainer.limit_val_batches=0.5 of 1 batches is none" in done.stderr
+
+
 def test_a_dry_run_says_what_a_sweep_would_take(tmp_path: Path, home: Path) -> None:
     path = write_sweep(tmp_path / "dry.yaml", about="Two.", axes=AXES, seeds=2)
     plain = json.loads(zoo_("sweep", path, "--dry-run", "--json").stdout)

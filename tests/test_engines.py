@@ -370,7 +370,7 @@ def test_the_device_chooses_the_generation(
             assert f"is for compute capability (9, 0) to (9, 0), this device has {capability}" in why_not("flash_attn")
 
 
-def test_every_reason_of_the_tensors_is_told() -> None:
+def test_every_reason_of_the_tensors_is_reported() -> None:
     q, v = torch.zeros(1, 1, 4, 12), torch.zeros(1, 1, 4, 8)
     for kernel in ("torch", "flash_attn", "xformers"):
         with pytest.raises(zoo.ZooError) as error:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from made_up import finished
+from made_up import finished, write_sweep_of
 from markupsafe import escape
 from typer.testing import CliRunner
 
@@ -93,14 +93,14 @@ def test_json_has_the_costs_beside_what_it_had() -> None:
     ],
 )
 def test_the_leaderboard_is_read_by_a_cost(sense: str, order: list[str], home: Path) -> None:
-    make_up()
-    result = CliRunner().invoke(app, ["report", "costs", "--by", sense])
+    make_up("memory")
+    result = CliRunner().invoke(app, ["report", "memory", "--by", sense])
     assert result.exit_code == 0, result.output
     rows = [line.split()[0] for line in result.stdout.splitlines() if line.split()[:1] and line.split()[0] in METHODS]
     assert rows[:4] == order
-    page = (home / "costs" / "report.html").read_text()
+    page = (home / "memory" / "report.html").read_text()
     table = page[page.index('id="equal-cost"') :]
-    places = [table.index(f">{name}</a>") for name in order]
+    places = [table.index(f"</span>{name}</td>") for name in order]
     assert places == sorted(places)
 
 
@@ -138,8 +138,8 @@ def test_the_report_says_which_difference_the_seeds_find() -> None:
 
 
 def test_the_command_says_how_many_seeds_are_needed() -> None:
-    make_up()
-    result = CliRunner().invoke(app, ["power", "costs", "--difference", "0.02", "--methods", "9", "--json"])
+    make_up("memory")
+    result = CliRunner().invoke(app, ["power", "memory", "--difference", "0.02", "--methods", "9", "--json"])
     assert result.exit_code == 0, result.output
     plain = json.loads(result.stdout)
     curve = {int(n): found for n, found in plain["curve"].items()}
@@ -147,7 +147,7 @@ def test_the_command_says_how_many_seeds_are_needed() -> None:
     below = max((n for n in curve if n < plain["needed"]), default=0)
     assert below == 0 or curve[below] > 0.02
     assert all(found <= 0.0205 for n, found in curve.items() if n >= plain["needed"])
-    shown = CliRunner().invoke(app, ["power", "costs"])
+    shown = CliRunner().invoke(app, ["power", "memory"])
     assert "A difference of 0.1 needs" in shown.stdout
     assert CliRunner().invoke(app, ["power", "costs", "--probability", "2"]).exit_code == 2
     make_one = Cell("a-s0", {"attention": {"name": "dense"}, "seed": 0}, "a")
@@ -192,3 +192,12 @@ def test_the_report_shows_every_tried_setting() -> None:
     assert "top\\_k 2" in text
     shown = CliRunner().invoke(app, ["report", "costs"]).stdout
     assert "it <diverged>" in shown
+
+
+def test_trials_lend_no_controls() -> None:
+    attention = {"moc": {"name": "moc"}, "dense": {"name": "dense"}}
+    write_sweep_of("mine", {"moc": (0.9, 0.8)}, attention, world="same")
+    write_sweep_of("other-trials", {"dense": (1.0, 0.9)}, attention, world="same")
+    assert build_report("mine").sweep.borrowed == ()
+    write_sweep_of("other", {"dense": (1.0, 0.9)}, attention, world="same")
+    assert [group.sweep for group in build_report("mine").sweep.borrowed] == ["other"]

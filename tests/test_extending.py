@@ -92,6 +92,7 @@ def test_every_section_is_followed() -> None:
     assert not [line for _, code in blocks(INTRODUCTION) for line in code.splitlines() if line.startswith("zoo ")]
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("here")
 def test_a_method() -> None:
     (result,) = follow("A method")
@@ -257,7 +258,7 @@ def test_a_package_brings_its_method(tmp_path: Path) -> None:
     outcomes = json.loads(python("-c", run, "check", "keyframes", "--json"))["checks"]
     assert {outcome["check"] for outcome in outcomes} == set(testing.checks())
     assert {outcome["status"] for outcome in outcomes} == {"passed", "skipped"}
-    own = "routing_is_the_papers or refused_at_once"
+    own = "routing_is_the_papers or refused_together"
     told = python("-m", "pytest", "-p", "no:cacheprovider", source / "tests", "-k", own)
     assert re.search(r"2 passed", told), told
 
@@ -316,7 +317,7 @@ class Shy(Reference):
         return ["it is shy"]
 
 
-def test_a_kernel_is_known_by_its_name_and_never_taken_unasked() -> None:
+def test_kernel_is_selected_by_its_name_alone() -> None:
     zoo.register_kernel(Named("mine"))
     zoo.register_kernel(Shy())
     assert (zoo.kernels()["mine"], zoo.kernels()["shy"]) == ([], ["it is shy"])
@@ -383,7 +384,7 @@ def test_bad_datamodules_are_refused(overrides: list[str], said: str) -> None:
         load(overrides)
 
 
-def test_a_datamodule_that_lacks_something_is_told_what(here: Path) -> None:
+def test_missing_parts_of_a_datamodule_are_named(here: Path) -> None:
     (here / "bare.py").write_text(
         "from lightning.pytorch import LightningDataModule\n\n"
         "class Bare(LightningDataModule):\n"

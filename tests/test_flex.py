@@ -98,6 +98,7 @@ def plain_flex(q: Tensor, k: Tensor, v: Tensor, **rest: Any) -> tuple[Tensor, An
     return out, flex.AuxRequest(lse=scores.logsumexp(-1).masked_fill(~reached, -torch.inf))
 
 
+@pytest.mark.slow
 @given(data=st.data())
 @settings(max_examples=25, deadline=None)
 def test_parts_merge_with_their_gradients(data: st.DataObject) -> None:

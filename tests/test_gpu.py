@@ -108,6 +108,7 @@ def ends(found: list[Row]) -> dict[str, Row]:
     return {row["name"]: row for row in found if row["kind"] == "end"}
 
 
+@pytest.mark.slow
 def test_every_row_survives_what_ends_a_stage(rehearsed: tuple[int, list[Row], Path]) -> None:
     _, found, _ = rehearsed
     timed = [row["name"] for row in found if row["kind"] == "time"]
@@ -214,7 +215,7 @@ def test_all_stages_fit_into_the_default_minutes() -> None:
     assert STAGES[0] is MACHINE
 
 
-def test_a_stage_asked_for_alone_brings_its_checks() -> None:
+def test_stage_selected_alone_runs_its_checks() -> None:
     assert [stage.name for stage in gpu.chosen(["tiles"])] == ["machine", LONG, "tiles"]
     assert gpu.chosen([]) == list(STAGES)
 
@@ -295,6 +296,7 @@ def tried(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, list[Row]
     return found, run.out
 
 
+@pytest.mark.slow
 def test_every_stage_runs_to_its_end(tried: tuple[dict[str, list[Row]], Path]) -> None:
     found, _ = tried
     for name, own in found.items():
@@ -356,7 +358,9 @@ def test_a_wrong_kernel_is_not_timed(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert not [row for row in run.rows.read() if row["kind"] == "time" and "seconds" in row]
 
 
-def test_a_full_memory_is_one_line_and_the_dense_step_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_out_of_memory_is_one_line_and_the_dense_step_continues(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     right = model._steps
 
     def steps(attention: dict[str, Any], run: Run) -> dict[str, Any]:

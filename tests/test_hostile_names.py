@@ -91,6 +91,7 @@ def test_names_are_text_in_what_bench_shows(here: Path) -> None:  # noqa: ARG001
     zoo("bench", *given, "--plugin", "plugin.py", shows="[red]x")
 
 
+@pytest.mark.slow
 def test_names_are_text_in_every_output_of_every_command(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     plugin = ["--plugin", "plugin.py"]
     shown = escape.visible(HOSTILE)

@@ -75,7 +75,7 @@ def test_a_training_step_compiles_few_kernels(method: str) -> None:
     assert len(found) <= MOST
 
 
-def test_variants_are_told_apart() -> None:
+def test_variants_are_distinguished() -> None:
     """The counter itself: what Triton specialises by makes another variant, a length makes none."""
     with fake_cuda() as launches:
         for length in (64, 65):

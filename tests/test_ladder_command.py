@@ -87,6 +87,7 @@ def same(a: Call, b: Call) -> None:
 # -- captures -------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_capture_is_what_the_layers_were_given(trained: Path, calls: Path) -> None:
     opened = Trained("test", trained, [], 3)
     want: list[Call] = []
@@ -102,6 +103,7 @@ def test_a_capture_is_what_the_layers_were_given(trained: Path, calls: Path) -> 
     assert got[0].call.step == 2
 
 
+@pytest.mark.slow
 def test_some_layers(trained: Path, tmp_path: Path) -> None:
     file = tmp_path / "some.safetensors"
     result = zoo("capture", trained, "--out", file, "--layers", "1", "--times", "0.5")
@@ -230,6 +232,7 @@ def test_the_ladder_of_a_run(trained: Path, calls: Path, tmp_path: Path) -> None
         assert judged["verdict"] == verdict(mass)
 
 
+@pytest.mark.slow
 def test_the_ladder_for_people(trained: Path) -> None:
     result = zoo("ladder", trained, "--films", "1", "--times", "0.5", "--heads", "--method", "dense")
     assert result.exit_code == 0, result.output
@@ -268,6 +271,7 @@ def test_a_method_in_one_word() -> None:
 # -- replay ---------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_all_methods_are_ranked_on_the_calls(calls: Path, tmp_path: Path) -> None:
     result = zoo("replay", calls, "dense", "moc:top_k=1", "moc:top_k=2", "moga", "--json", "--plot", tmp_path / "a.png")
     assert result.exit_code == 0, result.output
@@ -294,6 +298,7 @@ def test_all_methods_are_ranked_on_the_calls(calls: Path, tmp_path: Path) -> Non
     assert one["seconds"] > 0
 
 
+@pytest.mark.slow
 def test_replay_for_people(calls: Path, here: Path) -> None:
     result = zoo("replay", calls)
     assert result.exit_code == 0, result.output
@@ -316,6 +321,7 @@ def test_a_method_that_cannot_run_says_why(calls: Path) -> None:
     assert "did you mean 'moc'" in unknown.stderr
 
 
+@pytest.mark.slow
 def test_methods_rank_at_one_cost() -> None:
     """Each knob is turned on the calls themselves, which no two cost the same; who cannot cost as much says why."""
     film = Layout.film([Shot(2, 4, 4, 2)] * 4, caption=2)
@@ -364,6 +370,7 @@ def test_methods_that_miss_a_budget_are_listed_when_none_is_named(calls: Path) -
     assert everyone.exit_code == 0
 
 
+@pytest.mark.slow
 def test_the_layout_is_planned_once_where_it_alone_decides(calls: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     runs, run = [], Attention.run
     monkeypatch.setattr(Attention, "run", lambda own, call: runs.append(own) or run(own, call))

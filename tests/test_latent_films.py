@@ -1,7 +1,11 @@
 """Films of latents: batches of shards, whole videos on either side of the split, training that resumes bit for bit."""
 
 import json
+from collections.abc import Iterator
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 import lightning.pytorch as pl
@@ -12,6 +16,7 @@ from torch import Tensor
 
 from datamodules import LatentFilms
 from datamodules.shards import Writer
+from experiments.config.datamodule import build
 from lit_modules import LitPretrained, LitVideoDiT
 from sparse_zoo.errors import ZooError
 
@@ -60,7 +65,7 @@ def write(folder: Path, videos: int = 8, *, same: int = 0, grids: Grids = ((4, 6
     return folder
 
 
-def made(folder: Path, **settings: Any) -> LatentFilms:
+def made(folder: Path | str, **settings: Any) -> LatentFilms:
     data = LatentFilms(str(folder), **settings)
     data.setup()
     return data
@@ -120,7 +125,7 @@ def test_an_epoch_gives_each_film_once_in_batches_of_one_size(tmp_path: Path) ->
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_an_epoch_goes_on_where_it_stopped(tmp_path: Path, workers: int) -> None:
+def test_epoch_resumes_where_it_stopped(tmp_path: Path, workers: int) -> None:
     data = made(write(tmp_path / "a", 9), films_per_batch=2, num_workers=workers)
     whole = names(data)
     loader = data.train_dataloader()
@@ -149,7 +154,7 @@ def test_dropped_captions_are_a_function_of_seed_epoch_and_film(tmp_path: Path) 
     assert {batch["text"].shape[1] for batch in data.val_dataloader()} == {7}
 
 
-def test_pretrained_batches_have_equal_shots_and_text_as_long_as_asked(tmp_path: Path) -> None:
+def test_pretrained_batches_have_equal_shots_and_text_of_the_given_length(tmp_path: Path) -> None:
     data = made(write(tmp_path / "a", 9), batches="pretrained", films_per_batch=2, max_tokens=10)
     for batch in data.train_dataloader():
         assert batch["latents"].shape[1:] == (CHANNELS, 5, 4, 6)
@@ -182,9 +187,93 @@ def test_settings_that_do_not_fit_are_refused(tmp_path: Path, settings: dict[str
         made(write(tmp_path / "a"), **settings)
 
 
+def test_another_vae_than_that_of_the_latents_is_refused(tmp_path: Path, wan: Path) -> None:
+    folder = write(tmp_path / "a")
+    with pytest.raises(ZooError, match=r"vae .* did not make these latents: its digest is \w+, theirs x"):
+        made(folder, vae=str(wan))
+
+
+def test_batches_of_the_other_kind_of_model_are_refused(tmp_path: Path) -> None:
+    settings = {"name": "latent_films", "folder": str(write(tmp_path / "a"))}
+    with pytest.raises(ZooError, match="batches must be pretrained for a pretrained model=DIR, got packed"):
+        build(settings, pretrained=True)
+    with pytest.raises(ZooError, match="batches must be packed for a model of ours, got pretrained"):
+        build({**settings, "batches": "pretrained"})
+    assert build({**settings, "batches": "pretrained"}, pretrained=True)
+    assert build(settings)
+
+
 def test_a_folder_that_is_not_encoded_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ZooError, match=r"latents.json is missing; it is a folder that zoo encode wrote"):
         LatentFilms(str(tmp_path))
+
+
+class Ranges(SimpleHTTPRequestHandler):
+    """Answers with the part of a file that is asked for, and counts what it sends; with `whole`, always with all."""
+
+    sent, whole = 0, False
+
+    def do_GET(self) -> None:
+        path, asked = Path(self.translate_path(self.path)), self.headers.get("Range")
+        if asked is None or self.whole or not path.is_file():
+            super().do_GET()
+            return
+        data = path.read_bytes()
+        first, _, last = asked.removeprefix("bytes=").partition("-")
+        part = data[int(first) : int(last) + 1 if last else None]
+        type(self).sent += len(part)
+        self.send_response(206)
+        self.send_header("Content-Range", f"bytes {first}-{int(first) + len(part) - 1}/{len(data)}")
+        self.send_header("Content-Length", str(len(part)))
+        self.end_headers()
+        self.wfile.write(part)
+
+    def log_message(self, *_: object) -> None: ...
+
+
+@pytest.fixture
+def server(tmp_path: Path) -> Iterator[str]:
+    """The address of a server that sends the files of the test's folder."""
+    with ThreadingHTTPServer(("127.0.0.1", 0), partial(Ranges, directory=str(tmp_path))) as running:
+        thread = Thread(target=running.serve_forever)
+        thread.start()
+        yield f"http://127.0.0.1:{running.server_port}"
+        running.shutdown()
+        thread.join()
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_shards_at_an_address_give_the_batches_of_a_folder(tmp_path: Path, server: str, workers: int) -> None:
+    folder = write(tmp_path / "a", 9)
+    given: dict[str, Any] = {"films_per_batch": 2, "drop_captions": 0.3, "num_workers": workers}
+    here, there = made(folder, **given), made(f"{server}/a", **given)
+    for own, other in zip(here.train_dataloader(), there.train_dataloader(), strict=True):
+        assert own["names"] == other["names"]
+        assert own["captions"] == other["captions"]
+        assert torch.equal(own["text"], other["text"])
+        assert all(map(torch.equal, own["clips"], other["clips"]))
+    before = Ranges.sent
+    there.latents.tensors("0-0")
+    assert Ranges.sent - before == there.latents["0-0"].size  # and nothing else of its shard
+    loader = there.train_dataloader()
+    next(iter(loader))
+    again = there.train_dataloader()
+    again.load_state_dict(loader.state_dict())
+    assert [batch["names"] for batch in again] == names(here)[1:]
+
+
+def test_addresses_that_do_not_serve_are_refused(tmp_path: Path, server: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    write(tmp_path / "a")
+    with pytest.raises(ZooError, match=r"latents.json is missing(?s:.*)films.jsonl is missing"):
+        LatentFilms(f"{server}/b")
+    with pytest.raises(ZooError, match=r"latents.json cannot be read: Cannot connect"):
+        LatentFilms("http://127.0.0.1:1/a")
+    with pytest.raises(ZooError, match="none://a: Protocol not known"):
+        LatentFilms("none://a")
+    data = made(f"{server}/a")
+    monkeypatch.setattr(Ranges, "whole", True)
+    with pytest.raises(ZooError, match="it must answer HTTP range requests"):
+        data.latents.tensors("0-0")
 
 
 def trainer(folder: Path, steps: int, **more: Any) -> pl.Trainer:

@@ -77,5 +77,5 @@ def test_every_reason_comes_at_once_those_of_the_methods_too():
         load(["model.depth=1", "attention=[{cycle: [{name: moc, layers: 2}]}]"])
 
 
-def test_neighbours_that_are_alike_are_told_once():
+def test_equal_neighbouring_layers_are_described_once():
     assert settings([DENSE, DENSE, MOC, DENSE]) == "dense ×2 / moc · top_k 1 / dense"

@@ -238,6 +238,7 @@ def test_what_needs_more_than_random_values_is_refused(tmp_path: Path) -> None:
     assert "it plans by noise" in result.stderr
 
 
+@pytest.mark.slow
 def test_a_long_film_takes_little_memory() -> None:
     """180,000 tokens: one bool table of tokens × tokens alone would take 32 GB; all of it stays below 2."""
     code = """
@@ -316,6 +317,7 @@ def known(name: str, rows: list[dict[str, Any]]) -> None:
             assert plain("groups, 10 s", f"M {groups}", "sparsity") == pytest.approx(1 - share, abs=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", PAPERS)
 def test_every_printed_figure_is_recomputed(name: str) -> None:
     """All plans of a paper at its size, from the command to the page: about ten seconds each."""
@@ -390,7 +392,7 @@ def test_a_speedup_above_what_sparsity_allows_is_called_so() -> None:
     exceeding = {row for row, verdict in lite.items() if verdict == "exceeds the bound"}
     assert exceeding == {row for row in lite if "end to end" in row}
     assert len(lite) == 6
-    assert len({x.paper for x in SPEEDS}) >= 4
+    assert {"SpargeAttention2", "SLA2", "BSA"} <= {x.paper.partition(",")[0] for x in SPEEDS}
     just, above = (Speed("", "", "", 0.75, times) for times in (4 * 1.02, 4 * 1.021))
     assert (just.bound, just.verdict, above.verdict) == (4, "within the bound", "exceeds the bound")
     assert (Path(__file__).parent.parent / "docs" / "ledger.md").read_text().endswith("\n\n" + speeds())

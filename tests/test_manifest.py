@@ -69,7 +69,7 @@ def test_three_formats_give_the_same_rows(tmp_path: Path) -> None:
         ({"video": "a", "shots": [{"start": 0, "end": 2}, {"caption": "x"}]}, "some shots have times"),
     ],
 )
-def test_each_fault_is_one_line_and_the_rest_goes_on(tmp_path: Path, row: Any, reason: str) -> None:
+def test_each_fault_is_one_line_and_the_other_rows_are_read(tmp_path: Path, row: Any, reason: str) -> None:
     good = {"video": "good.mp4"}
     first, bad, last = lines(tmp_path / "m.jsonl", good, row, {"video": "other.mp4"})
     assert isinstance(first, Row)
@@ -147,6 +147,7 @@ def test_check_command_tells_by_its_exit_code(tmp_path: Path, clip: Path) -> Non
     assert CliRunner().invoke(app, ["data", "check", str(tmp_path / "not-there")]).exit_code == 2
 
 
+@pytest.mark.slow
 def test_ten_thousand_rows_are_checked_in_bounded_time_and_memory(tmp_path: Path, clip: Path) -> None:
     """A tenth of the rows, so that it is quick; memory beyond the rows themselves must not grow with them."""
     manifest = lines(tmp_path / "m.jsonl", *({"video": str(clip), "caption": f"film {i}"} for i in range(1000)))

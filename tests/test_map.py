@@ -73,7 +73,7 @@ PAGES: list[tuple[str, dict[str, Any]]] = [
 
 
 @pytest.mark.parametrize(("method", "settings"), PAGES)
-def test_every_page_is_drawn(method: str, settings: dict[str, Any], tmp_path: Path) -> None:
+def test_every_map_is_written(method: str, settings: dict[str, Any], tmp_path: Path) -> None:
     path = sample_map(method, settings).save(tmp_path / "a" / "page.png")
     assert image.imread(path).std() > 0.05
 
@@ -157,7 +157,8 @@ def test_runs_get_a_picture_of_each_routed_branch(tmp_path: Path) -> None:
     assert all((tmp_path / entry["file"]).is_file() for entry in written)
 
 
-def test_plans_over_pooled_tokens_are_counted_and_not_drawn(tmp_path: Path) -> None:
+@pytest.mark.slow
+def test_plans_over_pooled_tokens_are_counted_and_not_plotted(tmp_path: Path) -> None:
     """The compressed branch of nsa is its first: 592 queries × 9 means of blocks."""
     drawn = sample_map("nsa", {"top_k": 1})
     rows = drawn.to_json()["branches"]

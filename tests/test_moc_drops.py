@@ -196,7 +196,7 @@ def test_blocks_of_rows_draw_what_all_rows_draw(monkeypatch: pytest.MonkeyPatch)
         pytest.param(lambda: build(top_k=2, drop_off=0.9, drop_in=1.0), False, id="eval mode"),
     ],
 )
-def test_where_nothing_is_dropped_nothing_is_drawn(
+def test_no_random_numbers_are_used_without_drops(
     attention: Callable[[], MoC], mode: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fail(*_: Any) -> Tensor:

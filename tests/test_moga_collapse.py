@@ -17,6 +17,7 @@ from typing import Literal
 
 import pytest
 import torch
+from tiers import cases
 from torch import Tensor, nn
 from torch.nn.functional import mse_loss, one_hot
 
@@ -91,14 +92,15 @@ def trained(alpha: float, balance: Balance = "printed", *, seed: int, common: fl
     return float(share.max()), float(torch.special.entr(share).sum()) / math.log(GROUPS)
 
 
-@pytest.mark.parametrize("seed", [0, 1, 2])
+@pytest.mark.parametrize("seed", cases([0, 1, 2], [0]))
 def test_without_the_balance_loss_nearly_all_tokens_end_in_one_group(seed: int) -> None:
     share, entropy = trained(0.0, seed=seed)
     assert share > 0.95
     assert entropy < 0.15
 
 
-@pytest.mark.parametrize("seed", [0, 1])
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", cases([0, 1], [0]))
 @pytest.mark.parametrize("balance", ["printed", "switch"])
 def test_with_the_balance_loss_groups_stay_in_use(balance: Balance, seed: int) -> None:
     share, entropy = trained(0.5, balance, seed=seed)

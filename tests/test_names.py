@@ -115,6 +115,31 @@ WRONG_TYPES = [
     ("data.size=48", "data.size must be Sequence[int], got 48"),
     ("trainer.fast_dev_run=true", "trainer.fast_dev_run must be false, got True"),
     ("trainer.fast_dev_run=3", "trainer.fast_dev_run must be false, got 3"),
+    ("trainer.max_steps=-1", "trainer.max_steps must be at least 1, got -1"),
+    ("trainer.max_steps=null", "trainer.max_steps must be int, got None"),
+    ("trainer.min_steps=500", "trainer.min_steps must be null, got 500: a run ends after trainer.max_steps"),
+    ("trainer.min_epochs=1", "trainer.min_epochs must be null, got 1: a run ends after"),
+    ("trainer.max_epochs=-1", "trainer.max_epochs must be null, got -1: a run ends after"),
+    ("trainer.max_time={hours: 1}", "trainer.max_time must be null, got {'hours': 1}: a run ends after"),
+    ("trainer.overfit_batches=0.5", "trainer.overfit_batches must be 0, got 0.5: Lightning replaces the loader"),
+    ("trainer.model_registry=x", "trainer.model_registry must be null, got 'x': checkpoints stay in"),
+    ("trainer.limit_train_batches=-3", "trainer.limit_train_batches must be a count of at least 1, or a share"),
+    ("trainer.limit_val_batches=1.5", "trainer.limit_val_batches must be a count of at least 1, or a share"),
+    ("trainer.val_check_interval=-1", "trainer.val_check_interval must be a count of at least 1, or a share"),
+    ("trainer.val_check_interval=00:01:00:00", "trainer.val_check_interval must be int | float | None, got '00:01:"),
+    ("trainer.check_val_every_n_epoch=0", "trainer.check_val_every_n_epoch must be at least 1, got 0"),
+    ("trainer.accumulate_grad_batches=-2", "trainer.accumulate_grad_batches must be at least 1, got -2"),
+    ("trainer.reload_dataloaders_every_n_epochs=-1", "trainer.reload_dataloaders_every_n_epochs must be at least 0"),
+    ("trainer.gradient_clip_algorithm=hard", "trainer.gradient_clip_algorithm must be one of norm, value, null, got"),
+    ("trainer.profiler=xla", "trainer.profiler must be one of simple, advanced, pytorch, null, got 'xla'"),
+    ("trainer.devices=[-1]", "trainer.devices must be 1, or a list of one index, got [-1]"),
+    ("trainer.devices='0,1'", "trainer.devices must be 1, or a list of one index, got '0,1'"),
+    ("trainer.num_nodes=0", "trainer.num_nodes must be 1, got 0"),
+    ("trainer.default_root_dir=/tmp", "unknown key of trainer 'default_root_dir'"),
+    ("trainer.enable_checkpointing=false", "unknown key of trainer 'enable_checkpointing'"),
+    ("trainer.logger=false", "unknown key of trainer 'logger'"),
+    ("trainer.callbacks=[]", "unknown key of trainer 'callbacks'"),
+    ("trainer.barebones=true", "unknown key of trainer 'barebones'"),
 ]
 
 
@@ -251,6 +276,7 @@ for *arguments, text in json.load(sys.stdin):
 """
 
 
+@pytest.mark.slow
 def test_every_command_refuses_a_wrong_name_before_torch_is_imported(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -291,6 +317,7 @@ def test_a_cell_that_exclude_leaves_out_may_have_wrong_names(tmp_path: Path) -> 
         Written.of(path).check_names()
 
 
+@pytest.mark.slow
 def test_errors_are_one_class_whatever_is_imported_first() -> None:
     code = """
 import experiments, sparse_zoo.errors as first, sparse_zoo as zoo

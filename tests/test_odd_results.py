@@ -18,6 +18,7 @@ import pytest
 from made_up import finished, write_sweep_of
 from matplotlib.axes import Axes
 from rich.console import Console
+from tiers import cases
 from typer.testing import CliRunner
 
 from experiments import escape
@@ -118,7 +119,7 @@ ODD: dict[str, Callable[[Path], object]] = {
 }
 
 
-@pytest.mark.parametrize("what", ODD)
+@pytest.mark.parametrize("what", cases(ODD, ["truncated", "outside"]))
 def test_an_odd_cell_is_one_line_and_a_marked_row(good: Path, what: str) -> None:
     ODD[what](good)
     result = CliRunner().invoke(app, ["report", "s"])
@@ -133,6 +134,7 @@ def test_an_odd_cell_is_one_line_and_a_marked_row(good: Path, what: str) -> None
     assert [by_name[name]["status"] for name in ("fine", "odd")] == ["finished", "unreadable"]
 
 
+@pytest.mark.slow
 def test_an_odd_sweep_does_not_end_the_report_of_another(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ZOO_HOME", str(tmp_path))
     write_sweep_of("memory", {"moc": (0.9, 0.8)}, {"moc": {"name": "moc"}})
@@ -157,6 +159,7 @@ def test_results_of_earlier_versions_are_read(good: Path) -> None:
     assert all(record["groups"] and record["runs"] for record in read.values())
 
 
+@pytest.mark.slow
 def test_names_are_text_in_every_output(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ZOO_HOME", str(tmp_path))
     name = HOSTILE.replace("/", "-").replace("\ud800", "")  # as the name of a folder
@@ -192,6 +195,7 @@ def test_names_are_text_in_every_output(tmp_path: Path, monkeypatch: pytest.Monk
         assert not re.search(r"(?<!\\)_", row)
 
 
+@pytest.mark.slow
 def test_a_long_report_is_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ZOO_HOME", str(tmp_path))
     names = [f"m{i}" for i in range(100)]
@@ -217,6 +221,7 @@ def test_a_long_report_is_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert "m99" in text
 
 
+@pytest.mark.slow
 def test_a_report_does_not_load_what_trains() -> None:
     loaded = (
         "import sys, experiments.reporting.html; print(*{'lightning', 'mlflow', 'scipy.stats'} & sys.modules.keys())"
@@ -224,6 +229,7 @@ def test_a_report_does_not_load_what_trains() -> None:
     assert subprocess.run([sys.executable, "-c", loaded], capture_output=True, text=True, check=True).stdout == "\n"
 
 
+@pytest.mark.slow
 def test_a_winner_is_named_where_it_is_significant_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ZOO_HOME", str(tmp_path))
     sweeps = {

@@ -111,6 +111,7 @@ def test_parts_that_do_not_fit_are_refused() -> None:
         Plan(*Plan.within(chunks).parts, *Plan.groups(torch.zeros(3, dtype=torch.int64)).parts)
 
 
+@pytest.mark.slow
 @given(st.data())
 @settings(max_examples=30, deadline=None)
 def test_means_of_pieces(data: st.DataObject) -> None:

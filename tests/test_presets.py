@@ -89,7 +89,7 @@ def test_every_preset_has_a_gpu_size_and_says_what_it_asks(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["zoo", "zoo_film"])
-def test_the_zoo_is_whole(name: str) -> None:
+def test_the_zoo_preset_has_every_method(name: str) -> None:
     cells = once(read(find(name), [{"match": None}])).cells
     own = {name for name in zoo.names() if zoo.get(name).__module__.startswith("sparse_zoo.methods.")}
     assert {cell.config["attention"]["name"] for cell in cells} - {"own_shot", "random_shots"} == own

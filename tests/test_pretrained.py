@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 from lightning.pytorch import Trainer
+from tiers import cases
 from torch import nn
 
 import sparse_zoo as zoo
@@ -19,13 +20,17 @@ MOGA = {"name": "moga", **zoo.get("moga").small}
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("models")
-    write(folder, ["wan", "hunyuan_video", "cogvideox"])
+    write(folder, ["wan", "hunyuan_video", "hunyuan_video_15", "ltx", "kandinsky5", "cogvideox", "cosmos"])
     return folder
 
 
 def batch(family: str = "wan", seed: int = 0) -> dict[str, Any]:
     given = inputs(family, batch=2, seed=seed)
     latents = given.pop("hidden_states")
+    if family == "hunyuan_video_15":  # those of a picture and its mask are no latents
+        latents = latents[:, :4]
+    if family == "kandinsky5":
+        latents = latents[..., :4]
     return {"latents": latents, "arguments": without_time(given), "shots": [2, 4]}
 
 
@@ -51,7 +56,7 @@ def fit(module: LitPretrained, tmp_path: Path, steps: int = 3, family: str = "wa
     return trainer
 
 
-@pytest.mark.parametrize("family", ["wan", "hunyuan_video"])
+@pytest.mark.parametrize("family", cases(["wan", "hunyuan_video"], ["wan"]))
 def test_lora_trains_adapters_and_routers_alone(models: Path, tmp_path: Path, family):
     module = LitPretrained(
         {"folder": str(models / family), "lora_rank": 2, "distill_output": 1.0, "distill_layers": 0.5},
@@ -72,6 +77,7 @@ def test_lora_trains_adapters_and_routers_alone(models: Path, tmp_path: Path, fa
     assert metrics["val/loss"] > 0
 
 
+@pytest.mark.slow
 def test_full_fine_tuning_moves_all_and_leaves_the_teacher(models: Path, tmp_path: Path):
     module = LitPretrained({"folder": str(models / "wan"), "distill_layers": 1.0}, MOGA, optim={"ema_decay": 0.0})
     assert module.teacher is not None
@@ -97,6 +103,49 @@ def test_a_dense_student_is_its_own_teacher(models: Path):
         assert far["flow"] != alike["flow"]
 
 
+@pytest.mark.parametrize("rank", [0, 4])
+def test_sparge2_is_tuned_towards_the_outputs_of_the_dense_model(models: Path, rank: int) -> None:
+    """What its paper trains by: the velocity of the dense model is the target, and the film's own noise is none."""
+    shares = {"top_fraction": 0.2, "top_p": 0.2, "query_tokens": 4, "block_tokens": 4}
+    own = {"folder": str(models / "wan"), "lora_rank": rank, "distill_output": 2.0}
+    module = LitPretrained(own, {"name": "sparge2", **shares})
+    time = torch.tensor([0.3, 0.8])
+
+    def loss() -> torch.Tensor:
+        return module.losses(batch(), time, torch.Generator().manual_seed(1), seed=0)["distill_output"]
+
+    first = loss()
+    noise = torch.randn(batch()["latents"].shape, generator=torch.Generator().manual_seed(1))
+    noisy = batch()["latents"] * (1 - time[:, None, None, None, None]) + noise * time[:, None, None, None, None]
+    dense, sparse = transformer("wan"), transformer("wan")
+    bridge = zoo.attach(sparse, "sparge2", **shares)
+    bridge.film([2, 4])
+    text = batch()["arguments"]["encoder_hidden_states"]
+    with torch.no_grad():
+        outputs = [x(noisy, 1000 * time, text, return_dict=False)[0] for x in (dense, sparse)]
+    torch.testing.assert_close(first, 2 * (outputs[0] - outputs[1]).square().mean(), rtol=1e-4, atol=0)
+    assert bridge.cost().density < 0.9
+
+    first.backward()
+    trained = {name: x for name, x in module.named_parameters() if x.requires_grad}
+    assert all("lora_" in name for name in trained) == (rank > 0)
+    for part in ("attn1.to_q", "attn1.to_k", "attn1.to_v"):
+        learns = "lora_B" if rank else "weight"
+        found = [x.grad for name, x in trained.items() if part in name and learns in name]
+        assert found
+        assert all(x is not None and float(x.abs().max()) > 0 for x in found), part
+    assert not [name for name, x in module.named_parameters() if not x.requires_grad and x.grad is not None]
+    if module.teacher is not None:
+        assert not [x for x in module.teacher.model.parameters() if x.grad is not None]
+
+    optimizer = torch.optim.Adam(trained.values(), lr=1e-2 if rank else 1e-3)
+    for _ in range(30):
+        optimizer.zero_grad()
+        loss().backward()
+        optimizer.step()
+    assert float(loss().detach()) < 0.5 * float(first.detach())
+
+
 def test_the_flow_loss_is_that_of_its_definition(models: Path):
     module = LitPretrained(models / "wan", {"name": "dense"})
     assert module.flow.shift == 3.0  # the scheduler's
@@ -113,6 +162,57 @@ def test_the_flow_loss_is_that_of_its_definition(models: Path):
     assert set(found) == {"flow"}
 
 
+@pytest.mark.parametrize("family", ["hunyuan_video_15", "kandinsky5", "ltx"])
+def test_other_families_train_too(models: Path, family: str):
+    """Every adapter and router has a gradient; without text of a picture, its latents and mask are zero."""
+    module = LitPretrained({"folder": str(models / family), "lora_rank": 2, "lora_targets": TARGETS[family]}, MOGA)
+    films, seen = batch(family), []
+    module.model.register_forward_pre_hook(lambda _, args, kwargs: seen.append(kwargs), with_kwargs=True)  # noqa: ARG005
+    sum(module.losses(films, torch.tensor([0.3, 0.8]), torch.Generator().manual_seed(0), seed=0).values()).backward()
+    trained = {name: p.grad for name, p in module.model.named_parameters() if p.requires_grad}
+    assert any(".zoo." in name for name in trained)
+    # Adapters' second matrices are zero at the start, so that their first have no gradient yet.
+    silent = [n for n, g in trained.items() if "lora_A" not in n and (g is None or not bool(g.abs().sum() > 0))]
+    assert not silent
+    given, latents = seen[0]["hidden_states"], films["latents"]
+    if family == "ltx":
+        assert given.shape == latents.shape
+        return
+    dim = 1 if family == "hunyuan_video_15" else 4
+    own, picture = given.split([4, 5], dim)
+    assert not picture.any()
+    assert not own.equal(latents)  # noise
+
+
+TARGETS = {
+    "hunyuan_video_15": ["to_q", "to_k", "to_v"],
+    "kandinsky5": ["visual_transformer_blocks.0.self_attention.to_query"],
+    "ltx": ["attn1.to_q", "attn1.to_k"],
+}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            {"latents": torch.zeros(2, 16, 6, 8, 12)},
+            r"latents have shape \(2, 16, 6, 8, 12\); it takes 5 .* 4 channels",
+        ),
+        ({"latents": torch.zeros(2, 144, 4)}, "it takes 5 dimensions with 4 channels in dimension 1"),
+        ({"arguments": {"encoder_hidden_states": torch.zeros(2, 7, 1)}}, "are 1 wide, it takes 16.*have no captions"),
+        ({"arguments": {}}, "arguments lack encoder_hidden_states"),
+        ({"arguments": {"encoder_hidden_state": None}}, "did you mean 'encoder_hidden_states'"),
+        ({"arguments": None}, "it has no 'arguments'"),
+    ],
+)
+def test_a_batch_that_the_transformer_does_not_take_is_refused(models: Path, change: dict, message: str):
+    module = LitPretrained(models / "wan", {"name": "dense"})
+    films = {name: x for name, x in {**batch(), **change}.items() if x is not None}
+    with pytest.raises(ZooError, match=message):
+        module.losses(films, torch.tensor([0.3, 0.8]), torch.Generator(), seed=0)
+
+
+@pytest.mark.slow
 def test_a_schedule_goes_by_the_optimizer_step(models: Path, tmp_path: Path):
     module = LitPretrained(
         {"folder": str(models / "wan"), "lora_rank": 2},
@@ -128,6 +228,8 @@ def test_a_schedule_goes_by_the_optimizer_step(models: Path, tmp_path: Path):
 def test_what_does_not_fit_is_refused(models: Path, tmp_path: Path):
     with pytest.raises(ZooError, match=r"config\.json is missing; give the folder of a diffusers pipeline"):
         LitPretrained(tmp_path, {"name": "dense"})
+    with pytest.raises(ZooError, match=r"its family cosmos has no flow loss here; families that train: wan,"):
+        LitPretrained(models / "cosmos", {"name": "dense"})
     with pytest.raises(ZooError, match="scheduler CogVideoXDDIMScheduler is not one of a flow"):
         LitPretrained(models / "cogvideox", {"name": "dense"})
     own = {"folder": str(models / "wan")}
@@ -137,6 +239,8 @@ def test_what_does_not_fit_is_refused(models: Path, tmp_path: Path):
         LitPretrained({**own, "lora_rank": -1}, {"name": "dense"})
     with pytest.raises(ZooError, match=r"model\.lora_targets: .*no_such_layer"):
         LitPretrained({**own, "lora_rank": 2, "lora_targets": ["no_such_layer"]}, {"name": "dense"})
+    with pytest.raises(ZooError, match="of its self-attentions are to_query, to_key, to_value, out_layer"):
+        LitPretrained({"folder": str(models / "kandinsky5"), "lora_rank": 2}, {"name": "dense"})
     for part, given in (
         ("flow", {"per_shot": True}),
         ("flow", {"history": 0.5}),

@@ -128,7 +128,7 @@ def test_cross_shot_consistency_compares_with_the_introduction() -> None:
     assert scores[0] - 0.02 > scores[1] > scores[2] + 0.05
 
 
-def test_cross_shot_consistency_is_with_the_introduction_that_was_drawn() -> None:
+def test_cross_shot_consistency_compares_with_the_generated_introduction() -> None:
     films = world()
     batch = films.batch("validation", range(40))
     clips = list(batch["clips"])
@@ -204,7 +204,7 @@ def test_locating_is_comparing_whole_frames_with_every_rendering() -> None:
             assert torch.equal(found[b, f], places[int(torch.stack(errors).argmin())])
 
 
-def test_similarity_is_one_for_identical_and_nought_for_opposite_pixels() -> None:
+def test_similarity_is_one_for_identical_and_zero_for_opposite_pixels() -> None:
     x = torch.rand(4, 3, 5, 6) * 2 - 1
     assert torch.equal(pixel_similarity(x, x), torch.ones(4))
     assert torch.equal(pixel_similarity(torch.ones(2, 3, 5, 6), -torch.ones(2, 3, 5, 6)), torch.zeros(2))

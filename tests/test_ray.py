@@ -166,7 +166,7 @@ def test_a_task_trains_its_cell_in_the_surroundings_of_the_sweep(
     assert "PATH" not in seen[0]
 
 
-def test_what_dies_or_fails_is_told_and_the_others_go_on(made_up: Callable[..., MadeUp], runs: Path) -> None:
+def test_dead_and_failed_tasks_are_reported_and_the_others_run(made_up: Callable[..., MadeUp], runs: Path) -> None:
     ray = made_up(CPU=2.0)
 
     def serve(job: Any, *_: object) -> None:
@@ -209,6 +209,20 @@ def test_without_ray_it_is_one_line_before_anything_starts(runs: Path, monkeypat
     assert not store.home().exists()
 
 
+@pytest.mark.parametrize(
+    "error", [ConnectionError("no cluster at x"), Exception("The current node timed out\nduring startup")]
+)
+def test_a_ray_that_does_not_start_is_one_line(
+    made_up: Callable[..., MadeUp], monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    def init(**_: object) -> None:
+        raise error
+
+    monkeypatch.setattr(made_up(CPU=2), "init", init)
+    with pytest.raises(ZooError, match=f"--executor ray: {' '.join(str(error).split())}"):
+        ray_jobs.start()
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(find_spec("ray") is None, reason="needs Ray: pip install 'sparse-attention-zoo[ray]'")
 def test_a_sweep_on_ray_outlives_the_death_of_a_process(runs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -238,3 +252,13 @@ def test_tasks_encode_a_manifest_once(tmp_path: Path, wan: Path, films: Path, mo
     missing = run(films, tmp_path, tmp_path / "none", "--executor", "ray")
     assert missing.exit_code == 2
     assert "config.json is missing" in missing.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(find_spec("ray") is None, reason="needs Ray: pip install 'sparse-attention-zoo[ray]'")
+def test_a_cell_of_two_devices_trains_in_one_task(runs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RAY_ADDRESS", "local")
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(filter(None, sys.path)))
+    base = BASE | {"parallel": {"sequence": 2}}
+    (result,) = execute(read(write_sweep(runs / "two.yaml", base=base)), Silent(), ray=True)
+    assert (result.status, result.steps) == ("finished", 2), result.reason

@@ -57,6 +57,7 @@ def test_one_class_in_a_file_is_a_method(tmp_path: Path) -> None:
     assert torch.equal(attention.plan(q, q, film).dense_mask()[0, 0], (gap >= 0) & (gap <= 2))
 
 
+@pytest.mark.slow
 def test_files_of_one_name_are_two_plugins_in_every_process(tmp_path: Path) -> None:
     paths = [tmp_path / folder / "m.py" for folder in ("a", "b")]
     for path in paths:
@@ -134,7 +135,7 @@ def test_entry_points_are_loaded_once(monkeypatch: pytest.MonkeyPatch) -> None:
     assert entry.loads == 1
 
 
-def test_a_method_that_says_nothing_is_told_so() -> None:
+def test_method_without_declarations_is_reported() -> None:
     class Silent(zoo.Attention):
         pass
 

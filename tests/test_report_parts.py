@@ -100,7 +100,7 @@ def test_json_keeps_its_keys_and_labels(tmp_path: Path, monkeypatch: pytest.Monk
     plain: dict[str, Any] = to_json(build_report(write_full_sweep()))
     assert [*plain] == [
         "name", "cells", "groups", "headline", "command", "verdict", "caution", "drift", "differences", "films",
-        "effects", "winner", "conclusion", "shortened", "version",
+        "effects", "winner", "conclusion", "shortened", "version", "costs", "timing", "power", "tuning",
     ]  # fmt: skip
     assert [*plain["groups"][0]] == ["name", "cells", "control", "letters", "figures"]
     assert [*plain["groups"][0]["figures"]["identity_recall"]] == ["mean", "sd", "n", "low", "high"]

@@ -52,7 +52,7 @@ def test_packages_that_cannot_be_installed_are_named(tmp_path: Path) -> None:
     assert re.fullmatch(r"make extras: chromium.* cannot be installed: there is no apt-get\. .+\n", done.stderr)
 
 
-def test_skipped_test_fails_when_asked(pytester: pytest.Pytester) -> None:
+def test_skipped_test_fails_with_fail_skipped(pytester: pytest.Pytester) -> None:
     pytester.makeconftest((ROOT / "tests" / "conftest.py").read_text())
     pytester.makepyfile(
         test_one="import pytest\ndef test_one(): pytest.skip('no luck')\n",

@@ -7,11 +7,12 @@ import os
 import shutil
 import signal
 import zipfile
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
 
+import lightning.pytorch as pl
 import mlflow
 import pytest
 import torch
@@ -19,6 +20,7 @@ from tiny import BASE
 from torch.utils._pytree import tree_leaves
 
 import sparse_zoo as zoo
+from datamodules.loading import train_loader
 from experiments.config.resolve import load
 from experiments.execution import checkpointing
 from experiments.execution.checkpointing import Saving, saved_step
@@ -129,7 +131,7 @@ def points(run_id: str) -> dict[str, list[tuple[int, float]]]:
     }
 
 
-@pytest.mark.parametrize(("batches", "accumulate"), [(3, 1), (5, 2)])
+@pytest.mark.parametrize(("batches", "accumulate"), [(3, 1), pytest.param(5, 2, marks=pytest.mark.slow)])
 def test_a_run_that_was_killed_ends_like_one_that_was_not(batches: int, accumulate: int) -> None:
     cell = Cell("moc", load([BASE, LONG, {"trainer.accumulate_grad_batches": accumulate}]))
     assert killed_or_done(cell, "whole", 0) == 0
@@ -160,6 +162,70 @@ def test_a_run_that_was_killed_ends_like_one_that_was_not(batches: int, accumula
     assert len(client.search_runs([client.get_run(str(parts.mlflow_run)).info.experiment_id])) == 1
 
 
+class Numbers(pl.LightningDataModule):
+    """Films that are their numbers, `films` to an epoch."""
+
+    def __init__(self, films: int) -> None:
+        super().__init__()
+        self.films = films
+
+    def __len__(self) -> int:
+        return self.films
+
+    def __getitem__(self, number: int) -> Any:
+        return number
+
+    def __getitems__(self, numbers: Sequence[int]) -> Any:
+        return list(numbers)
+
+    def train_dataloader(self) -> Any:
+        return train_loader(self, 1, seed=0, workers=0, trainer=self.trainer)
+
+
+class Seeing(pl.LightningModule):
+    """Notes which film it trains on in each step, and stops as if it was killed before step `last`."""
+
+    def __init__(self, seen: dict[int, int], last: int) -> None:
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.zeros(1))
+        self.seen, self.last = seen, last
+
+    def training_step(self, batch: list[int], _: int) -> Any:
+        if self.global_step == self.last:
+            raise InterruptedError
+        self.seen[self.global_step] = batch[0]
+        return 0 * self.weight.sum()
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.SGD(self.parameters(), 0.1)
+
+
+@pytest.mark.parametrize("killed_every", [2, 3])
+@pytest.mark.parametrize(("films", "limit"), [(2, 1.0), (5, 2), (4, 0.5)])
+def test_run_killed_at_the_end_of_epochs_goes_on_with_the_next_films(
+    tmp_path: Path, killed_every: int, films: int, limit: float
+) -> None:
+    """An epoch ends before the loader does where its batches are limited."""
+
+    def train(seen: dict[int, int], resume: Path | None, last: int) -> None:
+        trainer = pl.Trainer(
+            max_steps=7, limit_train_batches=limit, callbacks=[Saving(tmp_path / RESUME, 0)], accelerator="cpu",
+            logger=False, enable_progress_bar=False, enable_model_summary=False, default_root_dir=tmp_path,
+        )  # fmt: skip
+        with suppress(InterruptedError):
+            trainer.fit(Seeing(seen, last), datamodule=Numbers(films), ckpt_path=resume, weights_only=True)
+
+    whole: dict[int, int] = {}
+    killed: dict[int, int] = {}
+    train(whole, None, -1)
+    for last in (*range(killed_every, 7, killed_every), -1):
+        train(killed, tmp_path / RESUME if killed else None, last)
+    assert whole == killed
+    assert len(whole) == 7
+    assert len({*whole.values()}) == 7
+
+
+@pytest.mark.slow
 def test_a_pretrained_run_that_was_killed_ends_like_one_that_was_not(tmp_path: Path) -> None:
     """Adapters, routers, averages, noise and the interval of sampling go on from where they were."""
     model = {"folder": str(write(tmp_path / "models", ["wan"])[0]), "lora_rank": 2, "distill_output": 1.0}
@@ -186,6 +252,7 @@ def test_a_pretrained_run_that_was_killed_ends_like_one_that_was_not(tmp_path: P
     assert points(str(parts.mlflow_run)) == points(str(whole.mlflow_run))
 
 
+@pytest.mark.slow
 def test_a_run_that_was_killed_in_a_validation_validates_again(monkeypatch: pytest.MonkeyPatch) -> None:
     cell = Cell("moc", load([BASE, LONG]))
     with monkeypatch.context() as patched:
@@ -218,7 +285,7 @@ def half_done(runs: Path, killed_home: Path) -> Cell:
 
 
 @pytest.mark.parametrize("damage", ["removed", "cut", "one byte"])
-def test_a_damaged_checkpoint_starts_the_run_anew(half_done: Cell, damage: str) -> None:
+def test_damaged_checkpoint_starts_the_run_again(half_done: Cell, damage: str) -> None:
     path = half_done.folder("sweep") / RESUME
     whole = path.read_bytes()
     with zipfile.ZipFile(path) as file:
@@ -237,7 +304,7 @@ def test_a_damaged_checkpoint_starts_the_run_anew(half_done: Cell, damage: str) 
     assert not list(half_done.folder("sweep").iterdir())
 
 
-def test_fresh_starts_anew(half_done: Cell) -> None:
+def test_fresh_starts_the_run_again(half_done: Cell) -> None:
     part = half_done.folder("sweep") / "checkpoints" / "step=9.ckpt.1.part"  # what a kill amid a write leaves
     part.touch()
     assert begun(half_done) == (3, ["moc resumes from step 3"])
@@ -252,6 +319,7 @@ def begun(cell: Cell, fresh: bool = False) -> tuple[int, list[str]]:
     return step, watch.told
 
 
+@pytest.mark.slow
 def test_a_full_disk_loses_nothing(runs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A checkpoint finds no room; the one before it stays whole, and the run goes on from it."""
     cell, saved = Cell("moc", load([BASE, LONG])), list[str]()
@@ -292,6 +360,7 @@ def test_the_last_weights_are_kept_whatever_the_interval(steps: int) -> None:
     assert all(torch.equal(tensor, one["state_dict"][name]) for name, tensor in other["state_dict"].items())
 
 
+@pytest.mark.slow
 def test_weights_whose_validation_is_not_finite_are_not_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     """The one after the last step is not: what is kept is from the validation before."""
     compute, left = LossByTime.compute, [1.0, float("nan")]
@@ -303,6 +372,7 @@ def test_weights_whose_validation_is_not_finite_are_not_kept(monkeypatch: pytest
     assert len(list(Path(result.folder).glob("checkpoints/*"))) == 1
 
 
+@pytest.mark.slow
 def test_a_checkpoint_that_is_written_again_takes_its_own_place(monkeypatch: pytest.MonkeyPatch) -> None:
     """Killed after the weights of step 3 were kept, before the state to go on from was written."""
     cell = Cell("moc", load([BASE, LONG]))

@@ -8,6 +8,7 @@ import pytest
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers.logger import DummyLogger
+from tiers import cases
 from torch.utils.data import DataLoader
 from toy_films import FIRST, PACKED, arguments, attention, batch
 from typing_extensions import override
@@ -73,7 +74,7 @@ def fit(module: LitVideoDiT, steps: int, *callbacks: Callback, batches: int = 1,
     return logger
 
 
-@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
+@pytest.mark.parametrize("precision", cases(["32-true", "bf16-mixed"], ["32-true"]))
 def test_training_is_the_same_with_it_bit_for_bit(tmp_path: Path, precision: Any) -> None:
     ended = []
     for watch in ([], [RoutingWatch(tmp_path, every=1)]):
@@ -129,6 +130,7 @@ class Probe(Callback):
         self.seen[step] = [probe(pl_module, films, at, trainer.fit_loop.total_batch_idx) for at in TIMES]
 
 
+@pytest.mark.slow
 def test_it_logs_what_the_diagnostics_say_of_the_probe(tmp_path: Path) -> None:
     module, by_hand, watch = (
         lit(attention=[attention("moc"), attention("moga")]),

@@ -27,7 +27,7 @@ from experiments.tracking.store import Cell, SweepRequest, write_sweep
 from sparse_zoo.picture import INK, PAPER, picture
 
 
-def test_a_stored_plan_is_drawn_as_the_plan_itself(tmp_path: Path) -> None:
+def test_stored_plan_is_plotted_as_the_plan_itself(tmp_path: Path) -> None:
     layout = zoo.Layout.pack([zoo.Layout.film([zoo.Shot(2, 3, 5, text=2), zoo.Shot(1, 4, 4)], caption=3)] * 2)
     attention = zoo.build("moc", heads=2, head_dim=8, dim=8, top_k=1)
     call = zoo.Call(*torch.randn(3, 1, 2, len(layout), 8), layout, hidden=torch.randn(1, len(layout), 8))
@@ -118,6 +118,7 @@ def test_a_file_that_is_no_picture_is_refused_in_one_line(case: str, tmp_path: P
     assert "\n" not in str(refused.value)
 
 
+@pytest.mark.slow
 def test_pictures_of_an_earlier_version_are_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ZOO_HOME", str(tmp_path))
     cells = tuple(Cell(name, {"attention": {"name": "dense"}, "seed": i}) for i, name in enumerate("ab"))

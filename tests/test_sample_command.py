@@ -41,6 +41,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return Path(result.folder)
 
 
+@pytest.mark.slow
 def test_films_longer_than_trained_on(trained: Path, tmp_path: Path) -> None:
     asked = [
         "data.returns=3",
@@ -83,7 +84,7 @@ def test_films_longer_than_trained_on(trained: Path, tmp_path: Path) -> None:
             assert (real[:, place] == drawn[:, place]).mean() < 0.9
 
 
-def test_people_see_which_shots_each_was_drawn_beside(trained: Path) -> None:
+def test_output_shows_the_context_of_each_generated_shot(trained: Path) -> None:
     result = zoo("sample", trained, "--films", "1", "--steps", "1", "--context", "4")
     assert "0: –; 1: 0" in result.stdout
     assert "film_000.png" in result.stdout
@@ -94,7 +95,7 @@ def test_people_see_which_shots_each_was_drawn_beside(trained: Path) -> None:
     assert "each shot beside" not in zoo("sample", trained, "--films", "1", "--steps", "1", "--order", "shots").stdout
 
 
-def test_what_is_not_asked_for_is_the_runs_and_the_model_is_told_its_step(trained: Path, tmp_path: Path) -> None:
+def test_settings_not_given_are_the_runs_and_the_model_gets_its_step(trained: Path, tmp_path: Path) -> None:
     (checkpoint,) = trained.glob("checkpoints/*.ckpt")
     drawing = Drawing(checkpoint, [], films=3, given=0, sampling={})
     assert (drawing.euler.order, drawing.euler.steps, drawing.euler.context) == ("film", 1, None)
@@ -130,6 +131,7 @@ def test_what_does_not_fit_is_refused(trained: Path, asked: list[str], message: 
     assert message in result.stderr
 
 
+@pytest.mark.slow
 def test_a_run_without_a_checkpoint_is_refused(trained: Path, tmp_path: Path) -> None:
     assert "no such run or checkpoint" in zoo("sample", tmp_path / "none").stderr
     assert "holds no checkpoints/*.ckpt" in zoo("sample", tmp_path).stderr

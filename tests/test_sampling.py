@@ -23,6 +23,9 @@ STRICT = {
     "text reads text": {**FRAMES, "text_reads": "text"},
     "layers": [FRAMES, FIXED],
     "scheduled": {**FRAMES, "schedule": {"top_k": {5: 3}}},
+    "moc_fixed": {"name": "moc_fixed", "causal": "strict", "top_k": 2, "chunk_tokens": 8},
+    "rolling": {"name": "rolling", "window": 2, "chunk_frames": 2},
+    "rolling without sinks": {"name": "rolling", "window": 1, "sinks": 0, "chunk_frames": 1},
 }
 LONG = zoo.Layout.film(
     [zoo.Shot(2, 3, 3, 4), zoo.Shot(1, 2, 4), zoo.Shot(3, 2, 3, 2), zoo.Shot(1, 3, 3, 1), zoo.Shot(2, 2, 2, 3)],
@@ -48,6 +51,12 @@ class Rows:
     def __init__(self, model):
         self.counts = []
         model.blocks[0].attention.register_forward_hook(lambda _, args, __: self.counts.append(args[0].shape[2]))
+
+
+def test_every_method_that_can_be_strict_is_sampled_with_a_cache():
+    own = [name for name in zoo.names() if zoo.get(name).__module__.startswith("sparse_zoo.methods.")]
+    sampled = {layer["name"] for given in STRICT.values() for layer in (given if isinstance(given, list) else [given])}
+    assert {name for name in own if not isinstance(zoo.get(name).strict, str)} == sampled
 
 
 @pytest.mark.parametrize(("text", "pooled"), FORMS)
@@ -115,6 +124,8 @@ def test_a_model_that_looks_ahead_keeps_nothing():
         ("fixed", "cross", None, 1.0),
         ("text reads text", "joint", None, 1.0),
         ("layers", "cross", 0, 2.0),
+        ("rolling", "joint", None, 2.0),
+        ("rolling without sinks", "cross", 2, 1.0),
     ],
 )
 def test_kept_keys_give_the_film_that_recomputing_gives(monkeypatch, attention, text, context, guidance):
@@ -156,7 +167,7 @@ def test_without_strict_causality_earlier_shots_are_recomputed_in_every_step(met
 
 
 @pytest.mark.parametrize("attention", [FRAMES, {"name": "dense"}])
-def test_each_shot_is_drawn_beside_clean_ones_before_it(attention):
+def test_each_shot_is_sampled_with_clean_earlier_shots(attention):
     """Against whole-film sampling of each prefix with the shots before given."""
     model, films = open_model(attention=attention).double(), double(batch(LONG, size=2))
     drawn = Euler(2, 1.5, "shots").sample(model, FLOW, films, seed=7)
@@ -181,7 +192,8 @@ def test_each_shot_is_drawn_beside_clean_ones_before_it(attention):
         torch.testing.assert_close(got, want, rtol=0, atol=1e-9)
 
 
-def test_films_of_a_stream_are_drawn_as_alone():
+@pytest.mark.slow
+def test_films_of_a_stream_are_sampled_as_alone():
     model = open_model(attention=FRAMES).double()
     packed = double(batch(zoo.Layout.pack([LONG, SECOND, SILENT])))
     known = torch.tensor([True] + [False] * 9)
@@ -230,6 +242,7 @@ def test_the_chosen_shots_make_a_film_of_their_own(monkeypatch):
             torch.testing.assert_close(x, model.embed(video, words, layout)[0])
 
 
+@pytest.mark.slow
 def test_more_context_than_there_is_takes_all_and_says_so_once():
     model, films = open_model(attention=FRAMES), batch(PACKED)
     with pytest.warns(UserWarning, match="context 5 takes every earlier shot; the longest film has 3 shots") as told:
@@ -244,7 +257,8 @@ def test_more_context_than_there_is_takes_all_and_says_so_once():
         torch.testing.assert_close(a, b, rtol=0, atol=1e-5)
 
 
-def test_a_film_longer_than_any_before_can_be_drawn():
+@pytest.mark.slow
+def test_film_longer_than_any_before_can_be_sampled():
     layout = zoo.Layout.film([zoo.Shot(1, 2, 2, 1)] * 9, caption=1)
     drawn: Generated = Euler(1, order="shots", context=2).generate(
         open_model(attention=FRAMES), FLOW, batch(layout, size=2)

@@ -64,7 +64,7 @@ def test_the_method_itself_changes_and_settings_go_to_those_who_know_them():
         zoo.build("dense", **SHAPE, schedule={"name": {4: "moc"}}, windows=(1, 1))
 
 
-def test_phases_share_parameters_drawn_as_without_a_schedule():
+def test_phases_share_parameters_initialised_as_without_a_schedule():
     torch.manual_seed(0)
     plain, after = zoo.build("moga", **SHAPE), torch.rand(1)
     torch.manual_seed(0)
@@ -136,6 +136,7 @@ def test_what_is_declared_holds_in_every_phase():
     assert [scheduled(anchors=[["text", "shot"], [last]]).may_be_empty for last in ("chunk", "shot")] == [False, True]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["moc", "moga"])
 def test_a_scheduled_method_is_judged_by_the_checks(method):
     """Those that a wrapper could fail, of what `zoo check` runs."""

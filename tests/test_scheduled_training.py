@@ -41,6 +41,7 @@ class Told(Callback):
         attention.register_forward_pre_hook(tell, with_kwargs=True)
 
 
+@pytest.mark.slow
 def test_the_phase_goes_by_optimizer_steps_in_training_and_judging(tmp_path):
     told, films = Told(), SampleFilms(tmp_path, steps=1)
     module = lit(attention=CHANGING, sample_metrics={"seen": Seen()}, sampling={"steps": 1})
@@ -55,6 +56,7 @@ def test_the_phase_goes_by_optimizer_steps_in_training_and_judging(tmp_path):
     assert [top_k for *_, top_k in told.judged[::7]] == [3, 2, 2, 1, 1]
 
 
+@pytest.mark.slow
 def test_draws_differ_between_accumulated_batches_ranks_and_seeds(monkeypatch):
     seen = {}
     for name, seed, rank in (("a", 0, 0), ("again", 0, 0), ("other rank", 0, 1), ("other seed", 1, 0)):
@@ -107,7 +109,7 @@ def test_what_is_in_force_is_logged(tmp_path):
     }  # "chunk" is no number
 
 
-def test_films_are_drawn_in_the_order_asked_for(tmp_path):
+def test_films_are_sampled_in_the_configured_order(tmp_path):
     films = SampleFilms(tmp_path, steps=1, order="shots", context=1)
     assert (films.euler.order, films.euler.context) == ("shots", 1)
     module = lit(sampling={"steps": 1, "order": "shots"}, sample_metrics={"seen": Seen()})

@@ -98,7 +98,6 @@ def test_secrets_are_in_no_file_and_no_output(
     films = {"name": f"{tmp_path}/guarded.py:Guarded", "token": "${oc.env:TOKEN}", "also": "Bearer ${data.token}"}
     axes = {"data.fails": [False, True]}
     base = {**BASE, "data": films, "attention": {"name": "guarded", "token": "${oc.env:TOKEN}"}}
-    base["trainer"] = BASE["trainer"] | {"model_registry": "${oc.env:TOKEN}"}
     file = write_sweep(tmp_path / "secret.yaml", base=base, axes=axes, plugins=["guarded.py"])
     shown = [zoo("sweep", file), zoo("report", "secret", "--json"), zoo("report", "secret", "--runs")]
     assert [result.exit_code for result in shown] == [1, 0, 0]

@@ -178,6 +178,7 @@ def nearest(world: ShotWorld, clip: Tensor, position: Tensor, background: Tensor
     return int(torch.stack(errors).argmin())
 
 
+@pytest.mark.slow
 def test_the_metric_decodes_as_comparing_whole_renderings_does() -> None:
     world = ShotWorld(**RANGES)
     batch = world.batch("validation", range(30))
@@ -194,6 +195,7 @@ def test_the_metric_decodes_as_comparing_whole_renderings_does() -> None:
     assert torch.cat(metric.scored)[:, 0].tolist() == seen.tolist()
 
 
+@pytest.mark.slow
 def test_guessing_scores_what_the_metric_calls_chance() -> None:
     world, films = ShotWorld(), 2000
     batch = world.batch("validation", range(films))
@@ -227,7 +229,7 @@ def test_recall_keeps_its_outcome_for_every_film() -> None:
     assert metric.film_outcomes() == {"identity_recall": [1, 1]}
 
 
-def test_a_copy_of_the_wrong_subject_is_told_from_a_wrong_identity() -> None:
+def test_copy_of_the_wrong_subject_is_distinguished_from_a_wrong_identity() -> None:
     world = ShotWorld()
     batch = world.batch("validation", range(64))
     identity = batch["truth"]["identity"]
@@ -265,7 +267,7 @@ def test_only_the_last_shot_of_each_film_is_scored() -> None:
     assert score(world, batch, spoilt)["identity_recall"] == pytest.approx(0.9)
 
 
-def test_recall_is_told_apart_by_how_long_ago_the_subject_was_seen() -> None:
+def test_recall_is_split_by_how_long_ago_the_subject_was_seen() -> None:
     world = ShotWorld(subjects=3, returns=5)
     batch, (rows, last) = world.batch("validation", range(200)), (200, 7)
     subject, identity = batch["truth"]["subject"], batch["truth"]["identity"]
@@ -280,6 +282,7 @@ def test_recall_is_told_apart_by_how_long_ago_the_subject_was_seen() -> None:
     assert len(told) == 3  # 2 to 4: the second return of a subject is of the second round
 
 
+@pytest.mark.slow
 def test_a_whole_film_is_right_if_it_agrees_with_itself() -> None:
     world, films = ShotWorld(), 300
     batch, draw = world.batch("test", range(films)), torch.Generator().manual_seed(0)

@@ -159,6 +159,17 @@ def test_error_of_slurm_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("cluster")
+def test_a_cell_of_two_devices_trains_in_one_job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in {"ZOO_HOME": str(tmp_path / "runs"), "OMP_NUM_THREADS": "1"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    sweep = read(write_sweep(tmp_path / "two.yaml", base=BASE | {"parallel": {"sequence": 2}}))
+    (result,) = execute(sweep, bar(), slurm=slurm.parameters(["time=0:20:00", "mem=1000"]))
+    assert (result.status, result.steps) == ("finished", 2), result.reason
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("cluster")
 def test_jobs_encode_a_manifest_once(tmp_path: Path, wan: Path, films: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     assert_jobs_encode_once(tmp_path, wan, films, "slurm", "--slurm", "time=0:20:00", "--slurm", "mem=500")
@@ -176,6 +187,7 @@ def test_encoding_that_fails_in_every_job_is_one_line(tmp_path: Path, films: Pat
     assert "config.json is missing" in done.stderr
 
 
+@pytest.mark.slow
 def test_without_slurm_it_says_what_is_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ZOO_HOME", str(tmp_path))
     monkeypatch.setenv("PATH", "")

@@ -43,7 +43,7 @@ def test_the_table_has_a_cell_for_what_was_timed() -> None:
     ]
 
 
-def test_the_plot_is_drawn(tmp_path: Path) -> None:
+def test_plot_is_written(tmp_path: Path) -> None:
     picture = imread(plot(FOUND, tmp_path / "inside" / "time.png"))
     assert picture.shape == (675, 1050, 4)
     assert picture[..., :3].std() > 0.05
@@ -59,6 +59,7 @@ def test_docs_and_readme_show_what_was_measured() -> None:
         assert [cell for cell in cells.split(" | ") if f"| {cell}: " not in measured[method]] == []
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(torch.cuda.is_available(), reason="asks for a kernel that cannot run without a GPU")
 def test_bench_writes_and_exits_by_what_failed(tmp_path: Path) -> None:
     asked = ["bench", "--tokens", "2048", "--method", "window", "--repeats", "1", "--max-repeats", "1"]

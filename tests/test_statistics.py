@@ -68,7 +68,7 @@ def test_holm_by_hand() -> None:
     assert holm([]) == []
 
 
-def test_letters_are_shared_exactly_by_those_not_told_apart() -> None:
+def test_letters_are_shared_exactly_where_no_difference_is_significant() -> None:
     rng = np.random.default_rng(1)
     for size in (1, 2, 4, 6):
         names = [f"m{i}" for i in range(size)]

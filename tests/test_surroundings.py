@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import io
 import os
 import re
 import subprocess
@@ -10,12 +11,14 @@ import sys
 from pathlib import Path
 
 import pytest
+from made_up import write_sweep_of
 from rich.table import Table
 from tiny import write_sweep
 from typer.testing import CliRunner
 
-from experiments.cli import app
+from experiments.cli import app, main
 from experiments.cli.shell import Screen
+from experiments.sweep import preflight
 
 ROOT = Path(__file__).parent.parent
 ROOMS = ("experiments", "lit_modules", "datamodules", "sparse_zoo", "examples")
@@ -64,6 +67,7 @@ def leaves_the_encoding_open(call: ast.Call) -> bool:
     return any(x.arg == "text" and isinstance(x.value, ast.Constant) and x.value.value is True for x in call.keywords)
 
 
+@pytest.mark.slow
 def test_every_file_is_opened_in_a_stated_encoding() -> None:
     found = [
         f"{file.relative_to(ROOT)}:{node.lineno}"
@@ -109,6 +113,57 @@ def test_a_sweep_runs_in_an_ascii_locale_for_an_unknown_user(tmp_path: Path) -> 
     assert "1 of 1 cells finished" in done.stdout
     assert "…" not in done.stdout
     assert done.stdout.isascii()
+
+
+ROWS = '{"path": "größe.mp4", "caption": "Ein Bär — 60 × 60"}\n'
+COMMANDS = [
+    ("list", 0), ("settings trainer", 0), ("cost moc --frames 2 --rows 4 --cols 4", 0), ("map moc --out größe.png", 0),
+    ("report größe", 0), ("report größe --json", 0), ("report größe --markdown", 0), ("report größe --latex", 0),
+    ("report größe --markdown --out größe.md", 0), ("sweep größe.yaml --dry-run", 0), ("data check größe.jsonl", 1),
+    ("train trainer.max_steps=größe", 2), ("sweep Öl", 2), ("check größe", 2), ("sample größe", 2), ("--help", 0),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1"])
+def test_every_command_writes_to_a_terminal_that_is_not_utf8(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, encoding: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("ZOO_HOME", str(tmp_path / "Läufe"))
+    monkeypatch.setattr(preflight, "TIMED", 1)
+    write_sweep_of("größe", {"größe × 2": (0.9, 0.8)}, {"größe × 2": {"name": "dense"}})
+    write_sweep(Path("größe.yaml"), about="60 × 60 — größer", cells={"größe": {}})
+    Path("größe.jsonl").write_text(ROWS, encoding="utf-8")
+    for command, code in COMMANDS:
+        shown, told = (io.TextIOWrapper(io.BytesIO(), encoding=encoding) for _ in range(2))
+        with monkeypatch.context() as patched:
+            patched.setattr(sys, "stdout", shown)
+            patched.setattr(sys, "stderr", told)
+            patched.setattr(sys, "argv", ["zoo", *command.split()])
+            with pytest.raises(SystemExit) as ended:
+                main()
+            for stream in (shown, told):
+                stream.flush()
+        text = [stream.buffer.getvalue().decode(encoding) for stream in (shown, told)]
+        assert (ended.value.code or 0) == code, (command, text)
+        assert "Traceback" not in "".join(text)
+        assert "".join(text).strip() or "--out" in command, command
+        if code == 2:
+            assert text[1].startswith("Error: "), (command, text)
+    assert "größe × 2" in Path("größe.md").read_text(encoding="utf-8")
+    assert Path("größe.png").stat().st_size > 1000
+
+
+@pytest.mark.parametrize("command", ["map moc --out", "bench --plot", "ladder none --plot", "replay none --plot"])
+@pytest.mark.parametrize("name", ["picture", "picture.txt", "folder.png"])
+def test_picture_of_no_known_format_is_refused_before_anything_is_computed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: str, name: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("folder.png").mkdir()
+    done = CliRunner().invoke(app, [*command.split(), name])
+    assert done.exit_code == 2
+    assert f"must be a file whose name ends in .png, .svg, .pdf, got '{name}'" in done.stderr
 
 
 def test_a_malformed_address_is_one_line_before_anything_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

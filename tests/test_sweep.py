@@ -10,7 +10,7 @@ import yaml  # type: ignore[import-untyped]
 from tiny import OWN_AND_PREVIOUS, write_sweep
 
 from experiments.sweep.expand import SWEEPS, find, read
-from experiments.sweep.schema import find_sized
+from experiments.sweep.schema import Written, find_sized
 from experiments.tracking import store
 from sparse_zoo.errors import ZooError
 
@@ -56,7 +56,7 @@ def test_seeds_make_runs_of_one_group(tmp_path: Path) -> None:
     assert [cell.group for cell in read(write_sweep(tmp_path / "t.yaml", axes=METHODS)).cells] == [None, None]
 
 
-def test_a_size_lies_between_base_and_cells(tmp_path: Path) -> None:
+def test_size_overrides_the_base_and_cells_override_the_size(tmp_path: Path) -> None:
     large = {"model.dim": 32, "trainer.max_steps": 50}
     parts: dict[str, Any] = {"axes": METHODS, "cells": {"own": {"attention": "window", "trainer.max_steps": 7}}}
     path = write_sweep(tmp_path / "s.yaml", sizes={"gpu": large}, **parts)
@@ -69,6 +69,46 @@ def test_a_size_lies_between_base_and_cells(tmp_path: Path) -> None:
     assert [cell.config["trainer"]["max_steps"] for cell in cut.cells] == [1, 1, 1]
     with pytest.raises(ZooError, match="unknown size 'gqu'; did you mean 'gpu'"):
         read(path, size="gqu")
+
+
+def test_overrides_hold_in_every_cell_with_ids_of_their_own(tmp_path: Path) -> None:
+    path = write_sweep(tmp_path / "s.yaml", axes=METHODS, seeds=2)
+    given = ["model.dim=32", "optim={lr: 1e-3}", "parallel.data=2", "attention.kernel=cpu"]
+    Written.of(path).check_names(given)
+    plain, changed = read(path).cells, read(path, given).cells
+    assert [cell.name for cell in changed] == [cell.name for cell in plain]
+    assert all(cell.config["model"]["dim"] == 32 and cell.config["parallel"] == {"data": 2} for cell in changed)
+    assert {cell.config["optim"]["lr"] for cell in changed} == {1e-3}
+    assert [cell.config["attention"]["name"] for cell in changed] == ["dense", "dense", "moc", "moc"]
+    assert not {cell.id for cell in plain} & {cell.id for cell in changed}
+
+
+@pytest.mark.parametrize(
+    ("given", "reasons"),
+    [
+        ("attention.top_k=2", ["attention.top_k=2 is for every cell, but narrow, zipped set that themselves"]),
+        ("attention=dense", ["attention=dense is for every cell, but moc, narrow, zipped, long set that themselves"]),
+        ("optim={lr: 1e-2, warmup_steps: 1}", ["but long set that themselves; change it in the file"]),
+        ("match.density=0.5", ["match.density=0.5 is for every cell, but moc set that themselves"]),
+        ("seed=3", ["seed=3 is for every cell, but they have seeds 0 to 1; leave it out"]),
+        ("model.dimm=3", ["every cell: unknown key of model 'dimm'; did you mean 'dim'?"]),
+        ("trainer.max_steps=-1", ["every cell: trainer.max_steps must be at least 1, got -1"]),
+        ("recall", ["an override is key=value, got 'recall'"]),
+        ("seed=3 model.dimm=3", ["unknown key of model 'dimm'", "leave it out"]),
+    ],
+)
+def test_override_of_what_a_cell_sets_is_refused_by_name(tmp_path: Path, given: str, reasons: list[str]) -> None:
+    cells = {
+        "moc": {"attention": "moc", "match": None},
+        "narrow": {"attention": {"name": "moc", "top_k": 1}},
+        "zipped": {"attention.name": "moc", "attention.top_k": 3},
+        "long": {"attention": "dense", "optim": {"lr": 1e-4}},
+    }
+    path = write_sweep(tmp_path / "s.yaml", cells=cells, seeds=2)
+    given_all = [given] if "{" in given else given.split()
+    with pytest.raises(ZooError) as caught:
+        Written.of(path).check_names(given_all)
+    assert all(reason in str(caught.value) for reason in reasons), str(caught.value)
 
 
 def test_a_file_extends_another(tmp_path: Path) -> None:

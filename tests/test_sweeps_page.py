@@ -27,9 +27,10 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("ZOO_HOME", str(tmp_path / "runs"))
     monkeypatch.setattr(preflight, "TIMED", 1)
-    for file, part in (("chunks.yaml", "The file"), ("equal.yaml", "Equal budgets")):
+    files = {"chunks": "The file", "equal": "Equal budgets", "tuned": "Tune each method fairly"}
+    for file, part in files.items():
         (text,) = blocks(part, "yaml")
-        (tmp_path / file).write_text(text)
+        (tmp_path / f"{file}.yaml").write_text(text)
     return tmp_path
 
 
@@ -40,7 +41,21 @@ def test_the_file_makes_the_cells_that_the_page_counts(here: Path) -> None:
     assert f"{len(cells)} runs, named like `{cells[0].name}`" in PARTS["The file"]
 
 
-COMMANDS = [line for part in ("Dry run", "Equal budgets") for block in blocks(part, "") for line in block.splitlines()]
+def test_the_page_says_which_settings_are_tried(here: Path) -> None:
+    trials = read(here / "tuned.yaml").trials
+    assert trials is not None
+    moc, dense = ([one["settings"] for one in own] for own in trials.plan["cells"].values())
+    assert moc == [
+        {},
+        {"attention.top_k": 5, "attention.chunk": "frame"},
+        {"attention.top_k": 5},
+        {"attention.chunk": "frame"},
+    ]
+    assert dense == [{}, *({"optim.muon_lr": rate} for rate in (0.02, 0.04, 0.01))]
+
+
+PARTS_WITH_COMMANDS = ("Dry run", "Equal budgets", "Tune each method fairly")
+COMMANDS = [line for part in PARTS_WITH_COMMANDS for block in blocks(part, "") for line in block.splitlines()]
 
 
 @pytest.mark.slow

@@ -307,7 +307,7 @@ def test_an_empty_cluster_stays_and_is_never_chosen() -> None:
     assert not part.edges[..., 1:].any()
 
 
-def test_chosen_clusters_hold_the_share_of_attention_that_was_asked_for() -> None:
+def test_chosen_clusters_hold_the_requested_share_of_attention() -> None:
     film, draw = zoo.Layout.film([zoo.Shot(6, 8, 8)]), torch.Generator().manual_seed(1)
     about = 2 * torch.randn(16, 8, generator=draw)
     topic = torch.randint(16, (len(film),), generator=draw)

@@ -12,6 +12,7 @@ from experiments.tools.tiny_models import CONFIGS, PIPELINES, main, write
 from sparse_zoo.bridge import family_names
 
 
+@pytest.mark.slow
 def test_every_family_is_written_and_read_back(tmp_path: Path):
     import diffusers
 

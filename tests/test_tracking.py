@@ -46,6 +46,7 @@ def silent_server() -> Iterator[int]:
         connection.close()
 
 
+@pytest.mark.slow
 def test_server_that_never_answers_costs_seconds_and_shows_no_password(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, silent_server: int
 ) -> None:

@@ -32,7 +32,7 @@ SHORT = {"data": DATA, "trainer": {"max_steps": 4, "val_check_interval": 2, "acc
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("models")
-    write(folder, ["wan", "hunyuan_video", "cogvideox"])
+    write(folder, ["wan", "hunyuan_video", "cogvideox", "cosmos"])
     return folder
 
 
@@ -169,13 +169,14 @@ def test_one_model_has_one_id(models: Path, monkeypatch: pytest.MonkeyPatch):
         (["model=wan", "model.lora_rank=-1"], "lora_rank must be at least 0, got -1"),
         (["model=wan", "model.dim=64"], "unknown key of model 'dim'"),
         (["model=wan", "data=shot_world"], "shot_world has clips of pixels"),
+        (["model=cosmos"], "its family cosmos has no flow loss here"),
         (["model=wan", "flow.drop_text=0.1"], "flow.drop_text must be 0"),
         (["model=wan", "optim.optimizer=muon"], "optim.optimizer must be adamw"),
         (["model=wan", "sampling.guidance=3"], "sampling.guidance must be 1"),
         (["model=wan", "attention=moc", "attention.top_k=0"], "top_k"),
     ],
 )
-def test_what_cannot_be_is_refused(models: Path, monkeypatch: pytest.MonkeyPatch, given, message):
+def test_impossible_settings_are_refused(models: Path, monkeypatch: pytest.MonkeyPatch, given, message):
     monkeypatch.chdir(models)
     done = CliRunner().invoke(app, ["train", *options(SHORT), *given])
     assert done.exit_code == 2, done.output

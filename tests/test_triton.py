@@ -61,6 +61,7 @@ def pairs_of(work: Work, item: int, head: int, rows: int, columns: int) -> Tenso
     return met
 
 
+@pytest.mark.slow
 @given(data=st.data())
 @settings(max_examples=60, deadline=None)
 def test_tiles_meet_each_pair_once_from_both_sides(data: st.DataObject) -> None:
@@ -192,7 +193,7 @@ def test_scales_that_are_not_above_0_are_refused() -> None:
         kernel.Triton().run(q, q, q, zoo.Plan.groups(torch.zeros(4, dtype=torch.int64)), -1.0)
 
 
-def test_nothing_imports_triton_before_it_is_asked_for() -> None:
+def test_nothing_imports_triton_before_it_is_selected() -> None:
     code = "import sys, sparse_zoo as zoo; zoo.kernels(); print('triton' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=HERE.parent)
     assert done.stdout.strip() == "False"

@@ -32,7 +32,6 @@ SHARED_MEMORY = {80: 163 << 10, 90: 227 << 10}
 MULTIPLY = ("attend", "grad_queries", "grad_keys")
 OTHERS = ("merge", "fold", "add_rows", "add_up", "row_dots", "gather")
 ROUTING = ("pool", "choose")
-QUICK = {(((9, 0), 128), "attend")}
 OLDEST = "3.6.0"
 OLDEST_PACKAGE = Path(sys.prefix) / f"triton-{OLDEST}"
 TYPES = {torch.bfloat16: "bf16", torch.float32: "fp32", torch.int32: "i32", torch.int64: "i64", torch.uint8: "u8"}
@@ -135,13 +134,10 @@ def check(name: str, launch: Launch, target: int, capfd: pytest.CaptureFixture[s
         assert ("UTMALDG" in code) is launch.constants.get("TMA", False)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("capability", "dim", "name"),
-    [
-        pytest.param(*key, name, marks=[] if (key, name) in QUICK else pytest.mark.slow)
-        for key in sorted(CONFIGS)
-        for name in (*MULTIPLY, *OTHERS)
-    ],
+    [(*key, name) for key in sorted(CONFIGS) for name in (*MULTIPLY, *OTHERS)],
     ids=str,
 )
 def test_attention_compiles(

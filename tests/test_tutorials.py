@@ -62,7 +62,7 @@ def test_an_ablation_is_run_and_read_as_the_tutorial_says() -> None:
     assert markdown.startswith("# causal")
 
 
-def test_the_layout_of_the_concepts_page_is_made(capsys: pytest.CaptureFixture[str]) -> None:
+def test_layout_of_the_concepts_page_is_built(capsys: pytest.CaptureFixture[str]) -> None:
     (code,) = blocks("concepts.md", "python")
     exec(code, {})
     film = zoo.Layout.film([zoo.Shot(frames=4, rows=8, cols=8, text=6) for _ in range(3)], caption=4)

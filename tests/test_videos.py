@@ -121,6 +121,7 @@ def test_frames_are_resized_with_their_aspect_and_cropped_around_the_centre(tmp_
 # Films, splits, batches
 
 
+@pytest.mark.slow
 def test_all_four_real_clips_make_films_that_follow_their_cuts(real: VideoFilms) -> None:
     names = ["bigbuckbunny.mp4", "bikes.mp4", "carphone_distorted.mp4", "carphone_pristine.mp4"]
     assert [film.name for film in real.train_films] == names
@@ -166,7 +167,7 @@ def test_no_frame_is_in_both_splits(tmp_path: Path) -> None:
     assert data.summary()["validation"]["frames"] == 10
 
 
-def test_windows_are_drawn_in_training_and_fixed_in_validation(tmp_path: Path) -> None:
+def test_windows_are_random_in_training_and_fixed_in_validation(tmp_path: Path) -> None:
     ramp(tmp_path / "a.mp4", 40, 5)
     data = VideoFilms(str(tmp_path), **SMALL, frames_per_shot=4)
     data.setup()
@@ -181,6 +182,7 @@ def test_windows_are_drawn_in_training_and_fixed_in_validation(tmp_path: Path) -
     assert levels([*data.val_dataloader()], 5) == levels([*data.val_dataloader()], 5) == [30, 31, 32, 33]
 
 
+@pytest.mark.slow
 def test_short_shots_are_dropped_or_for_training_only(tmp_path: Path) -> None:
     three_shots(tmp_path / "a.mp4", frames=(40, 16, 24))
     data = VideoFilms(str(tmp_path), **SMALL | {"fps": 3, "patch": (4, 8, 8)}, frames_per_shot=4)
@@ -302,6 +304,7 @@ def test_a_damaged_entry_is_decoded_again(tmp_path: Path, decoded: list[Path], h
 # Bad input
 
 
+@pytest.mark.slow
 def test_a_bad_video_is_named_or_skipped(tmp_path: Path) -> None:
     three_shots(tmp_path / "good.mp4")
     (tmp_path / "bad.mp4").write_bytes(b"this is no video")
@@ -361,6 +364,7 @@ def test_two_videos_of_one_name_are_refused(tmp_path: Path) -> None:
     assert [film.name for film in data.train_films] == ["a/same.mp4", "b/same.mp4"]
 
 
+@pytest.mark.slow
 def test_captions_beside_the_videos_are_read_and_checked(tmp_path: Path) -> None:
     three_shots(tmp_path / "a.mp4")
     side = tmp_path / "captions.json"
@@ -374,6 +378,7 @@ def test_captions_beside_the_videos_are_read_and_checked(tmp_path: Path) -> None
     data = setup()
     assert data.summary()["captions_without_video"] == ["b.mp4"]
     batch = next(iter(data.train_dataloader()))
+    assert batch["captions"] == [["", "red", "Green, green!", ""]]
     green = tokenize("green", 1024, 16).tolist()
     assert [text_of_shot(batch, 0, shot) for shot in (-1, 0, 1, 2)] == [
         [],
@@ -392,7 +397,7 @@ def test_captions_beside_the_videos_are_read_and_checked(tmp_path: Path) -> None
         setup()
 
 
-def test_bad_settings_are_told_all_at_once() -> None:
+def test_bad_settings_are_reported_all_at_once() -> None:
     with pytest.raises(ZooError) as error:
         VideoFilms("x", size=(60, 96), frames_per_shot=0, val_fraction=1.0, fps=0, detector="contents", on_bad="ignore")
     for part in (

@@ -11,11 +11,11 @@ KINDS = ("dense", "moc", "moga", "svg2", "vsa")
 """One method of each kind: no choice, routed chunks, a learned router of several plans, clusters, pooled branches."""
 
 
-def marks(name: str, fast: Collection[str] = KINDS) -> list[pytest.MarkDecorator]:
-    """Marks of a `pytest.param`: slow, unless the name is in `fast`."""
-    return [] if name in fast else [pytest.mark.slow]
+def marks(value: object, fast: Collection[object] = KINDS) -> list[pytest.MarkDecorator]:
+    """Marks of a `pytest.param`: slow, unless its value is in `fast`."""
+    return [] if value in fast else [pytest.mark.slow]
 
 
-def cases(names: Iterable[str], fast: Collection[str] = KINDS) -> list[Any]:
-    """Arguments for `pytest.mark.parametrize`: each name, marked slow unless it is in `fast`."""
-    return [pytest.param(name, marks=marks(name, fast)) for name in names]
+def cases(values: Iterable[object], fast: Collection[object] = KINDS) -> list[Any]:
+    """Arguments for `pytest.mark.parametrize`: each value, marked slow unless it is in `fast`."""
+    return [pytest.param(value, marks=marks(value, fast)) for value in values]

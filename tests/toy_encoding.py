@@ -57,6 +57,7 @@ def assert_jobs_encode_once(tmp_path: Path, wan: Path, films: Path, executor: st
     for folder, given in (("local", ()), (executor, ("--executor", executor, "--jobs", "2", *more))):
         done = run(films, wan, tmp_path / folder, "--json", *given)
         assert done.exit_code == 1, done.output
+        assert isinstance(done.exception, SystemExit), repr(done.exception)
         told = json.loads(done.stdout)
         assert [one["line"] for one in told["failed"]] == [3]
         assert "No such file" in told["failed"][0]["reason"]

@@ -18,7 +18,8 @@ import numpy as np
 from experiments.analysis.significance import ALPHA, holm_rows, t_test_p
 
 PROBABILITY = 0.8  # with which a difference is to be found
-DRAWS = 1000  # simulated sweeps
+DRAWS, FEWEST = 1000, 100  # simulated sweeps: of many methods fewer, because each has many pairs
+TABLE = 100_000  # tests of all simulated sweeps together, while those are more than `FEWEST`
 MOST_SEEDS = 200  # that are considered
 STEPS = 14  # of the bisection for a difference: to 1 part in 16,000 of the range
 
@@ -95,12 +96,13 @@ def seeds_needed(effect: float, methods: int, probability: float = PROBABILITY) 
 
 @cache
 def _simulated(seeds: int, methods: int) -> tuple[np.ndarray, np.ndarray]:
-    """Mean difference and standard error of all pairs of alike methods, (DRAWS, pairs), in units of `Spread.sd`."""
+    """Mean difference and standard error of all pairs of alike methods, (draws, pairs), in units of `Spread.sd`."""
     rng = np.random.default_rng(0)
     first, second = np.triu_indices(methods, 1)
-    runs = rng.standard_normal((DRAWS, methods, seeds)) / math.sqrt(2)
+    draws = max(FEWEST, min(DRAWS, TABLE // len(first)))
+    runs = rng.standard_normal((draws, methods, seeds)) / math.sqrt(2)
     centred = runs - runs.mean(-1, keepdims=True)
-    covariance = centred @ centred.swapaxes(1, 2) / (seeds - 1)  # (DRAWS, methods, methods)
+    covariance = centred @ centred.swapaxes(1, 2) / (seeds - 1)  # (draws, methods, methods)
     own = np.diagonal(covariance, axis1=1, axis2=2)
     variance = own[:, first] + own[:, second] - 2 * covariance[:, first, second]
     means = runs.mean(-1)

@@ -12,7 +12,7 @@ from experiments.analysis.formatting import number
 from experiments.analysis.metrics import CONTROLS, FIGURES, NO_CONTROLS, Measure, get_figure
 from experiments.analysis.significance import Estimate
 from experiments.tracking.identity import identity
-from experiments.tracking.store import Result, home, last_request, read
+from experiments.tracking.store import TRIALS, Result, home, last_request, read
 
 
 @dataclass(frozen=True)
@@ -112,7 +112,8 @@ def borrow_controls(name: str, groups: Sequence[Group]) -> tuple[Group, ...]:
     found: dict[str, Group] = {}
     for path in sorted(home().glob("*/sweep.json")):
         other = path.parent.name
-        request = last_request(other) if other != name else None
+        # Trials have seeds of their own, and settings that may not be the best.
+        request = None if other == name or other.endswith(TRIALS) else last_request(other)
         runs: dict[str, list[Result]] = {}
         for cell in request.cells if request else ():
             if _training_setup(cell.config) == setups[0] and (result := read(cell, other)).status == "finished":

@@ -13,7 +13,7 @@ import typer
 from rich import box
 from rich.table import Table
 
-from experiments.cli.shell import AsJson, Plugin, app, console, errors, load_plugins, plain
+from experiments.cli.shell import AsJson, Plugin, app, console, errors, load_plugins, plain, unfit_picture
 from experiments.config.names import misspelt_choices, misspelt_match, misspelt_methods, parse
 from experiments.config.sections import DATA, SECTIONS, Match, fields
 from experiments.escape import for_terminal as escape
@@ -188,7 +188,7 @@ def map_(
     painted over the frames.
     """
     own = dict(parse(text) for text in settings or [])
-    refuse("zoo map", misspelt_methods([(method, own)], plugins=bool(plugin)))
+    refuse("zoo map", misspelt_methods([(method, own)], plugins=bool(plugin)) + unfit_picture("--out", out))
     load_plugins(plugin)
     from experiments.analysis.formatting import percent
     from experiments.reporting.pictures import loop_text, sample_map
@@ -350,7 +350,8 @@ def bench(
     refuse(
         "zoo bench",
         misspelt_methods(((name, ()) for name in method), plugins=bool(plugin))
-        + misspelt_choices(bool(plugin), suite=suite, kernel=kernel, dtype=dtype),
+        + misspelt_choices(bool(plugin), suite=suite, kernel=kernel, dtype=dtype)
+        + unfit_picture("--plot", plot),
     )
     load_plugins(plugin)
     import torch

@@ -55,13 +55,14 @@ def train(
     from experiments.execution.progress import Bar
     from experiments.execution.run import run
     from experiments.sweep.budget import solved
+    from experiments.sweep.preflight import unfit_limits
     from experiments.tracking.address import tracking_uri
     from experiments.tracking.mlflow_logger import Tracker
     from experiments.tracking.store import lock
 
     tracking_uri()  # refused before anything is solved or trained
     asked = load(given)
-    refuse("zoo train", cannot_start(asked))
+    refuse("zoo train", cannot_start(asked) or unfit_limits(asked))
     resolved = solved(asked)
     methods = resolved["attention"] if isinstance(resolved["attention"], list) else [resolved["attention"]]
     cell = make_cell("-".join(dict.fromkeys(str(method["name"]) for method in methods)), resolved)
@@ -89,6 +90,13 @@ def sweep(
     file: Annotated[
         str, typer.Argument(help="A sweep file, or the name of one in experiments/sweeps, with -SIZE or without.")
     ],
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(
+            help="key=value, for every cell, over the file: trainer.max_steps=50. A key that a cell sets itself is "
+            "refused. The changed cells are other cells, with results of their own."
+        ),
+    ] = None,
     max_steps: Annotated[int | None, typer.Option(min=1, help="Train every cell for this many steps at most.")] = None,
     size: Annotated[
         str | None, typer.Option(help="One of the file's `sizes`; its results are those of the sweep NAME-SIZE.")
@@ -122,16 +130,20 @@ def sweep(
     themselves. A cell that fails is recorded with its reason and the others still run; the exit code is then 1.
     Where the file has a `tune` section its trials run first, and each cell then runs with its best setting.
     """
+    given = overrides or []
     refuse(
         "zoo sweep",
         [
             *misspelt_choices(bool(plugin), executor=executor),
             "--slurm and --no-wait are for --executor slurm" if executor != "slurm" and (slurm or not wait) else "",
             "--json goes with --dry-run" if as_json and not dry_run else "",
+            "trainer.max_steps is given twice, by --max-steps too; leave out one"
+            if max_steps is not None and any(text.startswith("trainer.max_steps=") for text in given)
+            else "",
         ],
     )
     path, sized = find_sized(file, size)
-    Written.of(path, sized).check_names(plugins=bool(plugin))
+    Written.of(path, sized).check_names(given, plugins=bool(plugin))
     load_plugins(plugin)
     from experiments.execution.progress import Bar
     from experiments.execution.ray_jobs import needed
@@ -149,12 +161,13 @@ def sweep(
     if executor == "ray":
         needed()
     with errors.status("cells are read") as status:
-        shorter = [] if max_steps is None else [{"trainer.max_steps": max_steps}]
+        shorter: list[Override] = [] if max_steps is None else [{"trainer.max_steps": max_steps}]
+        shared = [*shorter, *given]
 
         def solving(name: str) -> None:
             status.update(f"the budget of {escape(name)} is solved")
 
-        loaded = read(path, shorter, sized, solving)
+        loaded = read(path, shared, sized, solving)
         cells = (*(loaded.trials.sweep.cells if loaded.trials else ()), *loaded.cells)
         status.update("preflight check of the cells")
         preflight.check(cells)
@@ -175,7 +188,7 @@ def sweep(
         if loaded.trials:
             with Bar(errors, len(loaded.trials.sweep.cells)) as bar:
                 execute(loaded.trials.sweep, bar, **how)
-            loaded = read(path, shorter, sized)  # with the settings that the trials chose
+            loaded = read(path, shared, sized)  # with the settings that the trials chose
         if loaded.ready.cells:
             with Bar(errors, len(loaded.ready.cells)) as bar:
                 execute(loaded.ready, bar, **how)

@@ -29,6 +29,8 @@ os.environ.setdefault("KINETO_LOG_LEVEL", "99")
 # Why a folder cannot be written: no fault of the program's, so one line and no traceback.
 NO_PLACE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EEXIST)
 
+PICTURES = (".png", ".svg", ".pdf")  # of what matplotlib writes, what is good for pages and papers
+
 PIPED = 1000  # columns where there is no terminal: no table, number or advice is cut for want of room
 NARROWEST = 80  # columns of tables: rich would leave columns out of narrower ones, a terminal breaks the lines
 
@@ -110,6 +112,12 @@ Plugin = Annotated[
     list[Path], typer.Option("--plugin", help="Python file with methods of your own, usable at once; may be repeated.")
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON and nothing else.")]
+
+
+def unfit_picture(option: str, path: Path | None) -> list[str]:
+    """Return why a file cannot take a picture, before what it is to show is computed: its name says the format."""
+    fit = path is None or (path.suffix.lower() in PICTURES and not path.is_dir())
+    return [] if fit else [f"{option} must be a file whose name ends in {', '.join(PICTURES)}, got {str(path)!r}"]
 
 
 def load_plugins(paths: Sequence[Path], *, data: bool = False) -> None:

@@ -11,7 +11,7 @@ import typer
 from rich.table import Table
 
 from experiments.cli.pretrained import captured_pretrained, requested, sampled_pretrained
-from experiments.cli.shell import AsJson, Plugin, app, console, errors, load_plugins
+from experiments.cli.shell import AsJson, Plugin, app, console, errors, load_plugins, unfit_picture
 from experiments.config.names import misspelt_choices, misspelt_match, misspelt_methods, parse, parse_method
 from experiments.escape import for_terminal as escape
 from experiments.inspection.checkpoint import find
@@ -138,7 +138,8 @@ def ladder(
     softmax that the method kept, and the error of its output, stand beside those of the best possible choice of as many
     pieces, of the choice by pooled keys, and of a random one.
     """
-    refuse("zoo ladder", misspelt_methods(map(parse_method, method), plugins=bool(plugin)))
+    reasons = misspelt_methods(map(parse_method, method), plugins=bool(plugin))
+    refuse("zoo ladder", reasons + unfit_picture("--plot", out))
     find("zoo ladder", run, overrides or [], plugin)
     load_plugins(plugin, data=True)
     from experiments.execution.progress import counting
@@ -228,7 +229,7 @@ def replay(
     With --match all cost the same; a method that cannot says why. The exit code is 1 if one that was named has failed.
     """
     reasons = misspelt_methods(map(parse_method, methods or []), plugins=bool(plugin))
-    reasons += misspelt_match(match)
+    reasons += misspelt_match(match) + unfit_picture("--plot", out)
     refuse("zoo replay", reasons + ([] if file.is_file() else [f"no such file: {file}"]))
     load_plugins(plugin)
     from experiments.config.budget import Budget

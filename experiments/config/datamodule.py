@@ -124,14 +124,6 @@ def shape(data: FilmData) -> dict[str, Any]:
     return {"channels": data.channels, "patch": list(data.patch), "vocabulary": data.vocabulary, **text}
 
 
-def _other_batches(made: Any, pretrained: bool) -> str:
-    """Why batches of `LatentFilms`, which makes those of either model, are not of this one."""
-    given, wanted = getattr(made, "batches", None), "pretrained" if pretrained else "packed"
-    if given is None or given == wanted:
-        return ""
-    return f"batches must be {wanted} for a {'pretrained model=DIR' if pretrained else 'model of ours'}, got {given}"
-
-
 def build(settings: Mapping[str, Any], *, pretrained: bool = False) -> FilmData:
     """The datamodule of a config's `data`; raises `ZooError` if it lacks what a run asks of it.
 
@@ -152,6 +144,11 @@ def build(settings: Mapping[str, Any], *, pretrained: bool = False) -> FilmData:
             if pretrained and name in CLIPS
             else []
         )
-        + [_other_batches(made, pretrained)],
+        + [
+            f"batches must be {wanted} for a {'pretrained model=DIR' if pretrained else 'model of ours'}, "
+            f"got {settings.get('batches', 'packed')}"
+            for wanted in ("pretrained" if pretrained else "packed",)
+            if name == "latent_films" and settings.get("batches", "packed") != wanted
+        ],
     )
     return made

@@ -19,7 +19,7 @@ import yaml  # type: ignore[import-untyped]
 
 from experiments.config import yaml12
 from experiments.config.declared import misfits
-from experiments.config.sections import DATA, Match, sections_of, without_result
+from experiments.config.sections import DATA, Match, refused_settings, sections_of
 from sparse_zoo.errors import ZooError, refuse, unknown, unknown_setting
 
 CONFIGS = Path(__file__).parents[1] / "configs"
@@ -114,7 +114,7 @@ def misspelt(overrides: Sequence[Override], *, plugins: bool) -> list[str]:
             inside[section] |= value
     for section, declared in {**sections_of(pretrained=pretrained), "match": Match}.items():
         reasons += misfits(section, inside[section], declared, partial=True)
-    reasons += without_result(inside["trainer"])
+    reasons += refused_settings(inside["trainer"]).values()
     reasons += _data(named["data"], inside["data"]) + _attention(named["attention"], inside["attention"], plugins)
     return list(dict.fromkeys(reasons))
 

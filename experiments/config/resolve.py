@@ -25,7 +25,7 @@ from experiments.config.budget import Budget
 from experiments.config.declared import as_declared, declared_types, fits, misfit, misfits, parameters
 from experiments.config.names import CONFIGS, Override, is_pretrained, parse
 from experiments.config.names import methods as shipped_methods
-from experiments.config.sections import PRECISIONS, Match, sections_of, without_result
+from experiments.config.sections import PRECISIONS, Match, refused_settings, sections_of
 from experiments.config.yaml12 import read_yaml
 from experiments.redact import hide
 from experiments.tracking.identity import identity
@@ -281,9 +281,9 @@ def _texts(part: Any) -> Iterator[str]:
 def _storable(config: Config, resolved: Config) -> Config:
     """The resolved config, with the expression in place of each free text that comes from the environment.
 
-    Such a text may be a secret, or a place on this machine, so it is never written. Free texts are those of `data`, of
-    methods of one's own and of `trainer.model_registry`: every other text is one of a few choices, and stays, as do
-    numbers (`oc.decode`) and the names of methods and data.
+    Such a text may be a secret, or a place on this machine, so it is never written. Free texts are those of `data` and
+    of methods of one's own: every other text is one of a few choices, and stays, as do numbers (`oc.decode`) and the
+    names of methods and data.
     """
     secrets: set[str] = set()
 
@@ -313,12 +313,8 @@ def _storable(config: Config, resolved: Config) -> Config:
     collect(config, resolved)
     if not secrets:
         return resolved
-    trainer = resolved["trainer"]
-    if isinstance(trainer, Mapping) and "model_registry" in trainer:
-        registry = keep(config["trainer"]["model_registry"], trainer["model_registry"])
-        trainer = {**trainer, "model_registry": registry}
     attention = keep_methods(config["attention"], resolved["attention"])
-    return resolved | {"data": keep(config["data"], resolved["data"]), "trainer": trainer, "attention": attention}
+    return resolved | {"data": keep(config["data"], resolved["data"]), "attention": attention}
 
 
 def _items(part: Any) -> Iterable[tuple[Any, Any]]:
@@ -453,20 +449,6 @@ def known(config: Config) -> set[str]:
     return {"seed", *inside, *(f"{section}.{key}" for section, keys in inside.items() for key in keys)}
 
 
-# What Lightning takes and then divides by, leaves out, or trains, judges or logs nothing with; what else is below these
-# it refuses itself.
-AT_LEAST = {
-    "accumulate_grad_batches": 1,
-    "check_val_every_n_epoch": 1,
-    "gradient_clip_val": 0,
-    "log_every_n_steps": 1,
-    "num_sanity_val_steps": -1,
-}
-LIMITS = ("limit_train_batches", "limit_val_batches", "limit_test_batches")
-ABOVE_ZERO = ("max_steps", "max_epochs", "val_check_interval", *LIMITS)
-NO_TIME = "00:00:00:00"
-
-
 def _trainer(given: Mapping[str, Any]) -> list[str]:
     """Every reason against the settings of Lightning's trainer.
 
@@ -481,7 +463,7 @@ def _trainer(given: Mapping[str, Any]) -> list[str]:
         key: unknown(f"trainer.{key}", given[key], names)
         for key, names in (("accelerator", accelerators), ("strategy", strategies))
         if key in given and given[key] not in names
-    } | _out_of_range(given)
+    } | refused_settings(given)
     accelerator = given.get("accelerator", "auto")
     here = accelerator == "auto" or _available(accelerator)
     away = {"accelerator", "devices", "num_nodes", *(() if here else ("precision", "strategy")), *bad}
@@ -497,7 +479,7 @@ def _trainer(given: Mapping[str, Any]) -> list[str]:
         given_too = "" if str(own[culprit]) in reason else f"; got {culprit}={own[culprit]!r}"
         reasons.append(reason.rstrip(".") + given_too)
         own = _without(own, culprit)
-    return reasons + _several(given)
+    return reasons
 
 
 def cannot_start(config: Mapping[str, Any]) -> list[str]:
@@ -518,24 +500,6 @@ def cannot_start(config: Mapping[str, Any]) -> list[str]:
 
 def _without(settings: Mapping[str, Any], key: str) -> dict[str, Any]:
     return {other: value for other, value in settings.items() if other != key}
-
-
-def _out_of_range(given: Mapping[str, Any]) -> dict[str, str]:
-    """Which settings are too small, by key the reason."""
-    low = {
-        key: f"trainer.{key} must be at least {least}, got {given[key]!r}"
-        for key, least in AT_LEAST.items()
-        if isinstance(given.get(key), int | float) and given[key] < least
-    }
-    if given.get("max_time") == NO_TIME:
-        low["max_time"] = f"trainer.max_time must be above {NO_TIME}, got {NO_TIME!r}"
-    if refused := without_result(given):
-        low["fast_dev_run"] = refused[0]
-    return low | {
-        key: f"trainer.{key} must be above 0, got {given[key]!r}"
-        for key in ABOVE_ZERO
-        if isinstance(given.get(key), int | float) and given[key] == 0
-    }
 
 
 def _available(accelerator: str) -> bool:
@@ -573,25 +537,6 @@ def _refusal(settings: str) -> str:
     finally:
         logging.disable(disabled)
     return ""
-
-
-def _several(trainer: Mapping[str, Any]) -> list[str]:
-    """Why a run may not have more than one process; Lightning would start this very command again in each."""
-    devices, nodes = trainer.get("devices", 1), trainer.get("num_nodes", 1)
-    listed = isinstance(devices, list) and len(devices) == 1
-    return [
-        f"trainer.{key} must be {allowed}, got {given!r}: a run has one process and one device; for many runs at once "
-        "there is zoo sweep FILE --jobs"
-        for key, given, allowed, fine in (
-            ("devices", devices, "1, or a list of one", devices in (1, "1") or listed),
-            ("num_nodes", nodes, "1", nodes == 1),
-        )
-        if not fine
-    ] + (
-        [f"trainer.devices must be 1 where trainer.accelerator is 'cpu', got {devices!r}"]
-        if listed and trainer.get("accelerator") == "cpu"
-        else []
-    )
 
 
 def refusals(build: Callable[[], object]) -> list[str]:

@@ -28,6 +28,7 @@ from typing import Any, Literal
 
 from datamodules.settings import LatentFilmsSettings, ShotWorldSettings, VideoFilmsSettings
 from experiments.analysis.metrics import TOLERANCE
+from experiments.config.declared import declared_types, fits
 from lit_modules.settings import Flow, Model, Optim, Parallel, Pretrained, Sampling
 
 Precision = Literal[
@@ -68,15 +69,15 @@ class Trainer:
     fast_dev_run: bool | int = False
     """Always false, because such a run has no result; use max_steps, or zoo sweep --dry-run."""
     max_epochs: int | None = None
-    """Largest number of epochs; null: no limit while max_steps is given."""
+    """Always null: a run ends after max_steps."""
     min_epochs: int | None = None
-    """Least number of epochs, before max_time may end the run; null: none."""
+    """Always null: a run ends after max_steps."""
     max_steps: int = -1
-    """Number of optimizer steps; -1: no limit."""
+    """Number of optimizer steps, at least 1; a run has no other end. base.yaml sets it."""
     min_steps: int | None = None
-    """Least number of steps, before max_time may end the run; null: none."""
+    """Always null: a run ends after max_steps."""
     max_time: str | dict[str, int] | None = None
-    """Longest time of training, as DD:HH:MM:SS or {hours: 2}; null: no limit."""
+    """Always null: a run ends after max_steps, and one that is interrupted resumes."""
     limit_train_batches: int | float | None = None
     """Batches of a training epoch: a count, or a share such as 0.5; null: all."""
     limit_val_batches: int | float | None = None
@@ -86,9 +87,9 @@ class Trainer:
     limit_predict_batches: int | float | None = None
     """Batches of a prediction, which a run never makes."""
     overfit_batches: int | float = 0.0
-    """Trains and validates on the first batches alone: a count, or a share; 0: off."""
-    val_check_interval: int | float | str | dict[str, int] | None = None
-    """Time between validations: batches, a share of an epoch, or DD:HH:MM:SS; null: one epoch."""
+    """Always 0, because such a run cannot resume; use limit_train_batches."""
+    val_check_interval: int | float | None = None
+    """Batches between validations: a count, or a share of an epoch; null: one epoch. The last step is validated too."""
     check_val_every_n_epoch: int | None = 1
     """Epochs between validations; null: val_check_interval counts batches across epochs."""
     num_sanity_val_steps: int | None = None
@@ -99,7 +100,7 @@ class Trainer:
     """Batches whose gradients are added up before a step of the optimizer."""
     gradient_clip_val: float | None = None
     """Largest norm, or value, of the gradients; null: no clipping."""
-    gradient_clip_algorithm: str | None = None
+    gradient_clip_algorithm: Literal["norm", "value"] | None = None
     """"norm" clips the gradients by their norm, "value" each by its value; null: "norm"."""
     deterministic: bool | Literal["warn"] | None = None
     """Whether torch uses deterministic algorithms alone; "warn" where it has them; null: false."""
@@ -109,8 +110,8 @@ class Trainer:
     """Whether validation runs in torch.inference_mode; with false, in torch.no_grad."""
     use_distributed_sampler: bool = True
     """Whether Lightning adds a sampler for several devices."""
-    profiler: str | None = None
-    """Lightning's profiler: "simple", "advanced" or "pytorch"; null: none."""
+    profiler: Literal["simple", "advanced", "pytorch"] | None = None
+    """Lightning's profiler, which writes fit-profile.txt into the run's folder; null: none."""
     detect_anomaly: bool = False
     """Whether autograd checks every operation for NaN, which is slow."""
     sync_batchnorm: bool = False
@@ -120,16 +121,85 @@ class Trainer:
     enable_autolog_hparams: bool = True
     """Whether Lightning logs hyperparameters itself."""
     model_registry: str | None = None
-    """Name of the model in Lightning's registry; null: none."""
+    """Always null: checkpoints stay in the run's folder."""
 
 
-def without_result(trainer: Mapping[str, Any]) -> list[str]:
-    """Return why settings of the trainer give no result that a sweep could count as finished."""
-    given = trainer.get("fast_dev_run")
-    return [
-        f"trainer.fast_dev_run must be false, got {given!r}: such a run trains a few batches, keeps nothing, and would "
-        "count as finished. Use trainer.max_steps=1, or zoo sweep FILE --dry-run"
-    ] * bool(given)
+BY_STEPS = "null", "a run ends after trainer.max_steps, so that equal settings train equally long. Set max_steps alone"
+# Settings of Lightning's Trainer that a run leaves at their defaults: how the default is written, and why.
+FIXED = {
+    "fast_dev_run": (
+        "false",
+        "such a run trains a few batches, keeps nothing, and would count as finished. Use trainer.max_steps=1, or zoo "
+        "sweep FILE --dry-run",
+    ),
+    **dict.fromkeys(("max_epochs", "min_epochs", "min_steps", "max_time"), BY_STEPS),
+    "overfit_batches": (
+        "0",
+        "Lightning replaces the loader by one that cannot resume. Use trainer.limit_train_batches",
+    ),
+    "model_registry": ("null", "checkpoints stay in the run's folder, and nothing is uploaded. Leave it out"),
+}
+AT_LEAST = {
+    "max_steps": 1,
+    "accumulate_grad_batches": 1,
+    "check_val_every_n_epoch": 1,
+    "gradient_clip_val": 0,
+    "log_every_n_steps": 1,
+    "num_sanity_val_steps": -1,
+    "reload_dataloaders_every_n_epochs": 0,
+}
+LIMITS = {f"limit_{split}_batches": split for split in ("train", "val", "test")}
+"""Setting -> the films that it limits."""
+
+
+def refused_settings(trainer: Mapping[str, Any]) -> dict[str, str]:
+    """Return the settings of the trainer that a run cannot have, each with its reason.
+
+    With them a run would end before its steps or never, train, judge or log nothing, or have several processes. Values
+    of a wrong type are left to `declared.misfits`, and what needs Lightning to `experiments.config.resolve`.
+    """
+    hints, defaults = declared_types(Trainer), {own.name: own.default for own in dataclass_fields(Trainer)}
+    given = {key: value for key, value in trainer.items() if key in hints and fits(value, hints[key])}
+    found = {
+        key: f"trainer.{key} must be {fixed}, got {given[key]!r}: {why}"
+        for key, (fixed, why) in FIXED.items()
+        if key in given and given[key] != defaults[key]
+    }
+    found |= {
+        key: f"trainer.{key} must be at least {least}, got {given[key]!r}"
+        for key, least in AT_LEAST.items()
+        if given.get(key) is not None and given[key] < least
+    }
+    found |= {
+        key: f"trainer.{key} must be a count of at least 1, or a share above 0 and at most 1, got {given[key]!r}"
+        for key in (*LIMITS, "val_check_interval")
+        if given.get(key) is not None and not (given[key] >= 1 if isinstance(given[key], int) else 0 < given[key] <= 1)
+    }
+    every = given.get("check_val_every_n_epoch", 1)
+    if every is None and isinstance(given.get("val_check_interval"), float):
+        found["val_check_interval"] = (
+            "trainer.val_check_interval must be a count of batches where trainer.check_val_every_n_epoch is null, got "
+            f"{given['val_check_interval']!r}. For a share of an epoch set trainer.check_val_every_n_epoch=1"
+        )
+    return found | _several(given)
+
+
+def _several(trainer: Mapping[str, Any]) -> dict[str, str]:
+    """Why a run may not have more than one process; Lightning would start this very command again in each."""
+    devices, nodes = trainer.get("devices", 1), trainer.get("num_nodes", 1)
+    listed = isinstance(devices, list) and len(devices) == 1 and devices[0] >= 0
+    found = {
+        key: f"trainer.{key} must be {allowed}, got {given!r}: a run has one process and one device; for many runs at "
+        "once there is zoo sweep FILE --jobs, for several devices there is parallel"
+        for key, given, allowed, fine in (
+            ("devices", devices, "1, or a list of one index", devices in (1, "1") or listed),
+            ("num_nodes", nodes, "1", nodes == 1),
+        )
+        if not fine
+    }
+    if listed and trainer.get("accelerator") == "cpu":
+        found["devices"] = f"trainer.devices must be 1 where trainer.accelerator is 'cpu', got {devices!r}"
+    return found
 
 
 @dataclass(frozen=True, kw_only=True)

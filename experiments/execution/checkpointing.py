@@ -12,6 +12,7 @@ import lightning.pytorch as pl
 import torch
 import torch.distributed as dist
 from lightning.pytorch.callbacks import Checkpoint
+from lightning.pytorch.loops.progress import _ProcessedTracker
 from lightning.pytorch.plugins import TorchCheckpointIO
 from typing_extensions import override
 
@@ -97,6 +98,11 @@ class Saving(Checkpoint):
             return
         for logger in trainer.loggers:
             logger.flush() if isinstance(logger, Log) else logger.save()  # what came before is not repeated
+        epochs = trainer.fit_loop.epoch_progress
+        for count in (epochs.current, epochs.total):
+            assert isinstance(count, _ProcessedTracker)
+            # Lightning does not count an epoch that began where a run resumed at the end of the one before.
+            count.ready = count.started = count.processed + 1
         trainer.save_checkpoint(self.path)
         self._last = time.monotonic()
         signals.raise_pending()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import json
-import logging
 import os
 import time
 from collections import deque
@@ -177,8 +176,9 @@ def attempt(encoder: Encoder, row: Row, observer: Observer) -> Outcome | None:
     except ZooError as error:
         reason = str(error).removeprefix(f"{row.path}: ").removeprefix(f"{row.name}: ")
         return Outcome(row, None, " ".join(reason.split()))
-    except RuntimeError as error:  # of torch, such as for want of memory: other rows may be smaller
-        return Outcome(row, None, f"{type(error).__name__}: {str(error).splitlines()[0]}")
+    except (RuntimeError, MemoryError) as error:  # of torch or numpy, say for want of memory: other rows may be smaller
+        first = str(error).strip().partition("\n")[0]
+        return Outcome(row, None, f"{type(error).__name__}: {first}" if first else type(error).__name__)
     return None if film is None else Outcome(row, film)
 
 
@@ -365,14 +365,9 @@ def _last_line(log: Path) -> str:
 
 def _on_ray(rows: Sequence[Row], encoding: Encoding, jobs: int) -> list[Outcome]:
     """Encode in `jobs` tasks of Ray."""
-    ray_jobs.needed()
+    ray_jobs.start()
     import ray
 
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    try:
-        ray.init(log_to_driver=False, logging_level=logging.ERROR)
-    except (ConnectionError, RuntimeError) as error:
-        raise ZooError(f"--executor ray: {' '.join(str(error).split())}") from error
     with signals.caught():  # Ray has put a handler of its own in the place of ours
         try:
             there = ray.cluster_resources()

@@ -28,12 +28,11 @@ def needed() -> None:
     refuse("--executor ray", ["needs Ray: pip install 'sparse-attention-zoo[ray]'"] if find_spec("ray") is None else [])
 
 
-def results(works: Sequence[Work], jobs: int | None, bar: Bar) -> Iterator[Result]:
-    """Run the cells, `jobs` at a time or as many as there is room for, and give their results as they come in.
+def start() -> None:
+    """Connect to the Ray that there is, or start one on this machine.
 
-    On the cluster that $RAY_ADDRESS names or that runs on this machine, else on one of this machine's own for the time
-    being. Each cell has a process to itself, with its share of the CPUs and, where the cluster has GPUs and the cell
-    wants one, a GPU. If its process dies, another one resumes its checkpoint, `RETRIES` times.
+    Raises:
+        ZooError: If there is no Ray, or it does not come up.
     """
     needed()
     import ray
@@ -41,8 +40,18 @@ def results(works: Sequence[Work], jobs: int | None, bar: Bar) -> Iterator[Resul
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     try:
         ray.init(log_to_driver=False, logging_level=logging.ERROR)
-    except (ConnectionError, RuntimeError) as error:
+    except Exception as error:  # a plain Exception, where a machine is too busy for it
         raise ZooError(f"--executor ray: {' '.join(str(error).split())}") from error
+
+
+def results(works: Sequence[Work], jobs: int | None, bar: Bar) -> Iterator[Result]:
+    """Run the cells, `jobs` at a time or as many as there is room for, and give their results as they come in.
+
+    On the cluster that $RAY_ADDRESS names or that runs on this machine, else on one of this machine's own for the time
+    being. Each cell has a process to itself, with its share of the CPUs and, where the cluster has GPUs and the cell
+    wants one, a GPU. If its process dies, another one resumes its checkpoint, `RETRIES` times.
+    """
+    start()
     # Ray has put a handler of its own in the place of ours.
     with signals.caught():
         yield from _tasks(works, jobs, bar)

@@ -20,6 +20,7 @@ import torch
 from lightning.fabric.plugins.environments.lightning import LightningEnvironment
 from lightning.pytorch.callbacks import Callback, LearningRateMonitor, ModelCheckpoint
 from lightning.pytorch.loggers import Logger
+from lightning.pytorch.profilers import AdvancedProfiler, PyTorchProfiler, SimpleProfiler
 from typing_extensions import override
 
 from experiments.config.datamodule import FilmData, build, shape
@@ -40,7 +41,7 @@ FIRST, LAST = 3, 20  # steps whose mean is the first and the last training loss
 CURVE_POINTS = 500
 VALIDATED = ("val/loss", "val/identity_recall")  # of what validations find, the curves
 RESUME = "resume.ckpt"
-
+PROFILERS = {"simple": SimpleProfiler, "advanced": AdvancedProfiler, "pytorch": PyTorchProfiler}
 
 SAVE_EVERY = 60.0  # seconds of training that a kill may cost, unless $ZOO_SAVE_SECONDS says otherwise
 
@@ -185,6 +186,8 @@ def train(stored: Config, folder: Path, result: Result, log: Logger, observer: O
     accelerator = config["trainer"].get("accelerator", "auto")
     # Lightning would take all GPUs there are, in float32.
     where = {"devices": 1, "precision": default_precision(accelerator), **config["trainer"]}
+    if profiler := where.get("profiler"):  # of its own, Lightning's would print where nobody looks
+        where["profiler"] = PROFILERS[profiler](dirpath=own, filename="profile")
     if several:
         device = "cuda" if accelerator != "cpu" and torch.cuda.is_available() else "cpu"
         where |= {

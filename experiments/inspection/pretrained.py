@@ -110,8 +110,9 @@ def load_pipeline(folder: Path) -> Any:
         pipe = diffusers.DiffusionPipeline.from_pretrained(
             folder, local_files_only=True, dtype=torch.bfloat16 if cuda else torch.float32
         )
-    except (OSError, ValueError, RuntimeError) as error:
-        raise ZooError(f"model {folder}: it does not load: {str(error).splitlines()[0]}") from error
+    except (OSError, ValueError, RuntimeError, AttributeError, ImportError) as error:  # ImportError: of a part
+        reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        raise ZooError(f"model {folder}: it does not load: {reason}") from error
     refuse(
         f"model {folder}",
         [f"{type(pipe).__name__} needs the package ftfy. pip install 'sparse-attention-zoo[pretrained]'"]

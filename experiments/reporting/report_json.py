@@ -26,7 +26,7 @@ def to_json(report: Report) -> dict[str, Any]:
 
     Returns:
         {"name", "cells", "groups", "headline", "command", "verdict", "caution", "drift", "differences", "films",
-        "effects", "winner", "conclusion", "shortened", "costs", "timing", "power", "tuning", "version"}.
+        "effects", "winner", "conclusion", "shortened", "version", "costs", "timing", "power", "tuning"}.
         "costs" has, by sense of cost, the names of the groups, cheapest first, and those on the Pareto front. "power"
         and "tuning" are null where they are not known.
     """
@@ -50,6 +50,7 @@ def to_json(report: Report) -> dict[str, Any]:
         "winner": comparison.winner.name if comparison.winner else None,
         "conclusion": sentences.conclusion,
         "shortened": sentences.shortened,
+        "version": VERSION,
         "costs": {
             sense: {"figure": one.measure.name, "order": [group.name for group in one.groups], "front": [*one.front]}
             for sense, one in report.costs.items()
@@ -57,7 +58,6 @@ def to_json(report: Report) -> dict[str, Any]:
         "timing": sentences.timing,
         "power": None if comparison.seeds is None else plain_seeds(comparison.seeds) | {"sentence": sentences.power},
         "tuning": None if sweep.tuning is None else _plain_tuning(sweep.tuning) | {"sentence": sentences.tuning},
-        "version": VERSION,
     }
 
 

@@ -269,7 +269,11 @@ def _searches(config: Config, budget: Budget) -> tuple[list[_Search], float]:
     layers = layer_settings(config)
     entries = [layer for i, layer in enumerate(layers) if layer not in layers[:i]]
     knobs = {entries.index(x): knob for x in entries if (knob := zoo.get(x["name"]).knob) is not None}
-    refuse("match", _hindrances(entries, knobs, budget))
+    hindrances = _hindrances(entries, knobs, budget)
+    if not knobs:
+        names = ", ".join(dict.fromkeys(entry["name"] for entry in entries))
+        hindrances.append(_without_knob(names, budget, _total(budget, config)))
+    refuse("match", hindrances)
     found = [
         _Search(
             config, budget, entries[number], [i for i, layer in enumerate(layers) if layer == entries[number]], knob
@@ -347,12 +351,17 @@ def _hindrances(entries: Sequence[Settings], knobs: Mapping[int, zoo.Knob], budg
         reasons += [f"{key} of {name} is to be solved: leave it out" for key in turned if key in entry]
         if entry.get("schedule"):
             reasons.append(f"{name} has a schedule, whose phases do not cost the same: leave it out")
-    if not knobs:
-        names = ", ".join(dict.fromkeys(entry["name"] for entry in entries))
-        reasons.append(f"{names} has no knob that sets its cost; `match: null` in a cell excludes it")
     if budget.kind == "seconds" and len(knobs) > 1:
         reasons.append("seconds are those of all layers: only one of several methods may have a knob")
     return reasons
+
+
+def _without_knob(names: str, budget: Budget, cost: float) -> str:
+    """Why methods without a knob cannot meet a budget."""
+    return (
+        f"{names} has no knob that sets its cost: its {budget.kind} is always {cost:.4g}, got match.{budget.kind} "
+        f"{budget.target:.4g}; `match: null` in a cell excludes it"
+    )
 
 
 def _by_layer(budget: Budget, config: Config) -> list[float]:
@@ -432,8 +441,8 @@ def solve_knob(method: str, settings: Settings, budget: Budget, size: Mapping[st
     Raises `ZooError` where it cannot.
     """
     knob = zoo.get(method).knob
-    refuse("match", [] if knob else [f"{method} has no knob that sets its cost"])
     refuse("match", ["seconds can be matched in zoo train and zoo sweep alone"] if budget.kind == "seconds" else [])
+    refuse("match", [] if knob else [_without_knob(method, budget, measure({}))])
     assert knob is not None
     refuse("match", _hindrances([{"name": method, **settings}], {0: knob}, budget))
 

@@ -19,7 +19,7 @@ from experiments.sweep.preflight import error_reason, first_of_groups
 from experiments.sweep.schema import SWEEPS, Written, find
 from experiments.sweep.tuning import choose_trials, list_trials
 from experiments.tracking.schema import TrialFile, TuningFile
-from experiments.tracking.store import Cell, SweepRequest, last_request
+from experiments.tracking.store import TRIALS, Cell, SweepRequest, last_request
 from sparse_zoo.errors import ZooError, refuse, unknown_setting
 
 __all__ = ["SWEEPS", "Sweep", "find", "read"]
@@ -111,7 +111,7 @@ def read(
 
     _distinct([make_cell(draft.name, draft.config) for draft in drafts], name)
     drafted, tried = _trials(written, drafts, overrides)
-    beside = f"{name}-trials"
+    beside = f"{name}{TRIALS}"
     trials = Sweep(beside, f"Settings tried for {name}.", tuple(_matched(drafted, beside, told)))
     best = choose_trials(beside, written.tune.by, tried, trials.cells)
     chosen = {label: trial for label, trial in best.items() if trial is not None}
@@ -199,7 +199,7 @@ def _trials(
         ]
     refuse(f"sweep {written.name}", reasons)
     reasons = _resolve(trials, written.below, overrides, {}) + _wrong(trials)
-    refuse(f"sweep {written.name}", reasons + _misnamed(f"{written.name}-trials", trials))
+    refuse(f"sweep {written.name}", reasons + _misnamed(f"{written.name}{TRIALS}", trials))
     return trials, tried
 
 

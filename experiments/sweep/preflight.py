@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import math
 import statistics
 import time
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import islice
@@ -21,6 +23,7 @@ import sparse_zoo as zoo
 from experiments.config import datamodule
 from experiments.config.names import is_pretrained
 from experiments.config.resolve import Config, attention_shape, resolve
+from experiments.config.sections import LIMITS
 from experiments.tracking.store import Cell
 from lit_modules import FlowLoss, RectifiedFlow, VideoDiT
 from lit_modules.callbacks import synchronize
@@ -275,16 +278,63 @@ def _step_seconds(settings: str, device: str, precision: str, _classes: tuple[ty
 def check(cells: Iterable[Cell]) -> None:
     """Try every cell, of those that differ by their seed alone the first.
 
-    Raises `ZooError` with the name and reason of each that cannot be built, or whose plan holds a pair twice or an
-    index out of range.
+    Raises `ZooError` with the name and reason of each that cannot be built, whose plan holds a pair twice or an index
+    out of range, or whose limits leave no batch.
     """
     reasons = []
     for name, cell in first_of_groups(cells).items():
         try:
             run_preflight(cell.config)
+            reasons += [f"cell {name}: {reason}" for reason in unfit_limits(cell.config)]
         except Exception as error:  # what a method of one's own raises here it would raise in its first step
             reasons.append(f"cell {name}: {error_reason(error)}")
     refuse("sweep", reasons)
+
+
+def unfit_limits(config: Config) -> list[str]:
+    """Return which settings of the trainer leave no batch, or ask for a validation after the end of every epoch.
+
+    Lightning refuses them too, but only once it trains, and those of the test only once it has trained.
+    """
+    trainer = config["trainer"]
+    shares = {key: trainer[key] for key in LIMITS if isinstance(trainer.get(key), float)}
+    every = trainer.get("val_check_interval")
+    by_epoch = isinstance(every, int) and trainer.get("check_val_every_n_epoch", 1) is not None
+    if not shares and not by_epoch:
+        return []
+    try:
+        counts = _batches(resolve(config))
+    except Exception as error:  # what a datamodule of one's own raises here it would raise in the run
+        return [f"data: {error_reason(error)}"]
+    reasons = [
+        f"trainer.{key}={share} of {counts[LIMITS[key]]} batches is none; give a count, or a larger share"
+        for key, share in shares.items()
+        if LIMITS[key] in counts and int(share * counts[LIMITS[key]]) == 0
+    ]
+    if by_epoch and "train" in counts:
+        limit = trainer.get("limit_train_batches") or 1.0
+        epoch = int(limit * counts["train"]) if isinstance(limit, float) else min(limit, counts["train"])
+        if every > epoch > 0:
+            reasons.append(
+                f"trainer.val_check_interval={every} is more than the {epoch} batches of an epoch; set "
+                "trainer.check_val_every_n_epoch=null to count batches across epochs"
+            )
+    return reasons
+
+
+def _batches(config: Config) -> dict[str, int]:
+    """The batches of an epoch, by what `LIMITS` call the films; none where the loader has no length."""
+    made: Any = _data(json.dumps(config["data"]), pretrained=is_pretrained(config["model"]))[0]
+    loaders = {"train": made.train_dataloader(), "val": made.val_dataloader()}
+    if getattr(made, "test_films", 0):
+        loaders["test"] = made.test_dataloader()
+    counts = {}
+    for split, loader in loaders.items():
+        with suppress(TypeError):
+            counts[split] = len(loader)
+    if "train" in counts:  # data ranks share them
+        counts["train"] = math.ceil(counts["train"] / config.get("parallel", {}).get("data", 1))
+    return counts
 
 
 def error_reason(error: Exception) -> str:

@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
-from itertools import chain
+from itertools import chain, product, starmap
 from pathlib import Path
 from typing import Any, get_type_hints
 
 from experiments.analysis.metrics import Measure
 from experiments.config.declared import fits
-from experiments.config.names import Override, misspelt_in_cells
+from experiments.config.names import Override, misspelt_in_cells, parse
 from experiments.config.yaml12 import read_yaml
 from experiments.sweep.grid import Choice, axis, grid
+from experiments.tracking.identity import flatten
 from sparse_zoo.errors import ZooError, refuse, unknown
 
 SWEEPS = Path(__file__).parents[1] / "sweeps"
+REPLACED = ("attention", "data", "match")  # what an override of the whole section takes the settings of away
+SHOWN = 5  # cells that a message names
 OWN = ("name", "axes", "zip", "exclude", "cells", "tune")  # what does not hold in files that extend this one
 WANTED = {  # how the type of a key reads
     str: "text",
@@ -147,7 +151,7 @@ class Written:
         )
 
     def check_names(self, overrides: Sequence[Override] = (), *, plugins: bool = False) -> None:
-        """Refuse misspelt names, which takes no torch; raises `ZooError`.
+        """Refuse misspelt names, and overrides of what a cell sets itself, which takes no torch; raises `ZooError`.
 
         Where `exclude` may leave out a cell, what is wrong in that cell alone is left to the resolved configs.
         """
@@ -157,11 +161,38 @@ class Written:
                 for label, value in axis(key, values):
                     cells[f"{name}, tried with {label}"] = [*self.below, own, value, *overrides]
         plugins = plugins or bool(self.plugins)
-        refuse(f"sweep {self.name}", misspelt_in_cells(cells, plugins=plugins, all_run=not self.rules))
+        reasons = misspelt_in_cells(cells, plugins=plugins, all_run=not self.rules)
+        refuse(f"sweep {self.name}", reasons + self._twice_set(overrides))
 
     def tried_in(self, cell: str) -> dict[str, Any]:
         """What the file lists to be tried in a cell, {dotted key: values}: its own, then what is shared."""
         return {} if self.tune is None else self.tune.cells.get(cell, {}) | (self.tune.shared or {})
+
+    def _twice_set(self, overrides: Sequence[Override]) -> list[str]:
+        """Why overrides cannot hold in every cell: what tells cells apart would be gone, and their names would lie."""
+        reasons = []
+        for text in (override for override in overrides if isinstance(override, str)):
+            with suppress(ZooError):  # which is refused for what it is
+                key, value = parse(text)
+                given = [key] if key in REPLACED else [*flatten({key: value})]
+                names = [name for name, own in self.choices if any(starmap(_meet, product(given, _keys(own))))]
+                shown = ", ".join(names[:SHOWN]) + (f" and {len(names) - SHOWN} more" if len(names) > SHOWN else "")
+                if names:
+                    reasons.append(f"{text} is for every cell, but {shown} set that themselves; change it in the file")
+                if "seed" in given and self.seeds is not None:
+                    reasons.append(f"{text} is for every cell, but they have seeds 0 to {self.seeds - 1}; leave it out")
+        return reasons
+
+
+def _keys(own: Mapping[str, Any]) -> list[str]:
+    """The dotted keys that a cell sets; a method or data given by its name alone sets `name`."""
+    named = {key: {"name": x} if key in REPLACED and isinstance(x, str) else x for key, x in own.items()}
+    return [*flatten(named)]
+
+
+def _meet(one: str, other: str) -> bool:
+    """Whether one of two dotted keys is the other, or a section around it."""
+    return f"{one}.".startswith(f"{other}.") or f"{other}.".startswith(f"{one}.")
 
 
 def extends_chain(path: Path, above: tuple[Path, ...] = ()) -> list[dict[str, Any]]:

@@ -608,7 +608,7 @@ class Speed:
         paper: Its name and number.
         source: Where the figures are printed.
         row: What was timed.
-        sparsity: The share of pairs that is left out.
+        sparsity: The share of pairs that is left out, or of FLOPs that is saved.
         times: The speedup over dense.
     """
 
@@ -639,6 +639,7 @@ SPEEDS = (
     Speed(*_LITE, "self-attention, 695 s -> 163 s", 0.77, 695 / 163),
     Speed("SpargeAttention2, arXiv 2602.13515", "its abstract", "attention", 0.95, 16.2),
     Speed("SLA2, arXiv 2602.12675", "its abstract", "attention, quantization included", 0.97, 18.6),
+    Speed("BSA, arXiv 2509.01085", "its abstract", "attention in training, 20 times fewer FLOPs", 0.95, 17.79),
     Speed("SLA, arXiv 2509.24006", "its abstract", "attention", 0.95, 13.7),
     Speed("SubBlock, sglang #34148", "its description", "denoising of MiniMax-H3, end to end", 0.75, 1.14),
 )

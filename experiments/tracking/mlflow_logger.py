@@ -412,14 +412,19 @@ def serve(port: int) -> int:
     Tracker("Default", lambda line: print(line, file=sys.stderr))
     # The address by the environment: it may hold a password, and a command line is visible to everybody.
     server = subprocess.Popen(
-        [sys.executable, "-m", "mlflow", "ui", "--port", str(port)],
+        # One process: several are ended and started again without end where a busy machine is slow to start them.
+        [sys.executable, "-m", "mlflow", "ui", "--port", str(port), "--workers", "1"],
         env={**os.environ, "MLFLOW_DISABLE_TELEMETRY": "true", "MLFLOW_BACKEND_STORE_URI": uri()},
     )
     try:
         return server.wait()
     finally:
         server.terminate()  # at a signal to this process alone; it ends its own processes
-        server.wait(SERVER_ENDS)
+        try:
+            server.wait(SERVER_ENDS)
+        except subprocess.TimeoutExpired:
+            server.kill()
+            server.wait()
 
 
 def _make(database: Path) -> None:

@@ -29,6 +29,8 @@ from experiments.tracking import schema
 from experiments.tracking.identity import identity
 from sparse_zoo.errors import ZooError
 
+TRIALS = "-trials"  # ends the name of the sweep that tries settings for another one
+
 Status = Literal["finished", "failed", "running", "missing", "unreadable"]
 
 

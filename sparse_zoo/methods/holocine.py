@@ -57,7 +57,7 @@ class HoloCine(Attention):
         granularity="shot -> own shot, first frame of every shot",
         chosen_by="",
         trained="from Wan2.2 14B",
-        claim="none checked: the rule is read from the code",
+        claim="none: its abstract names no figure",
     )
 
     def __init__(self, *, frames: int = 1, **base: Any) -> None:

@@ -69,7 +69,7 @@ class PSA(Blockwise):
         granularity="block of queries -> block of keys, exact or pooled by 2, 4 or 8",
         chosen_by="largest sampled attention weight of the pair of blocks, by rank",
         trained="no, and distilled (CogVideoX)",
-        claim="none checked: the README names no figure against dense",
+        claim="none: its abstract names no figure",
     )
     small = {"top_fraction": 0.2, "pooled_fractions": (0.2, 0.1, 0.3), "query_tokens": 6, "block_tokens": 8}
 

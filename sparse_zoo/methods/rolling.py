@@ -31,15 +31,15 @@ class Rolling(Attention):
 
     **Paper**
 
-    Self Forcing draws chunk after chunk with a rolling key and value cache of the latest frames; attention
-    sinks keep the first tokens besides (language models; long-video models keep the first frames). Here the rule of
-    both is a plan, so that training sees what the cache will hold. The texts are not at hand: no figure is taken from
-    them.
+    - Self Forcing generates a film chunk by chunk with a rolling cache of the latest keys and values, in training too.
+    - Attention sinks keep the first tokens in the cache of a language model, whatever the window.
+    - Only the abstracts were read: `window`, `sinks` and `chunk_frames` have no figures from the papers.
 
     **Our choices**
 
-    Chunks restart at shots, text is treated as above, and a frame in several sets is read once.
-    Sampling shot by shot (`sampling.order=shots`) keeps the keys of earlier shots.
+    - The rule of both is a plan, so that training sees what the cache will hold.
+    - Chunks restart at shots, text is treated as above, and a frame in several sets is read once.
+    - Sampling shot by shot (`sampling.order=shots`) caches the keys of earlier shots.
 
     **Not to be confused with**
 
@@ -61,7 +61,7 @@ class Rolling(Attention):
         "Efficient Streaming Language Models with Attention Sinks, arXiv 2309.17453",
         granularity="chunk of frames -> itself, latest frames, first frames",
         chosen_by="",
-        trained="from causal checkpoints",
+        trained="on its own rollouts (Self Forcing), from Wan 2.1 1.3B",
         claim="none checked: the rule alone is taken",
     )
     small = {"window": 1, "chunk_frames": 2}

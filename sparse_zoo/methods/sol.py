@@ -69,7 +69,7 @@ class SolAttn(Blockwise):
         granularity="block of queries -> block of keys; query token -> means of the other blocks",
         chosen_by="threshold on q · k of block means, in standard deviations",
         trained="no",
-        claim="none checked: the abstract names no figure",
+        claim="none checked",
     )
     small = {"tau": 0.7, "block_tokens": 5}
 

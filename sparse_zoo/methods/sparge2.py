@@ -29,10 +29,11 @@ class SpargeAttention2(Blockwise):
 
     **Paper**
 
-    The union keeps enough where P is flat, which top-p does as well, and where it is peaked, which top-k
-    does. Fine-tuning matches the velocity of the sparse model to that of the dense one, so that private training data
-    is not needed. In this project that is the loss `distill.output` of `LitPretrained`, whose teacher is the dense
-    model. The full text is not at hand: the rule is the abstract's, and its shares are not known here.
+    - Top-k and top-p masks fail in different rows of P, so the paper joins them.
+    - Models are fine-tuned towards the dense model instead of by the loss of the diffusion alone. Here that is the
+      setting `distill_output` of a pretrained model: the squared difference from the velocity of the dense model, which
+      `LitPretrained` adds to the loss of the flow.
+    - The full text is not at hand: the rule is the abstract's, and its shares are not known here.
 
     **Our choices**
 

@@ -153,6 +153,11 @@ def values_of_another_width(subject: Subject) -> None:
             continue
         change = "take the width of outputs from v, or refuse another than q's"
         same(out, oracle.plain(attention, other), EXACT, f"outputs with values of width {width}", change)
+        if subject.cls.reads_values is None:
+            # Channels of v do not meet: those that both widths have come out the same.
+            usual = attention.run(replace(call, v=torch.nn.functional.pad(v, (0, HEAD_DIM - width)))).out
+            what = f"channels of values of width {width} and {HEAD_DIM}"
+            same(out[..., :HEAD_DIM], usual[..., :width], EXACT, what, "what of q and k depends on the width of v")
 
 
 @checks

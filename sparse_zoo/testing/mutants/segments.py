@@ -105,6 +105,15 @@ class MeansLearnNothing(SolAttn):
         return segmented(super().branches(call), lambda x: replace(x, k=x.k.detach(), v=x.v.detach()))
 
 
+@mutant("values_of_another_width")
+class MeansScaledByTheWidthOfValues(SolAttn):
+    """Pooled keys are scaled by the width of v over that of q."""
+
+    def branches(self, call: Call) -> list[Branch | Term]:
+        scale = call.v.shape[-1] / call.q.shape[-1]
+        return segmented(super().branches(call), lambda x: replace(x, k=x.k * scale))
+
+
 @mutant("gradients_equal_oracle")
 class SegmentsMergedWithoutTheirLse(SolAttn):
     """Each segment is a softmax of its own, and the merge passes no gradient to the weights between them."""
