@@ -60,9 +60,15 @@ def judged_shots(clips: list[Tensor], batch: dict[str, Any]) -> Iterator[list[Ju
     start = 0
     for film in batch["layout"].films:
         stop = start + len(film.shots)
-        true = [truth[name][:, start:stop] for name in ("subject", "identity")]
+        subjects, identities = (truth[name][:, start:stop] for name in ("subject", "identity"))
         yield [
-            Judged(shown[at], shown[start:at], *(x[:, : at - start + 1] for x in true), known[start : at + 1])
+            Judged(
+                shown[at],
+                shown[start:at],
+                subjects[:, : at - start + 1],
+                identities[:, : at - start + 1],
+                known[start : at + 1],
+            )
             for at in range(start, stop)
             if not batch["known"][at]
         ]

@@ -16,7 +16,6 @@ from sparse_zoo.remember import remembered
 from sparse_zoo.requirements import is_count
 
 CAPTIONS, EACH = ("own", "all"), ("shot", "token")
-CAUSAL = ("strict", None)
 
 
 @zoo.register("own_shot")
@@ -154,7 +153,10 @@ class ShotSummary(zoo.Attention):
 
     def __init__(self, *, causal: Literal["strict"] | None = None, **base: Any) -> None:
         super().__init__(**base)
-        refuse("shot_summary", [unknown("causal", causal, CAUSAL)] if causal not in CAUSAL else [])
+        refuse(
+            "shot_summary",
+            [unknown("causal", str(causal), ["strict", "null"])] if causal not in ("strict", None) else [],
+        )
         self.causality = causal
 
     def branches(self, call: zoo.Call) -> list[zoo.Branch | zoo.Term]:
@@ -259,7 +261,12 @@ class FrozenRouter(zoo.Attention):
         super().__init__(**base)
         refuse("frozen_router", ["dim, the width of hidden, is needed for the projections"] if not self.dim else [])
         settings = {key: value for key, value in dict(of).items() if key != "name"}
-        sizes = {"heads": self.heads, "head_dim": self.head_dim, "dim": self.dim, "text_reads": self.text_reads}
+        sizes: dict[str, Any] = {
+            "heads": self.heads,
+            "head_dim": self.head_dim,
+            "dim": self.dim,
+            "text_reads": self.text_reads,
+        }
         self.inner = zoo.build(of["name"], **sizes, **settings)
         for module in self.inner.modules():
             for name, weight in list(module.named_parameters(recurse=False)):

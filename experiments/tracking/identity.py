@@ -13,7 +13,7 @@ ELSEWHERE = {
 }
 
 # Settings that came later than results that are kept, with the values at which nothing changes: left out there.
-NEUTRAL = {
+NEUTRAL: dict[str, dict[str, Any]] = {
     "data": {
         "poses": 1,
         "scales": 1,
