@@ -207,8 +207,8 @@ class Identities:
 
     def outlines(self, view: Tensor) -> Tensor:
         """The pixels of the window that each identity covers in views (N,), bool (N, identities, 1, pixels, pixels)."""
-        covered: Tensor = self._seen[1].to(view.device)[view] > 0
-        return covered.unflatten(-1, (self.pixels, self.pixels))
+        covered: Tensor = (self._seen[1].to(view.device)[view] > 0).unflatten(-1, (self.pixels, self.pixels))
+        return covered
 
     def templates(self, view: Tensor, ground: Tensor) -> Tensor:
         """Every identity in views (N,) before the windows `ground` (N, 3, pixels, pixels).

@@ -42,6 +42,7 @@ PAGES_WITH_A_TEST = {
 COMMANDS_WITH_A_TEST = {
     "zoo ui": ("test_cli.py", '"ui"'),
     "zoo sweep chunks.yaml --dry-run": ("test_sweeps_page.py", "Dry run"),
+    "zoo sweep chunks.yaml trainer.max_steps=20 model.dim=96 --dry-run": ("test_sweeps_page.py", "The file"),
     "zoo sweep equal.yaml --dry-run": ("test_sweeps_page.py", "Equal budgets"),
     "zoo train data=shot_world data.val_films=2 attention=moc match.density=0.52 trainer.max_steps=2": (
         "test_sweeps_page.py",
@@ -259,6 +260,8 @@ def test_other_commands_of_the_pages_name_what_exists() -> None:
                     assert set(re.findall(r"\[(.+)\]", what)) <= extras, f"{page}: {line}"
                 case [".venv/bin/pytest", file, *_]:
                     assert (ROOT / file).is_file(), f"{page}: {line}"
+                case ["python", "-c", code]:  # it may download: read, not run
+                    compile(code, str(page), "exec")
                 case ["python", "-m", module, *_]:
                     assert importlib.util.find_spec(module), f"{page}: {line}"
                 case _:

@@ -54,7 +54,7 @@ def test_the_page_says_which_settings_are_tried(here: Path) -> None:
     assert dense == [{}, *({"optim.muon_lr": rate} for rate in (0.02, 0.04, 0.01))]
 
 
-PARTS_WITH_COMMANDS = ("Dry run", "Equal budgets", "Tune each method fairly")
+PARTS_WITH_COMMANDS = ("The file", "Dry run", "Equal budgets", "Tune each method fairly")
 COMMANDS = [line for part in PARTS_WITH_COMMANDS for block in blocks(part, "") for line in block.splitlines()]
 
 

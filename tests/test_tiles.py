@@ -48,7 +48,7 @@ def test_every_method_of_the_family_has_a_card(method: str) -> None:
         (
             "svg2",
             {"top_p": 0.0, "least": 1.5},
-            ["top_p must be above 0 and at most 1, got 0.0", "least must be in [0, 1]"],
+            ["top_p must be in (0, 1], got 0.0", "least must be in [0, 1]"],
         ),
         ("svg2", {"query_clusters": 0, "key_clusters": 1.5}, ["query_clusters must", "key_clusters must"]),
         ("svg2", {"first_rounds": 0, "later_rounds": 0}, ["first_rounds must", "later_rounds must"]),
