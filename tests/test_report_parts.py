@@ -16,7 +16,7 @@ from experiments.reporting.leaderboard import choose_columns, rank_groups
 from experiments.reporting.loading import SweepResults
 from experiments.reporting.report import build_report
 from experiments.reporting.report_json import to_json
-from experiments.reporting.sentences import word_caution, word_conclusion, word_verdict, write_sentences
+from experiments.reporting.sentences import word_caution, word_conclusion, word_task, word_verdict, write_sentences
 from experiments.tracking.store import Result
 
 RECALL = Measure.of("identity_recall")
@@ -93,6 +93,13 @@ def test_sentences_without_results_are_empty_or_say_so() -> None:
     sentences = write_sentences(sweep, board, choose_columns(sweep), compare(sweep, board))
     assert sentences.conclusion == sentences.deviation == sentences.shortened == sentences.task == ""
     assert sentences.verdict == "No two methods have two seeds in common, so no difference can be tested."
+
+
+def test_the_task_says_which_shots_are_judged() -> None:
+    sweep = results({"a": (0.5,)})
+    assert "measured on the last shot" in word_task(sweep, choose_columns(sweep))
+    sweep.groups[0].results[0].config["data"] = {"name": "shot_world", "judged": "returns"}
+    assert "measured on all returns of a film" in word_task(sweep, choose_columns(sweep))
 
 
 def test_json_keeps_its_keys_and_labels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

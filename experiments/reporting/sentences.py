@@ -181,7 +181,13 @@ def word_task(sweep: SweepResults, columns: Columns) -> str:
     """Say how memory was tested."""
     if not sweep.is_memory_test:
         return ""
-    last = "Recall is measured on the last shot, generated after the true shots before it."
+    data = [result.config.get("data") for group in sweep.groups for result in group.results]
+    returns = any(isinstance(own, dict) and own.get("judged") == "returns" for own in data)
+    last = (
+        "Recall is measured on all returns of a film, generated at once beside the true introductions."
+        if returns
+        else "Recall is measured on the last shot, generated after the true shots before it."
+    )
     whole = " Whole film: every shot is generated from noise, and counts as right if it shows the subject as its"
     return last + f"{whole} earlier generated shots do." * (WHOLE + RECALL in columns.beside)
 

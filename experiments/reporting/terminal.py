@@ -33,7 +33,7 @@ def terminal_tables(report: Report, *, runs: bool = False) -> list[Table]:
     leaderboard, columns = rank_groups(sweep), choose_columns(sweep)
     several = sweep.seeds > 1
     half = " ± half of the 95 % interval." if several else ""
-    others = "Other measures, of last shots that were generated after the true ones; the loss is of whole films."
+    others = "Other measures, of shots that were generated beside the true ones; the loss is of whole films."
     tables = (
         (columns.beside, word_task(sweep, columns) + half),
         (columns.whole_films, f"Whole films, generated from noise.{half}"),
