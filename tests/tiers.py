@@ -1,4 +1,4 @@
-"""Which cases of a test are fast. The others are slow: `make test-slow`, `make test-all` and CI run them."""
+"""Which cases of a test are fast. The others are slow: `make test-slow` and `make test-all` run them."""
 
 from __future__ import annotations
 
