@@ -42,7 +42,7 @@ PAGES_WITH_A_TEST = {
 COMMANDS_WITH_A_TEST = {
     "zoo ui": ("test_cli.py", '"ui"'),
     "zoo sweep chunks.yaml --dry-run": ("test_sweeps_page.py", "Dry run"),
-    "zoo sweep chunks.yaml trainer.max_steps=20 model.depth=1 --dry-run": ("test_sweeps_page.py", "The file"),
+    "zoo sweep chunks.yaml trainer.max_steps=20 model.dim=96 --dry-run": ("test_sweeps_page.py", "The file"),
     "zoo sweep equal.yaml --dry-run": ("test_sweeps_page.py", "Equal budgets"),
     "zoo train data=shot_world data.val_films=2 attention=moc match.density=0.52 trainer.max_steps=2": (
         "test_sweeps_page.py",
