@@ -17,6 +17,8 @@ from experiments.escape import for_terminal as escape
 from experiments.inspection.checkpoint import find
 from sparse_zoo.errors import refuse
 
+SHOWN_SWEEPS = 20  # of how many `zoo ui` prints the page
+
 if TYPE_CHECKING:
     from experiments.inspection.sample import Sampled
 
@@ -267,11 +269,17 @@ def replay(
 @app.command(epilog="Example: [bold]zoo ui --port 5001[/bold]")
 def ui(port: Annotated[int, typer.Option(help="Port on this machine.")] = 5000) -> None:
     """Open MLflow's own page on the runs; Ctrl-C ends it."""
-    from experiments.tracking.mlflow_logger import serve
+    from experiments.tracking.mlflow_logger import Tracker, serve
 
+    pages = Tracker("Default", lambda line: errors.print(escape(line), soft_wrap=True)).cells_pages()
+    address = f"http://127.0.0.1:{port}/#"
     # It opens on its pages for language models otherwise.
-    page = f"http://127.0.0.1:{port}/#/experiments?workflowType=machine_learning"
+    page = f"{address}/experiments?workflowType=machine_learning"
     console.print(f"MLflow starts on {page} (it takes about 15 seconds; Ctrl-C ends it)", soft_wrap=True)
+    for name, path in list(pages.items())[:SHOWN_SWEEPS]:
+        console.print(f"Cells of the sweep {escape(name)}: {address}/{path}", soft_wrap=True)
+    if len(pages) > SHOWN_SWEEPS:
+        console.print(f"and of {len(pages) - SHOWN_SWEEPS} older sweeps: the view Cells of their pages")
     raise typer.Exit(serve(port))
 
 
