@@ -261,7 +261,7 @@ class Tracker:
             there, now = self.client.get_run(run_id).data, int(time.time() * 1000)
             listed = {key: ", ".join(own)[:5000] for key, own in values.items()}
             named = {
-                key if there.params.get(key, own) == own else f"{key}: {len(results)} cells": own
+                key if there.params.get(key, own) == own else f"{key[:230]}: {len(results)} cells": own
                 for key, own in listed.items()
             }
             new = [Param(key, own) for key, own in named.items() if key not in there.params]
