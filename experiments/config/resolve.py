@@ -264,7 +264,7 @@ def resolve(config: Config) -> Config:
     try:
         resolved = OmegaConf.to_container(OmegaConf.create(involved), resolve=True)
     except OmegaConfBaseException as error:
-        raise ZooError(f"config: {str(error).splitlines()[0]}") from error
+        raise ZooError(f"config: {error.full_key}: {str(error).splitlines()[0]}") from error
     assert isinstance(resolved, dict)
     return {key: resolved.get(key, section) for key, section in config.items()}
 
