@@ -26,8 +26,11 @@ os.environ.setdefault("GOMP_SPINCOUNT", "2000")
 # Read when torch is first imported: its profiler, which counts memory for zoo bench, would tell of its every start.
 os.environ.setdefault("KINETO_LOG_LEVEL", "99")
 
-# Why a folder cannot be written: no fault of the program's, so one line and no traceback.
-NO_PLACE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EEXIST)
+# Why a path cannot be read or written: no fault of the program's, so one line and no traceback.
+NO_PLACE = (
+    *(errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EEXIST),
+    *(errno.ENOENT, errno.EISDIR, errno.ENAMETOOLONG, errno.ELOOP),
+)
 
 PICTURES = (".png", ".svg", ".pdf")  # of what matplotlib writes, what is good for pages and papers
 
@@ -90,7 +93,16 @@ class Group(TyperGroup):
         except OSError as error:
             if error.errno not in NO_PLACE:
                 raise
-            raise refused(f"{error}; runs are kept in {home()}, or where $ZOO_HOME says") from error
+            raise refused(f"{error}{_where_runs_are(error)}") from error
+
+
+def _where_runs_are(error: OSError) -> str:
+    """Advice on the folder of runs, unless the error is about a file elsewhere, which the command line names."""
+    if isinstance(error.filename, str):
+        path = Path(error.filename).absolute()
+        if not path.is_relative_to(home()) and not home().is_relative_to(path):
+            return ""
+    return f"; runs are kept in {home()}, or where $ZOO_HOME says"
 
 
 def refused(message: str) -> typer.Exit:
