@@ -190,6 +190,8 @@ def lock(folder: Path) -> Iterator[bool]:
 
 def running(folder: Path) -> bool:
     """Whether a process, here or on another machine, holds the lock of that folder."""
+    if not (folder / "lock").is_file():  # opening a pipe, say, would wait for ever
+        return False
     try:
         with (folder / "lock").open(encoding="utf-8") as file:
             fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
