@@ -191,6 +191,16 @@ def test_a_failed_cell_is_recorded_and_the_next_one_runs(runs: Path, diverges: s
     assert again.ran == [diverges]  # what failed is tried again, what finished is kept
 
 
+def test_method_that_exits_fails_its_own_cell_alone(runs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def exits(*_: object, **__: object) -> None:
+        raise SystemExit(0)
+
+    sweep = read(write_sweep(runs / "exits.yaml", axes=METHODS))
+    monkeypatch.setattr("experiments.execution.run.train", exits)
+    results = execute(sweep, Silent())
+    assert [(result.status, result.reason) for result in results] == [("failed", "SystemExit: 0")] * 2
+
+
 @pytest.mark.slow
 def test_ctrl_c_keeps_what_has_finished(runs: Path) -> None:
     class Impatient(Silent):

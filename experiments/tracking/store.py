@@ -131,7 +131,7 @@ class Result:
         known = [float(part) for part in parts if isinstance(part, int | float)]
         return sum(known) if len(known) == len(parts) else None
 
-    def fail(self, error: Exception) -> None:
+    def fail(self, error: BaseException) -> None:
         """Record what was raised; to be called while it is handled."""
         self.status, self.reason = "failed", redact(f"{type(error).__name__}: {error}")
         self.traceback = redact(tracebacks.format_exc())
