@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import signal
+import socket
 import time
 import zlib
 from base64 import b64decode
@@ -189,6 +190,20 @@ def test_a_failed_cell_is_recorded_and_the_next_one_runs(runs: Path, diverges: s
     again = Silent()
     execute(sweep, again)
     assert again.ran == [diverges]  # what failed is tried again, what finished is kept
+
+
+@pytest.mark.parametrize("port", ["0", "-1", "70000"])
+def test_page_of_mlflow_has_a_port(port: str) -> None:
+    assert zoo_command("ui", "--port", port).exit_code == 2
+
+
+def test_port_that_is_taken_is_refused_before_mlflow_starts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("experiments.tracking.mlflow_logger.serve", lambda _: pytest.fail("started"))
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        said = zoo_command("ui", "--port", str(port))
+    assert said.exit_code == 2
+    assert f"port {port} cannot be opened: Address already in use; give another one with --port" in said.stderr
 
 
 def test_method_that_exits_fails_its_own_cell_alone(runs: Path, monkeypatch: pytest.MonkeyPatch) -> None:

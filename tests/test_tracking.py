@@ -101,6 +101,8 @@ def test_store_that_stalls_while_training_is_not_waited_for(tmp_path: Path, monk
         ("https://host/a?token=abc&b=1", "https://host/a?token=***&b=1"),
         ("'postgresql://u:p@h/db?sslpassword=x'", "'postgresql://***@h/db?sslpassword=***'"),
         ("https://host/a?b=1&X-Amz-Signature=abc", "https://host/a?b=1&X-Amz-Signature=***"),
+        ("postgresql://me:se/cr?et@host/db failed", "postgresql://***@host/db failed"),
+        ("http://host:5000/a@b", "http://host:5000/a@b"),
         ("mail me@host", "mail me@host"),
         ("sqlite:////runs/mlflow.db", "sqlite:////runs/mlflow.db"),
     ],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import socket
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -267,8 +268,14 @@ def replay(
 
 
 @app.command(epilog="Example: [bold]zoo ui --port 5001[/bold]")
-def ui(port: Annotated[int, typer.Option(help="Port on this machine.")] = 5000) -> None:
+def ui(port: Annotated[int, typer.Option(min=1, max=65535, help="Port on this machine.")] = 5000) -> None:
     """Open MLflow's own page on the runs; Ctrl-C ends it."""
+    with socket.socket() as free:
+        free.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # one that was in use a moment ago is free
+        try:
+            free.bind(("127.0.0.1", port))
+        except OSError as error:
+            refuse("zoo ui", [f"port {port} cannot be opened: {error.strerror}; give another one with --port"])
     from experiments.tracking.mlflow_logger import Tracker, serve
 
     pages = Tracker("Default", lambda line: errors.print(escape(line), soft_wrap=True)).cells_pages()
