@@ -190,6 +190,29 @@ def test_path_that_cannot_be_used_is_one_line(
     assert "ZOO_HOME" not in done.stderr  # which has nothing to do with it
 
 
+@pytest.mark.parametrize(
+    ("command", "said"),
+    [
+        ("bench --out folder", "--out must be a file, got 'folder', which is none"),
+        ("bench --out file/x.json", "--out 'file/x.json' lies in '{here}/file', which is no folder"),
+        ("bench --plot file/x.png", "--plot 'file/x.png' lies in '{here}/file', which is no folder"),
+        ("sample none --out file", "--out must be a folder, got 'file', which is none"),
+        ("sample none --plot x.txt", "--plot must be a file whose name ends in .png, .svg, .pdf, got 'x.txt'"),
+        ("capture none --out folder", "--out must be a file, got 'folder', which is none"),
+        ("compare --model m --prompts p --methods moc --out file", "--out must be a folder, got 'file', which is none"),
+    ],
+)
+def test_output_that_cannot_be_written_is_refused_before_anything_is_computed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: str, said: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("folder").mkdir()
+    Path("file").write_text("", encoding="utf-8")
+    done = CliRunner().invoke(app, command.split())
+    assert done.exit_code == 2, done.exception
+    assert said.format(here=tmp_path) in done.stderr
+
+
 @pytest.mark.parametrize("home", ["x" * 300, "loop", "file"])
 def test_home_that_cannot_be_used_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, home: str) -> None:
     monkeypatch.chdir(tmp_path)

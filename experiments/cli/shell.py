@@ -129,7 +129,22 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print JSON and nothing els
 def unfit_picture(option: str, path: Path | None) -> list[str]:
     """Return why a file cannot take a picture, before what it is to show is computed: its name says the format."""
     fit = path is None or (path.suffix.lower() in PICTURES and not path.is_dir())
-    return [] if fit else [f"{option} must be a file whose name ends in {', '.join(PICTURES)}, got {str(path)!r}"]
+    wrong = [f"{option} must be a file whose name ends in {', '.join(PICTURES)}, got {str(path)!r}"]
+    return unwritable(option, path) if fit else wrong
+
+
+def unwritable(option: str, path: Path | None, *, folder: bool = False) -> list[str]:
+    """Return why a file, or a `folder`, cannot be written, before what it is to hold is computed."""
+    if path is None:
+        return []
+    if path.exists() and path.is_dir() != folder:
+        return [f"{option} must be a {'folder' if folder else 'file'}, got {str(path)!r}, which is none"]
+    there = next(one for one in (path, *path.absolute().parents) if one.exists())
+    if there != path and not there.is_dir():
+        return [f"{option} {str(path)!r} lies in {str(there)!r}, which is no folder"]
+    return (
+        [] if os.access(there, os.W_OK) else [f"{option} {str(path)!r} cannot be written: no right to {str(there)!r}"]
+    )
 
 
 def load_plugins(paths: Sequence[Path], *, data: bool = False) -> None:

@@ -12,7 +12,7 @@ import typer
 from rich.table import Table
 
 from experiments.cli.pretrained import captured_pretrained, requested, sampled_pretrained
-from experiments.cli.shell import AsJson, Plugin, app, console, errors, load_plugins, unfit_picture
+from experiments.cli.shell import AsJson, Plugin, app, console, errors, load_plugins, unfit_picture, unwritable
 from experiments.config.names import misspelt_choices, misspelt_match, misspelt_methods, parse, parse_method
 from experiments.escape import for_terminal as escape
 from experiments.inspection.checkpoint import find
@@ -71,6 +71,7 @@ def sample(
     What is not asked for is as in the run's config. Measures that begin with whole_ ask whether a film of which no shot
     was given agrees with itself, the others compare generated shots with the true film.
     """
+    refuse("zoo sample", unwritable("--out", out, folder=True) + unfit_picture("--plot", picture))
     if model is not None or prompts is not None or run is None:
         given_too = {
             "key=value": bool(overrides),
@@ -187,6 +188,7 @@ def capture(
 
     Each call of each chosen layer and noise time is kept bit for bit; `load` in `inspection.capture` reads them.
     """
+    refuse("zoo capture", unwritable("--out", out))
     if model is not None or prompts is not None or run is None:
         captured_pretrained(run, overrides, model, prompts, size, steps, shots, layers, times, out, as_json)
         return
