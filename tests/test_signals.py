@@ -217,6 +217,14 @@ def test_driver_of_jobs_ends_its_processes_and_waits_for_them(runs: Path, number
         ("sample run", "experiments.cli.trained.find"),
         ("capture run", "experiments.cli.trained.find"),
         ("check dense", "sparse_zoo.testing.run_checks"),
+        ("bench", "sparse_zoo.bench.chosen"),
+        ("map dense", "experiments.reporting.pictures.sample_map"),
+        ("cost dense", "experiments.inspection.cost.compare"),
+        ("power none", "experiments.cli.runs.read_sweep"),
+        ("ladder run", "experiments.cli.trained.find"),
+        ("compare --model m --prompts p --methods moc", "experiments.inspection.pretrained.read_prompts"),
+        ("encode m --vae v --text-encoder t --size 1x16x16 --out o", "experiments.cli.data.sizes"),
+        ("ui", "experiments.tracking.mlflow_logger.serve"),
     ],
 )
 def test_commands_that_do_not_train_end_with_the_code_of_the_signal(

@@ -582,7 +582,8 @@ def _attends(settings: Mapping[str, Any], shape: Outline, trainer: Mapping[str, 
     dtype = torch.bfloat16 if "bf16" in precision else torch.float16 if "16" in precision else torch.float32
     device = "cuda" if cuda else "cpu"
     built: list[zoo.Attention] = []
-    size, method = {"heads": shape.heads, "head_dim": shape.head_dim, "dim": shape.dim}, f"method {settings['name']!r}"
+    size: dict[str, Any] = {"heads": shape.heads, "head_dim": shape.head_dim, "dim": shape.dim}
+    method = f"method {settings['name']!r}"
     if wrong := refusals(lambda: built.append(zoo.build(**settings, **size).to(device)), method):
         return wrong
 
