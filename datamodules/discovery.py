@@ -127,8 +127,9 @@ def find_videos(places: Sequence[str], used: Iterable[Path] = ()) -> Discovery:
                 problems.append(f"{place}: no file in this folder ends with one of {suffixes}{told}")
         else:
             named = {printable(path.name): path}
-            if not path.exists():
-                problems.append(f"{place}: there is no such folder or file")
+            if not path.is_file():
+                what = "it is neither a folder nor a regular file"
+                problems.append(f"{place}: {what if path.exists() else 'there is no such folder or file'}")
         problems += [
             f"two videos are called {name!r}: {files[name]} and {named[name]}" for name in named.keys() & files
         ]
@@ -166,8 +167,11 @@ def _search(root: Path, used: set[Path]) -> tuple[dict[str, Path], list[str]]:
                 (folders if entry.is_symlink() else real).append(path)
             elif not path.exists():
                 unreadable.append(f"{name} (a link to nothing)")
-            elif path.suffix.lower() in SUFFIXES and path.is_file():
-                files[printable(name)] = path
+            elif path.suffix.lower() in SUFFIXES:
+                if path.is_file():
+                    files[printable(name)] = path
+                else:  # to open a pipe would wait for ever
+                    unreadable.append(f"{name} (not a regular file)")
             elif path.resolve() not in used:
                 others.append(name)
         folders.extendleft(reversed(real))

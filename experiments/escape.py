@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import json
 import re
+from posixpath import normpath
 from typing import Any
 
 from rich import markup
@@ -75,8 +76,11 @@ def for_latex(text: str) -> str:
 
 
 def for_mlflow(key: str) -> str:
-    """The key of a metric, parameter or tag: what MLflow takes in none becomes `_`."""
-    return re.sub(r"[^A-Za-z0-9_\-. /]", "_", key)
+    """The key of a metric, parameter or tag: what MLflow takes in none becomes `_`, and what is too long is cut."""
+    plain = re.sub(r"[^A-Za-z0-9_\-. /]", "_", key)[:250]
+    # It takes a key for a path, and none that could be written shorter or that leads out of its folder.
+    is_path = plain == normpath(plain) and plain != "." and not plain.startswith(("/", ".."))
+    return plain if is_path else re.sub(r"[./]", "_", plain) or "_"
 
 
 def for_json(plain: Any, indent: int | None = None) -> str:

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import re
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from typing import Any
+from urllib.parse import quote
 
-_USER = re.compile(r"(?<=://)[^/\s]*@")
+# A user, and a password that may hold slashes, as those of databases do; host:port/path@ is neither.
+_USER = re.compile(r"(?<=://)(?:[^/\s]*|[^/\s@:]+:(?!\d+/)\S*)@")
 _QUERY = re.compile(
     r"([?&][\w.-]*(?:token|key|secret|passw|pwd|sig|credential|auth)[\w.-]*=)[^&#\s'\")]+", re.IGNORECASE
 )
@@ -18,9 +21,13 @@ _hidden: dict[str, str] = {}
 
 
 def hide(text: str, shown: str) -> None:
-    """Let `redact` show something else in place of a text, unless that is shorter than `SHORTEST`."""
+    """Let `redact` show something else in place of a text, unless that is shorter than `SHORTEST`.
+
+    Also where it is quoted, as in Python's messages, in JSON and in addresses.
+    """
     if len(text) >= SHORTEST:
-        _hidden[text] = shown
+        forms = (text, repr(text)[1:-1], json.dumps(text)[1:-1], quote(text, errors="replace"))
+        _hidden.update(dict.fromkeys((*forms, quote(text, safe="", errors="replace")), shown))
 
 
 def redact(text: str) -> str:

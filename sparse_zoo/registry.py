@@ -261,7 +261,7 @@ def importing(what: str) -> Iterator[None]:
     methods, kernels = dict(_methods), dict(_kernels)
     try:
         yield
-    except Exception as error:  # an author's file may raise anything: it becomes one line that names the file
+    except (Exception, SystemExit) as error:  # an author's file may raise anything: one line names the file
         _methods.clear()
         _methods.update(methods)
         _kernels.clear()

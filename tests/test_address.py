@@ -48,7 +48,7 @@ def test_plain_addresses_keep_their_file() -> None:
 @pytest.mark.parametrize(
     "given",
     ["htp://host", "localhost:5000", "http://", "http:/host", "http://host:port", "http//host", "sqlite://a.db",
-     "sqlite:", "postgres://u@h/d", "postgresql://", "postgresql:///", "://", "tracking"],
+     "sqlite:", "postgres://u@h/d", "postgresql://", "postgresql:///", "://", "tracking", "http://[::1", "http://h]:5"],
 )  # fmt: skip
 def test_a_malformed_address_is_refused_with_what_is_allowed(given: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MLFLOW_TRACKING_URI", given)

@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import json
 import shutil
+import socket
+import subprocess
+import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -26,7 +30,7 @@ from experiments.inspection.pretrained import Compared, Request, write_page, wri
 from experiments.reporting.html import write
 from experiments.reporting.report import build_report
 from experiments.tracking.mlflow_logger import Tracker
-from experiments.tracking.store import Cell
+from experiments.tracking.store import Cell, Result
 
 pytestmark = pytest.mark.slow
 
@@ -201,4 +205,44 @@ def test_paper_is_light_and_cuts_no_table(browser: Any, report: Path) -> None:
     assert max(right) <= PAPER
     assert page.locator("#differences details table").first.is_visible()  # what is folded on a screen is printed
     assert not page.locator("#provenance pre").first.is_visible()
+    page.close()
+
+
+def test_the_page_of_mlflow_shows_all_cells_in_columns(
+    browser: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By the link of `zoo ui`: a row for each cell below the one of the sweep, with parameters and metrics."""
+    monkeypatch.setenv("ZOO_HOME", str(tmp_path / "runs"))
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path / 'mlflow.db'}")
+    tracker = Tracker("shown", print)
+    parent = tracker.parent("shown", "Which one?")
+    params: dict[str, dict[str, Any]] = {"first": {"optim.lr": 0.5}, "second": {"optim.lr": 0.25}}
+    results = []
+    for loss, (name, own) in enumerate(params.items(), 1):
+        log = tracker.run(name, name, parent=parent, before=None)
+        log.about(own, {})
+        log.log_metrics({"result/val_loss": float(loss)}, 0)
+        log.end("FINISHED")
+        results.append(Result(name, {"name": "dense"}, "finished", 0, val_loss=float(loss)))
+    tracker.overview(parent, params, results)
+    (link,) = tracker.cells_pages().values()
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+    command = [sys.executable, "-m", "experiments", "ui", "--port", str(port)]
+    page = browser.new_page(viewport={"width": DESKTOP, "height": 900})
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as server:
+        try:
+            until = time.monotonic() + 120
+            while socket.socket().connect_ex(("127.0.0.1", port)):
+                assert time.monotonic() < until
+                time.sleep(1)
+            page.goto(f"http://127.0.0.1:{port}/#/{link}", timeout=120_000)
+            page.get_by_text("0.5, 0.25").wait_for(timeout=120_000)
+            page.screenshot(path=tmp_path / "mlflow.png")
+            for shown in ("result/val_loss", "optim.lr", "shown", "first", "second"):
+                assert page.get_by_text(shown, exact=True).first.is_visible(), shown
+            for value in ("1.5", "1", "2", "0.5", "0.25"):  # the mean loss, both losses, both rates
+                assert page.locator(".ag-row").get_by_text(value, exact=True).count() == 1, value
+        finally:
+            server.terminate()
     page.close()

@@ -137,6 +137,8 @@ def test_interpolation_resolves() -> None:
         (["data.num_workers=-1"], r"num_workers must be at least 0, got -1"),
         (["attention"], r"an override is key=value, got 'attention'"),
         (["attention=[dense"], r"is no YAML"),
+        (["trainer.max_steps=${nope}"], r"config: trainer.max_steps: Interpolation key 'nope' not found"),
+        (["optim.lr=${oc.env:"], r"config: optim.lr: mismatched input"),
     ],
 )
 def test_refusals(overrides: list[str], message: str) -> None:

@@ -90,6 +90,16 @@ def test_linked_folders_are_searched_once(tmp_path: Path) -> None:
     ]
 
 
+def test_pipes_are_named_and_not_opened(tmp_path: Path) -> None:
+    touch(tmp_path / "a.mp4")
+    os.mkfifo(tmp_path / "b.mp4")
+    found = find_videos([str(tmp_path)])
+    assert list(found.files) == ["a.mp4"]
+    assert found.notes == [f"{tmp_path}: 1 cannot be read: b.mp4 (not a regular file)"]
+    with pytest.raises(ZooError, match=r"b\.mp4: it is neither a folder nor a regular file"):
+        find_videos([str(tmp_path / "b.mp4")])
+
+
 def test_folder_with_a_videos_suffix_is_searched(tmp_path: Path) -> None:
     touch(tmp_path / "x.mp4" / "a.mp4")
     assert list(find_videos([str(tmp_path)]).files) == ["x.mp4/a.mp4"]

@@ -359,6 +359,57 @@ def test_a_file_of_kernels_is_a_plugin_and_a_bad_one_leaves_nothing(here: Path) 
     assert "other" not in zoo.kernels()
 
 
+RAISES = """
+import sys
+
+import sparse_zoo as zoo
+from datamodules import ShotWorld
+
+
+@zoo.register("bad_plan")
+class BadPlan(zoo.Attention):
+    def plan(self, q, k, layout):
+        return 3
+
+
+@zoo.register("bad_init")
+class BadInit(zoo.Attention):
+    def __init__(self, **base):
+        super().__init__(**base)
+        raise ValueError("no licence")
+
+    def plan(self, q, k, layout):
+        return zoo.Plan.dense(layout)
+
+
+@zoo.register("bad_exit")
+class BadExit(zoo.Attention):
+    def plan(self, q, k, layout):
+        sys.exit(0)
+
+
+class BadFilms(ShotWorld):
+    def __init__(self):
+        raise KeyError("key")
+"""
+
+
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        (["attention=bad_plan"], r"method 'bad_plan': AttributeError: 'int' object .* line \d+"),
+        (["attention=bad_init"], r"method 'bad_init': ValueError: no licence \(raises.py, line 18\)"),
+        (["attention=bad_exit"], r"method 'bad_exit': SystemExit: 0 \(raises.py, line 27\)"),
+        (["data=raises.py:BadFilms"], r"raises.py:BadFilms': KeyError: 'key' \(raises.py, line 32\)"),
+    ],
+)
+def test_what_an_author_s_class_raises_is_a_reason_with_its_place(here: Path, overrides: list[str], said: str) -> None:
+    (here / "raises.py").write_text(RAISES)
+    zoo.load_plugin("raises.py")
+    with pytest.raises(zoo.ZooError, match=said):
+        load(overrides)
+
+
 # -- datamodules ------------------------------------------------------------------------------------------------------
 
 

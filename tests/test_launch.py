@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import signal
+import socket
 import time
+import zlib
+from base64 import b64decode
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
@@ -21,6 +25,7 @@ from tiers import cases
 from tiny import BASE, DIVERGES, write_sweep
 
 import sparse_zoo as zoo
+from experiments.escape import for_mlflow
 from experiments.execution.progress import Bar
 from experiments.execution.scheduler import Work, _serve, execute, loaded_plugins, varying_params
 from experiments.execution.slurm import Job
@@ -28,7 +33,7 @@ from experiments.reporting.html import html, write
 from experiments.reporting.report import build_report
 from experiments.sweep.expand import Sweep, read
 from experiments.tracking import store
-from experiments.tracking.mlflow_logger import Tracker, uri
+from experiments.tracking.mlflow_logger import Tracker, cells_view, uri
 from sparse_zoo.errors import ZooError
 
 METHODS = {"attention": ["dense", "moc"]}
@@ -185,6 +190,30 @@ def test_a_failed_cell_is_recorded_and_the_next_one_runs(runs: Path, diverges: s
     again = Silent()
     execute(sweep, again)
     assert again.ran == [diverges]  # what failed is tried again, what finished is kept
+
+
+@pytest.mark.parametrize("port", ["0", "-1", "70000"])
+def test_page_of_mlflow_has_a_port(port: str) -> None:
+    assert zoo_command("ui", "--port", port).exit_code == 2
+
+
+def test_port_that_is_taken_is_refused_before_mlflow_starts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("experiments.tracking.mlflow_logger.serve", lambda _: pytest.fail("started"))
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        said = zoo_command("ui", "--port", str(port))
+    assert said.exit_code == 2
+    assert f"port {port} cannot be opened: Address already in use; give another one with --port" in said.stderr
+
+
+def test_method_that_exits_fails_its_own_cell_alone(runs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def exits(*_: object, **__: object) -> None:
+        raise SystemExit(0)
+
+    sweep = read(write_sweep(runs / "exits.yaml", axes=METHODS))
+    monkeypatch.setattr("experiments.execution.run.train", exits)
+    results = execute(sweep, Silent())
+    assert [(result.status, result.reason) for result in results] == [("failed", "SystemExit: 0")] * 2
 
 
 @pytest.mark.slow
@@ -414,6 +443,66 @@ def test_mlflow_shows_what_differs_what_was_seen_and_what_came_out(runs: Path) -
     every = [float(store.read(cell, "shown").val_loss or 0) for cell in sweep.cells]
     assert parent.data.metrics["result/val_loss"] == pytest.approx(sum(every) / 4)
     assert len(mlflow.artifacts.load_dict(f"{parent.info.artifact_uri}/cells.json")["data"]) == 4
+
+    view = view_of_cells(client, run.info.experiment_id)
+    columns = [f"metrics.`{key}`" for key in parent.data.metrics] + [f"params.`{key}`" for key in parent.data.params]
+    assert sorted(view["selectedColumns"]) == sorted(columns)
+    assert view["orderByKey"] == "tags.`zoo.parent`"  # by time, the page would fold the cells
+    ordered = client.search_runs([run.info.experiment_id], order_by=[view["orderByKey"] + " ASC"])
+    assert next(one.info.run_name for one in ordered) == "shown"
+    assert len(ordered) == 5
+
+
+def view_of_cells(client: mlflow.MlflowClient, experiment: str) -> dict[str, Any]:
+    """The view "Cells" of an experiment, read as MLflow's page reads it."""
+    named = json.loads(client.get_experiment(experiment).tags["mlflow.sharedViewState.cells"])
+    assert named["name"] == "Cells"
+    assert isinstance(named["createdAt"], int)  # the page lists no view without it
+    packed = named["state"].removeprefix("deflate;")
+    assert packed != named["state"]
+    view: dict[str, Any] = json.loads(zlib.decompress(b64decode(packed)))
+    return view
+
+
+def test_view_of_too_many_columns_keeps_the_first_that_fit() -> None:
+    keys = [f"metrics.`{hashlib.sha256(str(number).encode()).hexdigest()}`" for number in range(500)]
+    text = cells_view(keys, 1)
+    assert len(text) <= 5000
+    kept = json.loads(zlib.decompress(b64decode(json.loads(text)["state"].removeprefix("deflate;"))))["selectedColumns"]
+    assert kept == keys[: len(kept)]
+    assert len(kept) > 50
+
+
+def test_odd_names_of_parameters_and_metrics_reach_the_parent(runs: Path) -> None:
+    sweep = read(write_sweep(runs / "odd.yaml"))
+    notes: list[str] = []
+    tracker = Tracker("odd", notes.append)
+    parent = tracker.parent("odd", "")
+    names = ["a:b", "a//b", "/a", "a/", "..", "../a", ".", "", "é\n", "x" * 300, "`", "a/./b"]
+    result = store.read(sweep.cells[0], "odd")
+    result = replace(result, status="finished", metrics=dict.fromkeys(names, 1.0))
+    tracker.overview(parent, {result.name: dict.fromkeys(names, "v\x1b")}, [result])
+    assert tracker.reach(lambda: True)
+    assert notes == []
+    data = mlflow.MlflowClient(uri()).get_run(str(parent)).data
+    assert {for_mlflow(f"result/{name}") for name in names} <= data.metrics.keys()
+    assert set(data.params) == set(map(for_mlflow, names))
+    assert set(data.params.values()) == {r"v\x1b"}
+
+
+@pytest.mark.usefixtures("runs")
+def test_page_of_mlflow_is_opened_where_all_cells_are_shown(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("first[red]", "second"):
+        tracker = Tracker(name, str)
+        tracker.overview(tracker.parent(name, ""), {}, [])
+        tracker.reach(lambda: None)
+    monkeypatch.setattr("experiments.tracking.mlflow_logger.serve", lambda port: port - 5001)
+    said = zoo_command("ui", "--port", 5001)
+    assert said.exit_code == 0
+    ids = {one.name: one.experiment_id for one in mlflow.MlflowClient(uri()).search_experiments()}
+    for name in ("first[red]", "second"):
+        page = f"experiments/{ids[name]}/runs?workflowType=machine_learning&viewStateShareKey=cells"
+        assert f"Cells of the sweep {name}: http://127.0.0.1:5001/#/{page}\n" in said.stdout
 
 
 def test_too_many_jobs_are_refused(runs: Path, monkeypatch: pytest.MonkeyPatch) -> None:

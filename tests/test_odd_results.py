@@ -5,6 +5,7 @@ from __future__ import annotations
 import cProfile
 import io
 import json
+import os
 import pstats
 import re
 import subprocess
@@ -40,6 +41,7 @@ from experiments.reporting.terminal import terminal_tables
 from experiments.tracking import schema
 from experiments.tracking.arrays import MAX_ARRAY_BYTES, MAX_FILE_BYTES
 from experiments.tracking.store import Cell, SweepRequest, write_sweep
+from sparse_zoo.errors import ZooError
 
 RESULTS = Path(__file__).parent.parent / "experiments" / "results"
 HOSTILE = "[red]x[/red]<script>alert(1)</script>|_\\input{a}\x1b[31m\r\u202e\ud800'\"&amp;$ :bomb:"
@@ -146,7 +148,23 @@ def test_an_odd_sweep_does_not_end_the_report_of_another(tmp_path: Path, monkeyp
     }.items():
         (tmp_path / name).mkdir()
         (tmp_path / name / "sweep.json").write_text(text)
+    (tmp_path / "pipe").mkdir()
+    os.mkfifo(tmp_path / "pipe" / "sweep.json")
     assert CliRunner().invoke(app, ["report", "memory"]).exit_code == 0
+
+
+def test_pipes_among_the_files_of_a_run_are_not_waited_for(good: Path) -> None:
+    plain = json.loads(good.read_text()) | {"status": "running"}
+    good.write_text(json.dumps(plain))
+    (good.parent / "lock").unlink(missing_ok=True)
+    os.mkfifo(good.parent / "lock")
+    report = build_report("s")
+    assert [cell.status for cell in report.sweep.results].count("missing") == 1
+    asked = good.parent.parent / "sweep.json"
+    asked.unlink()
+    os.mkfifo(asked)
+    with pytest.raises(ZooError, match=r"sweep.json cannot be read \(it is not a regular file\)"):
+        build_report("s")
 
 
 def test_results_of_earlier_versions_are_read(good: Path) -> None:

@@ -84,6 +84,8 @@ def test_files_of_one_name_are_two_plugins_in_every_process(tmp_path: Path) -> N
     ("text", "said"),
     [
         ("import nothing_of_the_kind", "does not import: ModuleNotFoundError"),
+        ("raise SystemExit", "does not import: SystemExit"),
+        ("import sys\nsys.exit('no licence')", "does not import: SystemExit: no licence"),
         ("x = 1", "it registers no method"),
         (EXAMPLE.format(name="moc"), "the name is taken by sparse_zoo.methods.moc.MoC"),
         (EXAMPLE.format(name="Mine"), "lower-case letters"),

@@ -6,6 +6,7 @@ import json
 import logging
 import warnings
 from pathlib import Path
+from urllib.parse import quote
 
 import pytest
 from test_cli import zoo
@@ -143,3 +144,11 @@ def test_refusals_show_the_expression(monkeypatch: pytest.MonkeyPatch) -> None:
     assert result.exit_code == 2
     assert "got '${oc.env:TOKEN}'" in result.output
     assert SECRET not in result.output
+
+
+def test_secret_is_hidden_however_it_is_quoted(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(redact, "_hidden", {})
+    secret = "pä\\ss/\"w'ord"
+    redact.hide(secret, "<hidden>")
+    for shown in (secret, repr(secret), json.dumps(secret), quote(secret), quote(secret, safe=""), repr([secret])):
+        assert "ord" not in redact.redact(f"open {shown} failed"), shown

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -164,10 +165,17 @@ def test_ignored_hangup_stays_ignored() -> None:
         signal.signal(signal.SIGHUP, before)
 
 
-def start(*arguments: object, **given: Any) -> subprocess.Popen[str]:
+@contextmanager
+def started(*arguments: object, cwd: Path) -> Iterator[subprocess.Popen[str]]:
+    """A command in a session of its own, of which nothing is left behind, whatever the test finds."""
     command = [sys.executable, "-c", START, *map(str, arguments)]
     output: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-    return subprocess.Popen(command, **output, **given)
+    with subprocess.Popen(command, cwd=cwd, start_new_session=True, **output) as process:
+        try:
+            yield process
+        finally:
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
 
 
 def wait_until(what: Callable[[], object], process: subprocess.Popen[str]) -> None:
@@ -185,10 +193,10 @@ def test_driver_of_jobs_ends_its_processes_and_waits_for_them(runs: Path, number
     file = write_sweep(runs / "jobs.yaml", axes={"attention": ["dense", "window"]})
     home = runs / "runs" / "jobs"
     command = ["sweep", file, "--jobs", 2, "--max-steps", 100000]
-    process = start(*command, cwd=runs, start_new_session=True)
-    wait_until(lambda: len(list(home.glob("*/diagnostics.jsonl"))) == 2, process)
-    (os.killpg if group else os.kill)(process.pid, number)
-    output, _ = process.communicate(timeout=100)
+    with started(*command, cwd=runs) as process:
+        wait_until(lambda: len(list(home.glob("*/diagnostics.jsonl"))) == 2, process)
+        (os.killpg if group else os.kill)(process.pid, number)
+        output, _ = process.communicate(timeout=100)
     assert process.returncode == SIGNALS[signal.Signals(number)], output
     assert "Traceback" not in output
     for path in home.glob("*/result.json"):
@@ -209,6 +217,14 @@ def test_driver_of_jobs_ends_its_processes_and_waits_for_them(runs: Path, number
         ("sample run", "experiments.cli.trained.find"),
         ("capture run", "experiments.cli.trained.find"),
         ("check dense", "sparse_zoo.testing.run_checks"),
+        ("bench", "sparse_zoo.bench.chosen"),
+        ("map dense", "experiments.reporting.pictures.sample_map"),
+        ("cost dense", "experiments.inspection.cost.compare"),
+        ("power none", "experiments.cli.runs.read_sweep"),
+        ("ladder run", "experiments.cli.trained.find"),
+        ("compare --model m --prompts p --methods moc", "experiments.inspection.pretrained.read_prompts"),
+        ("encode m --vae v --text-encoder t --size 1x16x16 --out o", "experiments.cli.data.sizes"),
+        ("ui", "experiments.tracking.mlflow_logger.serve"),
     ],
 )
 def test_commands_that_do_not_train_end_with_the_code_of_the_signal(

@@ -166,6 +166,67 @@ def test_picture_of_no_known_format_is_refused_before_anything_is_computed(
     assert f"must be a file whose name ends in .png, .svg, .pdf, got '{name}'" in done.stderr
 
 
+@pytest.mark.parametrize("path", ["missing/x.md", "folder", "x" * 300, "loop", "file/x.md"])
+@pytest.mark.parametrize(
+    "command",
+    ["report s --markdown --out", "report s --results", "train --config", "sweep", "sample", "replay", "data check"],
+)
+def test_path_that_cannot_be_used_is_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: str, path: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("ZOO_HOME", str(tmp_path / "runs"))
+    write_sweep_of("s", {"a": (0.9, 0.8)}, {"a": {"name": "dense"}})
+    Path("folder").mkdir()
+    Path("file").write_text("", encoding="utf-8")
+    Path("loop").symlink_to("loop")
+    done = CliRunner().invoke(app, [*command.split(), path])
+    if command.endswith("--results") and path in ("missing/x.md", "loop"):  # the folder is made, the link is replaced
+        assert done.exit_code == 0
+        return
+    assert done.exit_code == 2, done.exception
+    assert done.stderr.strip().startswith("Error: ")
+    assert len(done.stderr.strip().splitlines()) == 1
+    assert "ZOO_HOME" not in done.stderr  # which has nothing to do with it
+
+
+@pytest.mark.parametrize(
+    ("command", "said"),
+    [
+        ("bench --out folder", "--out must be a file, got 'folder', which is none"),
+        ("bench --out file/x.json", "--out 'file/x.json' lies in '{here}/file', which is no folder"),
+        ("bench --plot file/x.png", "--plot 'file/x.png' lies in '{here}/file', which is no folder"),
+        ("sample none --out file", "--out must be a folder, got 'file', which is none"),
+        ("sample none --plot x.txt", "--plot must be a file whose name ends in .png, .svg, .pdf, got 'x.txt'"),
+        ("capture none --out folder", "--out must be a file, got 'folder', which is none"),
+        ("compare --model m --prompts p --methods moc --out file", "--out must be a folder, got 'file', which is none"),
+    ],
+)
+def test_output_that_cannot_be_written_is_refused_before_anything_is_computed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: str, said: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("folder").mkdir()
+    Path("file").write_text("", encoding="utf-8")
+    done = CliRunner().invoke(app, command.split())
+    assert done.exit_code == 2, done.exception
+    assert said.format(here=tmp_path) in done.stderr
+
+
+@pytest.mark.parametrize("home", ["x" * 300, "loop", "file"])
+def test_home_that_cannot_be_used_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, home: str) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("file").write_text("", encoding="utf-8")
+    Path("loop").symlink_to("loop")
+    monkeypatch.setenv("ZOO_HOME", home)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "sqlite:////dev/null/mlflow.db")
+    config = write_sweep(tmp_path / "s.yaml", cells={"a": {}})
+    done = CliRunner().invoke(app, ["sweep", str(config)])
+    assert done.exit_code == 2, done.exception
+    assert "where $ZOO_HOME says" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
 def test_a_malformed_address_is_one_line_before_anything_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("ZOO_HOME", raising=False)

@@ -114,7 +114,7 @@ def paired_differences(values: Mapping[str, Mapping[int, float]]) -> list[Differ
     known = ~np.isnan(tested[:, 3])
     tested[known, 5] = holm(tested[known, 3])
     counts = (~np.isnan(gaps)).sum(1).tolist()
-    plain = [[None if math.isnan(x) else x for x in row] for row in tested.tolist()]
+    plain = np.where(np.isnan(tested), None, tested).tolist()  # type: ignore[call-overload]
     pairs = zip(first.tolist(), second.tolist(), counts, plain, strict=True)
     return [Difference(names[a], names[b], n, *figures) for a, b, n, figures in pairs]
 

@@ -13,7 +13,7 @@ import typer
 from rich import box
 from rich.table import Table
 
-from experiments.cli.shell import AsJson, Plugin, app, console, errors, load_plugins, plain, unfit_picture
+from experiments.cli.shell import AsJson, Plugin, app, console, errors, load_plugins, plain, unfit_picture, unwritable
 from experiments.config.names import misspelt_choices, misspelt_match, misspelt_methods, parse
 from experiments.config.sections import DATA, SECTIONS, Match, fields
 from experiments.escape import for_terminal as escape
@@ -352,7 +352,8 @@ def bench(
         "zoo bench",
         misspelt_methods(((name, ()) for name in method), plugins=bool(plugin))
         + misspelt_choices(bool(plugin), suite=suite, kernel=kernel, dtype=dtype)
-        + unfit_picture("--plot", plot),
+        + unfit_picture("--plot", plot)
+        + unwritable("--out", out),
     )
     load_plugins(plugin)
     import torch

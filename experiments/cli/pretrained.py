@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.table import Table
 
-from experiments.cli.shell import AsJson, Plugin, app, console, errors, load_plugins
+from experiments.cli.shell import AsJson, Plugin, app, console, errors, load_plugins, unwritable
 from experiments.config.names import misspelt_match, misspelt_methods, parse, parse_method, parse_methods
 from experiments.escape import for_terminal as escape
 from sparse_zoo.errors import refuse
@@ -78,7 +78,8 @@ def compare(
     """
     asked = parse_methods(methods)
     reasons, request_of = requested(size, steps, guidance, seed, shots)
-    refuse("zoo compare", misspelt_methods(asked, plugins=bool(plugin)) + misspelt_match(match) + reasons)
+    reasons += misspelt_methods(asked, plugins=bool(plugin)) + misspelt_match(match)
+    refuse("zoo compare", reasons + unwritable("--out", out, folder=True))
     load_plugins(plugin)
     import sparse_zoo as zoo
     from experiments.config.budget import Budget

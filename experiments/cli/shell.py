@@ -26,8 +26,11 @@ os.environ.setdefault("GOMP_SPINCOUNT", "2000")
 # Read when torch is first imported: its profiler, which counts memory for zoo bench, would tell of its every start.
 os.environ.setdefault("KINETO_LOG_LEVEL", "99")
 
-# Why a folder cannot be written: no fault of the program's, so one line and no traceback.
-NO_PLACE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EEXIST)
+# Why a path cannot be read or written: no fault of the program's, so one line and no traceback.
+NO_PLACE = (
+    *(errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EEXIST),
+    *(errno.ENOENT, errno.EISDIR, errno.ENAMETOOLONG, errno.ELOOP),
+)
 
 PICTURES = (".png", ".svg", ".pdf")  # of what matplotlib writes, what is good for pages and papers
 
@@ -90,7 +93,16 @@ class Group(TyperGroup):
         except OSError as error:
             if error.errno not in NO_PLACE:
                 raise
-            raise refused(f"{error}; runs are kept in {home()}, or where $ZOO_HOME says") from error
+            raise refused(f"{error}{_where_runs_are(error)}") from error
+
+
+def _where_runs_are(error: OSError) -> str:
+    """Advice on the folder of runs, unless the error is about a file elsewhere, which the command line names."""
+    if isinstance(error.filename, str):
+        path = Path(error.filename).absolute()
+        if not path.is_relative_to(home()) and not home().is_relative_to(path):
+            return ""
+    return f"; runs are kept in {home()}, or where $ZOO_HOME says"
 
 
 def refused(message: str) -> typer.Exit:
@@ -117,7 +129,22 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print JSON and nothing els
 def unfit_picture(option: str, path: Path | None) -> list[str]:
     """Return why a file cannot take a picture, before what it is to show is computed: its name says the format."""
     fit = path is None or (path.suffix.lower() in PICTURES and not path.is_dir())
-    return [] if fit else [f"{option} must be a file whose name ends in {', '.join(PICTURES)}, got {str(path)!r}"]
+    wrong = [f"{option} must be a file whose name ends in {', '.join(PICTURES)}, got {str(path)!r}"]
+    return unwritable(option, path) if fit else wrong
+
+
+def unwritable(option: str, path: Path | None, *, folder: bool = False) -> list[str]:
+    """Return why a file, or a `folder`, cannot be written, before what it is to hold is computed."""
+    if path is None:
+        return []
+    if path.exists() and path.is_dir() != folder:
+        return [f"{option} must be a {'folder' if folder else 'file'}, got {str(path)!r}, which is none"]
+    there = next(one for one in (path, *path.absolute().parents) if one.exists())
+    if there != path and not there.is_dir():
+        return [f"{option} {str(path)!r} lies in {str(there)!r}, which is no folder"]
+    return (
+        [] if os.access(there, os.W_OK) else [f"{option} {str(path)!r} cannot be written: no right to {str(there)!r}"]
+    )
 
 
 def load_plugins(paths: Sequence[Path], *, data: bool = False) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import socket
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -11,11 +12,13 @@ import typer
 from rich.table import Table
 
 from experiments.cli.pretrained import captured_pretrained, requested, sampled_pretrained
-from experiments.cli.shell import AsJson, Plugin, app, console, errors, load_plugins, unfit_picture
+from experiments.cli.shell import AsJson, Plugin, app, console, errors, load_plugins, unfit_picture, unwritable
 from experiments.config.names import misspelt_choices, misspelt_match, misspelt_methods, parse, parse_method
 from experiments.escape import for_terminal as escape
 from experiments.inspection.checkpoint import find
 from sparse_zoo.errors import refuse
+
+SHOWN_SWEEPS = 20  # of how many `zoo ui` prints the page
 
 if TYPE_CHECKING:
     from experiments.inspection.sample import Sampled
@@ -68,6 +71,7 @@ def sample(
     What is not asked for is as in the run's config. Measures that begin with whole_ ask whether a film of which no shot
     was given agrees with itself, the others compare generated shots with the true film.
     """
+    refuse("zoo sample", unwritable("--out", out, folder=True) + unfit_picture("--plot", picture))
     if model is not None or prompts is not None or run is None:
         given_too = {
             "key=value": bool(overrides),
@@ -184,6 +188,7 @@ def capture(
 
     Each call of each chosen layer and noise time is kept bit for bit; `load` in `inspection.capture` reads them.
     """
+    refuse("zoo capture", unwritable("--out", out))
     if model is not None or prompts is not None or run is None:
         captured_pretrained(run, overrides, model, prompts, size, steps, shots, layers, times, out, as_json)
         return
@@ -265,13 +270,25 @@ def replay(
 
 
 @app.command(epilog="Example: [bold]zoo ui --port 5001[/bold]")
-def ui(port: Annotated[int, typer.Option(help="Port on this machine.")] = 5000) -> None:
+def ui(port: Annotated[int, typer.Option(min=1, max=65535, help="Port on this machine.")] = 5000) -> None:
     """Open MLflow's own page on the runs; Ctrl-C ends it."""
-    from experiments.tracking.mlflow_logger import serve
+    with socket.socket() as free:
+        free.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # one that was in use a moment ago is free
+        try:
+            free.bind(("127.0.0.1", port))
+        except OSError as error:
+            refuse("zoo ui", [f"port {port} cannot be opened: {error.strerror}; give another one with --port"])
+    from experiments.tracking.mlflow_logger import Tracker, serve
 
+    pages = Tracker("Default", lambda line: errors.print(escape(line), soft_wrap=True)).cells_pages()
+    address = f"http://127.0.0.1:{port}/#"
     # It opens on its pages for language models otherwise.
-    page = f"http://127.0.0.1:{port}/#/experiments?workflowType=machine_learning"
+    page = f"{address}/experiments?workflowType=machine_learning"
     console.print(f"MLflow starts on {page} (it takes about 15 seconds; Ctrl-C ends it)", soft_wrap=True)
+    for name, path in list(pages.items())[:SHOWN_SWEEPS]:
+        console.print(f"Cells of the sweep {escape(name)}: {address}/{path}", soft_wrap=True)
+    if len(pages) > SHOWN_SWEEPS:
+        console.print(f"and of {len(pages) - SHOWN_SWEEPS} older sweeps: the view Cells of their pages")
     raise typer.Exit(serve(port))
 
 

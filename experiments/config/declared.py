@@ -77,9 +77,8 @@ def misfit(key: str, value: Any, hint: Any) -> str:
         return ""
     if choices := _choices(hint):
         return f"{key} must be one of {', '.join(dict.fromkeys(map(str, choices)))}, got {value!r}"
-    wanted = hint.__name__ if inspect.isclass(hint) else re.sub(r"typing\.|collections\.abc\.", "", str(hint))
-    wanted = re.sub(r"\bbool\b", "true or false", wanted)
-    return f"{key} must be {wanted}, got {value!r}"
+    each = get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
+    return f"{key} must be {' | '.join(map(_in_words, each))}, got {value!r}"
 
 
 def misfits(section: str, given: Mapping[str, Any], build: Callable[..., Any], *, partial: bool = False) -> list[str]:
@@ -114,6 +113,16 @@ def parameters(build: Callable[..., Any]) -> dict[str, inspect.Parameter]:
 def declared_types(build: Callable[..., Any]) -> dict[str, Any]:
     """Return the declared types of what a class is made from."""
     return get_type_hints(inspect.getattr_static(build, "__init__"))
+
+
+def _in_words(hint: Any) -> str:
+    """A type as it is written, but for what YAML calls otherwise."""
+    if hint is types.NoneType:
+        return "null"
+    if get_origin(hint) is Literal:
+        return " | ".join(map(repr, get_args(hint)))
+    written = hint.__name__ if inspect.isclass(hint) else re.sub(r"typing\.|collections\.abc\.", "", str(hint))
+    return re.sub(r"\bbool\b", "true or false", written)
 
 
 def _choices(hint: Any) -> list[Any]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import traceback
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
@@ -264,7 +265,7 @@ def resolve(config: Config) -> Config:
     try:
         resolved = OmegaConf.to_container(OmegaConf.create(involved), resolve=True)
     except OmegaConfBaseException as error:
-        raise ZooError(f"config: {str(error).splitlines()[0]}") from error
+        raise ZooError(f"config: {error.full_key}: {str(error).splitlines()[0]}") from error
     assert isinstance(resolved, dict)
     return {key: resolved.get(key, section) for key, section in config.items()}
 
@@ -352,7 +353,9 @@ def check(config: Config) -> list[str]:
         reasons = misfits("data", films, datamodule.declares(datamodule.find(str(config["data"].get("name")))))
     except ZooError as error:
         reasons = [str(error)]
-    reasons = reasons or refusals(lambda: datamodule.build(config["data"], pretrained=is_pretrained(model)))
+    reasons = reasons or refusals(
+        lambda: datamodule.build(config["data"], pretrained=is_pretrained(model)), f"data {config['data']['name']!r}"
+    )
     for section, build in _sections(model).items():
         wrong = [] if section == "model" else misfits(section, config.get(section, {}), build)
         reasons += wrong or refusals(parts.get(section, lambda: None))
@@ -539,12 +542,20 @@ def _refusal(settings: str) -> str:
     return ""
 
 
-def refusals(build: Callable[[], object]) -> list[str]:
-    """What `build` is refused with; nothing where it succeeds."""
+def refusals(build: Callable[[], object], whose: str = "") -> list[str]:
+    """What `build` is refused with; nothing where it succeeds.
+
+    `whose` names the class of an author that it makes or calls: what that raises is a reason too, with its place.
+    """
     try:
         build()
     except ZooError as error:
         return [str(error)]
+    except (Exception, SystemExit) as error:
+        if not whose:
+            raise
+        place = traceback.extract_tb(error.__traceback__)[-1]
+        return [f"{whose}: {type(error).__name__}: {error} ({Path(place.filename).name}, line {place.lineno})"]
     return []
 
 
@@ -570,18 +581,19 @@ def _attends(settings: Mapping[str, Any], shape: Outline, trainer: Mapping[str, 
     precision = str(trainer.get("precision") or default_precision(trainer.get("accelerator", "auto")))
     dtype = torch.bfloat16 if "bf16" in precision else torch.float16 if "16" in precision else torch.float32
     device = "cuda" if cuda else "cpu"
-    try:
-        attention = zoo.build(**settings, heads=shape.heads, head_dim=shape.head_dim, dim=shape.dim).to(device)
-    except ZooError as error:
-        return [str(error)]
+    built: list[zoo.Attention] = []
+    size: dict[str, Any] = {"heads": shape.heads, "head_dim": shape.head_dim, "dim": shape.dim}
+    method = f"method {settings['name']!r}"
+    if wrong := refusals(lambda: built.append(zoo.build(**settings, **size).to(device)), method):
+        return wrong
 
     def attend(step: int) -> None:
         x = torch.zeros(1, shape.heads, len(layout), shape.head_dim, device=device, dtype=dtype)
         hidden = torch.zeros(1, len(layout), shape.dim, device=device)
         with torch.no_grad():
-            attention(x, x, x, layout, hidden=hidden, step=step)
+            built[0](x, x, x, layout, hidden=hidden, step=step)
 
-    return [_since(start, reason) for start in phases for reason in refusals(partial(attend, start))]
+    return [_since(start, reason) for start in phases for reason in refusals(partial(attend, start), method)]
 
 
 def _misfits_of_method(settings: Mapping[str, Any]) -> list[str]:

@@ -197,6 +197,12 @@ def _several(trainer: Mapping[str, Any]) -> dict[str, str]:
         )
         if not fine
     }
+    strategy = str(trainer.get("strategy", "auto"))
+    if any(start in strategy for start in ("_spawn", "_fork", "_notebook")):
+        found["strategy"] = (
+            f"trainer.strategy must be one that starts no processes, got {strategy!r}; leave it out. For several "
+            "devices there is parallel"
+        )
     if listed and trainer.get("accelerator") == "cpu":
         found["devices"] = f"trainer.devices must be 1 where trainer.accelerator is 'cpu', got {devices!r}"
     return found

@@ -211,7 +211,7 @@ def _serve(pipe: Connection, task: Task, rank: int) -> None:
         observer.tell("ended", result)
     except ZooError as error:
         observer.tell("refused", str(error), result)
-    except Exception as error:  # whatever a method raises is the failure of this run, as in `run`
+    except (Exception, SystemExit) as error:  # whatever a method raises is the failure of this run, as in `run`
         result.fail(error)
         observer.tell("failed", f"{type(error).__name__}: {error}", result)
     finally:

@@ -78,7 +78,8 @@ def run(
                 result.status, result.reason = "missing", f"was interrupted after {result.steps} steps: {error}"
                 raise
             result.fail(error)
-        except Exception as error:  # a bug in one method must not end the other cells; the result keeps the traceback
+        # A bug in one method must not end the other cells, nor may its sys.exit(); the result keeps the traceback.
+        except (Exception, SystemExit) as error:
             result.fail(error)
         finally:
             with signals.deferred():

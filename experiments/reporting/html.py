@@ -130,7 +130,8 @@ def _dots(report: Report) -> dict[str, Any]:
 def _cost_rows(report: Report, ordered_by: CostOrder | None) -> list[Group]:
     """The measured groups in the order of a cost, those without it last."""
     ordered = [*ordered_by.groups] if ordered_by else []
-    return ordered + [group for group in report.sweep.measured if group not in ordered]
+    names = {group.name for group in ordered}
+    return ordered + [group for group in report.sweep.measured if group.name not in names]
 
 
 def _cost_plots(report: Report, marks: dict[str, Mark]) -> list[str]:

@@ -116,7 +116,7 @@ def load_sweep(name: str, by: str | None = None, request: SweepRequest | None = 
     """
     request = request or read_sweep(name)
     by_name: dict[str, list[Result]] = {}
-    with _without_garbage_collection():
+    with without_garbage_collection():
         for cell in request.cells:
             by_name.setdefault(cell.group or cell.name, []).append(read(cell, name))
     groups = [Group(key, tuple(runs)) for key, runs in by_name.items()]
@@ -145,8 +145,8 @@ def _best_first(groups: Sequence[Group], headline: Measure) -> tuple[Group, ...]
 
 
 @contextmanager
-def _without_garbage_collection() -> Iterator[None]:
-    """Pause garbage collection: results hold no cycles, and a search of millions of curve points doubles the time."""
+def without_garbage_collection() -> Iterator[None]:
+    """Pause garbage collection: results hold no cycles, and a search of millions of their parts doubles the time."""
     enabled = gc.isenabled()
     gc.disable()
     try:

@@ -71,10 +71,16 @@ def _svg(draw: Callable[P, Any]) -> Callable[P, str]:
     @wraps(draw)
     def drawn(*args: P.args, **kwargs: P.kwargs) -> str:
         from matplotlib import rc_context
+        from matplotlib.backends.backend_svg import FigureCanvasSVG
 
         with rc_context(STYLE):
-            buffer = io.StringIO()
-            draw(*args, **kwargs).savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
+            buffer, figure = io.StringIO(), draw(*args, **kwargs)
+            # Laid out here, as `savefig` would, which draws everything once more for it.
+            figure.set_dpi(72)  # that of SVG
+            FigureCanvasSVG(figure)
+            figure.get_layout_engine().execute(figure)
+            figure.set_layout_engine("none")
+            figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
         return _themed(buffer.getvalue())
 
     return drawn

@@ -12,7 +12,7 @@ from typing import Any
 from experiments.reporting.comparison import Comparison, compare
 from experiments.reporting.equal_cost import CostOrder, order_by_costs
 from experiments.reporting.leaderboard import Columns, Leaderboard, choose_columns, rank_groups
-from experiments.reporting.loading import SweepResults, load_sweep
+from experiments.reporting.loading import SweepResults, load_sweep, without_garbage_collection
 from experiments.reporting.sentences import Sentences, write_sentences
 from experiments.tracking.store import SweepRequest
 from sparse_zoo.errors import refuse, unknown
@@ -34,6 +34,7 @@ class Report:
     read_by: str | None = None
 
 
+@without_garbage_collection()
 def build_report(
     name: str, by: str | None = None, request: SweepRequest | None = None, read_by: str | None = None
 ) -> Report:

@@ -297,7 +297,7 @@ def _matched(drafts: Sequence[_Draft], sweep: str, told: Callable[[str], object]
         told(label)
         try:
             found[label] = solved(cell.config, earlier)["match"]["set"]
-        except Exception as error:  # a plug-in may raise anything; the other cells' reasons are told beside
+        except (Exception, SystemExit) as error:  # of a plug-in, which may raise anything; the others' are told beside
             reasons.append(f"cell {label}: {error_reason(error)}")
             unreached = unreached or isinstance(error, Unreached)
     if unreached:

@@ -286,7 +286,10 @@ def check(cells: Iterable[Cell]) -> None:
         try:
             run_preflight(cell.config)
             reasons += [f"cell {name}: {reason}" for reason in unfit_limits(cell.config)]
-        except Exception as error:  # what a method of one's own raises here it would raise in its first step
+        except (
+            Exception,
+            SystemExit,
+        ) as error:  # as a method of one's own would in its first step
             reasons.append(f"cell {name}: {error_reason(error)}")
     refuse("sweep", reasons)
 
@@ -304,7 +307,7 @@ def unfit_limits(config: Config) -> list[str]:
         return []
     try:
         counts = _batches(resolve(config))
-    except Exception as error:  # what a datamodule of one's own raises here it would raise in the run
+    except (Exception, SystemExit) as error:  # what a datamodule of one's own raises here it would raise in the run
         return [f"data: {error_reason(error)}"]
     reasons = [
         f"trainer.{key}={share} of {counts[LIMITS[key]]} batches is none; give a count, or a larger share"
@@ -337,7 +340,7 @@ def _batches(config: Config) -> dict[str, int]:
     return counts
 
 
-def error_reason(error: Exception) -> str:
+def error_reason(error: BaseException) -> str:
     """An error as a reason; where it is no refusal, with its type."""
     return str(error) if isinstance(error, ZooError) else f"{type(error).__name__}: {error}"
 

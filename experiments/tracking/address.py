@@ -53,11 +53,12 @@ def sqlite_file(uri: str) -> Path | None:
 
 
 def _well_formed(uri: str) -> bool:
-    scheme = urlsplit(uri).scheme.partition("+")[0] if re.match(r"[a-zA-Z][\w+.-]*:", uri) else ""
+    named = re.match(r"([a-zA-Z][\w.-]*)(\+[\w+.-]*)?:", uri)
+    scheme = named[1].lower() if named else ""
     if scheme in ("http", "https"):
         try:
             return bool(urlsplit(uri).hostname) and urlsplit(uri).port != 0
-        except ValueError:  # the port is no number
+        except ValueError:  # the port is no number, or a bracket of an IPv6 address is missing
             return False
     if scheme in DATABASES:
         try:

@@ -16,7 +16,9 @@ import subprocess
 import sys
 import threading
 import time
+import zlib
 from argparse import Namespace
+from base64 import b64encode
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -68,12 +70,31 @@ AGAIN = 60  # seconds after which a store that failed is tried again
 TRAINING = {"mlflow.experimentKind": "custom_model_development"}  # else its page takes it for language models
 SERVER_ENDS = 10.0  # seconds that MLflow's server has to end its processes
 AT_ONCE = 100  # what a server takes of tags or parameters in one request; of metrics it takes more
+VIEW = "cells"  # the key of the view that MLflow's page lists as "Cells"
+VIEW_TAG = f"mlflow.sharedViewState.{VIEW}"
+LONGEST_TAG = 5000  # characters that every store takes
 
 
 def figures(result: Result) -> dict[str, float]:
     """What a run found, by the names of MLflow's metrics."""
     found = {key: getattr(result, key) for key in FIGURES} | result.metrics
     return {f"result/{key}": value for key, value in found.items() if value is not None and math.isfinite(value)}
+
+
+def cells_view(columns: Sequence[str], now: int) -> str:
+    """The value of `VIEW_TAG`: a view of MLflow's page with these columns, the parent run first, all cells below it.
+
+    The page folds cells under their parent where runs are ordered by time, and no view can unfold them. By this tag,
+    which the parent alone has, they are a list. Columns that the tag has no room for are left out, the last ones first.
+
+    Args:
+        columns: Such as "params.`optim.lr`" and "metrics.`result/val_loss`".
+        now: Milliseconds since 1970.
+    """
+    state = {"selectedColumns": list(columns), "orderByKey": "tags.`zoo.parent`", "orderByAsc": True}
+    packed = "deflate;" + b64encode(zlib.compress(json.dumps(state).encode())).decode()
+    view = json.dumps({"name": "Cells", "createdAt": now, "updatedAt": now, "state": packed})
+    return view if len(view) <= LONGEST_TAG else cells_view(columns[: len(columns) * 9 // 10], now)
 
 
 def uri() -> str:
@@ -205,16 +226,22 @@ class Tracker:
         """Show the cells' parameters and metrics in the row of their parent, under which MLflow's page folds them.
 
         A parameter of the parent lists the values of all cells, a metric is the mean over finished cells, and
-        `cells.json` is a table of all cells. `params` are by cell. MLflow never changes a parameter: where a later
-        command has other values, they are listed under a second name, with the number of its cells.
+        `cells.json` is a table of all cells, and the view "Cells" of the experiment has all columns. `params` are by
+        cell. MLflow never changes a parameter: where a later command has other values, they are listed under a second
+        name, with the number of its cells.
         """
         if run_id is None:
             return
+        given = {cell: {for_mlflow(key): value for key, value in own.items()} for cell, own in params.items()}
         values: dict[str, dict[str, None]] = {}
-        for own in params.values():
+        for own in given.values():
             for key, value in own.items():
-                values.setdefault(key, {})[str(value)] = None
-        found = {result.name: figures(result) for result in results if result.status == "finished"}
+                values.setdefault(key, {})[visible(str(value))] = None
+        found = {
+            result.name: {for_mlflow(key): value for key, value in figures(result).items()}
+            for result in results
+            if result.status == "finished"
+        }
         names = [*dict.fromkeys(key for own in found.values() for key in own)]
         means = {key: fmean(own[key] for own in found.values() if key in own) for key in names}
         table = {
@@ -223,7 +250,7 @@ class Tracker:
                 [
                     result.name,
                     result.state,
-                    *(params[result.name].get(key) for key in values),
+                    *(given[result.name].get(key) for key in values),
                     *(found.get(result.name, {}).get(key) for key in names),
                 ]
                 for result in results
@@ -234,15 +261,29 @@ class Tracker:
             there, now = self.client.get_run(run_id).data, int(time.time() * 1000)
             listed = {key: ", ".join(own)[:5000] for key, own in values.items()}
             named = {
-                key if there.params.get(key, own) == own else f"{key}: {len(results)} cells": own
+                key if there.params.get(key, own) == own else f"{key[:230]}: {len(results)} cells": own
                 for key, own in listed.items()
             }
             new = [Param(key, own) for key, own in named.items() if key not in there.params]
             moved = [Metric(key, mean, now, 0) for key, mean in means.items() if there.metrics.get(key) != mean]
             self.client.log_batch(run_id, params=new[:AT_ONCE], metrics=moved, tags=[RunTag(*TABLE)])
             self.client.log_dict(run_id, table, "cells.json")
+            columns = [*(f"metrics.`{key}`" for key in names), *(f"params.`{key}`" for key in {**values, **named})]
+            self.client.set_experiment_tag(self.experiment_id, VIEW_TAG, cells_view(columns, now))
 
         self.post(ask)
+
+    def cells_pages(self) -> dict[str, str]:
+        """Where MLflow's page shows all cells of a sweep, below its address: by sweep, the newest first."""
+        found = self.reach(
+            lambda: self.client.search_experiments(
+                filter_string=f"tags.`{VIEW_TAG}` LIKE '%'", order_by=["last_update_time DESC"]
+            )
+        )
+        return {
+            one.name: f"experiments/{one.experiment_id}/runs?workflowType=machine_learning&viewStateShareKey={VIEW}"
+            for one in found or []
+        }
 
     def run(self, name: str, cell: str, *, parent: str | None, before: str | None) -> Log:
         """The run of one cell, as a logger: `before`, that of an interrupted cell which goes on, or a new one.
@@ -409,7 +450,6 @@ class Log(Logger):
 
 def serve(port: int) -> int:
     """MLflow's own page on this store, until it is stopped; its exit code."""
-    Tracker("Default", lambda line: print(line, file=sys.stderr))
     # The address by the environment: it may hold a password, and a command line is visible to everybody.
     server = subprocess.Popen(
         # One process: several are ended and started again without end where a busy machine is slow to start them.

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import math
 import re
+import stat
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cache
 from pathlib import Path
@@ -233,6 +234,7 @@ def find_file(folder: Path, name: str) -> Path:
 def read_json(path: Path) -> Any:
     """A JSON file; raises `FileNotFoundError` where there is none, `ValueError` where it cannot be read."""
     try:
+        _refuse([] if stat.S_ISREG(path.stat().st_mode) else ["it is not a regular file"])  # a pipe would block
         return json.loads(path.read_bytes(), parse_constant=_refuse_constant)
     except FileNotFoundError:
         raise

@@ -131,7 +131,7 @@ class Result:
         known = [float(part) for part in parts if isinstance(part, int | float)]
         return sum(known) if len(known) == len(parts) else None
 
-    def fail(self, error: Exception) -> None:
+    def fail(self, error: BaseException) -> None:
         """Record what was raised; to be called while it is handled."""
         self.status, self.reason = "failed", redact(f"{type(error).__name__}: {error}")
         self.traceback = redact(tracebacks.format_exc())
@@ -190,6 +190,8 @@ def lock(folder: Path) -> Iterator[bool]:
 
 def running(folder: Path) -> bool:
     """Whether a process, here or on another machine, holds the lock of that folder."""
+    if not (folder / "lock").is_file():  # opening a pipe, say, would wait for ever
+        return False
     try:
         with (folder / "lock").open(encoding="utf-8") as file:
             fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
