@@ -294,7 +294,7 @@ class Encoder:
             return found
         except (FileNotFoundError, ValueError):
             pass
-        footage = read_footage(path, decoding, lambda _: None)
+        footage = read_footage(path, decoding, None)
         found = {
             "times": [round(time, 6) for time in footage.times],
             "end": footage.end,

@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 from av.sidedata.sidedata import Type as SideData
 from av.stream import Disposition
-from av.video.reformatter import ColorTrc, Interpolation
+from av.video.reformatter import ColorTrc, Interpolation, VideoReformatter
 from scenedetect import AdaptiveDetector, ContentDetector, FrameTimecode
 from scenedetect.common import Timecode
 
@@ -70,8 +70,10 @@ class Footage:
     end: float
 
 
-def read_footage(path: Path, decoding: Decoding, keep: Callable[[Frames], Any]) -> Footage:
+def read_footage(path: Path, decoding: Decoding, keep: Callable[[Frames], Any] | None) -> Footage:
     """Decode the whole file once, finding cuts at its own rate; call `keep` with each frame (H, W, 3) to be kept.
+
+    Where `keep` is None, only times and cuts are found, and no frame is resized.
 
     Only a few frames are in memory at a time. What cannot be decoded is left out, up to the next key frame.
 
@@ -178,6 +180,8 @@ class _Pass:
         self.aspect = float(self.stream.sample_aspect_ratio or 1)
         self.rotation: int | None = None  # degrees, of the last frame, and what it takes to undo it
         self.turn = (False, False, False)
+        # `frame.reformat` would set up its scaling for every frame anew, which takes longer than to scale a small one.
+        self.shrinker, self.scaler = VideoReformatter(), VideoReformatter()
         self.origin: float | None = None  # seconds in the file's own time at which the present recording would begin
         self.now = -self.period  # seconds since the first frame
         self.ends = 0.0  # when the present frame should give way to the next one
@@ -188,7 +192,7 @@ class _Pass:
         self.gaps: list[tuple[float, float]] = []
         self.lost: list[tuple[float, float | None, str]] = []
 
-    def run(self, keep: Callable[[Frames], Any]) -> Footage:
+    def run(self, keep: Callable[[Frames], Any] | None) -> Footage:
         stream, decoding = self.stream, self.decoding
         stream.thread_type = "AUTO"
         if not 0.1 <= self.aspect <= 10:
@@ -207,13 +211,16 @@ class _Pass:
             times.append(round(self.now * _CLOCK))
             if detector is not None:
                 moment = FrameTimecode(Timecode(times[-1], Fraction(1, _CLOCK)), self.rate)
-                view = frame.reformat(**small, format="bgr24", interpolation=Interpolation.AREA).to_ndarray()
+                view = self.shrinker.reformat(
+                    frame, **small, format="bgr24", interpolation=Interpolation.AREA
+                ).to_ndarray()
                 cuts += [bisect_left(times, cut.pts) for cut in detector.process_frame(moment, view)]
             interlaced += frame.interlaced_frame
             transfer = transfer or _HDR.get(frame.color_trc)
             tick = number if decoding.fps is None else int((self.now + _ROUNDING) * decoding.fps)
             if tick >= due:
-                keep(self._shown(frame))
+                if keep is not None:
+                    keep(self._shown(frame))
                 source.append(number)
                 begins.append(self.now)
                 due = tick + 1
@@ -297,7 +304,9 @@ class _Pass:
         tall, wide = max(height, round(frame.height * scale)), max(width, round(across * scale))
         smaller = tall < frame.height and wide < frame.width
         how = Interpolation.AREA if smaller else Interpolation.BICUBIC
-        whole: Frames = frame.reformat(width=wide, height=tall, format="rgb24", interpolation=how).to_ndarray()
+        whole: Frames = self.scaler.reformat(
+            frame, width=wide, height=tall, format="rgb24", interpolation=how
+        ).to_ndarray()
         top, side = (tall - height) // 2, (wide - width) // 2
         cut = whole[top : top + height, side : side + width]
         cut = cut.swapaxes(0, 1) if swapped else cut
