@@ -185,19 +185,19 @@ class LatentFilms(LightningDataModule):
         return {}
 
     @property
-    def decoder(self) -> Callable[[Sequence[Tensor]], list[Tensor]] | None:
-        """What decodes latents for pictures and videos; None without `vae`."""
+    def decoder(self) -> Callable[[Tensor], Tensor] | None:
+        """What decodes the latents of a shot for pictures and videos; None without `vae`."""
         return None if self.vae_folder is None else self.decode
 
-    def decode(self, clips: Sequence[Tensor]) -> list[Tensor]:
-        """Latents (B, f, C, h, w), each shot's alone -> video (B, F, 3, H, W) in [-1, 1], by `vae`."""
+    def decode(self, shot: Tensor) -> Tensor:
+        """Latents (f, C, h, w) of one shot -> video (F, 3, H, W) in [-1, 1], by `vae`."""
         if self._vae is None:
             from datamodules.encoders import VideoVAE
 
             refuse("LatentFilms", ["vae must be given to decode latents"] if self.vae_folder is None else [])
             assert self.vae_folder is not None
-            self._vae = VideoVAE(self.vae_folder, clips[0].device)
-        return [self._vae.decode(clip.transpose(1, 2)).transpose(1, 2) for clip in clips]
+            self._vae = VideoVAE(self.vae_folder, shot.device)
+        return self._vae.decode(shot.transpose(0, 1)[None])[0].transpose(0, 1)
 
     def _check_vae(self, folder: Path) -> None:
         from datamodules.encoders import vae_folder
