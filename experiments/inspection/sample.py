@@ -129,7 +129,7 @@ class Drawing:
                         for clips in (batch["clips"], guess, drawn.clips)
                     ]
                     first += shots
-                    strip, video = _write(
+                    strip, video = write_film(
                         folder / f"film_{len(films):03d}",
                         versions,
                         getattr(self.trained.data, "decoder", None),
@@ -168,7 +168,7 @@ class Drawing:
         return number < self.given
 
 
-def _write(
+def write_film(
     path: Path,
     versions: Sequence[Sequence[Tensor]],
     decode: Callable[[Tensor], Tensor] | None,
@@ -178,6 +178,16 @@ def _write(
     """Write the strip of all versions of a film and the MP4 of the last one.
 
     Latents are decoded shot by shot, so that memory holds the frames of one shot, however long the film is.
+
+    Args:
+        path: Of both files, without a suffix.
+        versions: Clips (F, C, H, W) of each version, one a shot; the last version is the generated one.
+        decode: Makes a clip with pixels in [-1, 1] of a clip; None: they are pixels.
+        rate: Frames a second.
+        captions: The film's, then each shot's; or none.
+
+    Returns:
+        The paths of the strip and of the MP4.
     """
     decode = decode or (lambda clip: clip)
     *others, made = versions
