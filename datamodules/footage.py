@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import stat
 from array import array
 from bisect import bisect_left
 from collections.abc import Callable, Iterator
@@ -81,8 +82,7 @@ def read_footage(path: Path, decoding: Decoding, keep: Callable[[Frames], Any] |
         ZooError: With the path and the reason, if no frame can be decoded.
     """
     try:
-        if path.stat().st_size == 0:
-            raise ZooError(f"{path}: it is empty")
+        need_file(path)
         # An absolute path with its protocol: FFmpeg takes "scene:01.mp4" for a URL. Titles and the like are not read,
         # so their encoding is no reason to refuse a video.
         where = f"file:{os.path.abspath(path)}"
@@ -93,6 +93,19 @@ def read_footage(path: Path, decoding: Decoding, keep: Callable[[Frames], Any] |
         raise ZooError(f"{path}: it cannot be decoded: {error.strerror}") from error
     except OSError as error:
         raise ZooError(f"{path}: it cannot be read: {error.strerror}") from error
+
+
+def need_file(path: Path) -> None:
+    """Raise `ZooError` for what is empty or no file: whoever reads a pipe may wait for ever, and a device has no end.
+
+    Raises:
+        OSError: if there is nothing at the path.
+    """
+    found = path.stat()
+    if not stat.S_ISREG(found.st_mode):
+        raise ZooError(f"{path}: it is {'a folder' if stat.S_ISDIR(found.st_mode) else 'a pipe or a device'}, no file")
+    if found.st_size == 0:
+        raise ZooError(f"{path}: it is empty")
 
 
 @dataclass(frozen=True)
@@ -115,8 +128,7 @@ def probe(path: Path) -> Header:
         ZooError: with the path and the reason, if no frame can be had.
     """
     try:
-        if path.stat().st_size == 0:
-            raise ZooError(f"{path}: it is empty")
+        need_file(path)
         where = f"file:{os.path.abspath(path)}"
         number = _best_stream(path, where)
         with av.open(where, metadata_errors="replace") as container:
