@@ -316,9 +316,8 @@ class _Pass:
         tall, wide = max(height, round(frame.height * scale)), max(width, round(across * scale))
         smaller = tall < frame.height and wide < frame.width
         how = Interpolation.AREA if smaller else Interpolation.BICUBIC
-        whole: Frames = self.scaler.reformat(
-            frame, width=wide, height=tall, format="rgb24", interpolation=how
-        ).to_ndarray()
+        scaled = self.scaler.reformat(frame, width=wide, height=tall, format="rgb24", interpolation=how)
+        whole: Frames = np.asarray(scaled.to_ndarray(), np.uint8)
         top, side = (tall - height) // 2, (wide - width) // 2
         cut = whole[top : top + height, side : side + width]
         cut = cut.swapaxes(0, 1) if swapped else cut
