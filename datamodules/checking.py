@@ -13,6 +13,7 @@ from datamodules.manifest import Fault, Manifest, Row
 from sparse_zoo.errors import ZooError
 
 _AHEAD = 64  # rows that are read before their probes have ended
+_TAIL = 0.1  # seconds by which a shot may end after its video without a word
 
 
 @dataclass
@@ -56,6 +57,7 @@ def check(manifest: Manifest, told: Callable[[], object] = lambda: None) -> Chec
             if late := past_the_end(row, header.seconds):
                 found.faults.append(Fault(row.line, row.name, tuple(late)))
                 continue
+            found.notes += [f"line {row.line} ({row.name}): {note}" for note in cut_at_the_end(row, header.seconds)]
             found.usable += 1
             found.shots += len(row.shots or ())
             found.captions += len(row.texts())
@@ -63,7 +65,7 @@ def check(manifest: Manifest, told: Callable[[], object] = lambda: None) -> Chec
             found.unknown += header.seconds is None
             size = f"{header.width}x{header.height}"
             found.sizes[size] = found.sizes.get(size, 0) + 1
-    found.notes = list(manifest.notes)
+    found.notes += manifest.notes
     return found
 
 
@@ -75,6 +77,15 @@ def past_the_end(row: Row, seconds: float | None) -> list[str]:
         f"shot {number} begins at {shot.start:g} s, the video ends at {seconds:.2f} s"
         for number, shot in enumerate(row.shots or ())
         if shot.start is not None and shot.start >= seconds
+    ]
+
+
+def cut_at_the_end(row: Row, seconds: float | None) -> list[str]:
+    """A line on each shot of a row that begins within its video and ends after it."""
+    return [
+        f"shot {number} ends at {shot.end:g} s and is cut at {seconds:.2f} s, where the video ends"
+        for number, shot in enumerate(row.shots or ())
+        if seconds is not None and shot.end is not None and (shot.start or 0.0) < seconds < shot.end - _TAIL
     ]
 
 

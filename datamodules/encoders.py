@@ -18,8 +18,13 @@ from torch import Tensor
 
 from sparse_zoo.errors import ZooError, refuse
 
+WEIGHTS = (".safetensors", ".bin")  # how their files end
 _SIZE_OF_PROBE = 64  # pixels a side
 _FRAMES_OF_PROBE = 17
+
+
+class ModelError(ZooError):
+    """A model that is loaded on the way does not load: no further row can be encoded."""
 
 
 class VideoVAE:
@@ -36,14 +41,14 @@ class VideoVAE:
     def __init__(self, folder: Path, device: torch.device) -> None:
         self.folder, self.device = vae_folder(folder), device
         diffusers = _import("diffusers", folder)
-        name = json.loads((self.folder / "config.json").read_text(encoding="utf-8")).get("_class_name")
+        name = read_config(self.folder).get("_class_name")
         kind = getattr(diffusers, str(name), None)
         refuse(f"vae {folder}", [f"diffusers {diffusers.__version__} has no class {name!r}"] if kind is None else [])
         self.name = str(name)
         try:
             self.model: Any = kind.from_pretrained(self.folder, local_files_only=True)  # type: ignore[union-attr]
-        except (OSError, ValueError, RuntimeError) as error:
-            raise ZooError(f"vae {folder}: it does not load: {str(error).splitlines()[0]}") from error
+        except Exception as error:  # each part of a folder has errors of its own
+            raise ZooError(f"vae {folder}: it does not load: {first_line(error)}") from error
         self.model.eval().requires_grad_(False).to(device)
         self.channels, self.frames, self.pixels = self._measure()
 
@@ -54,7 +59,7 @@ class VideoVAE:
             made = self.encode(torch.zeros(1, 3, frames, side, side, device=self.device))
             channels, latent, rows, cols = made.shape[1:]
         except (RuntimeError, ValueError, AttributeError, TypeError) as error:
-            why = str(error).splitlines()[0]
+            why = first_line(error)
             raise ZooError(f"vae {self.folder}: {self.name} encodes no video of {frames} frames: {why}") from error
         fits = latent > 1 and (frames - 1) % (latent - 1) == 0 and rows == cols and side % rows == 0
         refuse(
@@ -110,15 +115,14 @@ class TextEncoder:
         max_tokens: Tokens kept of a caption; the tokenizer may allow fewer.
 
     Raises:
-        ZooError: if either does not load.
+        ModelError: if either does not load.
     """
 
     def __init__(self, folder: Path, device: torch.device, max_tokens: int) -> None:
         self.folder, own = text_folders(folder)
         transformers = _import("transformers", folder)
         transformers.utils.logging.disable_progress_bar()
-        config = json.loads((self.folder / "config.json").read_text(encoding="utf-8"))
-        name = (config.get("architectures") or [None])[0]
+        name = (read_config(self.folder).get("architectures") or [None])[0]
         kind = getattr(transformers, str(name), None)
         refuse(
             f"text encoder {folder}",
@@ -127,8 +131,8 @@ class TextEncoder:
         try:
             self.model: Any = kind.from_pretrained(self.folder, local_files_only=True)  # type: ignore[union-attr]
             self.tokenizer: Any = transformers.AutoTokenizer.from_pretrained(own, local_files_only=True)
-        except (OSError, ValueError, RuntimeError) as error:
-            raise ZooError(f"text encoder {folder}: it does not load: {str(error).splitlines()[0]}") from error
+        except Exception as error:  # each part of a folder has errors of its own
+            raise ModelError(f"text encoder {folder}: it does not load: {first_line(error)}") from error
         self.name, self.device = str(name), device
         dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
         self.model.eval().requires_grad_(False).to(device, dtype)
@@ -196,9 +200,35 @@ def text_folders(folder: Path) -> tuple[Path, Path]:
     return inner, own
 
 
+def first_line(error: BaseException) -> str:
+    """What an error says first, or its type where it says nothing."""
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file.
+
+    Raises:
+        ZooError: if there is none.
+    """
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ZooError(f"{path} is damaged, it is not JSON: {error}") from error
+    refuse(str(path), [] if isinstance(found, dict) else [f"it must hold an object, got {str(found)[:40]}"])
+    return dict(found)
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """The config of a model's folder; raises `ZooError` as `read_json`."""
+    return read_json(folder / "config.json")
+
+
 def _need_config(what: str, inner: Path, given: Path) -> None:
-    missing = not (inner / "config.json").is_file()
-    refuse(f"{what} {given}", ["config.json is missing; give the folder of a model on disk"] if missing else [])
+    config = (inner / "config.json").is_file()
+    weights = config and any(path.suffix in WEIGHTS for path in inner.iterdir())
+    missing = "" if weights else f"it has no weights ({', '.join(WEIGHTS)})" if config else "config.json is missing"
+    refuse(f"{what} {given}", [f"{missing}; give the folder of a model on disk"] if missing else [])
 
 
 def _import(name: str, folder: Path) -> Any:

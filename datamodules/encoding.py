@@ -7,33 +7,44 @@ encoded once, and a changed caption encodes itself alone.
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import hashlib
 import json
-import os
+import logging
+import math
 from bisect import bisect_left
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import cached_property
-from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import torch
 
-from datamodules.checking import past_the_end
-from datamodules.encoders import TextEncoder, VideoVAE, text_encoder_folder, text_folders, vae_folder
-from datamodules.footage import DETECTORS, Decoding, Frames, probe, read_footage
-from datamodules.manifest import Row
-from datamodules.shards import SHARD_BYTES, Index, Writer
+from datamodules.checking import cut_at_the_end, past_the_end
+from datamodules.encoders import (
+    WEIGHTS,
+    TextEncoder,
+    VideoVAE,
+    read_config,
+    read_json,
+    text_encoder_folder,
+    text_folders,
+    vae_folder,
+)
+from datamodules.footage import DETECTORS, Decoding, Frames, need_file, probe, read_footage
+from datamodules.manifest import ROUNDING, Row
+from datamodules.shards import SHARD_BYTES, Index, Writer, restore_indexes
+from datamodules.storage import write_atomically
 from sparse_zoo.errors import ZooError, refuse, unknown
 
+_log = logging.getLogger(__name__)
 _FORMAT = 1  # part of every key: raised with every change of what encoding gives
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
-_ROUNDING = 1e-3  # seconds: how far a time in a manifest may be off a frame's
 
 
 @dataclass(frozen=True)
@@ -69,7 +80,8 @@ class Encoding:
             "encode",
             [f"{name} must be at least 1, got {value}" for name, value in counts.items() if value < 1]
             + [
-                f"fps must be above 0, got {self.fps}" if self.fps is not None and self.fps <= 0 else "",
+                f"fps must be above 0, got {self.fps}" if not (self.fps is None or 0 < self.fps < math.inf) else "",
+                f"threshold must be a number, got {self.threshold}" if not math.isfinite(self.threshold or 0.0) else "",
                 unknown("detector", self.detector, DETECTORS) if self.detector not in DETECTORS else "",
                 unknown("dtype", self.dtype, DTYPES) if self.dtype not in DTYPES else "",
                 "" if self.sizes else "size must be given",
@@ -83,7 +95,10 @@ def key_of(*parts: Any) -> str:
 
 
 class Digests:
-    """SHA-256 of whole files, kept by path, size and time of change, so that a file is read for it once.
+    """SHA-256 of whole files, kept by what a file's system says of it, so that a file is read for it once.
+
+    Path, size and time of its last writing can be those of another file before, say after `cp --preserve`. The inode
+    and the time at which that changed cannot.
 
     Args:
         folder: Where they are kept, one small file a file.
@@ -95,7 +110,7 @@ class Digests:
     def file(self, path: Path) -> str:
         """The digest of one file."""
         stat = path.stat()
-        asked = [str(path.resolve()), stat.st_size, stat.st_mtime_ns]
+        asked = [str(path.resolve()), stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino]
         kept = self.folder / f"{key_of(asked)}.sha256"
         try:
             found = kept.read_text(encoding="ascii")
@@ -110,25 +125,21 @@ class Digests:
 
     def model(self, folder: Path) -> str:
         """A digest of a model's config and weights; of the config what does not change the model is left out."""
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        config = read_config(folder)
         plain = {key: value for key, value in config.items() if key == "_class_name" or not _incidental(key)}
-        weights = sorted(path for path in folder.iterdir() if path.suffix in (".safetensors", ".bin"))
+        weights = sorted(path for path in folder.iterdir() if path.suffix in WEIGHTS)
         return key_of(plain, [(path.name, self.file(path)) for path in weights])
+
+    def text_encoder(self, folder: Path) -> str:
+        """A digest of a text encoder and its tokenizer: of every file but weights, config and texts about them."""
+        model, tokenizer = text_folders(folder)
+        files = sorted(path for path in tokenizer.iterdir() if path.is_file() and path.suffix not in (*WEIGHTS, ".md"))
+        parts = [(path.name, self.file(path)) for path in files if path.name != "config.json"]
+        return key_of(self.model(model), parts)
 
 
 def _incidental(key: str) -> bool:
     return key.startswith("_") or key in ("transformers_version", "torch_dtype", "dtype")
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Write a file that is there whole or not at all, also if several processes write it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f"{path.name}.{os.getpid()}.part")
-    try:
-        part.write_text(text, encoding="utf-8")
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
 
 
 class Claims:
@@ -147,7 +158,9 @@ class Claims:
         at = int(key[:15], 16)
         try:
             fcntl.lockf(self._file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB), 1, at)
-        except OSError:  # Linux says EAGAIN, others EACCES
+        except OSError as error:
+            if error.errno not in (errno.EAGAIN, errno.EACCES):  # a disk without locks: no other process would ever end
+                raise
             yield False
             return
         try:
@@ -201,7 +214,7 @@ class Encoder:
         self.latents, self.texts = Index(folder, "latents"), Index(folder, "text")
         self.vae_digest = self.digests.model(vae_folder(encoding.vae))
         self.text_folder = text_encoder_folder(encoding.text_encoder, folder / "cache")
-        self.text_digest = self.digests.model(text_folders(self.text_folder)[0])
+        self.text_digest = self.digests.text_encoder(self.text_folder)
         self.vae = VideoVAE(encoding.vae, self.device)
         refuse(
             "encode",
@@ -213,6 +226,9 @@ class Encoder:
             ],
         )
         self.settings = self._settle()
+        with self.claims.claim(hashlib.sha256(b"indexes").hexdigest(), wait=True):
+            for note in (note for kind in ("latents", "text") for note in restore_indexes(folder, kind)):
+                _log.warning(note)
 
     @cached_property
     def text(self) -> TextEncoder:
@@ -232,7 +248,7 @@ class Encoder:
         }
         path = self.encoding.folder / "latents.json"
         if path.is_file():
-            there = json.loads(path.read_text(encoding="utf-8"))
+            there = read_json(path)
             differ = [
                 f"{key} is {there.get(key)} there and {about[key]} here"
                 for key in about
@@ -267,34 +283,47 @@ class Encoder:
         longest = self.vae.usable(e.max_frames)
         pieces: list[Piece] = []
         for number, (first, last, caption) in enumerate(spans):
-            parts = -(-(last - first) // longest)
-            if parts > 1:
-                notes.append(
-                    f"shot {number} has {last - first} frames and is cut into {parts} parts: at most {longest} are "
-                    "encoded together (--max-frames)"
-                )
-            bounds = [first + (last - first) * part // parts for part in range(parts + 1)] if parts else []
-            for at, following in pairwise(bounds):
-                stop = at + self.vae.usable(following - at)
+            for at, stop in self._parts(first, last, longest):
                 end = times[stop] if stop < len(times) else footage["end"]
                 key = key_of("latents", source, e.fps, [at, stop], size, self.vae_digest, e.dtype)
                 pieces.append(Piece(key, number, at, stop, round(times[at], 4), round(end, 4), caption))
-        empty = sum(first == last for first, last, _ in spans)
-        if empty:
-            notes.append(f"{empty} shots have no frame at fps {e.fps} and are left out")
+        notes += cut_at_the_end(row, footage["end"])
+        cut = Counter(piece.shot for piece in pieces)
+        if long := [count for count in cut.values() if count > 1]:
+            notes.append(
+                f"{len(long)} shots of more than {longest} frames are cut into {sum(long)} parts, which are encoded "
+                "apart (--max-frames)"
+            )
+        if left := sum(last - first for first, last, _ in spans) - sum(piece.last - piece.first for piece in pieces):
+            notes.append(f"{left} frames at the ends of shots are left out: the VAE takes 1 + n · {self.vae.frames}")
+        if empty := sum(first == last for first, last, _ in spans):
+            notes.append(f"{empty} shots have no frame{f' at fps {e.fps:g}' if e.fps else ''} and are left out")
         if not pieces:
             raise ZooError(f"{row.name}: it has no shot with a frame")
         return Plan(row, source, size, rate, tuple(pieces), tuple(notes))
+
+    def _parts(self, first: int, last: int, longest: int) -> Iterator[tuple[int, int]]:
+        """Spans [first, last) of frames that the VAE takes: as few and as even as can be.
+
+        Each has 1 + n · `vae.frames` frames. What is left over is at the end of the shot, not of each part.
+        """
+        parts = -(-(last - first) // longest)
+        units = (last - first - parts) // self.vae.frames
+        for part in range(parts):
+            stop = first + 1 + self.vae.frames * (units * (part + 1) // parts - units * part // parts)
+            yield first, stop
+            first = stop
 
     def _footage(self, path: Path, source: str, decoding: Decoding) -> dict[str, Any]:
         """What a first pass over a file finds: the times of kept frames and where shots begin among them."""
         kept = self.encoding.folder / "cache" / f"{key_of('footage', source, asdict(decoding))}.json"
         try:
             found: dict[str, Any] = json.loads(kept.read_text(encoding="utf-8"))
-            return found
-        except (FileNotFoundError, ValueError):
+            if {"times", "end", "starts", "rate", "notes"} <= found.keys():
+                return found
+        except (FileNotFoundError, ValueError, AttributeError):
             pass
-        footage = read_footage(path, decoding, lambda _: None)
+        footage = read_footage(path, decoding, None)
         found = {
             "times": [round(time, 6) for time in footage.times],
             "end": footage.end,
@@ -316,10 +345,12 @@ class Encoder:
             The row's film, or None where another process works on the same video.
 
         Raises:
+            ModelError: if no row can be encoded, because the text encoder does not load.
             ZooError: if the row cannot be encoded.
             OSError: if the disk is full.
         """
         try:
+            need_file(row.path)
             source = self.digests.file(row.path)
         except OSError as error:
             raise ZooError(f"it cannot be read: {error.strerror}") from error
@@ -327,6 +358,8 @@ class Encoder:
             if not mine:
                 return None
             plan = self.plan(row)
+            # First, because they are quick: what is wrong with the text encoder is known before hours are spent.
+            texts = {caption: self._text(caption) for caption in dict.fromkeys(row.texts())}
             self.latents.refresh()
             lost = sum(piece.key in self.latents.lost for piece in plan.pieces)
             total, done = sum(piece.last - piece.first for piece in plan.pieces), 0
@@ -343,7 +376,6 @@ class Encoder:
 
                 decoding = Decoding(self.encoding.fps, plan.size, None)
                 _cut(row.path, decoding, sorted(todo.values(), key=lambda piece: piece.first), encode)
-        texts = {caption: self._text(caption) for caption in dict.fromkeys(row.texts())}
         notes = [*plan.notes, f"{lost} shots were encoded again: their shard was cut short or removed" if lost else ""]
         cut = [self.texts[key].meta["shape"][0] for key, short in texts.values() if short]
         notes.append(f"{len(cut)} captions are longer than {cut[0]} tokens and cut there" if cut else "")
@@ -370,6 +402,10 @@ class Encoder:
     def _encode(self, plan: Plan, piece: Piece, frames: Frames) -> None:
         video = torch.from_numpy(frames).to(self.device).permute(3, 0, 1, 2)[None].float().div_(127.5).sub_(1)
         latents = self.vae.encode(video)[0].to(DTYPES[self.encoding.dtype]).cpu()
+        if not latents.isfinite().all():
+            raise ZooError(
+                f"{plan.row.name}: {self.vae.name} made latents that are not finite in {self.encoding.dtype}"
+            )
         wanted = 1 + (piece.last - piece.first - 1) // self.vae.frames
         refuse(
             plan.row.name,
@@ -492,8 +528,8 @@ def _spans(row: Row, footage: Mapping[str, Any]) -> list[tuple[int, int, str]]:
     if row.timed:
         shots = row.shots or ()
         refuse(row.name, past_the_end(row, footage["end"]))
-        begins = [bisect_left(times, (shot.start or 0.0) - _ROUNDING) for shot in shots]
-        ends = [bisect_left(times, (shot.end or 0.0) - _ROUNDING) for shot in shots]
+        begins = [bisect_left(times, (shot.start or 0.0) - ROUNDING) for shot in shots]
+        ends = [bisect_left(times, (shot.end or 0.0) - ROUNDING) for shot in shots]
         return [(a, max(a, b), shot.caption) for a, b, shot in zip(begins, ends, shots, strict=True)]
     captions = [""] * len(starts) if row.shots is None else [shot.caption for shot in row.shots]
     if len(captions) != len(starts):

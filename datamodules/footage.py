@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import stat
 from array import array
 from bisect import bisect_left
 from collections.abc import Callable, Iterator
@@ -17,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 from av.sidedata.sidedata import Type as SideData
 from av.stream import Disposition
-from av.video.reformatter import ColorTrc, Interpolation
+from av.video.reformatter import ColorTrc, Interpolation, VideoReformatter
 from scenedetect import AdaptiveDetector, ContentDetector, FrameTimecode
 from scenedetect.common import Timecode
 
@@ -70,8 +71,10 @@ class Footage:
     end: float
 
 
-def read_footage(path: Path, decoding: Decoding, keep: Callable[[Frames], Any]) -> Footage:
+def read_footage(path: Path, decoding: Decoding, keep: Callable[[Frames], Any] | None) -> Footage:
     """Decode the whole file once, finding cuts at its own rate; call `keep` with each frame (H, W, 3) to be kept.
+
+    Where `keep` is None, only times and cuts are found, and no frame is resized.
 
     Only a few frames are in memory at a time. What cannot be decoded is left out, up to the next key frame.
 
@@ -79,8 +82,7 @@ def read_footage(path: Path, decoding: Decoding, keep: Callable[[Frames], Any]) 
         ZooError: With the path and the reason, if no frame can be decoded.
     """
     try:
-        if path.stat().st_size == 0:
-            raise ZooError(f"{path}: it is empty")
+        need_file(path)
         # An absolute path with its protocol: FFmpeg takes "scene:01.mp4" for a URL. Titles and the like are not read,
         # so their encoding is no reason to refuse a video.
         where = f"file:{os.path.abspath(path)}"
@@ -91,6 +93,19 @@ def read_footage(path: Path, decoding: Decoding, keep: Callable[[Frames], Any]) 
         raise ZooError(f"{path}: it cannot be decoded: {error.strerror}") from error
     except OSError as error:
         raise ZooError(f"{path}: it cannot be read: {error.strerror}") from error
+
+
+def need_file(path: Path) -> None:
+    """Raise `ZooError` for what is empty or no file: whoever reads a pipe may wait for ever, and a device has no end.
+
+    Raises:
+        OSError: if there is nothing at the path.
+    """
+    found = path.stat()
+    if not stat.S_ISREG(found.st_mode):
+        raise ZooError(f"{path}: it is {'a folder' if stat.S_ISDIR(found.st_mode) else 'a pipe or a device'}, no file")
+    if found.st_size == 0:
+        raise ZooError(f"{path}: it is empty")
 
 
 @dataclass(frozen=True)
@@ -113,8 +128,7 @@ def probe(path: Path) -> Header:
         ZooError: with the path and the reason, if no frame can be had.
     """
     try:
-        if path.stat().st_size == 0:
-            raise ZooError(f"{path}: it is empty")
+        need_file(path)
         where = f"file:{os.path.abspath(path)}"
         number = _best_stream(path, where)
         with av.open(where, metadata_errors="replace") as container:
@@ -178,6 +192,8 @@ class _Pass:
         self.aspect = float(self.stream.sample_aspect_ratio or 1)
         self.rotation: int | None = None  # degrees, of the last frame, and what it takes to undo it
         self.turn = (False, False, False)
+        # `frame.reformat` would set up its scaling for every frame anew, which takes longer than to scale a small one.
+        self.shrinker, self.scaler = VideoReformatter(), VideoReformatter()
         self.origin: float | None = None  # seconds in the file's own time at which the present recording would begin
         self.now = -self.period  # seconds since the first frame
         self.ends = 0.0  # when the present frame should give way to the next one
@@ -188,7 +204,7 @@ class _Pass:
         self.gaps: list[tuple[float, float]] = []
         self.lost: list[tuple[float, float | None, str]] = []
 
-    def run(self, keep: Callable[[Frames], Any]) -> Footage:
+    def run(self, keep: Callable[[Frames], Any] | None) -> Footage:
         stream, decoding = self.stream, self.decoding
         stream.thread_type = "AUTO"
         if not 0.1 <= self.aspect <= 10:
@@ -207,13 +223,16 @@ class _Pass:
             times.append(round(self.now * _CLOCK))
             if detector is not None:
                 moment = FrameTimecode(Timecode(times[-1], Fraction(1, _CLOCK)), self.rate)
-                view = frame.reformat(**small, format="bgr24", interpolation=Interpolation.AREA).to_ndarray()
+                view = self.shrinker.reformat(
+                    frame, **small, format="bgr24", interpolation=Interpolation.AREA
+                ).to_ndarray()
                 cuts += [bisect_left(times, cut.pts) for cut in detector.process_frame(moment, view)]
             interlaced += frame.interlaced_frame
             transfer = transfer or _HDR.get(frame.color_trc)
             tick = number if decoding.fps is None else int((self.now + _ROUNDING) * decoding.fps)
             if tick >= due:
-                keep(self._shown(frame))
+                if keep is not None:
+                    keep(self._shown(frame))
                 source.append(number)
                 begins.append(self.now)
                 due = tick + 1
@@ -297,7 +316,8 @@ class _Pass:
         tall, wide = max(height, round(frame.height * scale)), max(width, round(across * scale))
         smaller = tall < frame.height and wide < frame.width
         how = Interpolation.AREA if smaller else Interpolation.BICUBIC
-        whole: Frames = frame.reformat(width=wide, height=tall, format="rgb24", interpolation=how).to_ndarray()
+        scaled = self.scaler.reformat(frame, width=wide, height=tall, format="rgb24", interpolation=how)
+        whole: Frames = np.asarray(scaled.to_ndarray(), np.uint8)
         top, side = (tall - height) // 2, (wide - width) // 2
         cut = whole[top : top + height, side : side + width]
         cut = cut.swapaxes(0, 1) if swapped else cut

@@ -23,7 +23,7 @@ from datamodules.discovery import listed, resolve
 from datamodules.loading import Batch, ResumableLoader, train_loader, val_loader
 from datamodules.settings import LatentFilmsSettings
 from datamodules.shards import Index
-from datamodules.storage import Folder, need, storage
+from datamodules.storage import Folder, Storage, need, storage
 from sparse_zoo.errors import refuse
 from sparse_zoo.layout import Layout, Shot
 
@@ -97,7 +97,7 @@ class LatentFilms(LightningDataModule):
         self.vae_folder = None if given.vae is None else resolve(given.vae)
         why = "it is a folder that zoo encode wrote to its end"
         need(f"LatentFilms {self.files}", self.files, (ABOUT, FILMS), why)
-        self.about: dict[str, Any] = json.loads(b"".join(self.files.lines(ABOUT)))
+        self.about = _parse(b"".join(self.files.lines(ABOUT)), self.files, ABOUT, ("channels", "vae_digest"))
         self.channels = int(self.about["channels"])
         self.notes: list[str] = []
         self.train_films: list[LatentFilm] = []
@@ -112,8 +112,8 @@ class LatentFilms(LightningDataModule):
         self.notes = []
         self.latents, self.texts = (Index(str(self.files), kind).refresh() for kind in ("latents", "text"))
         films, missing, short, widths = list[LatentFilm](), list[str](), 0, set[int]()
-        for line in self.files.lines(FILMS):
-            given = json.loads(line)
+        for number, line in enumerate(self.files.lines(FILMS), 1):
+            given = _parse(line, self.files, f"{FILMS} line {number}", ("name", "source", "rate", "text", "shots"))
             shots = []
             for shot in given["shots"]:
                 if shot["latents"] not in self.latents or (shot["text"] and shot["text"] not in self.texts):
@@ -185,19 +185,19 @@ class LatentFilms(LightningDataModule):
         return {}
 
     @property
-    def decoder(self) -> Callable[[Sequence[Tensor]], list[Tensor]] | None:
-        """What decodes latents for pictures and videos; None without `vae`."""
+    def decoder(self) -> Callable[[Tensor], Tensor] | None:
+        """What decodes the latents of a shot for pictures and videos; None without `vae`."""
         return None if self.vae_folder is None else self.decode
 
-    def decode(self, clips: Sequence[Tensor]) -> list[Tensor]:
-        """Latents (B, f, C, h, w), each shot's alone -> video (B, F, 3, H, W) in [-1, 1], by `vae`."""
+    def decode(self, shot: Tensor) -> Tensor:
+        """Latents (f, C, h, w) of one shot -> video (F, 3, H, W) in [-1, 1], by `vae`."""
         if self._vae is None:
             from datamodules.encoders import VideoVAE
 
             refuse("LatentFilms", ["vae must be given to decode latents"] if self.vae_folder is None else [])
             assert self.vae_folder is not None
-            self._vae = VideoVAE(self.vae_folder, clips[0].device)
-        return [self._vae.decode(clip.transpose(1, 2)).transpose(1, 2) for clip in clips]
+            self._vae = VideoVAE(self.vae_folder, shot.device)
+        return self._vae.decode(shot.transpose(0, 1)[None])[0].transpose(0, 1)
 
     def _check_vae(self, folder: Path) -> None:
         from datamodules.encoders import vae_folder
@@ -230,6 +230,20 @@ class LatentFilms(LightningDataModule):
     def _note(self, line: str) -> None:
         self.notes.append(line)
         _warn(line)
+
+
+def _parse(text: bytes, files: Storage, name: str, needed: Sequence[str]) -> dict[str, Any]:
+    """What `zoo encode` wrote as JSON."""
+    try:
+        found = json.loads(text)
+        missing = [key for key in needed if key not in found]
+    except (ValueError, TypeError, RecursionError) as error:
+        missing = [str(error)]
+    refuse(
+        f"LatentFilms {files}",
+        [f"{name} is damaged ({', '.join(missing)}); give the command zoo encode again"] if missing else [],
+    )
+    return dict(found)
 
 
 def _buckets(data: LatentFilms, films: Sequence[LatentFilm]) -> list[list[int]]:

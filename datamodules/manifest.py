@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import csv
 import json
-import math
-from collections.abc import Iterator, Mapping
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
@@ -13,13 +13,15 @@ from typing import Any
 
 from datamodules.captions import Caption, read_captions
 from datamodules.discovery import SUFFIXES as VIDEOS
-from datamodules.discovery import find_videos, resolve
+from datamodules.discovery import find_videos, printable, resolve
 from sparse_zoo.errors import ZooError, refuse
 
 FIELDS = ("video", "caption", "shots")
 SHOT_FIELDS = ("start", "end", "caption")
 SUFFIXES = (".jsonl", ".csv", ".parquet")
 _BATCH = 1024  # rows of a Parquet file that are in memory at a time
+_LONGEST = 1e9  # seconds: no time in a video is later
+ROUNDING = 1e-3  # seconds: how far a time may be off a frame's, or off that of the next shot
 
 
 @dataclass(frozen=True)
@@ -128,34 +130,36 @@ def _read_jsonl(path: Path) -> Iterator[tuple[int, Any]]:
         for line, raw in enumerate(file, 1):
             if raw.strip():
                 try:
-                    yield line, json.loads(raw.decode("utf-8-sig"))
-                except (ValueError, RecursionError) as error:
-                    yield line, ZooError(f"it is not JSON: {error}")
+                    yield line, _parse(raw.decode("utf-8-sig"), "it is not JSON")
+                except UnicodeDecodeError as error:
+                    yield line, ZooError(f"it is not UTF-8: {error}")
+                except ZooError as error:
+                    yield line, error
 
 
 def _read_csv(path: Path) -> Iterator[tuple[int, Any]]:
     csv.field_size_limit(2**31 - 1)
     with path.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
-        rows = csv.DictReader(file)
-        _need_video(path, rows.fieldnames or ())
+        rows = csv.DictReader(file, strict=True)
+        try:
+            _need_columns(path, rows.fieldnames or ())
+        except csv.Error as error:
+            raise ZooError(f"manifest {path}: its header is not CSV: {error}") from error
         while True:
+            before = rows.reader.line_num
             try:
                 row = next(rows)
             except StopIteration:
                 return
             except csv.Error as error:
-                yield rows.line_num, ZooError(f"it is not CSV: {error}")
+                line = rows.reader.line_num
+                first = f", from line {before + 1} on" if line > before + 1 else ""
+                yield line, ZooError(f"it is not CSV{first}: {error}")
                 continue
             if None in row:
                 yield rows.line_num, ZooError(f"it has more columns than the header; quote texts with commas: {row}")
                 continue
-            given: dict[str, Any] = {name: text for name, text in row.items() if text}
-            try:
-                if "shots" in given:
-                    given["shots"] = json.loads(given["shots"])
-                yield rows.line_num, given
-            except ValueError as error:
-                yield rows.line_num, ZooError(f"shots must be a JSON list: {error}")
+            yield rows.line_num, _with_shots({name: text for name, text in row.items() if text})
 
 
 def _read_parquet(path: Path) -> Iterator[tuple[int, Any]]:
@@ -164,43 +168,72 @@ def _read_parquet(path: Path) -> Iterator[tuple[int, Any]]:
 
     try:
         with ParquetFile(path) as file:
-            _need_video(path, file.schema_arrow.names)
+            _need_columns(path, file.schema_arrow.names)
             line = 0
             for batch in file.iter_batches(_BATCH):
                 for row in batch.to_pylist():
                     line += 1
-                    given = {name: value for name, value in row.items() if value is not None}
-                    try:
-                        if isinstance(given.get("shots"), str):
-                            given["shots"] = json.loads(given["shots"])
-                        yield line, given
-                    except ValueError as error:
-                        yield line, ZooError(f"shots must be a JSON list: {error}")
+                    yield line, _with_shots({name: value for name, value in row.items() if value is not None})
     except (ArrowException, OSError) as error:
         raise ZooError(f"manifest {path}: it cannot be read as Parquet: {error}") from error
 
 
-def _need_video(path: Path, columns: Any) -> None:
-    names = ", ".join(map(str, columns)) or "none"
-    refuse(f"manifest {path}", [f"it has no column 'video'; its columns: {names}"] if "video" not in columns else [])
+def _with_shots(row: dict[str, Any]) -> dict[str, Any] | ZooError:
+    """A row of a table whose shots may be text."""
+    try:
+        return row | {"shots": _parse(row["shots"], "shots must be a JSON list")} if _is_text(row, "shots") else row
+    except ZooError as error:
+        return error
+
+
+def _is_text(row: Mapping[str, Any], column: str) -> bool:
+    return isinstance(row.get(column), str)
+
+
+def _parse(text: str, what: str) -> Any:
+    """JSON in which no key is given twice: the second would take the first one's place without a word."""
+
+    def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        twice = sorted(key for key, count in Counter(key for key, _ in pairs).items() if count > 1)
+        if twice:
+            raise ValueError(f"{', '.join(map(repr, twice))} given more than once")
+        return dict(pairs)
+
+    try:
+        return json.loads(text, object_pairs_hook=once)
+    except RecursionError as error:
+        raise ZooError(f"{what}: it is nested too deeply") from error
+    except ValueError as error:
+        raise ZooError(f"{what}: {error}") from error
+
+
+def _need_columns(path: Path, columns: Sequence[str]) -> None:
+    twice = [name for name, count in Counter(columns).items() if count > 1]
+    names = printable(", ".join(columns)) or "none"
+    reasons = [f"it has more than one column {printable(name)!r}" for name in twice]
+    if "video" not in columns:
+        one = len(columns) == 1 and path.suffix.lower() == ".csv" and "video" in columns[0]
+        hint = ". Separate columns with commas, and save it as UTF-8" if one or "\0" in names else ""
+        reasons.append(f"it has no column 'video'; its columns: {names}{hint}")
+    refuse(f"manifest {path}", reasons)
 
 
 def _row(line: int, given: Any, folder: Path, ignored: dict[str, int]) -> Row | Fault:
     if isinstance(given, ZooError):
         return Fault(line, "", (str(given),))
     if not isinstance(given, Mapping):
-        return Fault(line, "", (f"it must be an object with {', '.join(FIELDS)}, got {json.dumps(given)[:80]}",))
+        return Fault(line, "", (f"it must be an object with {', '.join(FIELDS)}, got {_brief(given)}",))
     reasons: list[str] = []
     for key in given.keys() - set(FIELDS):
         ignored[str(key)] = ignored.get(str(key), 0) + 1
     video, caption = given.get("video"), _text(given.get("caption"), "caption", reasons)
     if not isinstance(video, str) or not video.strip():
-        reasons.append(f"video must be a path, got {json.dumps(video)[:80]}" if "video" in given else "it has no video")
+        reasons.append(f"video must be a path, got {_brief(video)}" if "video" in given else "it has no video")
         video = ""
     elif _broken(video):
         reasons.append("video is not valid UTF-8 or holds a null character")
     shots = _shots(given.get("shots"), reasons, ignored)
-    name = video.encode("utf-8", "backslashreplace").decode()
+    name = printable(video)
     if reasons:
         return Fault(line, name, tuple(reasons))
     try:
@@ -213,14 +246,12 @@ def _shots(given: Any, reasons: list[str], ignored: dict[str, int]) -> tuple[Sho
     if given is None:
         return None
     if not isinstance(given, list) or not given:
-        reasons.append(f"shots must be a list of at least one object, got {json.dumps(given)[:80]}")
+        reasons.append(f"shots must be a list of at least one object, got {_brief(given)}")
         return None
     shots: list[ShotRow] = []
     for number, shot in enumerate(given):
         if not isinstance(shot, Mapping):
-            reasons.append(
-                f"shot {number} must be an object with {', '.join(SHOT_FIELDS)}, got {json.dumps(shot)[:80]}"
-            )
+            reasons.append(f"shot {number} must be an object with {', '.join(SHOT_FIELDS)}, got {_brief(shot)}")
             continue
         for key in shot.keys() - set(SHOT_FIELDS):
             ignored[f"shots.{key}"] = ignored.get(f"shots.{key}", 0) + 1
@@ -229,7 +260,8 @@ def _shots(given: Any, reasons: list[str], ignored: dict[str, int]) -> tuple[Sho
         if (start is None) != (end is None) and not any(f"shot {number}: " in reason for reason in reasons):
             reasons.append(f"shot {number} has {'no end' if end is None else 'no start'}; give both, or neither")
         elif start is not None and end is not None and end <= start:
-            reasons.append(f"shot {number} ends at {end:g} s, before it begins at {start:g} s")
+            how = "where it begins" if end == start else f"before it begins at {start:g} s"
+            reasons.append(f"shot {number} ends at {end:g} s, {how}")
         shots.append(ShotRow(start, end, caption))
     if reasons:
         return None
@@ -237,7 +269,7 @@ def _shots(given: Any, reasons: list[str], ignored: dict[str, int]) -> tuple[Sho
         reasons.append("some shots have times and some have none; give them to all, or to none")
         return None
     for number, (one, other) in enumerate(pairwise(shots)):
-        if one.end is not None and other.start is not None and one.end > other.start:
+        if one.end is not None and other.start is not None and one.end > other.start + ROUNDING:
             reasons.append(
                 f"shot {number + 1} begins at {other.start:g} s, before shot {number} ends at {one.end:g} s; "
                 "shots must follow one another"
@@ -248,7 +280,7 @@ def _shots(given: Any, reasons: list[str], ignored: dict[str, int]) -> tuple[Sho
 def _seconds(given: Any, what: str, reasons: list[str]) -> float | None:
     if given is None:
         return None
-    if isinstance(given, bool) or not isinstance(given, int | float) or not math.isfinite(given) or given < 0:
+    if isinstance(given, bool) or not isinstance(given, int | float) or not 0 <= given < _LONGEST:  # so is NaN
         reasons.append(f"{what} must be seconds, 0 or more, got {str(given)[:40]!r}")
         return None
     return float(given)
@@ -258,11 +290,16 @@ def _text(given: Any, what: str, reasons: list[str]) -> str:
     if given is None:
         return ""
     if not isinstance(given, str):
-        reasons.append(f"{what} must be text, got {json.dumps(given, default=str)[:80]}")
+        reasons.append(f"{what} must be text, got {_brief(given)}")
         return ""
     if _broken(given):
         reasons.append(f"{what} is not valid UTF-8 or holds a null character")
     return given
+
+
+def _brief(given: Any) -> str:
+    """The beginning of a value, which in Parquet may be of a type that JSON does not have."""
+    return json.dumps(given, default=str)[:80]
 
 
 def _broken(text: str) -> bool:

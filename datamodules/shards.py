@@ -4,7 +4,8 @@ A folder holds shards of one or more kinds: `latents-00000.tar` with `latents-00
 An entry is two members of a tar, `<key>.json` (what it is) and `<key>.safetensors` (its tensors), and one line of the
 index. While a shard is written it is called `.tar.part` and its writer holds a lock on the index. An entry counts once
 its line is there, and the line is written after the bytes are on the disk. So a killed writer loses the entry that it
-was writing: whoever opens the shard next cuts the tar and the index back to the last whole entry, and goes on.
+was writing: whoever opens the shard next cuts the tar and the index back to the last whole entry, and goes on. An index
+that is lost is written again from its shard.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from zlib import crc32
 from safetensors.torch import load, save
 from torch import Tensor
 
-from datamodules.storage import storage
+from datamodules.storage import storage, write_atomically
 from sparse_zoo.errors import ZooError
 
 END = b"\0" * (2 * tarfile.BLOCKSIZE)  # of an archive
@@ -171,12 +172,11 @@ class Writer:
         about = _member(f"{key}.json", json.dumps(meta).encode())
         member = _member(f"{key}.safetensors", data)
         entry = Entry(key, self._name, self._end + len(about) + tarfile.BLOCKSIZE, len(data), crc32(data), dict(meta))
-        line = {name: value for name, value in asdict(entry).items() if name != "shard"}
         try:
             self._tar.seek(self._end)
             self._tar.write(about + member)
             _sync(self._tar)
-            self._index.write(json.dumps(line).encode() + b"\n")
+            self._index.write(_line(entry).encode())
             _sync(self._index)
         except OSError:
             self._close()  # as a kill would leave it: whoever opens it next cuts it back
@@ -229,7 +229,10 @@ class Writer:
     def _adopt(self, part: Path) -> bool:
         """Take over a shard whose writer is gone."""
         name = part.name.partition(".")[0]
-        index = (self.folder / f"{name}.jsonl").open("r+b")
+        try:
+            index = (self.folder / f"{name}.jsonl").open("r+b")
+        except FileNotFoundError:  # see `restore_indexes`
+            return False
         try:
             fcntl.flock(index, fcntl.LOCK_EX | fcntl.LOCK_NB)
             tar = part.open("r+b")
@@ -254,6 +257,48 @@ def finish_orphans(folder: Path, kind: str) -> None:
         writer = Writer(folder, kind)
         if writer._adopt(part):
             writer.finish()
+
+
+def restore_indexes(folder: Path, kind: str) -> list[str]:
+    """Write the index of each shard that has none, and of each finished one whose index ends before it, from its tar.
+
+    One process at a time may do so.
+
+    Returns:
+        A line on each.
+    """
+    notes = []
+    for tar in sorted(folder.glob(f"{kind}-*.tar*")):
+        name = tar.name.partition(".")[0]
+        index = folder / f"{name}.jsonl"
+        if index.exists():
+            with index.open("rb") as lines:
+                end = max((_padded(entry.offset + entry.size) for entry, _ in _entries(lines, name)), default=0)
+            if tar.suffix == ".part" or end + len(END) >= tar.stat().st_size:
+                continue
+        found = list(_members(tar, name))
+        write_atomically(index, "".join(_line(entry) for entry in found))
+        notes.append(f"{index} was missing or cut short: it was written again from {len(found)} entries of {tar.name}")
+    return notes
+
+
+def _members(tar: Path, shard: str) -> Iterator[Entry]:
+    """The whole entries of a tar."""
+    about: dict[str, Any] = {}
+    with suppress(tarfile.ReadError), tarfile.open(tar) as file:
+        for member in file:
+            key, _, suffix = member.name.partition(".")
+            data = opened.read() if (opened := file.extractfile(member)) else b""
+            if suffix == "json":
+                with suppress(ValueError):
+                    about[key] = json.loads(data)
+            elif suffix == "safetensors" and key in about and len(data) == member.size:
+                yield Entry(key, shard, member.offset_data, member.size, crc32(data), about[key])
+
+
+def _line(entry: Entry) -> str:
+    """An entry's line of the index."""
+    return json.dumps({name: value for name, value in asdict(entry).items() if name != "shard"}) + "\n"
 
 
 def _member(name: str, data: bytes) -> bytes:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Protocol
@@ -107,6 +108,17 @@ class Address:
 def storage(place: str | Path) -> Folder | Address:
     """Where the files of a folder, or of an address with "://", are read."""
     return Address(str(place)) if "://" in str(place) else Folder(resolve(place))
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Write a file that is there whole or not at all, also if several processes write it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f"{path.name}.{os.getpid()}.part")
+    try:
+        part.write_text(text, encoding="utf-8")
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
 
 
 def need(what: str, there: Storage, names: tuple[str, ...], why: str) -> None:

@@ -23,7 +23,7 @@ import sparse_zoo as zoo
 from lit_modules.parallel import Shards, mean_over_ranks
 from lit_modules.sampling import Euler
 from lit_modules.settings import Sampling
-from lit_modules.strips import film_rows
+from lit_modules.strips import film_rows, some_frames
 from sparse_zoo.errors import refuse
 
 if TYPE_CHECKING:
@@ -337,7 +337,7 @@ class SampleFilms(Callback):
         *,
         seed: int = 0,
         on_film: Callable[[Path], object] | None = None,
-        decode: Callable[[Sequence[Tensor]], list[Tensor]] | None = None,
+        decode: Callable[[Tensor], Tensor] | None = None,
         **sampling: Any,
     ) -> None:
         settings = Sampling(**sampling)
@@ -388,7 +388,8 @@ class SampleFilms(Callback):
         if not trainer.is_global_zero:
             return
         rows = [batch["clips"], guessed, drawn]
-        rows = rows if self.decode is None else [self.decode(clips) for clips in rows]
+        if self.decode is not None:  # shot by shot, and what is not shown is not kept
+            rows = [[some_frames(self.decode(clip[0]))[None] for clip in clips] for clips in rows]
         for number, film in enumerate(film_rows(batch["layout"], rows)):
             path = self.folder / f"step_{step:06d}_film_{number}.npz"
             path.parent.mkdir(parents=True, exist_ok=True)

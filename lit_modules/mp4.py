@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from fractions import Fraction
+from itertools import chain
 from pathlib import Path
 
 import torch
@@ -13,12 +14,15 @@ from torch import Tensor
 from sparse_zoo.errors import refuse
 
 
-def write_mp4(path: Path, clips: Sequence[Tensor], rate: float, captions: Sequence[str] = ()) -> Path:
+def write_mp4(path: Path, clips: Iterable[Tensor], rate: float, captions: Sequence[str] = ()) -> Path:
     """Write one film as H.264, 4:2:0, and its captions, if any is not blank, as WebVTT beside it.
+
+    Clips are taken one after the other, so that a generator of them may be longer than memory.
 
     Args:
         path: Of the MP4; its folder is made. The captions have the suffix .vtt.
-        clips: One a shot, (F, C, H, W) in [-1, 1], C 1 or 3, all of one H and W; odd ones gain a row or column.
+        clips: One a shot, (F, C, H, W) in [-1, 1], C 1 or 3, all of one H and W; odd ones gain a row or column. At
+            least one.
         rate: Frames a second.
         captions: The film's, then each shot's; or none.
 
@@ -28,34 +32,41 @@ def write_mp4(path: Path, clips: Sequence[Tensor], rate: float, captions: Sequen
     Raises:
         ZooError: for clips that are no film.
     """
-    shapes = {tuple(clip.shape[1:]) for clip in clips}
-    refuse(
-        f"{path.name}",
-        [
-            f"clips must be of one size and 1 or 3 channels, got {sorted(shapes)}"
-            if len(shapes) != 1 or next(iter(shapes))[0] not in (1, 3)
-            else "",
-            f"rate must be above 0, got {rate}" if rate <= 0 else "",
-        ],
-    )
+    refuse(path.name, [f"rate must be above 0, got {rate}"] if rate <= 0 else [])
+    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        lengths = [frames / rate for frames in _write_frames(path, clips, rate)]
+    except BaseException:
+        path.unlink(missing_ok=True)  # a film without its end
+        raise
+    if any(text.strip() for text in captions):
+        path.with_suffix(".vtt").write_text(web_vtt(lengths, captions), encoding="utf-8")
+    return path
+
+
+def _write_frames(path: Path, clips: Iterable[Tensor], rate: float) -> list[int]:
+    """Write the frames of all clips; how many each has."""
     import av  # here: only videos need it
 
-    path.parent.mkdir(parents=True, exist_ok=True)
-    _, height, width = next(iter(shapes))
+    rest = iter(clips)
+    first = next(rest)
+    shape, lengths = first.shape[1:], list[int]()
     with av.open(str(path), "w", options={"movflags": "+faststart"}) as file:
         stream = file.add_stream("libx264", rate=Fraction(rate).limit_denominator(1001))
+        _, height, width = shape
         stream.width, stream.height, stream.pix_fmt = width + width % 2, height + height % 2, "yuv420p"
-        for clip in clips:
+        for clip in chain([first], rest):
+            fits = clip.shape[1:] == shape and shape[0] in (1, 3)
+            got = f"{tuple(clip.shape[1:])} after {tuple(shape)}" if lengths else f"{tuple(shape)}"
+            refuse(path.name, [] if fits else [f"clips must be of one size and 1 or 3 channels, got {got}"])
             for frame in clip.detach():
                 picture = F.pad(frame[None].float().cpu(), (0, width % 2, 0, height % 2), mode="replicate")[0]
                 pixels = ((picture.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).expand(3, -1, -1)
                 array = pixels.permute(1, 2, 0).contiguous().numpy()
                 file.mux(stream.encode(av.VideoFrame.from_ndarray(array, format="rgb24")))
+            lengths.append(len(clip))
         file.mux(stream.encode())
-    if any(text.strip() for text in captions):
-        lengths = [len(clip) / rate for clip in clips]
-        path.with_suffix(".vtt").write_text(web_vtt(lengths, captions), encoding="utf-8")
-    return path
+    return lengths
 
 
 def web_vtt(lengths: Sequence[float], captions: Sequence[str]) -> str:

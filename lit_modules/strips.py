@@ -10,6 +10,7 @@ from torch import Tensor
 from sparse_zoo.layout import Layout
 
 FRAMES = 4  # of a shot that a row shows at most
+MOST = 128  # frames of a row: of a long film it shows fewer of each shot, and in the end not every shot
 ROW_GAP = 2  # pixels between the rows of a picture, before they are zoomed
 MIN_HEIGHT = 64  # pixels that a row of a picture is zoomed to at least
 
@@ -33,21 +34,32 @@ def film_rows(layout: Layout, versions: Sequence[Sequence[Tensor]], item: int = 
     return films
 
 
-def film_strip(clips: Sequence[Tensor], frames: int) -> Tensor:
-    """Return one row of frames of a film, with a wide gap at each cut.
+def shown(shots: int, frames: int = FRAMES) -> tuple[list[int], int]:
+    """Return the numbers of the shots that a row of so many shots shows, and the most frames of each."""
+    numbers = torch.linspace(0, shots - 1, min(shots, MOST)).round().long().tolist()
+    return numbers, max(1, min(frames, MOST // len(numbers)))
+
+
+def some_frames(clip: Tensor, frames: int = FRAMES) -> Tensor:
+    """Return frames of a clip (F, C, H, W), evenly spaced, the first and last among them; float32 on the CPU."""
+    return clip.detach()[torch.linspace(0, len(clip) - 1, min(frames, len(clip))).round().long()].float().cpu()
+
+
+def film_strip(clips: Sequence[Tensor], frames: int = FRAMES) -> Tensor:
+    """Return one row of frames of a film, with a wide gap at each cut; see `shown` and `some_frames` for which.
 
     Args:
         clips: One clip a shot, (F, C, H, W) in [-1, 1].
-        frames: How many frames of a shot to show at most: evenly spaced, its first and last among them.
+        frames: How many frames of a shot to show at most.
 
     Returns:
         uint8 (H, W, 3).
     """
     height = max(clip.shape[2] for clip in clips)
     row: list[Tensor] = []
-    for i, clip in enumerate(clips):
-        chosen = torch.linspace(0, len(clip) - 1, min(frames, len(clip))).round().long()
-        for j, frame in enumerate(clip.detach().float().cpu()[chosen]):
+    numbers, frames = shown(len(clips), frames)
+    for i, number in enumerate(numbers):
+        for j, frame in enumerate(some_frames(clips[number], frames)):
             if i or j:
                 row.append(_gap(height, 1 if j else max(3, height // 16)))
             pixels = ((frame.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).expand(3, -1, -1).permute(1, 2, 0)

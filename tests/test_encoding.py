@@ -1,5 +1,6 @@
 """`zoo encode`: what is encoded, what is encoded again, what is refused, and what is kept when it ends."""
 
+import errno
 import json
 import os
 import shutil
@@ -13,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from test_decoding import film
 from toy_encoding import SIZE, keys, manifest, run, scene, video
 
@@ -49,10 +51,14 @@ def encoded(path: Path, given: Encoding) -> list[Film]:
 
 def test_videos_become_latents_shot_by_shot_and_captions_embeddings(tmp_path: Path, wan: Path, films: Path) -> None:
     one, two = encoded(films, asked(tmp_path / "out", wan))
-    assert [shot.caption for shot in one.shots] == ["first", "first", "second", "second"]  # 12 frames are 2 parts of 6
-    assert [shot.start for shot in one.shots] == pytest.approx([0.0, 0.5, 1.0, 1.5], abs=1e-3)
-    assert one.shots[0].end == pytest.approx(5 / 12, abs=1e-3)  # of 6 frames the VAE takes 1 + 4
-    assert any("is cut into 2 parts" in note for note in one.notes)
+    assert [shot.caption for shot in one.shots] == ["first", "first", "second", "second"]  # 12 frames are 5, 5 and 2
+    starts = [0.0, 5 / 12, 1.0, 17 / 12]
+    assert [shot.start for shot in one.shots] == pytest.approx(starts, abs=1e-3)
+    assert [shot.end for shot in one.shots] == pytest.approx([start + 5 / 12 for start in starts], abs=1e-3)
+    assert one.notes == (
+        "2 shots of more than 9 frames are cut into 4 parts, which are encoded apart (--max-frames)",
+        "4 frames at the ends of shots are left out: the VAE takes 1 + n · 4",
+    )
     assert (one.caption, two.caption, len(two.shots)) == ("whole", "other", 4)
     latents, texts = Index(tmp_path / "out", "latents").refresh(), Index(tmp_path / "out", "text").refresh()
     assert (len(latents), len(texts)) == (8, 4)
@@ -106,6 +112,39 @@ def test_what_latents_are_made_of_is_in_their_keys(tmp_path: Path, wan: Path, fi
     assert any(same) == (change == "cut")  # the first shot is as it was
 
 
+@pytest.mark.parametrize("longest", [1, 5, 9])
+def test_parts_of_a_shot_lose_frames_at_its_end_alone(tmp_path: Path, wan: Path, longest: int) -> None:
+    encoder = Encoder(asked(tmp_path / "out", wan))
+    for frames in range(40):
+        parts = list(encoder._parts(3, 3 + frames, longest))
+        lengths = [last - first for first, last in parts]
+        assert len(parts) == -(-frames // longest)
+        assert all(length % 4 == 1 and length <= longest for length in lengths)
+        assert max(lengths, default=0) - min(lengths, default=0) <= 4
+        assert [first for first, _ in parts] == [3, *(last for _, last in parts)][: len(parts)]
+        assert 0 <= frames - sum(lengths) < 4
+
+
+def test_what_text_is_made_of_is_in_its_key(tmp_path: Path, wan: Path, films: Path) -> None:
+    encoded(films, asked(tmp_path / "out", wan))
+    other = tmp_path / "other"
+    shutil.copytree(wan, other)
+    rules = json.loads((other / "tokenizer" / "tokenizer.json").read_text())
+    rules["normalizer"] = {"type": "Lowercase"}
+    found = {encoded(films, Encoding(tmp_path / "out", wan, wan, sizes=(SIZE,), max_frames=9))[0].text}
+    (other / "tokenizer" / "tokenizer.json").write_text(json.dumps(rules))  # the same weights read other tokens
+    given = Encoding(tmp_path / "out", wan, other, sizes=(SIZE,), max_frames=9)
+    found.add(encoded(films, given)[0].text)
+    weights = next((other / "text_encoder").glob("*.safetensors"))
+    tensors = {name: tensor + 1 for name, tensor in load_file(weights).items()}
+    before = weights.stat()
+    save_file(tensors, weights, {"format": "pt"})
+    os.utime(weights, ns=(before.st_atime_ns, before.st_mtime_ns))  # in place, of the same size and "time"
+    assert weights.stat().st_size == before.st_size
+    found.add(encoded(films, given)[0].text)
+    assert len(found) == 3
+
+
 def test_the_same_video_under_two_names_is_encoded_once(tmp_path: Path, wan: Path) -> None:
     video(tmp_path / "a.mp4", (1,))
     shutil.copy(tmp_path / "a.mp4", tmp_path / "b.mp4")
@@ -133,7 +172,10 @@ def test_each_bad_row_is_one_line_and_the_rest_is_encoded(tmp_path: Path, wan: P
         {"video": "a.mp4", "shots": [{"start": 40, "end": 41, "caption": "not there"}]},
         {"video": "b.mp4", "shots": [{"caption": "one"}, {"caption": "two"}, {"caption": "three"}]},
         {"video": "a.mp4", "shots": [{"start": 1, "end": 0}]},
+        {"video": "pipe.mp4"},
+        {"video": "a.mp4", "caption": "too long", "shots": [{"start": 0, "end": 1}, {"start": 1, "end": 7}]},
     ]
+    os.mkfifo(tmp_path / "pipe.mp4")
     done = run(manifest(films, rows), wan, tmp_path / "out", "--json")
     assert done.exit_code == 1
     told = json.loads(done.stdout)
@@ -144,13 +186,15 @@ def test_each_bad_row_is_one_line_and_the_rest_is_encoded(tmp_path: Path, wan: P
         5: "shot 0 begins at 40 s, the video ends at 2.00 s",
         6: "it has captions for 3 shots, but 2 were found, beginning at 0.00, 1.00 s",
         7: "shot 0 ends at 0 s, before it begins at 1 s",
+        8: "it is a pipe or a device, no file",
     }
     assert reasons.keys() == expected.keys()
     for line, reason in expected.items():
         assert reason in reasons[line]
         assert sum(reason in one for one in done.stderr.splitlines()) == 1
-    assert (told["films"], told["shots"]) == (2, 8)
-    assert len((tmp_path / "out" / "films.jsonl").read_text().splitlines()) == 2
+    assert "a.mp4: shot 1 ends at 7 s and is cut at 2.00 s, where the video ends" in done.stderr
+    assert (told["films"], told["shots"]) == (3, 12)
+    assert len((tmp_path / "out" / "films.jsonl").read_text().splitlines()) == 3
 
 
 @pytest.mark.slow
@@ -207,6 +251,80 @@ def test_folders_that_are_no_models_are_refused(tmp_path: Path, wan: Path, films
     assert "json is missing" in done.stderr or "tokenizer_config.json is not in it" in done.stderr
 
 
+@pytest.mark.parametrize(
+    ("damaged", "size", "reason"),
+    [
+        ("vae/config.json", 1, "is damaged, it is not JSON"),
+        ("text_encoder/config.json", 1, "is damaged, it is not JSON"),
+        ("vae/diffusion_pytorch_model.safetensors", 999, "it does not load"),
+        ("text_encoder/model.safetensors", 999, "it does not load"),
+        ("tokenizer/tokenizer.json", 999, "it does not load"),
+        ("vae/diffusion_pytorch_model.safetensors", None, "it has no weights (.safetensors, .bin)"),
+    ],
+)
+def test_damaged_models_end_in_one_line_before_anything_is_encoded(
+    tmp_path: Path, wan: Path, films: Path, damaged: str, size: int | None, reason: str
+) -> None:
+    other = tmp_path / "other"
+    shutil.copytree(wan, other)
+    if size is None:
+        (other / damaged).unlink()
+    else:
+        os.truncate(other / damaged, size)
+    done = run(films, other, tmp_path / "out")
+    assert done.exit_code == 2
+    assert sum(reason in line for line in done.stderr.splitlines()) == 1
+    assert keys(tmp_path / "out", "latents") == []
+
+
+def test_damaged_notes_about_a_folder_are_one_line_or_made_again(tmp_path: Path, wan: Path, films: Path) -> None:
+    out = tmp_path / "out"
+    assert run(films, wan, out).exit_code == 0
+    before = keys(out, "latents")
+    for path in (out / "cache").iterdir():
+        path.write_text("{}")
+    (out / "latents-00000.jsonl").unlink()
+    done = run(films, wan, out)
+    assert done.exit_code == 0, done.output
+    assert "latents-00000.jsonl was missing or cut short: it was written again from 8 entries" in done.stderr
+    assert keys(out, "latents") == before
+    (out / "latents.json").write_text("{")
+    done = run(films, wan, out)
+    assert done.exit_code == 2
+    assert "latents.json is damaged, it is not JSON" in done.stderr
+
+
+def test_latents_that_are_not_finite_are_no_film(tmp_path: Path, wan: Path, films: Path) -> None:
+    encoder = Encoder(asked(tmp_path / "out", wan))
+    encoder.vae.encode = lambda _: torch.full((1, 4, 2, 4, 6), torch.nan)  # type: ignore[method-assign]
+    with pytest.raises(ZooError, match="AutoencoderKLWan made latents that are not finite in bfloat16"):
+        encoder.attempt(rows_of(films)[0])
+    assert keys(tmp_path / "out", "latents") == []
+
+
+@pytest.mark.parametrize("settings", [{"fps": float("nan")}, {"fps": float("inf")}, {"threshold": float("nan")}])
+def test_settings_that_are_no_numbers_are_refused(tmp_path: Path, wan: Path, settings: dict[str, float]) -> None:
+    with pytest.raises(ZooError, match="must be"):
+        asked(tmp_path, wan, **settings)
+
+
+@pytest.mark.parametrize("out", ["a.mp4", "a.mp4/inside"])
+def test_a_place_that_is_no_folder_is_one_line(tmp_path: Path, wan: Path, films: Path, out: str) -> None:
+    done = run(films, wan, tmp_path / out)
+    assert done.exit_code == 2
+    assert sum(str(tmp_path / out) in line for line in done.stderr.splitlines()) == 1
+
+
+def test_a_disk_without_locks_is_not_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    claims = encoding_module.Claims(tmp_path)
+    monkeypatch.setattr("fcntl.lockf", refuse)
+    with pytest.raises(OSError, match="No locks"), claims.claim("0" * 32, wait=False):
+        pass
+
+
 def test_a_shard_cut_short_is_encoded_again_and_said(tmp_path: Path, wan: Path, films: Path) -> None:
     given = asked(tmp_path / "out", wan)
     encoded(films, given)
@@ -227,7 +345,7 @@ def test_a_full_disk_ends_in_one_line_and_the_rest_follows(
 
     def full(number: int) -> None:
         calls.append(number)
-        if len(calls) == 7:
+        if len(calls) == 11:  # two an entry, and the three captions of the first film come first
             raise OSError(28, "No space left on device")
         fsync(number)
 

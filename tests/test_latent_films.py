@@ -203,6 +203,20 @@ def test_batches_of_the_other_kind_of_model_are_refused(tmp_path: Path) -> None:
     assert build(settings)
 
 
+@pytest.mark.parametrize("line", [b"{", b"3", b"[]", b'{"name": "x"}', b"\xff"])
+def test_damaged_lists_are_one_line(tmp_path: Path, line: bytes) -> None:
+    folder = write(tmp_path / "a")
+    about, films = folder / "latents.json", folder / "films.jsonl"
+    whole = about.read_bytes()
+    about.write_bytes(line)
+    with pytest.raises(ZooError, match=r"latents\.json is damaged \(.*; give the command zoo encode again"):
+        made(folder)
+    about.write_bytes(whole)
+    films.write_bytes(films.read_bytes() + line)
+    with pytest.raises(ZooError, match=r"films\.jsonl line 9 is damaged \(.*; give the command zoo encode again"):
+        made(folder)
+
+
 def test_a_folder_that_is_not_encoded_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ZooError, match=r"latents.json is missing; it is a folder that zoo encode wrote"):
         LatentFilms(str(tmp_path))

@@ -1,6 +1,7 @@
 """Manifests: rows of three formats and folders, every fault with its line, a check that is quick and small."""
 
 import json
+import os
 import time
 import tracemalloc
 from pathlib import Path
@@ -64,6 +65,12 @@ def test_three_formats_give_the_same_rows(tmp_path: Path) -> None:
         ({"video": "a", "shots": [{"start": 1}]}, "shot 0 has no end"),
         ({"video": "a", "shots": [{"start": -1, "end": 2}]}, "start must be seconds"),
         ({"video": "a", "shots": [{"start": 0, "end": float("nan")}]}, "end must be seconds"),
+        ({"video": "a", "shots": [{"start": 0, "end": 10**400}]}, "end must be seconds"),
+        ({"video": "a", "shots": [{"start": 1, "end": 1}]}, "shot 0 ends at 1 s, where it begins"),
+        ({"video": "a\nb", "caption": 1}, r"(a\nb)"),
+        ('{"video": "a", "caption": "x", "caption": "y"}\n', "'caption' given more than once"),
+        ('{"video": "a", "shots": [{"caption": "x", "caption": "y"}]}\n', "'caption' given more than once"),
+        ("[" * 100000 + "\n", "nested too deeply"),
         ({"video": "a", "shots": [{"start": 2, "end": 1}]}, "shot 0 ends at 1 s, before it begins at 2 s"),
         ({"video": "a", "shots": [{"start": 0, "end": 2}, {"start": 1, "end": 3}]}, "shots must follow one another"),
         ({"video": "a", "shots": [{"start": 0, "end": 2}, {"caption": "x"}]}, "some shots have times"),
@@ -145,6 +152,67 @@ def test_check_command_tells_by_its_exit_code(tmp_path: Path, clip: Path) -> Non
     assert done.exit_code == 1
     assert "line 2 (none.mp4): it cannot be read: No such file" in done.stdout
     assert CliRunner().invoke(app, ["data", "check", str(tmp_path / "not-there")]).exit_code == 2
+
+
+def test_shots_may_overlap_by_what_rounding_takes(tmp_path: Path) -> None:
+    shots = [{"start": 0, "end": 1.0004}, {"start": 1, "end": 2}]
+    assert isinstance(next(iter(lines(tmp_path / "m.jsonl", {"video": "a", "shots": shots}))), Row)
+    shots[0]["end"] = 1 + 1 / 24  # a frame
+    assert isinstance(next(iter(lines(tmp_path / "m.jsonl", {"video": "a", "shots": shots}))), Fault)
+
+
+def test_tables_as_other_programs_write_them(tmp_path: Path) -> None:
+    path = tmp_path / "m.csv"
+    path.write_bytes("\ufeffvideo,caption\r\n\r\na b.mp4,grün\r\n".encode())
+    assert list(Manifest(str(path))) == [Row(3, "a b.mp4", tmp_path / "a b.mp4", "grün")]
+    for text, reason in (
+        ("video;caption\na;b\n", "its columns: video;caption. Separate columns with commas"),
+        ("video,caption,caption\na,b,c\n", "more than one column 'caption'"),
+        ("", "its columns: none"),
+    ):
+        path.write_text(text)
+        with pytest.raises(ZooError, match=reason):
+            list(Manifest(str(path)))
+    path.write_text('video,caption\na,fine\nb,"not closed\nc,x\nd,y\n')
+    first, rest = Manifest(str(path))
+    assert isinstance(first, Row)
+    assert str(rest) == "line 5: it is not CSV, from line 3 on: unexpected end of data"
+    path.write_text(f"video,shots\na,{'[' * 100000}\nb,\n")
+    assert [isinstance(row, Fault) for row in Manifest(str(path))] == [True, False]
+
+
+def test_parquet_of_other_types_is_a_fault_of_its_rows(tmp_path: Path) -> None:
+    path = tmp_path / "m.parquet"
+    columns = {"video": pa.array([b"a.mp4", None]), "caption": pa.array([None, "x"]), "shots": [None, None]}
+    pq.write_table(pa.table(columns), path)
+    assert [str(row) for row in Manifest(str(path))] == [
+        "line 1: video must be a path, got \"b'a.mp4'\"",
+        "line 2: it has no video",
+    ]
+    pq.write_table(pa.table({"video": pa.array([1], pa.timestamp("s"))}), path)
+    assert "video must be a path" in str(next(iter(Manifest(str(path)))))
+    pq.write_table(pa.Table.from_arrays([pa.array(["a"]), pa.array(["x"]), pa.array(["y"])], ["video", "x", "x"]), path)
+    with pytest.raises(ZooError, match="more than one column 'x'"):
+        list(Manifest(str(path)))
+
+
+def test_what_is_no_file_is_not_read(tmp_path: Path, clip: Path) -> None:
+    os.mkfifo(tmp_path / "pipe.mp4")
+    (tmp_path / "endless.mp4").symlink_to("/dev/zero")
+    (tmp_path / "folder.mp4").mkdir()
+    (tmp_path / "loop.mp4").symlink_to("loop.mp4")
+    names = ["pipe.mp4", "endless.mp4", "folder.mp4", "loop.mp4"]
+    found = check(lines(tmp_path / "m.jsonl", *({"video": name} for name in names), {"video": str(clip)}))
+    assert (found.usable, len(found.faults)) == (1, 4)
+    for fault, reason in zip(found.faults, ["a pipe or a device", "a pipe", "a folder", "symbolic links"], strict=True):
+        assert reason in str(fault)
+
+
+def test_shots_that_end_after_their_video_are_named(tmp_path: Path, clip: Path) -> None:
+    found = check(lines(tmp_path / "m.jsonl", {"video": str(clip), "shots": [{"start": 0, "end": 9}]}))
+    (note,) = found.notes
+    assert "shot 0 ends at 9 s and is cut at " in note
+    assert found.usable == 1
 
 
 @pytest.mark.slow

@@ -223,6 +223,14 @@ def test_a_ray_that_does_not_start_is_one_line(
         ray_jobs.start()
 
 
+def test_a_ray_that_lacks_a_package_of_its_own_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "ray.py").write_text("import not_there")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "ray", raising=False)
+    with pytest.raises(ZooError, match="--executor ray: No module named 'not_there'"):
+        ray_jobs.start()
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(find_spec("ray") is None, reason="needs Ray: pip install 'sparse-attention-zoo[ray]'")
 def test_a_sweep_on_ray_outlives_the_death_of_a_process(runs: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,8 +5,11 @@ from __future__ import annotations
 import json
 import random
 import shutil
+import weakref
 from pathlib import Path
 
+import av
+import numpy as np
 import pytest
 import torch
 from matplotlib import image
@@ -15,7 +18,7 @@ from tiny import BASE
 
 from experiments.config.resolve import load
 from experiments.execution.run import run
-from experiments.inspection.sample import Drawing
+from experiments.inspection.sample import Drawing, write_film
 from experiments.tracking.mlflow_logger import Tracker
 from experiments.tracking.store import Cell
 from lit_modules import LitVideoDiT
@@ -149,3 +152,28 @@ def test_a_run_without_a_checkpoint_is_refused(trained: Path, tmp_path: Path) ->
         assert "other.ckpt is damaged: " in told.stderr
     (tmp_path / "result.json").write_text("{")
     assert "result.json cannot be read" in zoo("sample", tmp_path).stderr
+
+
+def test_latents_are_decoded_into_a_film_one_shot_at_a_time(tmp_path: Path) -> None:
+    shots, alive, most = 200, set[int](), []
+
+    def decode(latents: torch.Tensor) -> torch.Tensor:
+        video = (latents[:, :3] / shots).repeat_interleave(8, 2).repeat_interleave(8, 3).clone()
+        alive.add(id(video))
+        weakref.finalize(video, alive.discard, id(video))
+        most.append(len(alive))
+        return video
+
+    films = [[torch.full((5, 4, 2, 2), float(sign * shot)) for shot in range(shots)] for sign in (1, 0, -1)]
+    strip, film = write_film(tmp_path / "new" / "film", films, decode, 8.0, ["a film", *map(str, range(shots))])
+    assert max(most) <= 3  # beside the one that is decoded, the first and the one before
+    assert len(most) == 200 + 2 * 128  # of the versions that are not written, only what the strip shows
+    with av.open(str(film)) as file:
+        levels = [float(frame.to_ndarray(format="gray").mean()) for frame in file.decode(video=0)]
+    assert len(levels) == 5 * shots
+    assert np.corrcoef(levels, np.arange(5 * shots))[0, 1] < -0.99
+    assert film.with_suffix(".vtt").read_text().endswith("00:02:04.375 --> 00:02:05.000\n199\n")
+    picture = image.imread(strip)
+    zoom, gaps = 4, 3 * 127  # rows of 16 pixels; a gap at each cut
+    assert picture.shape[:2] == (zoom * (3 * 16 + 2 * 2), zoom * (128 * 16 + gaps))
+    assert picture[:64, -4:, 0].mean() > 0.99  # the last shot is shown

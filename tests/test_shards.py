@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load
 
-from datamodules.shards import Index, Writer, finish_orphans
+from datamodules.shards import Index, Writer, finish_orphans, restore_indexes
 from sparse_zoo.errors import ZooError
 
 
@@ -129,6 +129,40 @@ def test_a_shard_cut_short_loses_its_last_entries_alone(tmp_path: Path) -> None:
     written(tmp_path, range(4))
     index = Index(tmp_path, "latents").refresh()
     assert (len(index), index.lost) == (4, {})
+
+
+@pytest.mark.parametrize(("suffix", "left"), [(".tar", 0), (".tar", 0.5), (".tar.part", 0)])
+def test_a_lost_index_is_written_again_from_its_shard(tmp_path: Path, suffix: str, left: float) -> None:
+    written(tmp_path, range(4))
+    index, shard = tmp_path / "latents-00000.jsonl", tmp_path / "latents-00000.tar"
+    before = index.read_bytes()
+    if suffix == ".tar.part":  # as a kill leaves it, within an entry
+        os.truncate(shard, Index(tmp_path, "latents").refresh()["0003"].offset + 10)
+        shard.rename(tmp_path / "latents-00000.tar.part")
+        before = b"".join(before.splitlines(keepends=True)[:3])
+    if left:
+        os.truncate(index, int(len(before) * left))
+    else:
+        index.unlink()
+    (note,) = restore_indexes(tmp_path, "latents")
+    assert f"{len(before.splitlines())} entries of latents-00000{suffix}" in note
+    assert index.read_bytes() == before
+    assert restore_indexes(tmp_path, "latents") == []
+    written(tmp_path, range(4, 6))
+    found = Index(tmp_path, "latents").refresh()
+    for key in found.entries:
+        assert torch.equal(found.tensors(key)["latents"], tensors(int(key, 16))["latents"])
+
+
+def test_shards_that_are_whole_cut_or_empty_keep_their_index(tmp_path: Path) -> None:
+    written(tmp_path, range(4))
+    assert restore_indexes(tmp_path, "latents") == []
+    os.truncate(tmp_path / "latents-00000.tar", 5000)
+    assert restore_indexes(tmp_path, "latents") == []
+    (tmp_path / "latents-00001.tar.part").touch()
+    assert "0 entries" in restore_indexes(tmp_path, "latents")[0]
+    written(tmp_path, range(4, 5))
+    assert "0004" in Index(tmp_path, "latents").refresh()
 
 
 def test_damaged_bytes_are_named(tmp_path: Path) -> None:

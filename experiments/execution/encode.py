@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import json
 import os
 import time
@@ -19,7 +18,7 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from datamodules.encoders import MINILM
+from datamodules.encoders import MINILM, ModelError
 from datamodules.encoding import Encoder, Encoding, Film, FilmShot, write_films
 from datamodules.manifest import Row
 from datamodules.shards import finish_orphans
@@ -31,7 +30,6 @@ from experiments.tracking.store import write_json
 from sparse_zoo.errors import ZooError, refuse
 
 POLL = 0.5  # seconds between looks at rows that are encoded elsewhere
-NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 
 
 @dataclass(frozen=True)
@@ -157,14 +155,15 @@ def encode(
 
 @contextmanager
 def disk_room(folder: Path) -> Iterator[None]:
-    """A disk that takes no more ends the encoding in one line."""
+    """A disk that takes no more, or takes nothing, ends the encoding in one line."""
     try:
         yield
     except OSError as error:
-        if error.errno not in NO_ROOM:
+        if error.strerror is None:  # it is not the system's
             raise
         raise ZooError(
-            f"encode: {error.strerror}: {folder}. What is finished is kept; make room and give the command again"
+            f"encode: {error.strerror}: {error.filename or folder}. What is finished is kept; put that right, or make "
+            "room, and give the command again"
         ) from error
 
 
@@ -172,6 +171,8 @@ def attempt(encoder: Encoder, row: Row, observer: Observer) -> Outcome | None:
     """What became of a row; None where another process works on it."""
     try:
         film = encoder.attempt(row, lambda done, total: observer.step(row, done, total))
+    except ModelError:
+        raise
     except ZooError as error:
         reason = str(error).removeprefix(f"{row.path}: ").removeprefix(f"{row.name}: ")
         return Outcome(row, None, " ".join(reason.split()))
@@ -206,7 +207,7 @@ def _in_processes(rows: Sequence[Row], encoding: Encoding, bar: EncodingBar, job
     waiting, died = deque(rows), set[int]()
     with closing(work_through(waiting, jobs, _serve, encoding)) as told:
         for row, kind, rest in told:
-            if kind == "no room":
+            if kind == "os error":
                 raise OSError(*rest)
             if kind == "step":
                 bar.step(row, *rest)
@@ -237,9 +238,7 @@ def _serve(pipe: Connection, threads: int, encoding: Encoding) -> None:
                     pipe.send(("refused", str(error)))
                     continue
                 except OSError as error:
-                    if error.errno not in NO_ROOM:
-                        raise
-                    pipe.send(("no room", error.errno, error.strerror))
+                    pipe.send(("os error", error.errno, error.strerror, error.filename))
                     continue
                 if outcome is None:
                     time.sleep(POLL)

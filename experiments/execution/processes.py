@@ -98,7 +98,7 @@ def work_through(
                 work = worker.work
                 try:
                     name, *rest = worker.pipe.recv()
-                except EOFError:
+                except (EOFError, ConnectionError):
                     name, rest = "died", [worker.fate()]
                     workers[worker.number] = Worker(worker.number, jobs, serve, *more, gpus=gpus)
                 if name == "refused":

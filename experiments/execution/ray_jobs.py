@@ -35,11 +35,11 @@ def start() -> None:
         ZooError: If there is no Ray, or it does not come up.
     """
     needed()
-    import ray
-
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     try:
-        ray.init(log_to_driver=False, logging_level=logging.ERROR)
+        import ray
+
+        ray.init(log_to_driver=False, logging_level=logging.ERROR, include_dashboard=False)
     except Exception as error:  # a plain Exception, where a machine is too busy for it
         raise ZooError(f"--executor ray: {' '.join(str(error).split())}") from error
 

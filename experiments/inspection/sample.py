@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import datetime
 from pathlib import Path
@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from lightning.fabric.utilities import move_data_to_device
+from torch import Tensor
 from torchmetrics import Metric, MetricCollection
 
 from experiments.analysis.metrics import Measure
@@ -21,7 +22,7 @@ from experiments.tracking.store import write_json
 from lit_modules import Euler, SampleFilms
 from lit_modules.callbacks import write_picture
 from lit_modules.mp4 import write_mp4
-from lit_modules.strips import film_rows, stack_rows
+from lit_modules.strips import film_strip, shown, some_frames, stack_rows
 from sparse_zoo.errors import refuse
 
 FPS = 8.0  # of videos where the data knows no rate
@@ -119,31 +120,29 @@ class Drawing:
             metrics.update(drawn.clips, batch)
             if drift is not None:
                 drift.update(drawn.clips, batch)
-            decode = getattr(self.trained.data, "decoder", None)
-            rows = [batch["clips"], guess, drawn.clips]
-            rows = rows if decode is None else [decode(clips) for clips in rows]
             for item in range(len(batch["text"])):
                 first = 0
-                for i, film in enumerate(film_rows(batch["layout"], rows, item)):
-                    shots = len(batch["layout"].films[i].shots)
-                    clips = [clip[item] for clip in rows[-1][first : first + shots]]
+                for i, film in enumerate(batch["layout"].films):
+                    shots = len(film.shots)
+                    versions = [
+                        [clip[item] for clip in clips[first : first + shots]]
+                        for clips in (batch["clips"], guess, drawn.clips)
+                    ]
                     first += shots
-                    place = folder / f"film_{len(films):03d}.png"
-                    video = place.with_suffix(".mp4")
+                    strip, video = write_film(
+                        folder / f"film_{len(films):03d}",
+                        versions,
+                        getattr(self.trained.data, "decoder", None),
+                        _of_film(batch, "rates", item, i) or FPS,
+                        _of_film(batch, "captions", item, i) or (),
+                    )
                     films.append(
                         {
                             "name": _of_film(batch, "names", item, i) or f"film {len(films)}",
                             "shots": shots,
                             "given": min(self.given, shots),
-                            "strip": str(write_picture(place, stack_rows(film))),
-                            "video": str(
-                                write_mp4(
-                                    video,
-                                    clips,
-                                    _of_film(batch, "rates", item, i) or FPS,
-                                    _of_film(batch, "captions", item, i) or (),
-                                )
-                            ),
+                            "strip": str(strip),
+                            "video": str(video),
                             "taken": drawn.context[i][item] if drawn.context else None,
                         }
                     )
@@ -167,6 +166,45 @@ class Drawing:
     def _known(self, batch: Batch) -> torch.Tensor:
         number = torch.cat([torch.arange(len(film.shots)) for film in batch["layout"].films])
         return number < self.given
+
+
+def write_film(
+    path: Path,
+    versions: Sequence[Sequence[Tensor]],
+    decode: Callable[[Tensor], Tensor] | None,
+    rate: float,
+    captions: Sequence[str],
+) -> tuple[Path, Path]:
+    """Write the strip of all versions of a film and the MP4 of the last one.
+
+    Latents are decoded shot by shot, so that memory holds the frames of one shot, however long the film is.
+
+    Args:
+        path: Of both files, without a suffix.
+        versions: Clips (F, C, H, W) of each version, one a shot; the last version is the generated one.
+        decode: Makes a clip with pixels in [-1, 1] of a clip; None: they are pixels.
+        rate: Frames a second.
+        captions: The film's, then each shot's; or none.
+
+    Returns:
+        The paths of the strip and of the MP4.
+    """
+    decode = decode or (lambda clip: clip)
+    *others, made = versions
+    numbers, frames = shown(len(made))
+    rows = [[some_frames(decode(clips[number]), frames) for number in numbers] for clips in others]
+    own: list[Tensor] = []
+
+    def decoded() -> Iterator[Tensor]:
+        for number, clip in enumerate(made):
+            video = decode(clip)
+            if number in numbers:
+                own.append(some_frames(video, frames))
+            yield video
+
+    film = write_mp4(path.with_suffix(".mp4"), decoded(), rate, captions)
+    strips = [film_strip(clips) for clips in (*rows, own)]
+    return write_picture(path.with_suffix(".png"), stack_rows(strips)), film
 
 
 def plot(sampled: Sampled, path: Path) -> Path:
