@@ -111,7 +111,7 @@ def sweep(
         int | None,
         typer.Option(
             min=1,
-            help="So many cells at a time, each in a process, with a GPU, of its own; on SLURM in a job, on Ray a task.",
+            help="So many cells at a time, each in a process with a GPU of its own; on SLURM in a job, on Ray a task.",
         ),
     ] = None,
     executor: Annotated[
