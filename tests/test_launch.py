@@ -26,6 +26,7 @@ from tiny import BASE, DIVERGES, write_sweep
 
 import sparse_zoo as zoo
 from experiments.escape import for_mlflow
+from experiments.execution import train
 from experiments.execution.progress import Bar
 from experiments.execution.scheduler import Work, _serve, execute, loaded_plugins, varying_params
 from experiments.execution.slurm import Job
@@ -190,6 +191,15 @@ def test_a_failed_cell_is_recorded_and_the_next_one_runs(runs: Path, diverges: s
     again = Silent()
     execute(sweep, again)
     assert again.ran == [diverges]  # what failed is tried again, what finished is kept
+
+
+@pytest.mark.parametrize("given", ["often", "-1", "nan"])
+def test_odd_seconds_between_checkpoints_are_refused(monkeypatch: pytest.MonkeyPatch, given: str) -> None:
+    monkeypatch.setenv("ZOO_SAVE_SECONDS", given)
+    with pytest.raises(ZooError, match=f"ZOO_SAVE_SECONDS: must be a number of seconds, at least 0, got '{given}'"):
+        train._seconds_between_saves()
+    monkeypatch.setenv("ZOO_SAVE_SECONDS", "")
+    assert train._seconds_between_saves() == train.SAVE_EVERY
 
 
 @pytest.mark.parametrize("port", ["0", "-1", "70000"])

@@ -216,7 +216,7 @@ def test_driver_of_jobs_ends_its_processes_and_waits_for_them(runs: Path, number
         ("report none", "experiments.cli.runs.read_sweep"),
         ("sample run", "experiments.cli.trained.find"),
         ("capture run", "experiments.cli.trained.find"),
-        ("check dense", "sparse_zoo.testing.run_checks"),
+        ("check dense", "experiments.inspection.conformance.run_checks"),
         ("bench", "sparse_zoo.bench.chosen"),
         ("map dense", "experiments.reporting.pictures.sample_map"),
         ("cost dense", "experiments.inspection.cost.compare"),

@@ -227,6 +227,19 @@ def test_home_that_cannot_be_used_is_one_line(tmp_path: Path, monkeypatch: pytes
     assert "Traceback" not in done.stderr
 
 
+def test_film_that_no_memory_holds_is_one_line() -> None:
+    size = "100000"
+    done = CliRunner().invoke(app, ["cost", "moc", "--frames", size, "--rows", size, "--cols", size])
+    assert done.exit_code == 2, done.exception
+    assert done.stderr.startswith("Error: more memory is needed than there is: ")
+    assert len(done.stderr.splitlines()) == 1
+
+
+@pytest.mark.parametrize("command", ["sweep quickstart --dry-run --jobs 0", "sweep quickstart --jobs -3"])
+def test_number_of_jobs_is_refused_before_anything_is_read(command: str) -> None:
+    assert CliRunner().invoke(app, command.split()).exit_code == 2
+
+
 def test_a_malformed_address_is_one_line_before_anything_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("ZOO_HOME", raising=False)

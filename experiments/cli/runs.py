@@ -110,7 +110,8 @@ def sweep(
     jobs: Annotated[
         int | None,
         typer.Option(
-            help="So many cells at a time, each in a process, with a GPU, of its own; on SLURM in a job, on Ray a task."
+            min=1,
+            help="So many cells at a time, each in a process with a GPU of its own; on SLURM in a job, on Ray a task.",
         ),
     ] = None,
     executor: Annotated[

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import logging
 import os
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
@@ -90,6 +91,10 @@ class Group(TyperGroup):
             raise refused(f"{cannot}; give the command with PYTHONUTF8=1, or set LC_ALL=C.UTF-8") from error
         except ZooError as error:
             raise refused(str(error)) from error
+        except (MemoryError, RuntimeError) as error:
+            if not isinstance(error, MemoryError) and not re.search("allocate memory|out of memory", str(error)):
+                raise
+            raise refused(f"more memory is needed than there is: {' '.join(str(error).split())}") from error
         except OSError as error:
             if error.errno not in NO_PLACE:
                 raise

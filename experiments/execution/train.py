@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import os
 import shutil
 import signal
@@ -36,6 +37,7 @@ from lit_modules import AttentionCost, LitPretrained, LitVideoDiT, RoutingWatch,
 from lit_modules.parallel import strategy
 from lit_modules.precision import default_precision
 from lit_modules.settings import Parallel
+from sparse_zoo.errors import refuse
 
 FIRST, LAST = 3, 20  # steps whose mean is the first and the last training loss
 CURVE_POINTS = 500
@@ -182,7 +184,7 @@ def train(stored: Config, folder: Path, result: Result, log: Logger, observer: O
     keep = ModelCheckpoint(
         folder / "checkpoints", filename="{step}", save_on_train_epoch_end=False, enable_version_counter=False
     )
-    saving = Saving(folder / RESUME, float(os.environ.get("ZOO_SAVE_SECONDS") or SAVE_EVERY))
+    saving = Saving(folder / RESUME, _seconds_between_saves())
     accelerator = config["trainer"].get("accelerator", "auto")
     # Lightning would take all GPUs there are, in float32.
     where = {"devices": 1, "precision": default_precision(accelerator), **config["trainer"]}
@@ -251,6 +253,17 @@ def train(stored: Config, folder: Path, result: Result, log: Logger, observer: O
             result.strips = [path.name for path in films.paths if path.name.rpartition("_film_")[0] == last]
         if own != folder:
             shutil.rmtree(own, ignore_errors=True)
+
+
+def _seconds_between_saves() -> float:
+    given = os.environ.get("ZOO_SAVE_SECONDS") or str(SAVE_EVERY)
+    try:
+        seconds = float(given)
+    except ValueError:
+        seconds = math.nan
+    wrong = f"must be a number of seconds, at least 0, got {given!r}; unset it for {SAVE_EVERY:g}"
+    refuse("ZOO_SAVE_SECONDS", [] if seconds >= 0 else [wrong])
+    return seconds
 
 
 def _own(config: Config, stored: Config, data: FilmData) -> LitVideoDiT:
