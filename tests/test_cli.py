@@ -17,6 +17,7 @@ from typer.testing import CliRunner, Result
 
 import sparse_zoo as library
 from experiments.cli import app
+from experiments.inspection import conformance
 from sparse_zoo import testing
 from sparse_zoo.testing import checks
 
@@ -237,7 +238,8 @@ def test_check_says_what_each_check_found() -> None:
 
 def test_check_of_a_broken_plugin_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     only = ["films_packed", "inputs_untouched"]
-    monkeypatch.setattr(testing, "run_checks", partial(testing.run_checks, only=only))
+    monkeypatch.setattr(conformance, "run_checks", partial(testing.run_checks, only=only))
+    monkeypatch.setattr("torch.get_num_threads", lambda: 1)  # one process: others would not have what is patched here
     file = tmp_path / "looks_across_films.py"
     file.write_text(
         "import torch, sparse_zoo as zoo\n"
@@ -254,3 +256,30 @@ def test_check_of_a_broken_plugin_fails(tmp_path: Path, monkeypatch: pytest.Monk
     assert "looks_across_films: films_packed" in done.output
     assert " failed: expected " in done.output
     assert zoo("check", "windows").exit_code == 2
+
+
+@pytest.mark.slow
+def test_check_of_several_methods_in_processes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.get_num_threads", lambda: 2)
+    file = tmp_path / "ends.py"
+    file.write_text(
+        "import os, signal, torch, sparse_zoo as zoo\n"
+        "@zoo.register('ends')\n"
+        "class Ends(zoo.Attention):\n"
+        "    '''Ends its process.'''\n"
+        "    def plan(self, q, k, layout):\n"
+        "        os.kill(os.getpid(), signal.SIGKILL)\n"
+    )
+    done = zoo("check", "dense", "ends", "rolling", "--plugin", file, "--json")
+    assert done.exit_code == 1
+    found = json.loads(done.stdout)["checks"]
+    ended = {
+        "method": "ends",
+        "check": "process",
+        "status": "failed",
+        "reason": "its process was killed by SIGKILL while checking",
+        "seconds": 0.0,
+    }
+    assert [row for row in found if row["method"] == "ends"] == [ended]
+    assert [row["check"] for row in found if row["method"] == "dense"] == list(checks())
+    assert [row["method"] for row in found] == ["dense"] * len(checks()) + ["ends"] + ["rolling"] * len(checks())

@@ -15,6 +15,7 @@ from typer.testing import CliRunner
 
 from experiments import escape
 from experiments.cli import app
+from experiments.inspection import conformance
 from experiments.reporting import tables
 from experiments.reporting.report import build_report
 from sparse_zoo import testing
@@ -102,7 +103,7 @@ def test_names_are_text_in_every_output_of_every_command(here: Path, monkeypatch
     assert json.loads(zoo("list", "odd", "--json", *plugin))["methods"][0]["settings"]["note"]["default"] == HOSTILE
     failed = testing.Outcome("odd", "made_up", "failed", HOSTILE, 0.0)
     with monkeypatch.context() as patched:
-        patched.setattr(testing, "run_checks", lambda _: [failed])
+        patched.setattr(conformance, "run_checks", lambda _: [failed])
         zoo("check", "odd", *plugin, exit_code=1, shows=shown)
     zoo("map", "odd", f"note=a{HOSTILE}", "--out", picture, *plugin, shows=escape.visible(picture))
     zoo("cost", "odd", f"note=a{HOSTILE}", *plugin)

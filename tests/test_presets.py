@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -172,6 +173,7 @@ def test_random_shots_of_a_film_are_alike_packed_and_alone(each: str) -> None:
     assert torch.equal(packed[..., first:, first:], mask(films[1]))
 
 
+@pytest.mark.slow
 def test_the_baselines_conform() -> None:
     zoo.load_plugin(SWEEPS.parent / "tools" / "baselines.py")
     testing.check_method("own_shot")
@@ -179,6 +181,19 @@ def test_the_baselines_conform() -> None:
         testing.check_method(
             "random_shots", each=each, known_failures={"eval_draws_nothing": "a seed stands for films"}
         )
+
+
+ROUTED = {"name": "moc", "chunk": "frame", "top_k": 1}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "settings"),
+    [("last_shots", {}), ("shot_summary", {}), ("pooled_memory", {}), ("frozen_router", {"of": ROUTED})],
+)
+def test_recurrence_compression_and_frozen_routers_conform(name: str, settings: dict[str, Any]) -> None:
+    zoo.load_plugin(SWEEPS.parent / "tools" / "baselines.py")
+    testing.check_method(name, **settings)
 
 
 def _films() -> list[dict[str, object]]:

@@ -140,17 +140,18 @@ def check(
     load_plugins(plugin)
     import sparse_zoo as zoo
     from experiments.execution.progress import counting
-    from sparse_zoo.testing import Outcome, checks, run_checks
+    from experiments.inspection.conformance import check_methods
+    from sparse_zoo.testing import Outcome, checks
 
     names = list(dict.fromkeys(methods or zoo.names()))
     for name in names:
         zoo.get(name)  # an unknown one is refused before the others take their time
     outcomes: list[Outcome] = []
     with counting(errors, "checks", len(names) * len(checks())) as advance:
-        for name in names:
-            for outcome in run_checks(name):
-                outcomes.append(outcome)
-                advance(f"{name}: {outcome.check}")
+        for outcome in check_methods(names, plugin):
+            outcomes.append(outcome)
+            advance(f"{outcome.method}: {outcome.check}")
+    outcomes.sort(key=lambda outcome: names.index(outcome.method))
     failed = [outcome for outcome in outcomes if outcome.status == "failed"]
     if as_json:
         print(json.dumps({"checks": [asdict(outcome) for outcome in outcomes]}))

@@ -7,10 +7,9 @@ import os
 import time
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import closing, contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from multiprocessing.connection import Connection
-from multiprocessing.connection import wait as wait_for
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Protocol
@@ -26,7 +25,7 @@ from datamodules.shards import finish_orphans
 from experiments.escape import for_terminal as escape
 from experiments.escape import visible
 from experiments.execution import ray_jobs, signals, slurm
-from experiments.execution.processes import Worker, end
+from experiments.execution.processes import work_through
 from experiments.tracking.store import write_json
 from sparse_zoo.errors import ZooError, refuse
 
@@ -206,45 +205,22 @@ def here(rows: Sequence[Row], encoding: Encoding, observer: Observer) -> Iterato
 def _in_processes(rows: Sequence[Row], encoding: Encoding, bar: EncodingBar, jobs: int) -> Iterator[Outcome]:
     """Each of `jobs` processes is given one row after the other; one that dies costs its row one more start."""
     waiting, died = deque(rows), set[int]()
-    workers = [Worker(number, jobs, _serve, encoding) for number in range(jobs)]
-    try:
-        while waiting or any(worker.work for worker in workers):
-            for worker in workers:
-                if waiting and worker.work is None:
-                    worker.give(waiting.popleft())
-            for pipe in wait_for([worker.pipe for worker in workers if worker.work]):
-                worker = next(worker for worker in workers if worker.pipe is pipe)
-                row = worker.work
-                try:
-                    kind, message = worker.pipe.recv()
-                except (EOFError, ConnectionError):
-                    fate = worker.fate()
-                    workers[worker.number] = Worker(worker.number, jobs, _serve, encoding)
-                    if row.line in died:
-                        yield Outcome(row, None, f"its process {fate} twice")
-                    else:
-                        died.add(row.line)
-                        waiting.append(row)
-                        bar.note(f"{row.name}: its process {fate}; another process continues it")
-                    continue
-                if kind == "refused":
-                    raise ZooError(message)
-                if kind == "no room":
-                    raise OSError(*message)
-                if kind != "ended":
-                    bar.step(row, *message)
-                    continue
-                worker.work = None
-                if message is None:
-                    waiting.append(row)
-                else:
-                    yield message
-        for worker in workers:
-            worker.pipe.close()
-        for worker in workers:
-            worker.process.join(signals.GRACE)  # each finishes its shards
-    finally:
-        end(workers)
+    with closing(work_through(waiting, jobs, _serve, encoding)) as told:
+        for row, kind, rest in told:
+            if kind == "no room":
+                raise OSError(*rest)
+            if kind == "step":
+                bar.step(row, *rest)
+            elif kind == "done" and rest[0] is not None:
+                yield rest[0]
+            elif kind == "done":
+                waiting.append(row)
+            elif row.line in died:
+                yield Outcome(row, None, f"its process {rest[0]} twice")
+            else:
+                died.add(row.line)
+                waiting.append(row)
+                bar.note(f"{row.name}: its process {rest[0]}; another process continues it")
 
 
 def _serve(pipe: Connection, threads: int, encoding: Encoding) -> None:
@@ -262,11 +238,11 @@ def _serve(pipe: Connection, threads: int, encoding: Encoding) -> None:
                     pipe.send(("refused", str(error)))
                     continue
                 except OSError as error:
-                    pipe.send(("no room", (error.errno, error.strerror, error.filename)))
+                    pipe.send(("no room", error.errno, error.strerror, error.filename))
                     continue
                 if outcome is None:
                     time.sleep(POLL)
-                pipe.send(("ended", outcome))
+                pipe.send(("done", outcome))
         finally:
             if encoder is not None:
                 encoder.finish()
@@ -280,7 +256,7 @@ class _PipeObserver:
 
     def step(self, row: Row, done: int, total: int) -> None:  # noqa: ARG002
         try:
-            self.to.send(("step", (done, total)))
+            self.to.send(("step", done, total))
         except BrokenPipeError:
             os._exit(1)  # as if killed: what is finished stays
 

@@ -6,18 +6,23 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections import deque
+from collections.abc import Callable, Generator, Sequence
 from contextlib import suppress
 from multiprocessing import get_context
 from multiprocessing.connection import Connection
+from multiprocessing.connection import wait as wait_for
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 from unittest.mock import patch
 
 import torch
 
 from experiments.execution import signals
 from experiments.tracking.store import Result
+from sparse_zoo.errors import ZooError
+
+W = TypeVar("W")
 
 ENDING = 10.0  # seconds that a process has, beyond a step, to write down what it has when it is interrupted
 
@@ -58,6 +63,55 @@ class Worker:
         self.process.join()
         code = self.process.exitcode or 0
         return f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
+
+
+def work_through(
+    waiting: deque[W], jobs: int, serve: Callable[..., None], *more: Any, gpus: int = 1
+) -> Generator[tuple[W, str, tuple[Any, ...]], None, None]:
+    """Each of `jobs` processes is given one piece of work after the other, until none is waiting or under way.
+
+    No pool of a library: those take the death of one process, say for want of memory, for the end of all.
+
+    Args:
+        waiting: The work, taken from its left; the caller may put more into it meanwhile.
+        jobs: How many processes.
+        serve: What they run, as of `Worker`. It receives work until its pipe is closed, and sends tuples of a name and
+            what belongs to it: ("done", …) for the end of a piece, ("refused", message) for what ends all.
+        more: For `serve`.
+        gpus: How many GPUs each process has.
+
+    Yields:
+        The piece of work, and the name and the rest of what was sent; ("died", how) where the process died. Another
+        process takes its place, and the piece is the caller's to wait for again.
+
+    Raises:
+        ZooError: A process refused, with its message.
+    """
+    workers = [Worker(number, jobs, serve, *more, gpus=gpus) for number in range(jobs)]
+    try:
+        while waiting or any(worker.work is not None for worker in workers):
+            for worker in workers:
+                if waiting and worker.work is None:
+                    worker.give(waiting.popleft())
+            for pipe in wait_for([worker.pipe for worker in workers if worker.work is not None]):
+                worker = next(worker for worker in workers if worker.pipe is pipe)
+                work = worker.work
+                try:
+                    name, *rest = worker.pipe.recv()
+                except (EOFError, ConnectionError):
+                    name, rest = "died", [worker.fate()]
+                    workers[worker.number] = Worker(worker.number, jobs, serve, *more, gpus=gpus)
+                if name == "refused":
+                    raise ZooError(*rest)
+                if name == "done":
+                    worker.work = None
+                yield work, name, tuple(rest)
+        for worker in workers:
+            worker.pipe.close()
+        for worker in workers:
+            worker.process.join(signals.GRACE)  # each finishes what it has begun
+    finally:
+        end(workers)
 
 
 def end(workers: Sequence[Worker]) -> None:

@@ -11,16 +11,15 @@ import logging
 import time
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import suppress
+from contextlib import closing, suppress
 from dataclasses import replace
 from multiprocessing.connection import Connection
-from multiprocessing.connection import wait as wait_for
 from typing import Any
 
 import torch
 
 from experiments.execution import signals
-from experiments.execution.processes import PipeObserver, Worker, end, loaded_plugins
+from experiments.execution.processes import PipeObserver, loaded_plugins, work_through
 from experiments.execution.progress import Bar
 from experiments.execution.work import POLL, Work, devices, on_gpu
 from experiments.sweep.expand import Sweep
@@ -166,44 +165,23 @@ def _too_many(jobs: int, cells: list[Cell]) -> list[str]:
 
 
 def _in_processes(works: list[Work], jobs: int, bar: Bar) -> Iterator[Result]:
-    """Each of `jobs` processes is given one cell after the other.
-
-    No pool of a library: those take the death of one process, say for want of memory, for the end of all.
-    """
+    """Each of `jobs` processes is given one cell after the other."""
     waiting, noted = deque(works), set[str]()
     each = max(devices(work.cell) for work in works)
-    workers = [Worker(number, jobs, _serve, gpus=each) for number in range(jobs)]
-    try:
-        while waiting or any(worker.work for worker in workers):
-            for worker in workers:
-                if waiting and worker.work is None:
-                    worker.give(waiting.popleft())
-            for pipe in wait_for([worker.pipe for worker in workers if worker.work]):
-                worker = next(worker for worker in workers if worker.pipe is pipe)
-                work = worker.work
-                assert work is not None
-                try:
-                    kind, *told_of = worker.pipe.recv()
-                except EOFError:
-                    workers[worker.number] = Worker(worker.number, jobs, _serve, gpus=each)
-                    bar.dropped(work.cell.name, f"its process {worker.fate()}; the same command resumes it")
-                    yield read(work.cell, work.sweep)
-                    continue
-                if kind == "refused":
-                    raise ZooError(*told_of)
-                if kind != "done":
-                    getattr(bar, kind)(*told_of)
-                    continue
-                worker.work = None
-                if told_of[0] is not None:
-                    yield told_of[0]
-                    continue
+    with closing(work_through(waiting, jobs, _serve, gpus=each)) as told:
+        for work, kind, rest in told:
+            if kind == "died":
+                bar.dropped(work.cell.name, f"its process {rest[0]}; the same command resumes it")
+                yield read(work.cell, work.sweep)
+            elif kind != "done":
+                getattr(bar, kind)(*rest)
+            elif rest[0] is not None:
+                yield rest[0]
+            else:
                 if work.cell.name not in noted:
                     bar.note(f"{work.cell.name} is running elsewhere")
                     noted.add(work.cell.name)
                 waiting.append(work)
-    finally:
-        end(workers)
 
 
 def _serve(pipe: Connection, threads: int) -> None:

@@ -261,6 +261,7 @@ def psa(attention: PSA, call: Call) -> Tensor:
         sampled = [block[::4] for block in asked]
         ends = [math.floor(len(asked) * min(1.0, sum(attention.shares[: n + 1])) + 1e-9) for n in range(4)]
         ends[0] = max(1, ends[0])
+        summaries = {level: [pooled_keys(k, v, list(runs(x, 2**level).values())) for x in asked] for level in (1, 2, 3)}
         for block in asking:
             per_query = []
             for i in block[::4]:
@@ -274,7 +275,7 @@ def psa(attention: PSA, call: Call) -> Tensor:
                 if level == 0:
                     read += of_tokens(k, v, asked[b])
                 elif level < 4:
-                    read += pooled_keys(k, v, list(runs(asked[b], 2**level).values()))
+                    read += summaries[level][b]
             out[item, head, block] = softmax(q[block], read)
 
     per_film(call, one)
@@ -303,14 +304,15 @@ def llsa(attention: LLSA, call: Call) -> Tensor:
                     above = chosen[level + 1][a // size]
                     may = [b for b in may if b // size in above]  # type: ignore[assignment]
                 chosen[level].append(sorted(may, key=lambda b: (-row[b], b))[: attention.top_k])
+        summaries = {level: pooled_keys(k, v, pieces) for level, pieces in pyramid.items()}
         for a, block in enumerate(pyramid[1]):
             read = of_tokens(k, v, text + [j for b in chosen[1][a] for j in pyramid[1][b]])
             for level in range(1, levels + 1) if attention.enrich else ():
-                pieces = pyramid[level]
-                if level < levels:
+                if level == levels:
+                    read += summaries[level]
+                else:
                     above = chosen[level + 1][a // size**level]
-                    pieces = [piece for b, piece in enumerate(pieces) if b // size in above]
-                read += pooled_keys(k, v, pieces)
+                    read += [key for b, key in enumerate(summaries[level]) if b // size in above]
             out[item, head, block] = softmax(q[block], read)
 
     per_film(call, one)
