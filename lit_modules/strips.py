@@ -10,7 +10,7 @@ from torch import Tensor
 from sparse_zoo.layout import Layout
 
 FRAMES = 4  # of a shot that a row shows at most
-MOST = 128  # frames of a row: of a long film it shows fewer of each shot, and in the end not every shot
+MOST = 64  # frames of a row: of a long film it shows fewer of each shot, and in the end not every shot
 ROW_GAP = 2  # pixels between the rows of a picture, before they are zoomed
 MIN_HEIGHT = 64  # pixels that a row of a picture is zoomed to at least
 
@@ -41,15 +41,21 @@ def shown(shots: int, frames: int = FRAMES) -> tuple[list[int], int]:
 
 
 def some_frames(clip: Tensor, frames: int = FRAMES) -> Tensor:
-    """Return frames of a clip (F, C, H, W), evenly spaced, the first and last among them; float32 on the CPU."""
-    return clip.detach()[torch.linspace(0, len(clip) - 1, min(frames, len(clip))).round().long()].float().cpu()
+    """Return frames of a clip (F, C, H, W) in [-1, 1], evenly spaced, the first and last among them; uint8, on the CPU.
+
+    Of what this returned before, in uint8, it chooses again.
+    """
+    chosen = clip.detach()[torch.linspace(0, len(clip) - 1, min(frames, len(clip))).round().long()].cpu()
+    return (
+        chosen if chosen.dtype == torch.uint8 else ((chosen.float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
+    )
 
 
 def film_strip(clips: Sequence[Tensor], frames: int = FRAMES) -> Tensor:
     """Return one row of frames of a film, with a wide gap at each cut; see `shown` and `some_frames` for which.
 
     Args:
-        clips: One clip a shot, (F, C, H, W) in [-1, 1].
+        clips: One clip a shot, (F, C, H, W) in [-1, 1], or its `some_frames`.
         frames: How many frames of a shot to show at most.
 
     Returns:
@@ -62,7 +68,7 @@ def film_strip(clips: Sequence[Tensor], frames: int = FRAMES) -> Tensor:
         for j, frame in enumerate(some_frames(clips[number], frames)):
             if i or j:
                 row.append(_gap(height, 1 if j else max(3, height // 16)))
-            pixels = ((frame.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).expand(3, -1, -1).permute(1, 2, 0)
+            pixels = frame.expand(3, -1, -1).permute(1, 2, 0)
             row.append(torch.cat([pixels, _gap(height - len(pixels), pixels.shape[1])]))
     return torch.cat(row, dim=1)
 
@@ -72,7 +78,7 @@ def stack_rows(rows: Sequence[Tensor]) -> Tensor:
     gap = _gap(ROW_GAP, rows[0].shape[1])
     stacked = torch.cat([part for row in rows for part in (row, gap)][:-1])
     zoom = max(1, MIN_HEIGHT // len(rows[0]))
-    return stacked.repeat_interleave(zoom, dim=0).repeat_interleave(zoom, dim=1)
+    return stacked if zoom == 1 else stacked.repeat_interleave(zoom, dim=0).repeat_interleave(zoom, dim=1)
 
 
 def _gap(height: int, width: int) -> Tensor:

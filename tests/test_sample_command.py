@@ -167,13 +167,13 @@ def test_latents_are_decoded_into_a_film_one_shot_at_a_time(tmp_path: Path) -> N
     films = [[torch.full((5, 4, 2, 2), float(sign * shot)) for shot in range(shots)] for sign in (1, 0, -1)]
     strip, film = write_film(tmp_path / "new" / "film", films, decode, 8.0, ["a film", *map(str, range(shots))])
     assert max(most) <= 3  # beside the one that is decoded, the first and the one before
-    assert len(most) == 200 + 2 * 128  # of the versions that are not written, only what the strip shows
+    assert len(most) == 200 + 2 * 64  # of the versions that are not written, only what the strip shows
     with av.open(str(film)) as file:
         levels = [float(frame.to_ndarray(format="gray").mean()) for frame in file.decode(video=0)]
     assert len(levels) == 5 * shots
     assert np.corrcoef(levels, np.arange(5 * shots))[0, 1] < -0.99
     assert film.with_suffix(".vtt").read_text().endswith("00:02:04.375 --> 00:02:05.000\n199\n")
     picture = image.imread(strip)
-    zoom, gaps = 4, 3 * 127  # rows of 16 pixels; a gap at each cut
-    assert picture.shape[:2] == (zoom * (3 * 16 + 2 * 2), zoom * (128 * 16 + gaps))
+    zoom, gaps = 4, 3 * 63  # rows of 16 pixels; a gap at each cut
+    assert picture.shape[:2] == (zoom * (3 * 16 + 2 * 2), zoom * (64 * 16 + gaps))
     assert picture[:64, -4:, 0].mean() > 0.99  # the last shot is shown
