@@ -177,7 +177,7 @@ def write_film(
 ) -> tuple[Path, Path]:
     """Write the strip of all versions of a film and the MP4 of the last one.
 
-    Latents are decoded shot by shot, so that memory holds the frames of one shot, however long the film is.
+    Latents are decoded shot by shot: of a long film only the frames that its strip shows are kept.
 
     Args:
         path: Of both files, without a suffix.
