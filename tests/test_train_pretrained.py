@@ -219,7 +219,10 @@ def by_one_process(config: dict, replicas: int) -> dict[str, torch.Tensor]:
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: optim.rate(step, steps))
     data = ToyLatents(films=4)
     films = data._films(0, 4)
-    share = [SimpleNamespace(distributed_sampler_kwargs={"num_replicas": replicas, "rank": r}) for r in range(replicas)]
+    share = [
+        SimpleNamespace(distributed_sampler_kwargs={"num_replicas": replicas, "rank": r}, limit_train_batches=1.0)
+        for r in range(replicas)
+    ]
     streams = [iter(train_loader(films, 1, 0, 0, one)) for one in share]
     for step in range(steps):
         for rank, stream in enumerate(streams):
