@@ -207,12 +207,12 @@ def tiny(name: str, arguments: list[str], here: Path, runs: Path) -> list[str]:
         smaller = {"5,15,25": "0,1", "6,6,9": "1,2", "density=0.2": "density=0.78", "moc,radial,sta": "moc"}
         arguments = arguments + ["--shots", "1,2"] * (name == "compare")  # one shot of these sizes is one block
         return [*(smaller.get(word, word) for word in arguments), "--size", "9x64x96", "--steps", "2"]
-    if name in ("sample", "ladder", "capture"):
-        return [one_run(runs), *("0" if word == "0,2" else word for word in arguments[1:])]
-    if name == "replay":
+    if name == "replay" or arguments[:1] == ["calls.safetensors"]:
         run(["capture", one_run(runs), "--out", "calls.safetensors"])
         # A named method that misses the budget fails, and films of this size allow few densities.
         return arguments[: arguments.index("--match")] if "moc" in arguments else arguments
+    if name in ("sample", "ladder", "capture"):
+        return [one_run(runs), *("0" if word == "0,2" else word for word in arguments[1:])]
     if name == "bench":
         return [*arguments, "--method", "window", "--tokens", "2048", "--repeats", "1", "--max-repeats", "1"]
     return arguments

@@ -115,6 +115,16 @@ def test_some_layers(trained: Path, tmp_path: Path) -> None:
     assert not (tmp_path / "none").exists()
 
 
+def test_a_capture_whose_header_is_as_long_as_a_pickle_begins_is_read(tmp_path: Path) -> None:
+    call = Call(*torch.randn(3, 1, 1, 4, 2), Layout.film([Shot(1, 2, 2)]))
+    begins = set()
+    for length in range(0, 1024, 8):
+        file = save(tmp_path / "calls.safetensors", [Captured(call, {"name": "dense", "note": "x" * length})])
+        begins.add(file.read_bytes()[:2])
+        same(load(file)[0].call, call)
+    assert begins >= {b"\x80\x03", b"\x80\x04"}  # 896 and 1152 bytes, as pickles of protocols 3 and 4
+
+
 def awkward() -> list[Captured]:
     """Half precision, shared key heads, some queries, features, two films, k and v that are one tensor."""
     film = Layout.film([Shot(1, 2, 3, 1), Shot(2, 1, 1)], caption=2)
@@ -230,6 +240,38 @@ def test_the_ladder_of_a_run(trained: Path, calls: Path, tmp_path: Path) -> None
         mass = {rung: sum(steps[own, layer, time]["rungs"][rung]["mass"] for time in (0.3, 0.9)) / 2 for rung in RUNGS}
         assert judged["mass"] == pytest.approx(mass)
         assert judged["verdict"] == verdict(mass)
+
+
+def test_the_ladder_of_a_capture_is_that_of_the_run(trained: Path, calls: Path) -> None:
+    method, given = "moc:top_k=2,anchors=[text]", ["--films", "3", "--times", ".3", "--times", ".9"]
+    of_calls, of_run = (
+        json.loads(zoo("ladder", *arguments, "--method", method, "--json").stdout)
+        for arguments in ([calls], [trained, *given])
+    )
+    assert of_calls["methods"] == of_run["methods"][1:]
+    for key in ("step", "films", "times"):
+        assert of_calls[key] == of_run[key]
+    assert of_calls["steps"] == [step for step in of_run["steps"] if step["method"] in of_calls["methods"]]
+    assert of_calls["verdicts"] == [x for x in of_run["verdicts"] if x["method"] in of_calls["methods"]]
+    assert of_calls["plot"] == str(calls.parent / "ladder.png")
+
+    served = json.loads(zoo("ladder", calls, "--json").stdout)  # by what served them, built anew
+    assert served["methods"] == ["moc · top_k 1 · anchors none", "moga · groups 2 (untrained)"]
+    assert {step["layer"] for step in served["steps"]} == {0, 1}
+
+
+def test_what_a_capture_cannot_be_asked_is_refused(calls: Path, tmp_path: Path) -> None:
+    refused = zoo("ladder", calls, "data.subjects=3", "--films", "2", "--times", "0.5")
+    assert refused.exit_code == 2
+    for name in ("overrides", "--films", "--times"):
+        assert f"has films and noise times of its own; leave {name} out" in " ".join(refused.stderr.split())
+    first, *_ = load(calls)
+    silent = Captured(replace(first.call, noise=None), first.method)
+    narrow = replace(first.call, q=first.call.q[:, :1], k=first.call.k[:, :1], v=first.call.v[:, :1])
+    refused = zoo("ladder", save(tmp_path / "odd.safetensors", [silent, Captured(narrow, first.method)]))
+    assert refused.exit_code == 2
+    assert "call 0 does not say its noise time" in refused.stderr
+    assert "its calls must have heads of one number and width, got [(1, 8), (2, 8)]" in " ".join(refused.stderr.split())
 
 
 @pytest.mark.slow

@@ -26,6 +26,7 @@ SMALLER = {
     "density=0.2": "density=0.67",
     "moc,radial,sta": "moc",
     "radial": "dense",
+    "moc:top_k=5": "moc:top_k=1",
 }
 OF_PYTHON = {
     '"cuda"': '"cpu"',
@@ -71,7 +72,7 @@ def test_the_page_is_followed_line_by_line(tmp_path: Path, monkeypatch: pytest.M
             done = CliRunner().invoke(app, [*words, *MORE.get(words[0], [])])
             assert done.exit_code == 0, f"{line}\n{done.output}"
             followed.append(words[0])
-    assert followed == ["sample", "compare", "capture", "replay", "encode", "train", "sample"]
+    assert followed == ["sample", "compare", "capture", "replay", "ladder", "encode", "train", "sample"]
     model_size(["wan", "21x60x104", "--method", "moc"])
     (trained,) = (tmp_path / "runs" / "train").glob("moc-*/samples-3")
     for file in [*trained.glob("*.mp4"), *(tmp_path / "samples").glob("*.mp4")]:
@@ -79,4 +80,5 @@ def test_the_page_is_followed_line_by_line(tmp_path: Path, monkeypatch: pytest.M
             assert len(list(video.decode(video=0))) == 9
     assert len(list(trained.glob("*.mp4"))) == 2
     assert (tmp_path / "compare" / "index.html").is_file()
+    assert (tmp_path / "ladder.png").is_file()
     assert (tmp_path / "trained" / "lora").is_dir()

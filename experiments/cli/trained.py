@@ -118,15 +118,18 @@ Times = Annotated[
 
 @app.command(epilog="Example: [bold]zoo ladder runs/train/moc-0123456789ab --method moc:top_k=8[/bold]")
 def ladder(
-    run: Annotated[Path, typer.Argument(help="A run's folder, or a .ckpt in one.")],
+    run: Annotated[Path, typer.Argument(help="A run's folder, or a .ckpt in one; or calls.safetensors of a capture.")],
     overrides: Annotated[
         list[str] | None, typer.Argument(help="data.key=value over the run's config: other films, longer ones.")
     ] = None,
     method: Annotated[
         list[str],
-        typer.Option(help="Ask what METHOD[:key=value,...] would keep of the same q, k, v; may be repeated."),
+        typer.Option(
+            help="Ask what METHOD[:key=value,...] would keep of the same q, k, v; may be repeated. Of a capture, the "
+            "method that served it, if none."
+        ),
     ] = [],  # noqa: B006
-    films: Annotated[int, typer.Option(min=1, help="How many validation films to run.")] = 2,
+    films: Annotated[int | None, typer.Option(min=1, help="How many validation films to run; 2 if not given.")] = None,
     times: Times = [],  # noqa: B006
     heads: Annotated[bool, typer.Option("--heads", help="Show each head of each layer.")] = False,
     out: Annotated[
@@ -140,21 +143,33 @@ def ladder(
 
     Validation films are noised and run through the model. In each layer and head, the share of dense attention's
     softmax that the method kept, and the error of its output, stand beside those of the best possible choice of as many
-    pieces, of the choice by pooled keys, and of a random one.
+    pieces, of the choice by pooled keys, and of a random one. Of a pretrained model give a file of zoo capture.
     """
     reasons = misspelt_methods(map(parse_method, method), plugins=bool(plugin))
     refuse("zoo ladder", reasons + unfit_picture("--plot", out))
-    find("zoo ladder", run, overrides or [], plugin)
+    of_calls = run.suffix == ".safetensors"
+    if of_calls:
+        given = {"overrides": overrides, "--films": films, "--times": times}
+        refuse("zoo ladder", [f"{run} has films and noise times of its own; leave {x} out" for x in given if given[x]])
+    else:
+        find("zoo ladder", run, overrides or [], plugin)
     load_plugins(plugin, data=True)
     from experiments.execution.progress import counting
-    from experiments.inspection.ladder import RULE, TIMES, climb, plot
+    from experiments.inspection.ladder import RULE, TIMES, climb, climb_captured, plot
     from experiments.inspection.trained import Trained
 
-    trained = Trained("zoo ladder", run, overrides or [], films, plugin)
-    at = tuple(times) or TIMES
-    with counting(errors, "attentions", len(trained.batches) * len(at) * len(trained.module.model.blocks)) as advance:
-        found = climb(trained, at, method, advance)
-    picture = plot(found, out or trained.folder / "ladder.png").absolute()
+    if of_calls:
+        with counting(errors, "calls", None) as advance:
+            found = climb_captured(run, method, advance)
+        folder = run.parent
+    else:
+        trained = Trained("zoo ladder", run, overrides or [], films or 2, plugin)
+        at = tuple(times) or TIMES
+        number = len(trained.batches) * len(at) * len(trained.module.model.blocks)
+        with counting(errors, "attentions", number) as advance:
+            found = climb(trained, at, method, advance)
+        folder = trained.folder
+    picture = plot(found, out or folder / "ladder.png").absolute()
     if as_json:
         print(json.dumps({**found.to_json(), "plot": str(picture)}))
         return

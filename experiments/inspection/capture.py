@@ -79,19 +79,16 @@ def save(path: Path, captured: Sequence[Captured]) -> Path:
 def load(path: Path) -> list[Captured]:
     """The calls of a file, on the CPU; raises ZooError with all that is wrong with it."""
     refuse("captures", [] if path.is_file() else [f"no such file: {path}"])
-    with path.open("rb") as begun:
-        pickled = begun.read(2) in (b"PK", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")
-    refuse(
-        "captures",
-        [f"{path} is a pickle, which can run code when it is loaded; give the safetensors file of `zoo capture`"]
-        * pickled,
-    )
     try:
         with safe_open(path, "pt") as file:
             metadata = file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 it is no mapping
     except (SafetensorError, OSError) as error:
-        raise ZooError(f"{path} is no safetensors file: {error}") from error
+        # Only now: the length of a header, with which these files begin, may look like the beginning of a pickle.
+        with path.open("rb") as begun:
+            pickled = begun.read(2) in (b"PK", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")
+        why = "a pickle, which can run code when it is loaded; give the safetensors file of `zoo capture`"
+        raise ZooError(f"{path} is {why if pickled else f'no safetensors file: {error}'}") from error
     given = metadata.get("format")
     refuse(str(path), [f"is no file of captures: its format is {given!r}, not {FORMAT!r}"] if given != FORMAT else [])
     try:

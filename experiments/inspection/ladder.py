@@ -19,7 +19,7 @@ from experiments.analysis.formatting import percent, settings
 from experiments.config.names import parse_method
 from experiments.escape import for_terminal as escape
 from experiments.escape import visible
-from experiments.inspection.capture import Captured
+from experiments.inspection.capture import Captured, load
 from experiments.inspection.trained import Trained
 from lit_modules.dit import Block
 from lit_modules.routing_watch import each_attention
@@ -53,14 +53,17 @@ class Step:
 
 @dataclass(frozen=True)
 class Climbed:
-    """What `zoo ladder` found. `methods`: the run's own first, then those that were asked for."""
+    """What `zoo ladder` found. `methods`: the run's own first, then those that were asked for.
+
+    `checkpoint` is the file that it looked into, `step` the step of its training; None for captured calls without one.
+    """
 
     checkpoint: str
-    step: int
+    step: int | None
     films: int
     times: tuple[float, ...]
     methods: tuple[str, ...]
-    layers: int
+    layers: tuple[int, ...]
     heads: int
     steps: tuple[Step, ...]
 
@@ -86,7 +89,7 @@ class Climbed:
     @property
     def verdicts(self) -> list[dict[str, Any]]:
         """The verdict of every method in every layer: by method, then by layer."""
-        return [self.verdict(method, layer) for method in self.methods for layer in range(self.layers)]
+        return [self.verdict(method, layer) for method in self.methods for layer in self.layers]
 
     def to_json(self) -> dict[str, Any]:
         """Plain: "steps" with means and "heads", {rung: {figure: [of each head]}}, and "verdicts" by layer."""
@@ -115,7 +118,7 @@ class Climbed:
         by_layer = [
             (method, f"{layer}" if head is None else f"{layer}, head {head}", self.figures(method, layer, head=head))
             for method in self.methods
-            for layer in range(self.layers)
+            for layer in self.layers
             for head in which
         ]
         by_time = [(name, f"{time:g}", self.figures(name, time=time)) for name in self.methods for time in self.times]
@@ -150,28 +153,15 @@ def climb(
     _check_times(times)
     blocks = [cast(Block, block).attention for block in trained.module.model.blocks]
     run = settings(trained.config["attention"])
-    others = {name: own for name, own in (build(text, blocks[0]) for text in asked) if name != run}
-    found: dict[tuple[str, int, float], list[dict[str, dict[str, Tensor]]]] = {}
+    size = {"heads": blocks[0].heads, "head_dim": blocks[0].head_dim, "dim": blocks[0].dim}
+    others = {name: own for name, own in (_build(parse_method(text), size) for text in asked) if name != run}
+    found: Found = {}
 
     def look(time: float, attention: zoo.Attention, call: zoo.Call) -> None:
-        for name, own in {run: attention, **others}.items():
-            if own is not attention:
-                own.to(call.q.device, call.q.dtype if call.hidden is None else call.hidden.dtype)
-            rungs = ladder(own, call).rungs
-            plain = {rung: {key: getattr(x, key).cpu() for key in FIGURES} for rung, x in rungs.items()}
-            found.setdefault((name, call.layer, time), []).append(plain)
+        _look_at(call, time, {run: attention, **others}, found)
         told(f"layer {call.layer}, time {time:g}")
 
     each_call(trained, times, look)
-    steps = [
-        Step(
-            name,
-            layer,
-            time,
-            {rung: {key: torch.cat([x[rung][key] for x in parts]).mean(0) for key in FIGURES} for rung in parts[0]},
-        )
-        for (name, layer, time), parts in found.items()
-    ]
     films = sum(len(batch["text"]) * len(batch["layout"].films) for batch in trained.batches)
     return Climbed(
         str(trained.checkpoint),
@@ -179,9 +169,73 @@ def climb(
         films,
         tuple(times),
         (run, *others),
-        len(blocks),
+        tuple(range(len(blocks))),
         blocks[0].heads,
-        tuple(steps),
+        _means(found),
+    )
+
+
+@torch.no_grad()
+def climb_captured(path: Path, asked: Sequence[str] = (), told: Callable[[str], object] = lambda _: None) -> Climbed:
+    """Put methods on the ladder for the calls that `zoo capture` has kept, of a run or of a pretrained model.
+
+    Args:
+        path: The file of calls.
+        asked: METHOD[:key=value,...], built anew; where there is none, the method that served the calls.
+        told: Called once for each call.
+
+    Raises:
+        ZooError: For what is no file of captures, calls that do not say their noise time, or differ in their heads, and
+            for what `sparse_zoo.build` refuses.
+    """
+    captured = load(path)
+    sizes = {(one.call.q.shape[1], one.call.q.shape[-1]) for one in captured}
+    refuse(
+        str(path),
+        [f"call {n} does not say its noise time" for n, one in enumerate(captured) if one.call.noise is None]
+        + [f"its calls must have heads of one number and width, got {sorted(sizes)}"] * (len(sizes) > 1),
+    )
+    first = captured[0].call
+    dim = None if first.hidden is None else first.hidden.shape[-1]
+    size = {"heads": first.q.shape[1], "head_dim": first.q.shape[-1], "dim": dim}
+    wanted = [parse_method(text) for text in asked]
+    for one in captured if not asked else ():
+        own = {key: value for key, value in one.method.items() if key != "name"}
+        if (one.method["name"], own) not in wanted:
+            wanted.append((one.method["name"], own))
+    methods = dict(_build(method, size) for method in wanted)
+    found: Found = {}
+    for one in captured:
+        time = round(float(torch.as_tensor(one.call.noise).max()), 3)
+        _look_at(one.call, time, methods, found)
+        told(f"layer {one.call.layer}, time {time:g}")
+    layers, times = tuple(sorted({layer for _, layer, _ in found})), tuple(sorted({time for *_, time in found}))
+    in_a_layer = [one.call for one in captured if one.call.layer == first.layer]
+    films = sum(len(call.q) * len(call.layout.films) for call in in_a_layer) // len(times)
+    return Climbed(str(path), first.step, films, times, tuple(methods), layers, first.q.shape[1], _means(found))
+
+
+Found = dict[tuple[str, int, float], list[dict[str, dict[str, Tensor]]]]
+"""By method, layer and noise time, for each call: {rung: {figure: (batch, heads)}}."""
+
+
+def _look_at(call: zoo.Call, time: float, methods: Mapping[str, zoo.Attention], found: Found) -> None:
+    for name, attention in methods.items():
+        attention.to(call.q.device, call.q.dtype if call.hidden is None else call.hidden.dtype)
+        rungs = ladder(attention, call).rungs
+        plain = {rung: {key: getattr(x, key).cpu() for key in FIGURES} for rung, x in rungs.items()}
+        found.setdefault((name, call.layer, time), []).append(plain)
+
+
+def _means(found: Found) -> tuple[Step, ...]:
+    return tuple(
+        Step(
+            name,
+            layer,
+            time,
+            {rung: {key: torch.cat([x[rung][key] for x in parts]).mean(0) for key in FIGURES} for rung in parts[0]},
+        )
+        for (name, layer, time), parts in found.items()
     )
 
 
@@ -240,12 +294,12 @@ def layer_numbers(text: str) -> list[int]:
     return [int(part) for part in parts]
 
 
-def build(text: str, like: zoo.Attention) -> tuple[str, zoo.Attention]:
-    """METHOD[:key=value,...], named for people and in eval mode, of another's shape; parameters are those of seed 0."""
-    name, given = parse_method(text)
+def _build(method: tuple[str, Mapping[str, Any]], size: Mapping[str, Any]) -> tuple[str, zoo.Attention]:
+    """A method named for people and in eval mode; parameters are those of seed 0."""
+    name, given = method
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        made = zoo.build(name, heads=like.heads, head_dim=like.head_dim, dim=like.dim, **given).eval()
+        made = zoo.build(name, **size, **given).eval()
     untrained = any(True for _ in made.parameters())
     return settings({"name": name, **given}) + (" (untrained)" if untrained else ""), made
 
@@ -258,7 +312,7 @@ def plot(found: Climbed, path: Path) -> Path:
     figure = Figure(figsize=(12, 3.2 * rows + 0.3), dpi=130, layout="constrained")
     lines = figure.subfigures(rows, 1, squeeze=False)[:, 0]
     for line, method in zip(lines, found.methods, strict=True):
-        by_layer = {layer: found.figures(method, layer=layer) for layer in range(found.layers)}
+        by_layer = {layer: found.figures(method, layer=layer) for layer in found.layers}
         by_time = {time: found.figures(method, time=time) for time in found.times}
         axes = line.subplots(1, 4)
         for i, key in enumerate(("mass", "error")):
