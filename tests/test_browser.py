@@ -232,7 +232,7 @@ def test_the_page_of_mlflow_shows_all_cells_in_columns(
     page = browser.new_page(viewport={"width": DESKTOP, "height": 900})
     with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as server:
         try:
-            until = time.monotonic() + 120
+            until = time.monotonic() + 300  # of a fresh installation, whose modules are compiled first
             while socket.socket().connect_ex(("127.0.0.1", port)):
                 assert time.monotonic() < until
                 time.sleep(1)
