@@ -192,7 +192,7 @@ class _Pass:
         self.aspect = float(self.stream.sample_aspect_ratio or 1)
         self.rotation: int | None = None  # degrees, of the last frame, and what it takes to undo it
         self.turn = (False, False, False)
-        # `frame.reformat` would set up its scaling for every frame anew, which takes longer than to scale a small one.
+        # `frame.reformat` would set up its scaling again for every frame, which takes longer than to scale a small one.
         self.shrinker, self.scaler = VideoReformatter(), VideoReformatter()
         self.origin: float | None = None  # seconds in the file's own time at which the present recording would begin
         self.now = -self.period  # seconds since the first frame

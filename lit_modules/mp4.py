@@ -36,8 +36,8 @@ def write_mp4(path: Path, clips: Iterable[Tensor], rate: float, captions: Sequen
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
         lengths = [frames / rate for frames in _write_frames(path, clips, rate)]
-    except BaseException:
-        path.unlink(missing_ok=True)  # a film without its end
+    except BaseException:  # an interrupt too: a film without its end must not stay; the error is raised again
+        path.unlink(missing_ok=True)
         raise
     if any(text.strip() for text in captions):
         path.with_suffix(".vtt").write_text(web_vtt(lengths, captions), encoding="utf-8")

@@ -205,8 +205,8 @@ def here(rows: Sequence[Row], encoding: Encoding, observer: Observer) -> Iterato
 def _in_processes(rows: Sequence[Row], encoding: Encoding, bar: EncodingBar, jobs: int) -> Iterator[Outcome]:
     """Each of `jobs` processes is given one row after the other; one that dies costs its row one more start."""
     waiting, died = deque(rows), set[int]()
-    with closing(work_through(waiting, jobs, _serve, encoding)) as told:
-        for row, kind, rest in told:
+    with closing(work_through(waiting, jobs, _serve, encoding)) as messages:
+        for row, kind, rest in messages:
             if kind == "os error":
                 raise OSError(*rest)
             if kind == "step":

@@ -168,8 +168,8 @@ def _in_processes(works: list[Work], jobs: int, bar: Bar) -> Iterator[Result]:
     """Each of `jobs` processes is given one cell after the other."""
     waiting, noted = deque(works), set[str]()
     each = max(devices(work.cell) for work in works)
-    with closing(work_through(waiting, jobs, _serve, gpus=each)) as told:
-        for work, kind, rest in told:
+    with closing(work_through(waiting, jobs, _serve, gpus=each)) as messages:
+        for work, kind, rest in messages:
             if kind == "died":
                 bar.dropped(work.cell.name, f"its process {rest[0]}; the same command resumes it")
                 yield read(work.cell, work.sweep)

@@ -325,7 +325,7 @@ def interruptible() -> Iterator[None]:
         if isinstance(error.__context__, KeyboardInterrupt):
             raise error.__context__ from None
         raise
-    except Exception:
+    except Exception:  # of any type: it is raised again, unless the signal that caused it waits
         signals.raise_pending()
         raise
     finally:

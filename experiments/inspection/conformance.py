@@ -32,8 +32,8 @@ def check_methods(names: Sequence[str], plugins: Sequence[Path]) -> Iterator[Out
         for name in names:
             yield from run_checks(name)
         return
-    with closing(work_through(deque(names), jobs, _serve, tuple(plugins))) as told:
-        for name, kind, rest in told:
+    with closing(work_through(deque(names), jobs, _serve, tuple(plugins))) as messages:
+        for name, kind, rest in messages:
             if kind == "died":
                 yield Outcome(name, "process", "failed", f"its process {rest[0]} while checking", 0.0)
             elif kind == "outcome":
