@@ -87,17 +87,21 @@ class Timed:
     def guarded(self, call: Callable[[], str]) -> str:
         """The value that a call returns.
 
-        A kernel's refusal and a full memory are recorded as `failed`; other errors are raised.
+        A kernel's refusal, a full memory and what Triton cannot compile are recorded as `failed`; other errors are
+        raised.
         """
         try:
             return call()
         except ZooError as error:  # a kernel may refuse a plan of this size
             self.failed = str(error)
-        except (RuntimeError, MemoryError) as error:
-            if not out_of_memory(error):
+        except Exception as error:
+            if out_of_memory(error):
+                self.failed = f"out of memory: {str(error).splitlines()[0]}"
+                gc.collect()
+            elif type(error).__module__.startswith("triton."):  # a kernel that does not compile or fit at this size
+                self.failed = f"{type(error).__name__}: {(str(error).strip() or 'no message').splitlines()[0]}"
+            else:
                 raise
-            self.failed = f"out of memory: {str(error).splitlines()[0]}"
-            gc.collect()
         return ""
 
     def _turn(self, count: bool) -> str:

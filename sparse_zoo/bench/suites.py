@@ -76,18 +76,22 @@ QUICK: dict[str, dict[str, Any]] = {
 PAPER_MOC = {"top_k": 5, "chunk": "frame", "anchors": ["text", "shot"], "causal": None}
 # 141 chunks of 1280 tokens in 8 shots of about 22.5k, as in the paper's final setting, and 200 words to each caption.
 PAPER_FILM = zoo.Layout.film([zoo.Shot(17 if i < 3 else 18, 32, 40, text=200) for i in range(8)])
+SPARSE: tuple[tuple[str, dict[str, Any]], ...] = (
+    ("moc", PAPER_MOC),
+    ("window", {"tile": [4, 8, 8], "window": [3, 3, 3]}),
+    ("sta", {}),
+    ("vsa", {}),
+    ("moba", {"block_tokens": 2560, "top_k": 12}),  # as many pairs as moc has in the paper's film
+    ("moga", {"groups": 5}),
+)
 GPU_LAYOUTS: tuple[tuple[zoo.Layout, tuple[tuple[str, dict[str, Any]], ...]], ...] = (
-    (
-        PAPER_FILM,
-        (
-            ("moc", PAPER_MOC),
-            ("moc", {**PAPER_MOC, "anchors": []}),
-            ("window", {"tile": [4, 8, 8], "window": [3, 3, 3]}),
-        ),
-    ),
+    (PAPER_FILM, (*SPARSE, ("moc", {**PAPER_MOC, "anchors": []}))),
     (zoo.Layout.film([zoo.Shot(2, 32, 44, text=25)] * 64), (("moc", PAPER_MOC),)),
+    (zoo.Layout.film([zoo.Shot(12 if i < 4 else 13, 32, 40, text=200) for i in range(8)]), SPARSE),
+    (zoo.Layout.film([zoo.Shot(3, 32, 40, text=200)] * 8), SPARSE),
     (zoo.Layout.film([zoo.Shot(30, 30, 52)] * 4), (("moga", {"groups": 5}),)),
 )
+"""Films of 182k tokens in 8 shots and in 64, of 130k and 32k in 8, and moga's of 187k; and the methods on each."""
 
 
 def suite(name: str) -> Iterator[Round]:

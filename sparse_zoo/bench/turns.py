@@ -8,7 +8,7 @@ import random
 import statistics
 import subprocess
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import partial
@@ -52,6 +52,7 @@ def measure(
     *,
     most: int | None = None,
     seconds: float = math.inf,
+    rivals: Collection[str] = (),
 ) -> list[Row]:
     """Rows for each entry and pass: medians of turns of all entries and dense engines, after one warm-up turn.
 
@@ -59,6 +60,7 @@ def measure(
     already mapped. There are at least `repeats` turns. Up to `most` (default: no more) are added within `seconds`, as
     long as the interval of a row is too wide and would, at the rate of 1 / sqrt(turns), become narrow enough by then.
     An entry that fails the gate, cannot run or runs out of memory gets one row with the reason under "failed".
+    `rivals` names the dense engines that take turns: all that run here, if none.
     """
     begin = time.perf_counter()
     film, dtype = round_.film, DTYPES[round_.dtype]
@@ -66,15 +68,17 @@ def measure(
     q, k, v = inputs
     film = film.to(device)
     dense = {
-        name: Timed(partial(engine, q, k, v), inputs, weight) for name, engine in dense_engines(q.detach()).items()
+        name: Timed(partial(engine, q, k, v), inputs, weight)
+        for name, engine in dense_engines(q.detach()).items()
+        if not rivals or name in rivals
     }
     ours = [_competitor(entry, round_, inputs, weight, film, hidden, progress) for entry in round_.entries]
-    rivals = [*dense.items(), *((own.entry.method, own.timed) for own in ours)]
+    takers = [*dense.items(), *((own.entry.method, own.timed) for own in ours)]
     most, turn = max(repeats, most or 0), 0
     while turn <= repeats or (
         turn <= most and time.perf_counter() - begin < seconds and _more_help(ours, dense, round_, turn - 1, most)
     ):
-        for name, timed in random.Random(turn).sample(rivals, len(rivals)):
+        for name, timed in random.Random(turn).sample(takers, len(takers)):
             progress(f"{name}, {len(film)} tokens, turn {turn + 1} of {repeats + 1}, at most {most + 1}")
             timed.once(count=turn > 0)
         turn += 1

@@ -190,11 +190,11 @@ def usable() -> Iterator[tuple[str, str, torch.dtype, int]]:
 
 
 def place(kernel: Kernel) -> tuple[str, torch.dtype, int] | None:
-    """The first device, widest dtype and smallest head dim with which a kernel runs forward and backward.
+    """The device, a GPU first, the widest dtype and smallest head dim with which a kernel runs forward and backward.
 
     None if it does nowhere here.
     """
-    for device in ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",):
+    for device in ("cuda", "cpu") if torch.cuda.is_available() else ("cpu",):
         for dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
             for head_dim in (HEAD_DIM, 16, 32, 64, 128):
                 x = torch.empty(1, 1, 1, head_dim, dtype=dtype, device=device, requires_grad=True)

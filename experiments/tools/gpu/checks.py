@@ -20,6 +20,7 @@ from sparse_zoo.kernels.triton import routing as fused
 from sparse_zoo.methods import moc
 from sparse_zoo.testing import kernels as small
 from sparse_zoo.testing import large, run_kernel_checks
+from sparse_zoo.testing.subject import place
 
 FILM = "film"
 LONG = "180k tokens"
@@ -171,12 +172,15 @@ def long(run: Run) -> Iterator[Row]:
 
 
 def suite(run: Run) -> Iterator[Row]:
-    """The conformance suite's checks of the kernel, as many as there is time for."""
-    for outcome in run_kernel_checks(kernel_of(run), only=("kernel_overlapping_keys",) if run.tiny else None):
-        name = f"suite: {outcome.check}"
-        yield rows.check(name, outcome.reason) if outcome.status == "failed" else {
-            "kind": "check", "name": name, "status": outcome.status, "reason": outcome.reason
-        }  # fmt: skip
-        if run.left() < 5:
-            yield rows.skipped("suite: the rest", "no time was left for it")
-            return
+    """The conformance suite's checks of every kernel that runs on this device, as many as there is time for."""
+    own, device = kernel_of(run), device_of(run).type
+    others = [name for name, reasons in zoo.kernels().items() if not reasons and name != own and not run.tiny]
+    for kernel in (own, *(name for name in others if (place(get(name)) or ("",))[0] == device)):
+        for outcome in run_kernel_checks(kernel, only=("kernel_overlapping_keys",) if run.tiny else None):
+            name = f"suite of {kernel}: {outcome.check}"
+            yield rows.check(name, outcome.reason) if outcome.status == "failed" else {
+                "kind": "check", "name": name, "status": outcome.status, "reason": outcome.reason
+            }  # fmt: skip
+            if run.left() < 5:
+                yield rows.skipped(f"suite of {kernel}: the rest", "no time was left for it")
+                return

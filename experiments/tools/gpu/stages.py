@@ -44,7 +44,7 @@ STAGES = (
     Stage("anchors", 25, 3, f"{HERE}.times:anchors", ("sm80",), (DENSE,)),
     Stage("tiles", 90, 4, f"{HERE}.times:sweep", TRITON, (LONG,)),
     Stage("varlen", 50, 5, f"{HERE}.times:varlen", TRITON, (LONG,)),
-    Stage("end-to-end", 75, 3, f"{HERE}.times:end_to_end", TRITON, (FILM,)),
+    Stage("end-to-end", 110, 3, f"{HERE}.times:end_to_end", TRITON, (FILM,)),
     Stage("step", 45, 4, f"{HERE}.model:step", (*TRITON, "lightning"), (FILM, LONG)),
     Stage("counters", 40, 6, f"{HERE}.instruments:counters", (*TRITON, "ncu")),
     Stage("memory", 40, 6, f"{HERE}.instruments:memory", (*TRITON, "compute-sanitizer")),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import statistics
 import time
 from collections.abc import Callable, Iterator
@@ -313,7 +312,7 @@ def varlen(run: Run) -> Iterator[Row]:
 
 
 def rounds(run: Run) -> list[bench.Round]:
-    """What the marks are for: moc at 8 and 64 shots, moga, window, head dim 64; on the kernel under test."""
+    """What the marks are for, on the kernel under test: the bench's films with their methods, then head dim 64."""
     kernel = kernel_of(run)
     if run.tiny:
         return [bench.Round(TINY, (bench.Entry("moc", {"top_k": 2}, kernel),), 2, 16)]
@@ -327,25 +326,28 @@ def rounds(run: Run) -> list[bench.Round]:
     return found
 
 
+def fastest_rival(run: Run) -> list[str]:
+    """The dense attention of the shortest forward + backward in this run's `rivals`; none where that did not run."""
+    end = ", forward+backward"
+    taken = [row for row in run.rows.read() if row["stage"] == "rivals" and "seconds" in row]
+    both = {row["name"].removesuffix(end): row["seconds"] for row in taken if row["name"].endswith(end)}
+    return [min(both, key=lambda name: both[name])] if both else []
+
+
 def end_to_end(run: Run) -> Iterator[Row]:
     """The bench's rounds: each entry passes its gate on its own film, then takes turns with dense attention."""
-    device, longest = device_of(run), 0.0
+    device, rivals = device_of(run), fastest_rival(run)
     for round_ in rounds(run):
         shots = sum(len(film.shots) for film in round_.film.films)
         title = f"{len(round_.film)} tokens, {shots} shots, d {round_.head_dim}"
-        if run.left() < longest:
+        if run.left() < (0.0 if run.tiny else 8.0):
             yield rows.not_timed(title, "no time was left for it")
             continue
-        start = time.monotonic()
-        for entry in round_.entries:  # one at a time: a row that exists is written
-            for row in bench.measure(
-                dataclasses.replace(round_, entries=(entry,)), 1 if run.tiny else 3, device, lambda what: print(what)
-            ):
-                name = f"{row['method']}, {title}"
-                if "failed" in row:
-                    yield rows.check(f"{name}: gate", row["failed"])
-                    yield rows.not_timed(name, row["failed"])
-                    continue
-                kept = {key: value for key, value in row.items() if key not in ("settings", "dense_all")}
-                yield rows.time(f"{name}, {row['pass']}", kept.pop("seconds"), **kept)
-        longest = max(longest, time.monotonic() - start)
+        for row in bench.measure(round_, 1 if run.tiny else 3, device, lambda what: print(what), rivals=rivals):
+            name = f"{row['method']}, {title}"
+            if "failed" in row:
+                yield rows.check(f"{name}: gate", row["failed"])
+                yield rows.not_timed(name, row["failed"])
+                continue
+            kept = {key: value for key, value in row.items() if key != "settings"}
+            yield rows.time(f"{name}, {row['pass']}", kept.pop("seconds"), **kept)
