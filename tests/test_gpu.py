@@ -485,7 +485,7 @@ def test_what_is_compiled_without_torch_is_found_with_it_and_elsewhere(tmp_path:
 def test_launches_are_recorded_once_for_each_kernel() -> None:
     pytest.importorskip("triton", reason="needs the package triton")
     film = zoo.Layout.film([zoo.Shot(2, 16, 16, text=3)] * 3)
-    with common.tiles(128, "attend", times.SWEEP[0][1][0], attend_rows=True):
+    with common.tiles(128, "attend", configs.Tile(128, 128, 8, 2, tma=True), attend_rows=True):
         launches = pack._step("moc", {"top_k": 1, "causal": None}, film, 2, 128, torch.bfloat16)
     found = [pack.described(launch) for launch in launches]
     assert json.loads(json.dumps(found)) == found

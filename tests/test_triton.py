@@ -350,7 +350,8 @@ def test_anchors_are_few_calls_whatever_the_heads(shots: int, calls: int) -> Non
         attention(q, q, q, film).out.sum().backward()
     names = [launch.name for launch in launches]
     assert operators.counted["_scaled_dot_product_cudnn_attention"] == calls
-    assert operators.counted["_scaled_dot_product_cudnn_attention_backward"] == calls
+    # A backward holds a partial dq, and cuDNN's in float32: slices of heads, each of a gigabyte at most.
+    assert calls < operators.counted["_scaled_dot_product_cudnn_attention_backward"] <= 4 * calls
     assert names.count("fold") == calls
 
 

@@ -53,15 +53,16 @@ def _sdpa(backend: SDPBackend, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return scaled_dot_product_attention(q, k, v)
 
 
-def seconds_of(run: Callable[[], object], device: torch.device) -> float:
-    """Wall-clock seconds of a call, until the device has finished."""
+def seconds_of(run: Callable[[], object], device: torch.device) -> tuple[float, float]:
+    """Wall-clock seconds of a call: until the device has finished, and until it returned, which is the host's share."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     start = time.perf_counter()
     run()
+    returned = time.perf_counter() - start
     if device.type == "cuda":
         torch.cuda.synchronize(device)
-    return time.perf_counter() - start
+    return time.perf_counter() - start, returned
 
 
 class Timed:
@@ -76,6 +77,7 @@ class Timed:
     ) -> None:
         self.attend, self.inputs, self.weight, self.route = attend, inputs, weight, route
         self.seconds: dict[str, list[float]] = {which: [] for which in (*PASSES, "routing")}
+        self.host: dict[str, list[float]] = {which: [] for which in PASSES}
         self.memory: dict[str, int] = {}
         self.failed = ""
 
@@ -109,15 +111,17 @@ class Timed:
         for x in self.inputs:
             x.grad = None
         out: list[Tensor] = []
-        forward = seconds_of(lambda: out.append(self.attend()), device)
-        backward = seconds_of(lambda: out.pop().backward(self.weight), device)
-        routing = seconds_of(self._route, device) if self.route else 0.0
+        forward, asked = seconds_of(lambda: out.append(self.attend()), device)
+        backward, asked_back = seconds_of(lambda: out.pop().backward(self.weight), device)
+        routing, _ = seconds_of(self._route, device) if self.route else (0.0, 0.0)
         if not self.memory:
             self.memory["forward"] = self._peak(self._forward)
             self.memory["forward+backward"] = self._peak(lambda: self.attend().backward(self.weight))
         if count:
             for which, seconds in zip((*PASSES, "routing"), (forward, forward + backward, routing), strict=True):
                 self.seconds[which].append(seconds)
+            for which, seconds in zip(PASSES, (asked, asked + asked_back), strict=True):
+                self.host[which].append(seconds)
         return ""
 
     def median(self, which: str) -> float:

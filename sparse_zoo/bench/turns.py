@@ -214,6 +214,7 @@ def _rows(round_: Round, own: _Competitor, hidden: Tensor, dense: dict[str, Time
             "attained_over_bound": dense_seconds / seconds / cost.bound,
             "routing_share": timed.median("routing") / seconds,
             "padded_share": executed / cost.pairs - 1,
+            "host_seconds": statistics.median(timed.host[which]) if timed.host[which] else None,
             "peak_memory_ratio": timed.memory[which] / rival.memory[which],
             "spread": (max(timed.seconds[which]) - min(timed.seconds[which])) / seconds,
             "turns": len(ratios),

@@ -26,6 +26,10 @@ FILM = "film"
 LONG = "180k tokens"
 CHOICE = "choice"
 SMALL_PLANS = 8
+LENGTHS = ((1280, 1280), (1216, 1344), (1227, 1301))
+"""Of queries and keys: multiples of 128, with a rest of 64, with other rests."""
+MORE_LENGTHS = ((1280, 1344), (1216, 1280), (1216, 1312), (1216, 32), (1184, 1344), (32, 1344))
+"""A rest of 64 on one side alone, and the pieces that a length with such a rest can be cut into."""
 
 
 def name_of(what: str, dtype: torch.dtype, head_dim: int) -> str:
@@ -49,7 +53,9 @@ def dense_engine(run: Run) -> Iterator[Row]:
         head_dims, (dtype_of(run),) if run.tiny else (torch.bfloat16, torch.float16)
     ):
         reasons, worst = [], []
-        lengths = ((128, 128), (192, 64), (200, 77)) if run.tiny else ((1280, 1280), (1216, 1344), (1227, 1301))
+        lengths: tuple[tuple[int, int], ...] = ((128, 128), (192, 64), (200, 77)) if run.tiny else LENGTHS
+        if (head_dim, dtype) == (128, torch.bfloat16):
+            lengths += MORE_LENGTHS
         for (queries, keys), low in itertools.product(lengths, (False, True)):
             findings = two_key_sets(run, queries, keys, head_dim, dtype, low)
             what = f"{queries} × {keys}{', scores near -200' if low else ''}"

@@ -26,7 +26,7 @@ class Stage(NamedTuple):
     after: tuple[str, ...] = ()
 
 
-MACHINE = Stage("machine", 20, 0, f"{HERE}.machine:machine")
+MACHINE = Stage("machine", 15, 0, f"{HERE}.machine:machine")
 """Always first: without a GPU nothing else runs, and what the machine lacks is known."""
 
 DENSE, CHOICE, PLANS, FILM, LONG = "check-dense", "check-choice", "check-plans", "check-film", "check-long"
@@ -35,18 +35,18 @@ TRITON = ("triton", "sm80")
 STAGES = (
     MACHINE,
     Stage(DENSE, 15, 1, f"{HERE}.checks:dense_engine", ("sm80",)),
-    Stage(CHOICE, 15, 1, f"{HERE}.checks:choice", TRITON),
-    Stage(PLANS, 20, 2, f"{HERE}.checks:plans", TRITON),
+    Stage(CHOICE, 12, 1, f"{HERE}.checks:choice", TRITON),
+    Stage(PLANS, 12, 2, f"{HERE}.checks:plans", TRITON),
     Stage(FILM, 20, 1, f"{HERE}.checks:film", TRITON),
-    Stage(LONG, 25, 1, f"{HERE}.checks:long", TRITON),
-    Stage("rivals", 30, 2, f"{HERE}.times:rivals"),
-    Stage("breakdown", 40, 2, f"{HERE}.times:breakdown", TRITON, (LONG, CHOICE)),
-    Stage("anchors", 25, 3, f"{HERE}.times:anchors", ("sm80",), (DENSE,)),
-    Stage("tiles", 90, 4, f"{HERE}.times:sweep", TRITON, (LONG,)),
-    Stage("varlen", 50, 5, f"{HERE}.times:varlen", TRITON, (LONG,)),
-    Stage("end-to-end", 110, 3, f"{HERE}.times:end_to_end", TRITON, (FILM,)),
-    Stage("step", 45, 4, f"{HERE}.model:step", (*TRITON, "lightning"), (FILM, LONG)),
+    Stage(LONG, 12, 1, f"{HERE}.checks:long", TRITON),
+    Stage("rivals", 25, 2, f"{HERE}.times:rivals"),
+    Stage("breakdown", 20, 2, f"{HERE}.times:breakdown", TRITON, (LONG, CHOICE)),
+    Stage("anchors", 15, 3, f"{HERE}.times:anchors", ("sm80",), (DENSE,)),
+    Stage("tiles", 50, 4, f"{HERE}.times:sweep", TRITON, (LONG,)),
+    Stage("varlen", 20, 5, f"{HERE}.times:varlen", TRITON, (LONG,)),
+    Stage("end-to-end", 130, 3, f"{HERE}.times:end_to_end", TRITON, (FILM,)),
+    Stage("step", 30, 4, f"{HERE}.model:step", (*TRITON, "lightning"), (FILM, LONG)),
     Stage("counters", 40, 6, f"{HERE}.instruments:counters", (*TRITON, "ncu")),
     Stage("memory", 40, 6, f"{HERE}.instruments:memory", (*TRITON, "compute-sanitizer")),
-    Stage("suite", 30, 7, f"{HERE}.checks:suite", TRITON),
+    Stage("suite", 60, 5, f"{HERE}.checks:suite", TRITON),
 )

@@ -39,37 +39,45 @@ from sparse_zoo.testing import large
 # -- dense attention, the rival ---------------------------------------------------------------------------------------
 
 
+SLOWER = 1.2
+"""Times the fastest forward: engines that take longer are no rivals, and their minutes are spared."""
+
+
 def rivals(run: Run) -> Iterator[Row]:
-    """Every dense attention here, checked at sampled tokens, then timed: its forward thrice, its backward once."""
-    size = long_size(run)
+    """Every dense attention here, checked at sampled tokens: the forward of all, the backward of the fastest ones."""
+    size, device = long_size(run), device_of(run)
     asked = problem(run, size)
     plan = zoo.Plan.dense(asked.film)
     sampled = large.Sampled(plan, asked.given, tokens=8 if run.tiny else 64, heads=1)
     pairs = size.heads * len(asked.film) ** 2
-    for name, engine in dense_engines(asked.given.q).items():
-        q, k, v = (x.detach().requires_grad_() for x in asked.given[:3])
+    engines = dense_engines(asked.given.q)
+    q, k, v = (x.detach().requires_grad_() for x in asked.given[:3])
+    forward = {name: seconds_of(_forward_only(engine, q, k, v), device, 2) for name, engine in engines.items()}
+    for name, engine in engines.items():
+        rate = 4 * size.head_dim * pairs / forward[name] / 1e12
         out = engine(q, k, v)
-        grads = torch.autograd.grad(out, (q, k, v), asked.given.grad)
         item, head = sampled.rows[0][0]
-        made = sampled.rows[0][1]
+        wanted = sampled.rows[0][1]
+        fast = forward[name] <= SLOWER * min(forward.values())
+        grads = torch.autograd.grad(out, (q, k, v), asked.given.grad) if fast else ()
         findings = [
-            large.compare(what, got[item, head, sampled.queries], *made[what])
-            for what, got in (("out", out.detach()), ("dq", grads[0]))
+            large.compare(what, got[item, head, sampled.queries], *wanted[what])
+            for what, got in zip(("out", "dq"), (out.detach(), *grads[:1]), strict=False)
         ]
         check = judged(name_of(name, dtype_of(run), size.head_dim), findings)
         yield check
         del out, grads
-        for which, call, per_pair in (
-            ("forward", _forward_only(engine, q, k, v), 4),
-            ("forward+backward", _both(engine, q, k, v, asked.given.grad), 14),
-        ):
-            title = f"{name}, {which}"
-            reason = run.rows.untimed([check["name"]])
-            if reason:
-                yield rows.not_timed(title, reason)
-                continue
-            seconds = seconds_of(call, device_of(run), size.repeats if which == "forward" else 1)
-            yield rows.time(title, seconds, teraflops=per_pair * size.head_dim * pairs / seconds / 1e12)
+        both = f"{name}, forward+backward"
+        if reason := run.rows.untimed([check["name"]]):
+            yield rows.not_timed(f"{name}, forward", reason)
+            yield rows.not_timed(both, reason)
+            continue
+        yield rows.time(f"{name}, forward", forward[name], teraflops=rate)
+        if not fast:
+            yield rows.not_timed(both, f"not timed: its forward takes over {SLOWER} times the fastest")
+            continue
+        seconds = seconds_of(_both(engine, q, k, v, asked.given.grad), device, 1)
+        yield rows.time(both, seconds, teraflops=14 * size.head_dim * pairs / seconds / 1e12)
 
 
 def _forward_only(engine: Callable[..., torch.Tensor], *qkv: torch.Tensor) -> Callable[[], object]:
@@ -97,6 +105,7 @@ GROUPS = (
     ("dq", ("grad_queries",)),
     ("dk/dv", ("grad_keys",)),
     ("sums", ("add_up", "add_rows")),
+    ("gather", ("gather",)),
     ("dense forward", ("fprop", "fmha_fwd", "flash_fwd", "_scaled_dot_product_flash_attention_for_cpu")),
     ("dense backward", ("bprop", "fmha_bwd", "flash_bwd", "dot_do_o", "flash_attention_for_cpu_backward")),
     ("index", ("sort", "scatter", "gather", "searchsorted", "scan", "cumsum", "histogram", "index")),
@@ -109,7 +118,7 @@ GROUPS = (
 
 def group_of(kernel: str) -> str:
     """The group of a device kernel; "other" for one that is in none."""
-    own = {name for group, names in GROUPS[:8] for name in names}
+    own = {name for group, names in GROUPS[:9] for name in names}
     name = kernel.lower()
     for group, signs in GROUPS:
         if any(name.startswith(sign) if sign in own else sign in name for sign in signs):
@@ -132,21 +141,22 @@ def breakdown(run: Run) -> Iterator[Row]:
     for which, call in _passes(asked).items():
         call()
         trace = traced(call, device_of(run))
-        total = sum(trace.seconds.values())
-        for row in grouped(trace):
-            yield rows.time(
-                f"{which}: {row['group']}", row["seconds"], share=row["seconds"] / total, calls=row["calls"]
-            )
-        yield rows.time(f"{which}: all kernels", total)
-        others = sorted(((s, n) for n, s in trace.seconds.items() if group_of(n) == "other"), reverse=True)[:5]
-        if others:
-            yield rows.fact(
-                f"{which}: largest of other", kernels=[f"{name[:80]} {s * 1e3:.2f} ms" for s, name in others]
-            )
+        yield from by_group(which, trace)
         save_trace(trace, run.out / "trace.json.gz")
     for which, call in _passes(asked).items():
         yield rows.time(f"{which}: whole", seconds_of(call, device_of(run), size.repeats))
         yield rows.time(f"{which}: until the host is done", _host_seconds(call, device_of(run)))
+
+
+def by_group(title: str, trace: Trace) -> Iterator[Row]:
+    """Rows of a trace: each group, the sum, and the largest kernels that are in no group."""
+    total = sum(trace.seconds.values())
+    for row in grouped(trace):
+        yield rows.time(f"{title}: {row['group']}", row["seconds"], share=row["seconds"] / total, calls=row["calls"])
+    yield rows.time(f"{title}: all kernels", total)
+    others = sorted(((s, n) for n, s in trace.seconds.items() if group_of(n) == "other"), reverse=True)[:5]
+    if others:
+        yield rows.fact(f"{title}: largest of other", kernels=[f"{name[:80]} {s * 1e3:.2f} ms" for s, name in others])
 
 
 def grouped(trace: Trace) -> list[dict[str, Any]]:
@@ -227,19 +237,37 @@ def anchors(run: Run) -> Iterator[Row]:
 
 SWEEP: tuple[tuple[str, tuple[Tile, ...]], ...] = (
     (
-        "attend",
+        "grad_keys",
         (
-            Tile(128, 128, 8, 2, tma=True),
-            Tile(128, 64, 8, 3, tma=True),
-            Tile(64, 64, 4, 2, tma=True),
             Tile(128, 64, 8, 2, tma=True),
-            Tile(64, 64, 4, 3, tma=True),
-            Tile(128, 128, 8, 2),
-            Tile(128, 64, 8, 3),
+            Tile(64, 64, 4, 2, tma=True),
+            Tile(128, 64, 8, 3, tma=True),
+            Tile(128, 32, 8, 3, tma=True),
+            Tile(64, 64, 8, 3, tma=True),
+            Tile(64, 64, 8, 3),
         ),
     ),
-    ("grad_keys", (Tile(64, 64, 8, 3), Tile(64, 64, 8, 2))),
-    ("grad_queries", (Tile(128, 64, 8, 3, tma=True), Tile(128, 64, 8, 2, tma=True), Tile(128, 64, 8, 3))),
+    (
+        "grad_queries",
+        (
+            Tile(64, 64, 4, 2, tma=True),
+            Tile(128, 64, 8, 4, tma=True),
+            Tile(128, 128, 8, 2, tma=True),
+            Tile(128, 64, 8, 3, tma=True),
+            Tile(64, 64, 4, 3, tma=True),
+        ),
+    ),
+    (
+        "attend",
+        (
+            Tile(64, 64, 4, 3, tma=True),
+            Tile(128, 64, 8, 4, tma=True),
+            Tile(128, 128, 8, 3, tma=True),
+            Tile(64, 128, 4, 2, tma=True),
+            Tile(64, 64, 4, 2, tma=True),
+            Tile(128, 128, 8, 2, tma=True),
+        ),
+    ),
 )
 """For head dim 128, by expected gain."""
 TINY_SWEEP = (("attend", (Tile(16, 16, 1, 1),)), ("grad_keys", (Tile(8, 16, 1, 1),)))
@@ -304,8 +332,9 @@ def varlen(run: Run) -> Iterator[Row]:
         if reason:
             yield rows.not_timed(title, reason)
         else:
-            seconds = seconds_of(partial(large.run, kernel, asked.plan, asked.given), device_of(run), size.repeats)
-            yield rows.time(title, seconds)
+            call = partial(large.run, kernel, asked.plan, asked.given)
+            yield rows.time(title, seconds_of(call, device_of(run), size.repeats))
+            yield from by_group(f"one plan on {kernel}", traced(call, device_of(run)))
 
 
 # -- end to end -------------------------------------------------------------------------------------------------------
@@ -316,14 +345,14 @@ def rounds(run: Run) -> list[bench.Round]:
     kernel = kernel_of(run)
     if run.tiny:
         return [bench.Round(TINY, (bench.Entry("moc", {"top_k": 2}, kernel),), 2, 16)]
+    kernels = [kernel, *(["cudnn"] if not get("cudnn").why_not() else [])]
+    moc = tuple(bench.Entry("moc", bench.PAPER_MOC, name) for name in kernels)
     found = []
     for film, methods in bench.GPU_LAYOUTS:
-        entries = tuple(
-            bench.Entry(method, settings, kernel) for method, settings in methods if settings.get("anchors") != []
-        )
-        found.append(bench.Round(film, entries, heads=24, head_dim=128, dtype="bfloat16"))
-    found.append(bench.Round(bench.PAPER_FILM, (bench.Entry("moc", bench.PAPER_MOC, kernel),), 24, 64, "bfloat16"))
-    return found
+        others = (bench.Entry(method, settings, kernel) for method, settings in methods if method != "moc")
+        own = moc if "moc" in dict(methods) else ()
+        found.append(bench.Round(film, (*own, *others), heads=24, head_dim=128, dtype="bfloat16"))
+    return [*found, bench.Round(bench.PAPER_FILM, moc, 24, 64, "bfloat16")]
 
 
 def fastest_rival(run: Run) -> list[str]:
@@ -343,8 +372,8 @@ def end_to_end(run: Run) -> Iterator[Row]:
         if run.left() < (0.0 if run.tiny else 8.0):
             yield rows.not_timed(title, "no time was left for it")
             continue
-        for row in bench.measure(round_, 1 if run.tiny else 3, device, lambda what: print(what), rivals=rivals):
-            name = f"{row['method']}, {title}"
+        for row in bench.measure(round_, 1 if run.tiny else 2, device, lambda what: print(what), rivals=rivals):
+            name = f"{row['method']} on {row['kernel']}, {title}"
             if "failed" in row:
                 yield rows.check(f"{name}: gate", row["failed"])
                 yield rows.not_timed(name, row["failed"])

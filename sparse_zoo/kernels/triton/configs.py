@@ -8,7 +8,7 @@ from typing import NamedTuple
 class Tile(NamedTuple):
     """`rows` tokens are owned by a program, which meets `step` tokens of the other side at a time.
 
-    `tma`: blocks of keys and values that are slices of the stream are read by Hopper's copy engine.
+    `tma`: blocks of the other side are read by Hopper's copy engine.
     """
 
     rows: int
@@ -27,7 +27,7 @@ class Tiles(NamedTuple):
 
 
 class Config(NamedTuple):
-    """`routed`: gathered queries × one slice of keys; `pieces`: a tile meets several segments of listed keys.
+    """`routed`: gathered queries × one segment of keys; `pieces`: a tile meets several segments.
 
     `cudnn`: routed parts go to cuDNN's variable-length attention instead of Triton's kernels.
     """
@@ -37,31 +37,31 @@ class Config(NamedTuple):
     cudnn: bool = False
 
 
-# What compiles without spills; where several do, the larger tile. None has been timed on a GPU yet.
+# For Hopper and head dim 128, `routed`: the fastest of those in `experiments/results/gpu_tiles.json`. The others: what
+# compiles without spills, and where several do, the larger tile; not timed against each other.
 _SM80_64 = Tiles(Tile(128, 64, 8, 2), Tile(128, 64, 8, 2), Tile(128, 32, 8, 2))
 _SM80_128 = Tiles(Tile(128, 64, 8, 2), Tile(128, 32, 8, 2), Tile(64, 64, 8, 2))
 _SM80_128_PIECES = Tiles(Tile(64, 64, 8, 2), Tile(64, 64, 8, 2), Tile(64, 64, 8, 2))
-_SM90_64 = Tiles(Tile(128, 128, 8, 2, tma=True), Tile(128, 64, 8, 3, tma=True), Tile(128, 64, 8, 3))
-_SM90_128 = Tiles(Tile(128, 128, 8, 2, tma=True), Tile(128, 64, 8, 3, tma=True), Tile(64, 64, 8, 3))
-_SM90_128_PIECES = Tiles(Tile(128, 64, 8, 3), Tile(128, 64, 8, 2), Tile(64, 64, 8, 3))
+_SM90_64 = Tiles(Tile(128, 128, 8, 2, tma=True), Tile(128, 64, 8, 3, tma=True), Tile(128, 64, 8, 3, tma=True))
+_SM90_128 = Tiles(Tile(64, 64, 4, 3, tma=True), Tile(64, 64, 4, 2, tma=True), Tile(64, 64, 4, 2, tma=True))
 
 CONFIGS = {
     ((8, 0), 64): Config(_SM80_64, _SM80_64),
     ((8, 0), 128): Config(_SM80_128, _SM80_128_PIECES),
     ((9, 0), 64): Config(_SM90_64, _SM90_64),
-    ((9, 0), 128): Config(_SM90_128, _SM90_128_PIECES),
+    ((9, 0), 128): Config(_SM90_128, _SM90_128),
 }
 HEAD_DIMS = sorted({dim for _, dim in CONFIGS})
 
 # Small, so that small plans have several tiles, ragged ones among them.
-_SMALL = Tiles(Tile(16, 16, 1, 1, tma=True), Tile(16, 8, 1, 1, tma=True), Tile(8, 16, 1, 1))
+_SMALL = Tiles(Tile(16, 16, 1, 1, tma=True), Tile(16, 8, 1, 1, tma=True), Tile(8, 16, 1, 1, tma=True))
 INTERPRETED = Config(_SMALL, _SMALL)
 
 LINES = Tile(32, 0, 4, 1)
 """Of the kernels that merge, add up or dot rows."""
 POOL = Tile(1, 64, 4, 2)
 """Of the kernel that takes the mean of a piece, `step` rows at a time."""
-CHOOSE = {(8, 0): Tile(32, 64, 8, 1), (9, 0): Tile(64, 128, 8, 1)}
+CHOOSE = {(8, 0): Tile(64, 64, 8, 1), (9, 0): Tile(128, 128, 8, 1)}
 """Of the kernel that chooses, by compute capability: `rows` queries, `step` channels at a time. Hopper's products take
 64 rows at least; on older devices as many would spill."""
 MOST_CHUNKS = 256

@@ -56,6 +56,11 @@ class Batch(NamedTuple):
         """How many rectangles the batch has: 1 if the queries are a list of tokens."""
         return self.queries.number if isinstance(self.queries, Run) else 1
 
+    @property
+    def rows(self) -> int:
+        """Rows of queries in all rectangles of the batch."""
+        return self.queries.number * self.queries.length if isinstance(self.queries, Run) else len(self.queries)
+
 
 def rectangles(part: Part) -> list[Rectangle] | None:
     """The rectangles of a part that is large and dense, None of any other. Remembered; never waits for the device.

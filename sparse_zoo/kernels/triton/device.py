@@ -2,8 +2,8 @@
 
 Programs are numbered in one grid dimension, (batch item, head) major. Tables say which tile of tokens a program owns
 and which segments of the other side it meets (`work.Work`); what batch items or heads share has a stride of 0 there.
-PIECES: a tile meets several segments, of listed keys; otherwise one, a slice of the stream. Softmax runs in base 2;
-log-sum-exps in memory are natural. Rows are addressed in 64 bits: assignments × head dim pass 2^31.
+The other side's rows lie in the order of its list. PIECES: a tile meets several segments, otherwise one. Softmax runs
+in base 2; log-sum-exps in memory are natural. Rows are addressed in 64 bits: assignments × head dim pass 2^31.
 """
 
 import inspect
@@ -11,7 +11,10 @@ import inspect
 import triton
 import triton.language as tl
 
-ROWS_OF = ("q", "k", "v", "grad", "rows", "out", "a", "b", "x", "partial", "to", "dk", "dv", "means")
+ROWS_OF = (
+    "q", "k", "v", "grad", "listed_q", "listed_grad", "rows", "out", "a", "b", "x", "partial", "to", "dk", "dv",
+    "means",
+)  # fmt: skip
 """Tensors of rows of DIM channels. That their addresses are multiples of 16 makes wide loads of them."""
 
 
@@ -51,13 +54,11 @@ def _rows(x, token, row_stride, live, DIM: tl.constexpr, MASKED: tl.constexpr):
 
 
 @triton.jit
-def _block(
-    x, others, item, head, first, end, row_stride,
-    STEP: tl.constexpr, DIM: tl.constexpr, LISTED: tl.constexpr, TMA: tl.constexpr, MASKED: tl.constexpr,
-):  # fmt: skip
-    """STEP rows of keys or values from `first` on, (STEP, DIM): by the copy engine, or one pointer a row.
+def _block(x, item, head, first, end, row_stride, STEP: tl.constexpr, DIM: tl.constexpr, TMA: tl.constexpr,
+           MASKED: tl.constexpr):  # fmt: skip
+    """STEP rows from `first` on, (STEP, DIM): by the copy engine, or one pointer a row.
 
-    x is a descriptor of the whole (B, H, L, DIM) with TMA, else a pointer to the first row of one head.
+    x is a descriptor of the whole (B, H, n, DIM) with TMA, else a pointer to the first row of one head.
     """
     place = first + tl.arange(0, STEP)
     if TMA:
@@ -66,68 +67,67 @@ def _block(
             # The copy engine knows no `end`: rows past it belong to the next piece, and 0 times their NaN is NaN.
             block = tl.where((place < end)[:, None], block, 0.0)
     else:
-        block = _rows(x, _places(others, place, end, LISTED, MASKED), row_stride, place < end, DIM, MASKED)
+        block = _rows(x, place.to(tl.int64), row_stride, place < end, DIM, MASKED)
     return block
 
 
 @triton.jit
-def _biases(bias, others, place, end, LISTED: tl.constexpr, MASKED: tl.constexpr):
+def _biases(bias, place, end, MASKED: tl.constexpr):
     """What is added to the unscaled scores of the keys at some places."""
-    token = _places(others, place, end, LISTED, MASKED)
     if MASKED:
-        return tl.load(bias + token, mask=place < end, other=0.0)
-    return tl.load(bias + token)
+        return tl.load(bias + place, mask=place < end, other=0.0)
+    return tl.load(bias + place)
 
 
 @triton.jit
 def _attend_step(
-    q, k, v, others, item, head, begin, end, k_row, v_row, bias, scale, top, total, acc,
-    STEP: tl.constexpr, DIM: tl.constexpr, LISTED: tl.constexpr, TMA: tl.constexpr, WEIGHTED: tl.constexpr,
+    q, k, v, item, head, begin, end, k_row, v_row, bias, scale, top, total, acc,
+    STEP: tl.constexpr, DIM: tl.constexpr, TMA: tl.constexpr, WEIGHTED: tl.constexpr,
     MASKED: tl.constexpr,
 ):  # fmt: skip
     """One step of online softmax over STEP keys."""
     place = begin + tl.arange(0, STEP)
-    keys = _block(k, others, item, head, begin, end, k_row, STEP, DIM, LISTED, TMA, MASKED)
+    keys = _block(k, item, head, begin, end, k_row, STEP, DIM, TMA, MASKED)
     scores = tl.dot(q, tl.trans(keys), input_precision="ieee")
     if WEIGHTED:
-        scores += _biases(bias, others, place, end, LISTED, MASKED)[None, :]
+        scores += _biases(bias, place, end, MASKED)[None, :]
     if MASKED:
         scores = tl.where((place < end)[None, :], scores, float("-inf"))
     higher = tl.maximum(top, tl.max(scores, 1) * scale)
     weights = tl.math.exp2(scores * scale - higher[:, None])
     shrink = tl.math.exp2(top - higher)
     total = total * shrink + tl.sum(weights, 1)
-    values = _block(v, others, item, head, begin, end, v_row, STEP, DIM, LISTED, TMA, MASKED)
+    values = _block(v, item, head, begin, end, v_row, STEP, DIM, TMA, MASKED)
     acc = tl.dot(weights.to(values.dtype), values, acc * shrink[:, None], input_precision="ieee")
     return higher, total, acc
 
 
 @triton.jit
 def _attend_segment(
-    q, k, v, others, item, head, segment, k_row, v_row, bias, scale, top, total, acc,
-    STEP: tl.constexpr, DIM: tl.constexpr, PIECES: tl.constexpr, TMA: tl.constexpr, WEIGHTED: tl.constexpr,
+    q, k, v, item, head, segment, k_row, v_row, bias, scale, top, total, acc,
+    STEP: tl.constexpr, DIM: tl.constexpr, TMA: tl.constexpr, WEIGHTED: tl.constexpr,
 ):  # fmt: skip
     begin, end = tl.load(segment), tl.load(segment + 1)
     whole = begin + (end - begin) // STEP * STEP
     for at in tl.range(begin, whole, STEP):
         top, total, acc = _attend_step(
-            q, k, v, others, item, head, at, end, k_row, v_row, bias, scale, top, total, acc,
-            STEP, DIM, PIECES, TMA, WEIGHTED, False,
+            q, k, v, item, head, at, end, k_row, v_row, bias, scale, top, total, acc,
+            STEP, DIM, TMA, WEIGHTED, False,
         )  # fmt: skip
     if whole < end:
         top, total, acc = _attend_step(
-            q, k, v, others, item, head, whole, end, k_row, v_row, bias, scale, top, total, acc,
-            STEP, DIM, PIECES, TMA, WEIGHTED, True,
+            q, k, v, item, head, whole, end, k_row, v_row, bias, scale, top, total, acc,
+            STEP, DIM, TMA, WEIGHTED, True,
         )  # fmt: skip
     return top, total, acc
 
 
 @_launched
 def attend(
-    q, k, v, rows, rows_lse, tokens, tiles, others, segments, bias, scale,
-    heads, number, first_head, share,
+    q, k, v, rows, rows_lse, tokens, tiles, segments, bias, scale,
+    heads, number, share,
     q_item, q_head, q_row, k_item, k_head, k_row, v_item, v_head, v_row, rows_group, rows_lse_group,
-    tokens_item, tokens_head, tiles_item, tiles_head, others_item, others_head, segments_item, segments_head,
+    tokens_item, tokens_head, tiles_item, tiles_head, segments_item, segments_head,
     bias_item, bias_head,
     ROWS: tl.constexpr, STEP: tl.constexpr, DIM: tl.constexpr, PIECES: tl.constexpr, TMA: tl.constexpr,
     WEIGHTED: tl.constexpr,
@@ -144,11 +144,10 @@ def attend(
     place = first + row
     token = tl.load(tokens + item * tokens_item + head * tokens_head + place, mask=live, other=0).to(tl.int64)
     queries = _rows(q + item * q_item + head * q_head, token, q_row, live, DIM, True)
-    kv_head = (first_head + head) // share
+    kv_head = head // share
     if not TMA:
         k += item * k_item + kv_head * k_head
         v += item * v_item + kv_head * v_head
-    others += item * others_item + head * others_head
     segments += item * segments_item + head * segments_head
     if WEIGHTED:
         bias += item * bias_item + head * bias_head
@@ -159,13 +158,13 @@ def attend(
     if PIECES:
         for i in tl.range(low, high):
             top, total, acc = _attend_segment(
-                queries, k, v, others, item, kv_head, segments + i * 2, k_row, v_row, bias, scale, top, total,
-                acc, STEP, DIM, True, False, WEIGHTED,
+                queries, k, v, item, kv_head, segments + i * 2, k_row, v_row, bias, scale, top, total,
+                acc, STEP, DIM, TMA, WEIGHTED,
             )  # fmt: skip
     else:
         top, total, acc = _attend_segment(
-            queries, k, v, others, item, kv_head, segments + low * 2, k_row, v_row, bias, scale, top, total,
-            acc, STEP, DIM, False, TMA, WEIGHTED,
+            queries, k, v, item, kv_head, segments + low * 2, k_row, v_row, bias, scale, top, total,
+            acc, STEP, DIM, TMA, WEIGHTED,
         )  # fmt: skip
     # Without keys: 0 / 1, and -inf + log(0).
     acc = acc / tl.where(total == 0, 1.0, total)[:, None]
@@ -176,16 +175,16 @@ def attend(
 
 @triton.jit
 def _grad_queries_step(
-    queries, grads, lse, delta, k, v, others, item, head, begin, end, k_row, v_row, bias, scale, acc,
-    STEP: tl.constexpr, DIM: tl.constexpr, LISTED: tl.constexpr, TMA: tl.constexpr, WEIGHTED: tl.constexpr,
+    queries, grads, lse, delta, k, v, item, head, begin, end, k_row, v_row, bias, scale, acc,
+    STEP: tl.constexpr, DIM: tl.constexpr, TMA: tl.constexpr, WEIGHTED: tl.constexpr,
     MASKED: tl.constexpr,
 ):  # fmt: skip
     place = begin + tl.arange(0, STEP)
-    keys = _block(k, others, item, head, begin, end, k_row, STEP, DIM, LISTED, TMA, MASKED)
-    values = _block(v, others, item, head, begin, end, v_row, STEP, DIM, LISTED, TMA, MASKED)
+    keys = _block(k, item, head, begin, end, k_row, STEP, DIM, TMA, MASKED)
+    values = _block(v, item, head, begin, end, v_row, STEP, DIM, TMA, MASKED)
     scores = tl.dot(queries, tl.trans(keys), input_precision="ieee")
     if WEIGHTED:
-        scores += _biases(bias, others, place, end, LISTED, MASKED)[None, :]
+        scores += _biases(bias, place, end, MASKED)[None, :]
     if MASKED:
         # Zero keys are not enough: with an lse near -200, exp2(0 - lse) is inf, and inf * 0 a NaN in every row.
         scores = tl.where((place < end)[None, :], scores, float("-inf"))
@@ -196,39 +195,40 @@ def _grad_queries_step(
 
 @triton.jit
 def _grad_queries_segment(
-    queries, grads, lse, delta, k, v, others, item, head, segment, k_row, v_row, bias, scale, acc,
-    STEP: tl.constexpr, DIM: tl.constexpr, PIECES: tl.constexpr, TMA: tl.constexpr, WEIGHTED: tl.constexpr,
+    queries, grads, lse, delta, k, v, item, head, segment, k_row, v_row, bias, scale, acc,
+    STEP: tl.constexpr, DIM: tl.constexpr, TMA: tl.constexpr, WEIGHTED: tl.constexpr,
 ):  # fmt: skip
     begin, end = tl.load(segment), tl.load(segment + 1)
     whole = begin + (end - begin) // STEP * STEP
     for at in tl.range(begin, whole, STEP):
         acc = _grad_queries_step(
-            queries, grads, lse, delta, k, v, others, item, head, at, end, k_row, v_row, bias, scale, acc,
-            STEP, DIM, PIECES, TMA, WEIGHTED, False,
+            queries, grads, lse, delta, k, v, item, head, at, end, k_row, v_row, bias, scale, acc,
+            STEP, DIM, TMA, WEIGHTED, False,
         )  # fmt: skip
     if whole < end:
         acc = _grad_queries_step(
-            queries, grads, lse, delta, k, v, others, item, head, whole, end, k_row, v_row, bias, scale, acc,
-            STEP, DIM, PIECES, TMA, WEIGHTED, True,
+            queries, grads, lse, delta, k, v, item, head, whole, end, k_row, v_row, bias, scale, acc,
+            STEP, DIM, TMA, WEIGHTED, True,
         )  # fmt: skip
     return acc
 
 
 @_launched
 def grad_queries(
-    q, k, v, grad, lse, delta, rows, known, tokens, tiles, others, segments, bias, scale,
-    heads, number, first_head, share, length,
+    q, k, v, grad, lse, delta, rows, known, listed_q, listed_grad, tokens, tiles, segments, bias, scale,
+    heads, number, share, length,
     q_item, q_head, q_row, k_item, k_head, k_row, v_item, v_head, v_row, grad_item, grad_head, grad_row, rows_group,
     known_group, known_row,
-    tokens_item, tokens_head, tiles_item, tiles_head, others_item, others_head, segments_item, segments_head,
+    tokens_item, tokens_head, tiles_item, tiles_head, segments_item, segments_head,
     bias_item, bias_head,
     ROWS: tl.constexpr, STEP: tl.constexpr, DIM: tl.constexpr, PIECES: tl.constexpr, TMA: tl.constexpr,
     WEIGHTED: tl.constexpr,
 ):  # fmt: skip
-    """The tiles of `attend` again -> one row of partial dq for each query. lse and delta are those of the union.
+    """One tile of queries × all its segments of keys -> one row of partial dq for each query. lse and delta are those
+    of the union.
 
-    They are also copied to `known`, base-2 lse then delta, in the order of `tokens`: `grad_keys` lists the same
-    queries, and reads them there in a row instead of one by one.
+    `grad_keys` lists the same queries. So they are copied in the order of `tokens`, to be read there in a row instead
+    of one by one: base-2 lse and delta to `known`, rows of q and grad to `listed_q` and `listed_grad`.
     """
     group, tile = tl.program_id(0) // number, tl.program_id(0) % number
     item, head = (group // heads).to(tl.int64), (group % heads).to(tl.int64)
@@ -248,11 +248,13 @@ def grad_queries(
     known += group.to(tl.int64) * known_group + place
     tl.store(known, row_lse, mask=live)
     tl.store(known + known_row, row_delta, mask=live)
-    kv_head = (first_head + head) // share
+    to = group.to(tl.int64) * rows_group + place.to(tl.int64)[:, None] * DIM + dim[None, :]
+    tl.store(listed_q + to, queries, mask=live[:, None])
+    tl.store(listed_grad + to, grads, mask=live[:, None])
+    kv_head = head // share
     if not TMA:
         k += item * k_item + kv_head * k_head
         v += item * v_item + kv_head * v_head
-    others += item * others_item + head * others_head
     segments += item * segments_item + head * segments_head
     if WEIGHTED:
         bias += item * bias_item + head * bias_head
@@ -260,57 +262,85 @@ def grad_queries(
     if PIECES:
         for i in tl.range(low, high):
             acc = _grad_queries_segment(
-                queries, grads, row_lse, row_delta, k, v, others, item, kv_head, segments + i * 2, k_row, v_row,
-                bias, scale * LOG2_E, acc, STEP, DIM, True, False, WEIGHTED,
+                queries, grads, row_lse, row_delta, k, v, item, kv_head, segments + i * 2, k_row, v_row,
+                bias, scale * LOG2_E, acc, STEP, DIM, TMA, WEIGHTED,
             )  # fmt: skip
     else:
         acc = _grad_queries_segment(
-            queries, grads, row_lse, row_delta, k, v, others, item, kv_head, segments + low * 2, k_row, v_row,
-            bias, scale * LOG2_E, acc, STEP, DIM, False, TMA, WEIGHTED,
+            queries, grads, row_lse, row_delta, k, v, item, kv_head, segments + low * 2, k_row, v_row,
+            bias, scale * LOG2_E, acc, STEP, DIM, TMA, WEIGHTED,
         )  # fmt: skip
-    to = rows + group.to(tl.int64) * rows_group + place.to(tl.int64)[:, None] * DIM + dim[None, :]
-    tl.store(to, (acc * scale).to(rows.dtype.element_ty), mask=live[:, None])
+    tl.store(rows + to, (acc * scale).to(rows.dtype.element_ty), mask=live[:, None])
+
+
+@triton.jit
+def _grad_keys_step(
+    keys, values, q, grad, known, known_row, item, head, begin, end, q_row, grad_row, bias, scale,
+    grad_k, grad_v,
+    STEP: tl.constexpr, DIM: tl.constexpr, TMA: tl.constexpr, WEIGHTED: tl.constexpr, MASKED: tl.constexpr,
+):  # fmt: skip
+    place = begin + tl.arange(0, STEP)
+    there = place < end
+    queries = _block(q, item, head, begin, end, q_row, STEP, DIM, TMA, MASKED)
+    # Weights of rows past the end are 0. So they would be without: their gradients are. But with 0 here ptxas
+    # serialises the products on sm_90 (C7515).
+    row_lse = tl.load(known + place, mask=there, other=float("inf"))
+    scores = tl.dot(keys, tl.trans(queries), input_precision="ieee")
+    if WEIGHTED:
+        scores += bias[:, None]
+    weights = tl.math.exp2(scores * scale - row_lse[None, :])
+    grads = _block(grad, item, head, begin, end, grad_row, STEP, DIM, TMA, MASKED)
+    grad_v = tl.dot(weights.to(grads.dtype), grads, grad_v, input_precision="ieee")
+    row_delta = tl.load(known + known_row + place, mask=there, other=0.0)
+    grad_weights = tl.dot(values, tl.trans(grads), input_precision="ieee")
+    grad_scores = weights * (grad_weights - row_delta[None, :])
+    grad_k = tl.dot(grad_scores.to(queries.dtype), queries, grad_k, input_precision="ieee")
+    return grad_k, grad_v
 
 
 @triton.jit
 def _grad_keys_segment(
-    keys, values, q, grad, known, known_row, others, segment, q_row, grad_row, bias, scale, grad_k, grad_v,
-    STEP: tl.constexpr, DIM: tl.constexpr, WEIGHTED: tl.constexpr,
+    keys, values, q, grad, known, known_row, item, head, segment, q_row, grad_row, bias, scale, grad_k, grad_v,
+    STEP: tl.constexpr, DIM: tl.constexpr, TMA: tl.constexpr, WEIGHTED: tl.constexpr,
 ):  # fmt: skip
     begin, end = tl.load(segment), tl.load(segment + 1)
-    # Invariants moved out of the loop would stay in registers through it, and some of these kernels spill.
-    for at in tl.range(begin, end, STEP, disable_licm=True):
-        place = at + tl.arange(0, STEP)
-        there = place < end
-        query = tl.load(others + place, mask=there, other=0).to(tl.int64)
-        queries = _rows(q, query, q_row, there, DIM, True)
-        # Weights of rows past the end are 0. So they would be without: their gradients are. But with 0 here ptxas
-        # serialises the products on sm_90 (C7515).
-        row_lse = tl.load(known + place, mask=there, other=float("inf"))
-        scores = tl.dot(keys, tl.trans(queries), input_precision="ieee")
-        if WEIGHTED:
-            scores += bias[:, None]
-        weights = tl.math.exp2(scores * scale - row_lse[None, :])
-        grads = _rows(grad, query, grad_row, there, DIM, True)
-        grad_v = tl.dot(weights.to(grads.dtype), grads, grad_v, input_precision="ieee")
-        row_delta = tl.load(known + known_row + place, mask=there, other=0.0)
-        grad_weights = tl.dot(values, tl.trans(grads), input_precision="ieee")
-        grad_scores = weights * (grad_weights - row_delta[None, :])
-        grad_k = tl.dot(grad_scores.to(queries.dtype), queries, grad_k, input_precision="ieee")
+    if TMA:
+        whole = begin + (end - begin) // STEP * STEP
+        for at in tl.range(begin, whole, STEP):
+            grad_k, grad_v = _grad_keys_step(
+                keys, values, q, grad, known, known_row, item, head, at, end, q_row, grad_row, bias, scale,
+                grad_k, grad_v, STEP, DIM, True, WEIGHTED, False,
+            )  # fmt: skip
+        if whole < end:
+            grad_k, grad_v = _grad_keys_step(
+                keys, values, q, grad, known, known_row, item, head, whole, end, q_row, grad_row, bias, scale,
+                grad_k, grad_v, STEP, DIM, True, WEIGHTED, True,
+            )  # fmt: skip
+    else:
+        # Invariants moved out of the loop would stay in registers through it, and some of these kernels spill.
+        for at in tl.range(begin, end, STEP, disable_licm=True):
+            grad_k, grad_v = _grad_keys_step(
+                keys, values, q, grad, known, known_row, item, head, at, end, q_row, grad_row, bias, scale,
+                grad_k, grad_v, STEP, DIM, False, WEIGHTED, True,
+            )  # fmt: skip
     return grad_k, grad_v
 
 
 @_launched
 def grad_keys(
-    q, k, v, grad, known, dk, dv, tokens, tiles, others, segments, bias, scale,
-    heads, number, first_head, share, keys_length,
+    q, k, v, grad, known, dk, dv, tokens, tiles, segments, bias, scale,
+    heads, number, share, keys_length,
     q_item, q_head, q_row, k_item, k_head, k_row, v_item, v_head, v_row, grad_item, grad_head, grad_row,
     known_group, known_row,
-    tokens_item, tokens_head, tiles_item, tiles_head, others_item, others_head, segments_item, segments_head,
+    tokens_item, tokens_head, tiles_item, tiles_head, segments_item, segments_head,
     bias_item, bias_head,
-    ROWS: tl.constexpr, STEP: tl.constexpr, DIM: tl.constexpr, PIECES: tl.constexpr, WEIGHTED: tl.constexpr,
+    ROWS: tl.constexpr, STEP: tl.constexpr, DIM: tl.constexpr, PIECES: tl.constexpr, TMA: tl.constexpr,
+    WEIGHTED: tl.constexpr,
 ):  # fmt: skip
-    """One tile of keys × all its segments of queries, added to its rows of dk and dv: no other program writes them."""
+    """One tile of keys × all its segments of queries, added to its rows of dk and dv: no other program writes them.
+
+    The rows of q and grad, like those of `known`, are in the order of the lists that segments are parts of.
+    """
     group, tile = tl.program_id(0) // number, tl.program_id(0) % number
     item, head = (group // heads).to(tl.int64), (group % heads).to(tl.int64)
     record = tiles + item * tiles_item + head * tiles_head + tile * 4
@@ -321,12 +351,12 @@ def grad_keys(
     live = row < count
     tokens += item * tokens_item + head * tokens_head
     token = tl.load(tokens + first + row, mask=live, other=0).to(tl.int64)
-    kv_head = (first_head + head) // share
+    kv_head = head // share
     keys = _rows(k + item * k_item + kv_head * k_head, token, k_row, live, DIM, True)
     values = _rows(v + item * v_item + kv_head * v_head, token, v_row, live, DIM, True)
-    q += item * q_item + head * q_head
-    grad += item * grad_item + head * grad_head
-    others += item * others_item + head * others_head
+    if not TMA:
+        q += item * q_item + head * q_head
+        grad += item * grad_item + head * grad_head
     segments += item * segments_item + head * segments_head
     known += group.to(tl.int64) * known_group
     row_bias = bias
@@ -337,13 +367,13 @@ def grad_keys(
     if PIECES:
         for i in tl.range(low, high):
             grad_k, grad_v = _grad_keys_segment(
-                keys, values, q, grad, known, known_row, others, segments + i * 2, q_row, grad_row, row_bias,
-                scale * LOG2_E, grad_k, grad_v, STEP, DIM, WEIGHTED,
+                keys, values, q, grad, known, known_row, item, head, segments + i * 2, q_row, grad_row, row_bias,
+                scale * LOG2_E, grad_k, grad_v, STEP, DIM, TMA, WEIGHTED,
             )  # fmt: skip
     else:
         grad_k, grad_v = _grad_keys_segment(
-            keys, values, q, grad, known, known_row, others, segments + low * 2, q_row, grad_row, row_bias,
-            scale * LOG2_E, grad_k, grad_v, STEP, DIM, WEIGHTED,
+            keys, values, q, grad, known, known_row, item, head, segments + low * 2, q_row, grad_row, row_bias,
+            scale * LOG2_E, grad_k, grad_v, STEP, DIM, TMA, WEIGHTED,
         )  # fmt: skip
     # Read again: kept, the tokens would take registers through the loop.
     token = tl.load(tokens + first + row, mask=live, other=0, cache_modifier=".cg").to(tl.int64)
@@ -526,7 +556,10 @@ def choose(
     q, means, legal, kind, chosen, heads, number, length, share, count, q_item, q_head, q_row,
     ROWS: tl.constexpr, STEP: tl.constexpr, DIM: tl.constexpr, COLUMNS: tl.constexpr, TOP_K: tl.constexpr,
 ):  # fmt: skip
-    """The TOP_K legal pieces of largest q · mean for each query: best first, ties to the earlier, -1 for none."""
+    """The TOP_K legal pieces of largest q · mean for each query: best first, ties to the earlier, -1 for none.
+
+    legal: a bit for each of COLUMNS pieces, COLUMNS // 32 words for each kind of query.
+    """
     group, tile = tl.program_id(0) // number, tl.program_id(0) % number
     item, head = (group // heads).to(tl.int64), (group % heads).to(tl.int64)
     row = tile * ROWS + tl.arange(0, ROWS)
@@ -542,12 +575,17 @@ def choose(
             at = means + (i * count + column[None, :]) * DIM + dim[:, None]
             keys = tl.load(at, mask=(column < count)[None, :], other=0.0)
             scores = tl.dot(queries, keys, scores, input_precision="ieee")
-    of_kind = tl.load(kind + row, mask=live, other=0)
-    there = live[:, None] & (column < count)[None, :]
-    allowed = tl.load(legal + of_kind[:, None] * count + column[None, :], mask=there, other=0)
-    scores = tl.where(allowed != 0, scores, float("-inf"))
+    # A bit for each column, rather than a table of the tile: the scores then stay where the products left them, with
+    # whole rows in the registers of four lanes.
+    words = legal + tl.load(kind + row, mask=live, other=0) * (COLUMNS // 32)
+    bit = 1 << (column % 32)
+    for i in tl.static_range(COLUMNS // 32):
+        word = tl.load(words + i, mask=live, other=0)
+        barred = (column // 32 == i)[None, :] & ((word[:, None] & bit[None, :]) == 0)
+        scores = tl.where(barred, float("-inf"), scores)
     to = chosen + (group.to(tl.int64) * length + token) * TOP_K
     for i in tl.range(0, TOP_K):
-        best, index = tl.max(scores, 1, return_indices=True)
+        best = tl.max(scores, 1)
+        index = tl.min(tl.where(scores == best[:, None], column[None, :], COLUMNS), 1)
         tl.store(to + i, tl.where(best == float("-inf"), -1, index), mask=live)
         scores = tl.where(column[None, :] == index[:, None], float("-inf"), scores)

@@ -34,7 +34,7 @@ def top_chunks(q: Tensor, k: Tensor, chunks: Partition, legal: Tensor, kind: Ten
     if not chosen.numel():
         return chosen
     tokens, offsets = (x.expand(batch, kv_heads, -1) for x in (tokens_of(chunks), chunks.offsets))
-    tile = _tile(q)
+    tile, columns = _tile(q), _power_of_two(count)
     number = -(-length // tile.rows)
     with union.on(q):
         device.pool[(batch * kv_heads * count,)](
@@ -43,9 +43,9 @@ def top_chunks(q: Tensor, k: Tensor, chunks: Partition, legal: Tensor, kind: Ten
             STEP=POOL.step, DIM=dim, num_warps=POOL.warps, num_stages=POOL.stages,
         )  # fmt: skip
         device.choose[(batch * heads * number,)](
-            q, means, legal.contiguous().view(torch.uint8), kind.int(), chosen,
+            q, means, _words(legal, columns), kind.int(), chosen,
             heads, number, length, heads // kv_heads, count, *q.stride()[:3],
-            ROWS=tile.rows, STEP=min(dim, tile.step), DIM=dim, COLUMNS=_power_of_two(count), TOP_K=top_k,
+            ROWS=tile.rows, STEP=min(dim, tile.step), DIM=dim, COLUMNS=columns, TOP_K=top_k,
             num_warps=tile.warps, num_stages=tile.stages,
         )  # fmt: skip
     return chosen
@@ -56,5 +56,12 @@ def _tile(q: Tensor) -> Tile:
 
 
 def _power_of_two(count: int) -> int:
-    """The next one, from 16 on: the least that tensor cores take."""
-    return max(16, 1 << (count - 1).bit_length())
+    """The next one, from 32 on: the bits of a word."""
+    return max(32, 1 << (count - 1).bit_length())
+
+
+def _words(legal: Tensor, columns: int) -> Tensor:
+    """A table bool (kinds, C) as bits, the first column in the lowest: int32 (kinds, columns // 32)."""
+    padded = torch.nn.functional.pad(legal, (0, columns - legal.shape[1])).view(len(legal), -1, 32)
+    bits = padded.long() << torch.arange(32, device=legal.device)
+    return bits.sum(-1).view(torch.int32)[:, ::2].contiguous()  # the lower halves

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -45,8 +45,8 @@ class Union(torch.autograd.Function):
             out = (torch.empty if work.parts else torch.zeros)(q.shape, dtype=q.dtype, device=q.device)
             tensors = (q, k, v, out, lse)
             for batch in work.dense:
-                for items in _calls(batch, len(q)):
-                    _dense_forward(batch, items, tensors, scale)
+                for slab in _calls(batch, q, k, 0):  # one partial output, which is no more than the output
+                    _dense_forward(batch, slab, tensors, scale)
             if work.parts:
                 for slab in _slabs(q, k, work.rows * (q.shape[-1] * q.element_size() + 4)):
                     _forward(slab, tensors, work, scale, config)
@@ -70,10 +70,11 @@ class Union(torch.autograd.Function):
             grads = [fresh(x.shape, dtype=dtype, device=x.device) for x, dtype in ((q, q.dtype), (k, wide), (v, wide))]
             tensors = (q, k, v, out, lse, dense_rows(grad))
             for batch in work.dense:
-                for items in _calls(batch, len(q)):
-                    _dense_backward(batch, items, tensors, grads, ctx.scale)
+                # A partial dq, and cuDNN's sum of it in float32.
+                for slab in _calls(batch, q, k, batch.rows * q.shape[-1] * (q.element_size() + 4)):
+                    _dense_backward(batch, slab, tensors, grads, ctx.scale)
             if work.parts:
-                row_bytes = q.shape[-1] * q.element_size() + 8
+                row_bytes = 3 * q.shape[-1] * q.element_size() + 8
                 for slab in _slabs(q, k, work.rows * row_bytes + 2 * 4 * k.shape[2] * k.shape[3]):
                     _backward(slab, tensors, grads, work, ctx.scale, ctx.config)
         return grads[0], grads[1].to(k.dtype), grads[2].to(v.dtype), None, None, None
@@ -83,12 +84,14 @@ class Union(torch.autograd.Function):
 class _Listed:
     """A part's work for the gather kernels, and which of a head's partial rows are its own.
 
-    `by_cudnn`: the work goes to cuDNN's variable-length attention, whose key pieces have `longest` tokens at most.
-    `log_weight` (B|1, H|1, Lk): what is added to the scaled scores of each key, if anything is.
+    `listed`: its keys are a list of tokens, not the stream. `by_cudnn`: the work goes to cuDNN's variable-length
+    attention, whose key pieces have `longest` tokens at most. `log_weight` (B|1, H|1, Lk): what is added to the scaled
+    scores of each key, if anything is.
     """
 
     work: PartWork
     rows: slice
+    listed: bool
     by_cudnn: bool
     longest: int
     log_weight: Tensor | None
@@ -122,9 +125,11 @@ class _PlanWork:
                 overlap |= dense.overlap(rectangles)
             elif work := _work(part, config):
                 number = work.by_query.tokens.shape[-1]
-                by_cudnn = config.cudnn and not work.pieces and part.log_weight is None
+                listed = part.keys.order is not None
+                by_cudnn = config.cudnn and not work.pieces and not listed and part.log_weight is None
                 longest = part.keys.longest if by_cudnn else 0
-                parts.append(_Listed(work, slice(first, first + number), by_cudnn, longest, part.log_weight))
+                rows = slice(first, first + number)
+                parts.append(_Listed(work, rows, listed, by_cudnn, longest, part.log_weight))
                 slots.append(torch.where(work.slots < 0, -1, work.slots + first) if first else work.slots)
                 first += number
         lead = plan.batch_heads
@@ -183,13 +188,12 @@ class _Slab:
         by_query, by_key = (Work(*(self.of(x) for x in tables)) for tables in (work.by_query, work.by_key))
         return work._replace(by_query=by_query, by_key=by_key)
 
-    def bias(self, part: _Listed, scale: float) -> tuple[Tensor | None, tuple[int, int]]:
-        """What is added to the unscaled scores of its heads, and its strides over batch items and heads."""
+    def bias(self, part: _Listed, scale: float) -> Tensor | None:
+        """What is added to the unscaled scores of each key of its heads: (items, heads, Lk), a row's keys in a row."""
         if part.log_weight is None:
-            return None, (0, 0)
+            return None
         bias = self.of(part.log_weight.float() / scale)
-        bias = bias if bias.stride(-1) == 1 else bias.contiguous()
-        return bias, (bias.stride(0), bias.stride(1))
+        return bias if bias.stride(-1) == 1 else bias.contiguous()
 
     def first_keys(self, k: Tensor) -> Tensor:
         """The row of a contiguous k at which the stream of each of its heads begins: int64 (items, heads)."""
@@ -198,11 +202,12 @@ class _Slab:
 
 
 def _slabs(q: Tensor, k: Tensor, bytes_of_a_head: int) -> Iterator[_Slab]:
-    """Slabs of whole groups of heads that read the same keys, of at most SLAB_BYTES (or one group)."""
+    """Slabs of about as many heads each, of at most SLAB_BYTES, or one group of heads that read the same keys."""
     batch, heads = q.shape[:2]
     share = heads // k.shape[1]
     most = max(share, SLAB_BYTES // max(1, bytes_of_a_head) // share * share)
-    items, step = max(1, most // heads), min(heads, most)
+    items, number = max(1, most // heads), -(-heads // most)
+    step = -(-heads // (number * share)) * share
     for item in range(0, batch, items):
         for head in range(0, heads, step):
             yield _Slab(
@@ -213,16 +218,22 @@ def _slabs(q: Tensor, k: Tensor, bytes_of_a_head: int) -> Iterator[_Slab]:
 # -- rectangles -------------------------------------------------------------------------------------------------------
 
 
-def _calls(batch: dense.Batch, items: int) -> Iterator[slice]:
-    """The batch items of each call: all, or each alone where rectangles are the batch items of the call."""
-    yield from ([slice(0, items)] if batch.number == 1 else [slice(i, i + 1) for i in range(items)])
+def _calls(batch: dense.Batch, q: Tensor, k: Tensor, bytes_of_a_head: int) -> Iterator[_Slab]:
+    """A slab for each call. Where rectangles are the batch items of the call, it takes one of q."""
+    for slab in _slabs(q, k, bytes_of_a_head):
+        if batch.number == 1:
+            yield slab
+        else:
+            for item in range(slab.items.start, slab.items.stop):
+                yield replace(slab, items=slice(item, item + 1))
 
 
-def _dense_forward(batch: dense.Batch, items: slice, tensors: tuple[Tensor, ...], scale: float) -> None:
+def _dense_forward(batch: dense.Batch, slab: _Slab, tensors: tuple[Tensor, ...], scale: float) -> None:
     """Merge a batch of rectangles into out and lse; tensors = (q, k, v, out, lse)."""
-    q, k, v, out, lse = (x[items] for x in tensors)
+    _, k, v, *_ = tensors
+    q, out, lse = (slab.of(tensors[i]) for i in (0, 3, 4))
     queries = dense.rows_of(q, batch.queries)
-    keys, values = (_for_queries(dense.rows_of(x, batch.keys), q.shape[1]) for x in (k, v))
+    keys, values = (_for_queries(dense.rows_of(x[slab.items, slab.kv_head], batch.keys), slab) for x in (k, v))
     partial, partial_lse = dense.forward(queries, keys, values, scale)
     partial, partial_lse = dense_rows(partial), partial_lse.contiguous()
     (out, lse), tokens = _targets(batch.queries, out, lse[..., None])
@@ -234,24 +245,25 @@ def _dense_forward(batch: dense.Batch, items: slice, tensors: tuple[Tensor, ...]
 
 
 def _dense_backward(
-    batch: dense.Batch, items: slice, tensors: tuple[Tensor, ...], grads: list[Tensor], scale: float
+    batch: dense.Batch, slab: _Slab, tensors: tuple[Tensor, ...], grads: list[Tensor], scale: float
 ) -> None:
     """Add what goes through a batch of rectangles to grads = (dq, dk, dv); tensors = (q, k, v, out, lse, grad)."""
-    q, k, v, out, lse, grad = (x[items] for x in tensors)
+    _, k, v, *_ = tensors
+    q, out, lse, grad, dq = (slab.of(x) for x in (tensors[0], *tensors[3:], grads[0]))
+    k, v, dk, dv = (x[slab.items, slab.kv_head] for x in (k, v, *grads[1:]))
     queries, outs, asked = (dense.rows_of(x, batch.queries) for x in (q, out, grad))
-    keys, values = (_for_queries(dense.rows_of(x, batch.keys), q.shape[1]) for x in (k, v))
+    keys, values = (_for_queries(dense.rows_of(x, batch.keys), slab) for x in (k, v))
     lses = dense.rows_of(lse[..., None], batch.queries)[..., 0]
     found = dense.backward(asked, queries, keys, values, outs, lses, scale)
-    for partial, total, rows in zip(found, grads, (batch.queries, batch.keys, batch.keys), strict=True):
+    for partial, total, rows in zip(found, (dq, dk, dv), (batch.queries, batch.keys, batch.keys), strict=True):
         partial = dense_rows(partial)
-        (to,), tokens = _targets(rows, total[items])
+        (to,), tokens = _targets(rows, total)
         _add_rows(partial, to, tokens, listed=isinstance(rows, Tensor), add=True)
 
 
-def _for_queries(keys: Tensor, heads: int) -> Tensor:
+def _for_queries(keys: Tensor, slab: _Slab) -> Tensor:
     """One head of keys for each query head."""
-    share = heads // keys.shape[1]
-    return keys if share == 1 else keys.repeat_interleave(share, dim=1)
+    return keys if slab.share == 1 else keys.repeat_interleave(slab.share, dim=1)
 
 
 def _targets(rows: dense.Run | Tensor, *tensors: Tensor) -> tuple[list[Tensor], Tensor]:
@@ -283,19 +295,18 @@ def _forward(slab: _Slab, tensors: tuple[Tensor, ...], work: _PlanWork, scale: f
         own, own_lse = rows[:, part.rows], rows_lse[:, part.rows]
         if part.by_cudnn:
             own.unflatten(0, slab.shape)[:], own_lse.unflatten(0, slab.shape)[:] = cudnn.forward(
-                _gathered(slab, q, part.work), k, v,
+                _gathered(q, slab.of(part.work.by_query.tokens)), k, v,
                 slab.first_keys(k), slab.work(part.work), part.longest, scale,
             )  # fmt: skip
             continue
         tables, strides, number = _tables(slab, part.work.by_query)
         tile = part.work.tiles(config).attend
-        blocks, tma = copied_blocks(k[slab.items], v[slab.items], part.work, tile)
-        bias, bias_strides = slab.bias(part, scale)
+        keys, values, share, bias = _keys(slab, part, k, v, scale)
+        blocks, tma = copied_blocks(keys, values, tile)
         _launch(
             device.attend, slab, number, tile,
-            q, *blocks, own, own_lse, *tables, bias, scale,
-            slab.shape[1], number, slab.head.start, slab.share,
-            *_strides(q, k, v), own.stride(0), own_lse.stride(0), *strides, *bias_strides,
+            q, *blocks, own, own_lse, *tables, bias, scale, slab.shape[1], number, share,
+            *_strides(q, keys, values), own.stride(0), own_lse.stride(0), *strides, *_bias_strides(bias),
             DIM=dim, PIECES=part.work.pieces, TMA=tma, WEIGHTED=bias is not None,
         )  # fmt: skip
     slots = slab.of(work.slots)
@@ -324,13 +335,15 @@ def _backward(
     lse = lse.contiguous()
     delta = torch.empty(lse.shape, dtype=torch.float32, device=q.device)
     _over_rows(device.row_dots, (out, grad, delta), q.shape[:3], _strides(out, grad), DIM=dim)
-    rows = torch.empty(slab.groups, work.rows, dim, dtype=q.dtype, device=q.device)
+    # Partial dq, and q and grad in the order of the lists.
+    rows, *listed = torch.empty(3, slab.groups, work.rows, dim, dtype=q.dtype, device=q.device)
     # Half precision would lose the small terms of long sums.
     dk, dv = (torch.zeros(*slab.shape, *k.shape[2:], dtype=torch.float32, device=k.device) for _ in "kv")
     for part in work.parts:
         own = rows[:, part.rows]
         if part.by_cudnn:
-            queries, asked, outs, lses = (_gathered(slab, x, part.work) for x in (q, grad, out, lse[..., None]))
+            tokens = slab.of(part.work.by_query.tokens)
+            queries, asked, outs, lses = (_gathered(x, tokens) for x in (q, grad, out, lse[..., None]))
             own.unflatten(0, slab.shape)[:], dk_part, dv_part = cudnn.backward(
                 asked, queries, k, v, outs, lses[..., 0],
                 slab.first_keys(k), slab.work(part.work), part.longest, scale,
@@ -339,25 +352,28 @@ def _backward(
             dv += dv_part
             continue
         tables, strides, number = _tables(slab, part.work.by_query)
-        # lse and delta of the listed queries, in the order of the list, which both kernels read.
         known = torch.empty(slab.groups, 2, tables[0].shape[-1], dtype=torch.float32, device=q.device)
-        tile = part.work.tiles(config).grad_queries
-        blocks, tma = copied_blocks(k[slab.items], v[slab.items], part.work, tile)
-        bias, bias_strides = slab.bias(part, scale)
+        sizes = part.work.tiles(config)
+        listed_q, listed_grad = (x[:, part.rows] for x in listed)
+        keys, values, share, bias = _keys(slab, part, k, v, scale)
+        blocks, tma = copied_blocks(keys, values, sizes.grad_queries)
         _launch(
-            device.grad_queries, slab, number, tile,
-            q, *blocks, grad, lse, delta, own, known, *tables, bias, scale,
-            slab.shape[1], number, slab.head.start, slab.share, length,
-            *_strides(q, k, v, grad), own.stride(0), *known.stride()[:2], *strides, *bias_strides,
+            device.grad_queries, slab, number, sizes.grad_queries,
+            q, *blocks, grad, lse, delta, own, known, listed_q, listed_grad, *tables, bias, scale,
+            slab.shape[1], number, share, length,
+            *_strides(q, keys, values, grad), own.stride(0), *known.stride()[:2], *strides, *_bias_strides(bias),
             DIM=dim, PIECES=part.work.pieces, TMA=tma, WEIGHTED=bias is not None,
         )  # fmt: skip
         tables, strides, number = _tables(slab, part.work.by_key)
+        queries, asked = (x.unflatten(0, slab.shape) for x in (listed_q, listed_grad))
+        (queries_at, asked_at), tma = copied_blocks(queries, asked, sizes.grad_keys)
+        keys, values, bias = k[slab.items, slab.kv_head], v[slab.items, slab.kv_head], slab.bias(part, scale)
         _launch(
-            device.grad_keys, slab, number, part.work.tiles(config).grad_keys,
-            q, k[slab.items], v[slab.items], grad, known, dk, dv, *tables, bias, scale,
-            slab.shape[1], number, slab.head.start, slab.share, k.shape[2],
-            *_strides(q, k, v, grad), *known.stride()[:2], *strides, *bias_strides,
-            DIM=dim, PIECES=part.work.pieces, WEIGHTED=bias is not None,
+            device.grad_keys, slab, number, sizes.grad_keys,
+            queries_at, keys, values, asked_at, known, dk, dv, *tables, bias, scale,
+            slab.shape[1], number, slab.share, k.shape[2],
+            *_strides(queries, keys, values, asked), *known.stride()[:2], *strides, *_bias_strides(bias),
+            DIM=dim, PIECES=part.work.pieces, TMA=tma, WEIGHTED=bias is not None,
         )  # fmt: skip
     slots, add = slab.of(work.slots), bool(work.dense)
     _over_rows(
@@ -389,10 +405,31 @@ def _over_rows(
     )  # fmt: skip
 
 
-def _gathered(slab: _Slab, x: Tensor, work: PartWork) -> Tensor:
-    """Rows of x (items, heads, L, n) in the order of the part's list of queries: contiguous (items, heads, m, n)."""
-    tokens = slab.of(work.by_query.tokens)
-    rows = torch.empty(*slab.shape, tokens.shape[-1], x.shape[-1], dtype=x.dtype, device=x.device)
+def _keys(slab: _Slab, part: _Listed, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor, int, Tensor | None]:
+    """Keys, values and biases of a slab's heads in the order of the part's list, and how many heads share one of them.
+
+    Rows that lie one after the other are read in blocks; to copy them once costs less than to gather them in each tile.
+    """
+    k, v, bias = k[slab.items, slab.kv_head], v[slab.items, slab.kv_head], slab.bias(part, scale)
+    if not part.listed:
+        return k, v, slab.share, bias
+    tokens, share = part.work.by_query.others, slab.share
+    if share > 1 and tokens.shape[1] > 1:  # heads that share keys list them in orders of their own
+        k, v, share = k.repeat_interleave(share, dim=1), v.repeat_interleave(share, dim=1), 1
+    tokens = slab.of(tokens)
+    if bias is not None:
+        bias = bias.gather(-1, tokens.long())
+    return _gathered(k, tokens[:, ::share]), _gathered(v, tokens[:, ::share]), share, bias
+
+
+def _bias_strides(bias: Tensor | None) -> tuple[int, ...]:
+    """Over batch items and heads."""
+    return (0, 0) if bias is None else bias.stride()[:2]
+
+
+def _gathered(x: Tensor, tokens: Tensor) -> Tensor:
+    """Rows of x (B, H, L, n) in the order of lists of tokens (B, H, m): contiguous (B, H, m, n)."""
+    rows = torch.empty(*tokens.shape, x.shape[-1], dtype=x.dtype, device=x.device)
     _over_rows(
         device.gather, (x, rows, tokens), rows.shape[:3],
         (*_strides(x), rows.stride(1), *tokens.stride()[:2]), DIM=x.shape[-1],
@@ -400,18 +437,17 @@ def _gathered(slab: _Slab, x: Tensor, work: PartWork) -> Tensor:
     return rows
 
 
-def copied_blocks(k: Tensor, v: Tensor, work: PartWork, tile: Tile) -> tuple[tuple[Any, Any], bool]:
-    """k and v as a kernel takes them, and whether they are descriptors.
+def copied_blocks(one: Tensor, other: Tensor, tile: Tile) -> tuple[tuple[Any, Any], bool]:
+    """Rows of two tensors (B, H, n, D) as a kernel takes them, and whether they are descriptors.
 
-    The copy engine can read blocks of a slice of the stream, where the tile asks for it and rows begin at multiples of
-    16 bytes.
+    The copy engine reads `tile.step` rows at once, where the tile asks for it and rows begin at multiples of 16 bytes.
     """
-    if work.pieces or not tile.tma or not all(_aligned(x) for x in (k, v)):
-        return (k, v), False
+    if not tile.tma or not all(_aligned(x) for x in (one, other)):
+        return (one, other), False
     from triton.tools.tensor_descriptor import TensorDescriptor
 
-    block = [1, 1, tile.step, k.shape[-1]]
-    return (TensorDescriptor.from_tensor(k, block), TensorDescriptor.from_tensor(v, block)), True
+    block = [1, 1, tile.step, one.shape[-1]]
+    return (TensorDescriptor.from_tensor(one, block), TensorDescriptor.from_tensor(other, block)), True
 
 
 def _aligned(x: Tensor) -> bool:
@@ -420,7 +456,7 @@ def _aligned(x: Tensor) -> bool:
 
 def _tables(slab: _Slab, work: Work) -> tuple[list[Tensor], list[int], int]:
     """The tables of a slab, their strides over batch items and heads, and the number of tiles of a head."""
-    tables = [slab.of(x) for x in work]
+    tables = [slab.of(x) for x in (work.tokens, work.tiles, work.segments)]
     return tables, [stride for x in tables for stride in x.stride()[:2]], work.tiles.shape[2]
 
 

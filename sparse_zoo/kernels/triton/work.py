@@ -60,22 +60,23 @@ def work_of(part: Part, config: Config) -> PartWork | None:
     edges, number = _named(part)
     if not edges.numel() or not keys.count:
         return None
-    gathered, pieces = queries.is_singles, not (queries.is_singles and keys.order is None)
+    pieces = not queries.is_singles
     sizes = config.pieces if pieces else config.routed
     rows, key_rows = sizes.attend.rows, sizes.grad_keys.rows
     readers, starts, places = _by_key(edges, keys.count)
-    if gathered:
+    if not pieces:
         by_query = Work(
             readers, tiles_of_pieces(starts, readers.shape[-1], rows), tokens_of(keys), _bounds(keys.offsets)
         )
         by_key = Work(tokens_of(keys), tiles_of_pieces(keys.offsets, _listed(keys), key_rows), readers, _bounds(starts))
         return PartWork(by_query, by_key, places, pieces)
+    bounds, number = _joined(_bounds_at(keys.offsets, edges.flatten(2)).unflatten(2, edges.shape[2:]), number)
     first = torch.arange(queries.count, device=edges.device) * edges.shape[-1]
     by_query = Work(
         tokens_of(queries),
         _tiles(queries.offsets, _listed(queries), rows, first, first + number),
         tokens_of(keys),
-        _bounds_at(keys.offsets, edges.flatten(2)),
+        bounds.flatten(2, 3).contiguous(),
     )
     by_key = Work(
         tokens_of(keys),
@@ -159,6 +160,23 @@ def _bounds_at(starts: Tensor, pieces: Tensor) -> Tensor:
     bounds = _bounds(starts).expand(*lead, -1, -1)
     at = pieces.clamp(min=0)[..., None].expand(*pieces.shape, 2)
     return bounds.gather(-2, at).masked_fill_((pieces < 0)[..., None], 0)
+
+
+def _joined(bounds: Tensor, number: Tensor) -> tuple[Tensor, Tensor]:
+    """Segments (…, k, 2), of which the first `number` (…) count, fewer and longer: joined where one begins as one ends.
+
+    A kernel's loads stop being in flight where a segment ends.
+    """
+    begin, end = bounds.unbind(-1)
+    place = torch.arange(begin.shape[-1], device=begin.device)
+    counts = place < number[..., None]
+    new = counts & ((place == 0) | (begin != end.roll(1, -1)))
+    run = new.cumsum(-1) - 1
+    last = counts & (new.roll(-1, -1) | (place == number[..., None] - 1))
+    joined = torch.zeros(*begin.shape[:-1], begin.shape[-1] + 1, 2, dtype=bounds.dtype, device=bounds.device)
+    for side, (edge, where) in enumerate(((begin, new), (end, last))):
+        joined[..., side].scatter_(-1, run.where(where, begin.shape[-1]), edge)
+    return joined[..., :-1, :], new.sum(-1)
 
 
 def tokens_of(pieces: Partition) -> Tensor:
