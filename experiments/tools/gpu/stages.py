@@ -45,7 +45,7 @@ STAGES = (
     Stage("tiles", 50, 4, f"{HERE}.times:sweep", TRITON, (LONG,)),
     Stage("varlen", 20, 5, f"{HERE}.times:varlen", TRITON, (LONG,)),
     Stage("end-to-end", 130, 3, f"{HERE}.times:end_to_end", TRITON, (FILM,)),
-    Stage("step", 30, 4, f"{HERE}.model:step", (*TRITON, "lightning"), (FILM, LONG)),
+    Stage("step", 30, 3, f"{HERE}.model:step", (*TRITON, "lightning"), (FILM, LONG)),
     Stage("counters", 40, 6, f"{HERE}.instruments:counters", (*TRITON, "ncu")),
     Stage("memory", 40, 6, f"{HERE}.instruments:memory", (*TRITON, "compute-sanitizer")),
     Stage("suite", 60, 5, f"{HERE}.checks:suite", TRITON),

@@ -369,7 +369,7 @@ def end_to_end(run: Run) -> Iterator[Row]:
     for round_ in rounds(run):
         shots = sum(len(film.shots) for film in round_.film.films)
         title = f"{len(round_.film)} tokens, {shots} shots, d {round_.head_dim}"
-        if run.left() < (0.0 if run.tiny else 8.0):
+        if run.left() < (0.0 if run.tiny else 20.0):
             yield rows.not_timed(title, "no time was left for it")
             continue
         for row in bench.measure(round_, 1 if run.tiny else 2, device, lambda what: print(what), rivals=rivals):
