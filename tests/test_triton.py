@@ -292,8 +292,8 @@ def test_operators_take_what_they_are_given(has_cudnn: bool, monkeypatch: pytest
 def test_backward_gets_the_layout_of_the_forwards_output(monkeypatch: pytest.MonkeyPatch) -> None:
     """cuDNN caches plans by the strides of q, k and v alone."""
     given: dict[str, Any] = {}
-    monkeypatch.setattr(dense, "_call", lambda _, arguments: given.update(arguments) or (None, None, None))
     q, k = (torch.randn(1, 2, n, 8) for n in (10, 7))
+    monkeypatch.setattr(dense, "_call", lambda _, arguments: given.update(arguments) or (q, k, k))
     wide = torch.randn(1, 10, 2, 9)[..., :8].transpose(1, 2)
     dense.backward(wide, q, k, k, wide, torch.randn(1, 2, 20)[:, :, ::2], 0.1)
     assert given["grad_out"].stride() == given["out"].stride() == torch.empty_like(q).stride()
@@ -337,9 +337,13 @@ def test_batches_hold_each_rectangle_once(sizes: list[tuple[int, int, bool]], ga
 
 
 @pytest.mark.skipif(find_spec("triton") is None, reason="needs the package triton")
-@pytest.mark.parametrize(("shots", "calls"), [(8, 3), (64, 2)])
-def test_anchors_are_few_calls_whatever_the_heads(shots: int, calls: int) -> None:
-    """At 180k tokens and 24 heads: own shots of two lengths or of one, and all captions."""
+@pytest.mark.parametrize(("shots", "calls", "backward"), [(8, 3, 2 * 4 + 2 + 2), (64, 2, 2 * 4 + 4)])
+def test_anchors_are_few_calls_whatever_the_heads(shots: int, calls: int, backward: int) -> None:
+    """At 180k tokens and 24 heads: own shots of two lengths or of one, and all captions.
+
+    A backward holds a partial dq, and cuDNN's in float32: so it takes slices of heads, of a gigabyte each. The captions
+    have 64 tokens more than a multiple of 128, and are cut in two.
+    """
     film = {
         8: PAPER_FILM,
         64: zoo.Layout.film([zoo.Shot(2, 32, 44, text=25)] * 64),
@@ -350,9 +354,48 @@ def test_anchors_are_few_calls_whatever_the_heads(shots: int, calls: int) -> Non
         attention(q, q, q, film).out.sum().backward()
     names = [launch.name for launch in launches]
     assert operators.counted["_scaled_dot_product_cudnn_attention"] == calls
-    # A backward holds a partial dq, and cuDNN's in float32: slices of heads, each of a gigabyte at most.
-    assert calls < operators.counted["_scaled_dot_product_cudnn_attention_backward"] <= 4 * calls
+    assert operators.counted["_scaled_dot_product_cudnn_attention_backward"] == backward
     assert names.count("fold") == calls
+
+
+def test_keys_are_cut_where_cudnn_gives_nan(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No call of cuDNN's backward has 64 keys more than a multiple of 128; what is cut gives the same gradients."""
+    backward = torch.ops.aten._scaled_dot_product_cudnn_attention_backward
+    for keys in range(1, 400):
+        found = dense.cuts(keys, backward)
+        assert [x for cut in found for x in range(keys)[cut]] == list(range(keys))
+        assert all((cut.stop - cut.start) % 128 != 64 for cut in found)
+        assert len(found) == 1 + (keys % 128 == 64)
+        assert dense.cuts(keys, None) == [slice(0, keys)]
+    q, grad = (torch.randn(1, 2, 50, 16, generator=torch.Generator().manual_seed(i)) for i in range(2))
+    k, v = (torch.randn(1, 2, 192, 16, generator=torch.Generator().manual_seed(i)) for i in (2, 3))
+    out, lse = dense.forward(q, k, v, 0.25)
+    whole = dense.backward(grad, q, k, v, out, lse, 0.25)
+    cut = dense.cuts(192, backward)
+    monkeypatch.setattr(dense, "cuts", lambda *_: cut)
+    for one, other in zip(whole, dense.backward(grad, q, k, v, out, lse, 0.25), strict=True):
+        torch.testing.assert_close(one, other)
+
+
+@pytest.mark.parametrize("k", [1, 2, 5])
+def test_segments_are_joined_into_the_same_keys(k: int) -> None:
+    """Pieces that follow each other become one segment, in tables whose rows lie one after the other."""
+    draw = torch.Generator().manual_seed(k)
+    starts = torch.tensor([0, 4, 9, 9, 15, 20, 28, 30], dtype=torch.int32)
+    chosen = torch.stack([torch.randperm(7, generator=draw)[:k].sort().values for _ in range(6)])
+    chosen[2, -1] = -1
+    pieces = zoo.Partition.from_labels(torch.repeat_interleave(torch.arange(7), starts.diff()), 7)
+    part = zoo.Part(zoo.Partition.from_labels(torch.arange(12) // 2, 6), pieces, chosen[None, None])
+    work = work_of(part, INTERPRETED)
+    assert work is not None
+    assert all(x.is_contiguous() for tables in (work.by_query, work.by_key) for x in tables)
+    for first, count, low, high in work.by_query.tiles[0, 0].tolist():
+        met = [x for a, b in work.by_query.segments[0, 0, low:high].tolist() for x in range(a, b)]
+        want = {x for i in chosen[first // 2].tolist() if i >= 0 for x in range(int(starts[i]), int(starts[i + 1]))}
+        assert not count or (sorted(met) == sorted(want) and len(set(met)) == len(met))
+    follow = work_of(zoo.Part(part.queries, pieces, torch.arange(3).expand(1, 1, 6, 3)), INTERPRETED)
+    assert follow is not None
+    assert follow.by_query.tiles[0, 0, 0, 2:].tolist() == [0, 1]  # one segment of three pieces
 
 
 class Counting(TorchDispatchMode):

@@ -32,6 +32,8 @@ SHARED_MEMORY = {80: 163 << 10, 90: 227 << 10}
 MULTIPLY = ("attend", "grad_queries", "grad_keys")
 OTHERS = ("merge", "fold", "add_rows", "add_up", "row_dots", "gather")
 ROUTING = ("pool", "choose")
+FEW_BYTES = 160
+"""Of a stack, outside the loops: the rest of a segment is multiplied with masks, once, and takes more registers."""
 OLDEST = "3.6.0"
 OLDEST_PACKAGE = Path(sys.prefix) / f"triton-{OLDEST}"
 TYPES = {torch.bfloat16: "bf16", torch.float32: "fp32", torch.int32: "i32", torch.int64: "i64", torch.uint8: "u8"}
@@ -117,19 +119,23 @@ def _fresh(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 
 
 def check(name: str, launch: Launch, target: int, capfd: pytest.CaptureFixture[str], folder: Path) -> None:
-    """No spills, no warnings, shared memory that fits, rows addressed in 64 bits, and tensor cores."""
+    """No spills in the loops that multiply, and elsewhere few; no warnings, shared memory that fits, rows addressed in 64
+    bits, and tensor cores."""
     capfd.readouterr()
     kernel = compiled(name, launch, target)
     log = capfd.readouterr().out
     spills = re.findall(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", log)
-    assert spills == [("0", "0", "0")], log
+    assert len(spills) == 1, log
+    code = sass(kernel, folder)
+    assert int(spills[0][0]) <= (FEW_BYTES if name in MULTIPLY else 0), log
+    assert not any(re.search(r"\b(LDL|STL)\b", loop) for loop in loops(code))
     assert "warning" not in log.lower(), log
     assert "C75" not in log, log
     assert kernel.metadata.shared <= SHARED_MEMORY[target]
     # Row offsets pass 2^31: what is multiplied by a stride has 64 bits.
     assert name in ROUTING or not re.search(r"arith\.muli .* : tensor<\d+x1xi32>", kernel.asm["ttir"])
     if name in (*MULTIPLY, "choose"):
-        code = sass(kernel, folder)
+        assert loops(code) or name == "choose"
         assert ("HGMMA" if target == 90 else "HMMA") in code
         assert ("UTMALDG" in code) is launch.constants.get("TMA", False)
 
@@ -151,8 +157,7 @@ def test_attention_compiles(
             check(name, launch, capability[0] * 10 + capability[1], capfd, tmp_path)
         return
     assert [launch.constants.get("PIECES") for launch in launches] == [False, True]
-    by_copy_engine = capability >= (9, 0) and name in ("attend", "grad_queries")
-    assert [launch.constants.get("TMA", False) for launch in launches] == [by_copy_engine, False][: len(launches)]
+    assert [launch.constants["TMA"] for launch in launches] == [capability >= (9, 0)] * 2
     for launch in launches:
         check(name, launch, capability[0] * 10 + capability[1], capfd, tmp_path)
 
@@ -186,6 +191,16 @@ def test_everything_compiles_with_the_oldest_triton() -> None:
     )
     assert done.returncode == 0, done.stdout + done.stderr
     assert "1 skipped" in done.stdout  # this test itself: the other Triton was the one imported
+
+
+def loops(code: str) -> list[str]:
+    """The innermost loops that multiply, as text."""
+    lines = code.splitlines()
+    labels = {line.strip(" :"): i for i, line in enumerate(lines) if re.match(r"\s*\.L_x_\d+:", line)}
+    ends = [(labels[name], i) for i, line in enumerate(lines) for name in re.findall(r"BRA `\((\.L_x_\d+)\)", line)]
+    found = [(a, b) for a, b in ends if a < b and re.search(r"\bHG?MMA\b", "\n".join(lines[a:b]))]
+    inner = [(a, b) for a, b in found if not any(a <= c and d <= b and (a, b) != (c, d) for c, d in found)]
+    return ["\n".join(lines[a : b + 1]) for a, b in inner]
 
 
 def sass(kernel: CompiledKernel, folder: Path) -> str:

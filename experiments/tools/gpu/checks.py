@@ -29,7 +29,7 @@ SMALL_PLANS = 8
 LENGTHS = ((1280, 1280), (1216, 1344), (1227, 1301))
 """Of queries and keys: multiples of 128, with a rest of 64, with other rests."""
 MORE_LENGTHS = ((1280, 1344), (1216, 1280), (1216, 1312), (1216, 32), (1184, 1344), (32, 1344))
-"""A rest of 64 on one side alone, and the pieces that a length with such a rest can be cut into."""
+"""A rest of 64 on one side alone, and the pieces that such lengths are cut into (`dense.cuts`)."""
 
 
 def name_of(what: str, dtype: torch.dtype, head_dim: int) -> str:
