@@ -119,8 +119,7 @@ def _fresh(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 
 
 def check(name: str, launch: Launch, target: int, capfd: pytest.CaptureFixture[str], folder: Path) -> None:
-    """No spills in the loops that multiply, and elsewhere few; no warnings, shared memory that fits, rows addressed in 64
-    bits, and tensor cores."""
+    """Few spills, none where it multiplies; no warnings, shared memory that fits, rows in 64 bits, tensor cores."""
     capfd.readouterr()
     kernel = compiled(name, launch, target)
     log = capfd.readouterr().out
