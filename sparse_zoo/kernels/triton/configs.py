@@ -61,7 +61,7 @@ LINES = Tile(32, 0, 4, 1)
 """Of the kernels that merge, add up or dot rows."""
 POOL = Tile(1, 64, 4, 2)
 """Of the kernel that takes the mean of a piece, `step` rows at a time."""
-CHOOSE = {(8, 0): Tile(64, 64, 8, 1), (9, 0): Tile(128, 128, 8, 1)}
+CHOOSE = {(8, 0): Tile(64, 32, 8, 1), (9, 0): Tile(128, 128, 8, 1)}
 """Of the kernel that chooses, by compute capability: `rows` queries, `step` channels at a time. Hopper's products take
 64 rows at least; on older devices as many would spill."""
 MOST_CHUNKS = 256
