@@ -34,8 +34,8 @@ OTHERS = ("merge", "fold", "add_rows", "add_up", "row_dots", "gather")
 ROUTING = ("pool", "choose")
 FEW_BYTES = 352
 """Of a stack, outside the loops: the rest of a segment is multiplied with masks, once, and takes more registers."""
-FEW_SPILLS = 4
-"""In a loop that multiplies: Triton 3.7.1 reads four words again in that of dk and dv, of some 450 instructions."""
+FEW_SPILLS = 5
+"""In a loop that multiplies: Triton 3.7.1 reads five words again in that of dk and dv, of some 450 instructions."""
 OLDEST = "3.6.0"
 OLDEST_PACKAGE = Path(sys.prefix) / f"triton-{OLDEST}"
 TYPES = {torch.bfloat16: "bf16", torch.float32: "fp32", torch.int32: "i32", torch.int64: "i64", torch.uint8: "u8"}
@@ -121,7 +121,7 @@ def _fresh(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 
 
 def check(name: str, launch: Launch, target: int, capfd: pytest.CaptureFixture[str], folder: Path) -> None:
-    """Few spills, hardly any where it multiplies; no warnings, shared memory that fits, rows in 64 bits, tensor cores."""
+    """Few spills, next to none where it multiplies; no warnings, memory that fits, rows in 64 bits, tensor cores."""
     capfd.readouterr()
     kernel = compiled(name, launch, target)
     log = capfd.readouterr().out
@@ -129,7 +129,7 @@ def check(name: str, launch: Launch, target: int, capfd: pytest.CaptureFixture[s
     assert len(spills) == 1, log
     code = sass(kernel, folder)
     assert int(spills[0][0]) <= (FEW_BYTES if name in MULTIPLY else 0), log
-    assert all(len(re.findall(r"\b(LDL|STL)\b", loop)) <= FEW_SPILLS for loop in loops(code))
+    assert max([len(re.findall(r"\b(LDL|STL)\b", loop)) for loop in loops(code)], default=0) <= FEW_SPILLS
     assert "warning" not in log.lower(), log
     assert "C75" not in log, log
     assert kernel.metadata.shared <= SHARED_MEMORY[target]
