@@ -44,6 +44,8 @@ from experiments.tracking.store import Cell, SweepRequest, write_sweep
 from sparse_zoo.errors import ZooError
 
 RESULTS = Path(__file__).parent.parent / "experiments" / "results"
+SPEED = ("cpu_", "gpu_")
+"""How files of `zoo bench` and `make gpu` begin, which are no records of sweeps."""
 HOSTILE = "[red]x[/red]<script>alert(1)</script>|_\\input{a}\x1b[31m\r\u202e\ud800'\"&amp;$ :bomb:"
 
 
@@ -173,7 +175,7 @@ def test_results_of_earlier_versions_are_read(good: Path) -> None:
     del plain["resumed"], plain["films"]
     good.write_text(json.dumps(plain | {"metrics": {"a_recall": None}}))  # as it was written before there were versions
     assert [cell.status for cell in build_report("s").sweep.results] == ["finished"] * 2
-    read = {path.stem: schema.read_record(path) for path in RESULTS.glob("*.json") if "cpu" not in path.stem}
+    read = {path.stem: schema.read_record(path) for path in RESULTS.glob("*.json") if not path.stem.startswith(SPEED)}
     assert all(record["groups"] and record["runs"] for record in read.values())
 
 
