@@ -26,7 +26,7 @@ from sparse_zoo import routing
 from sparse_zoo.bench import PAPER_FILM, PAPER_MOC
 from sparse_zoo.host_time import META, record_launches
 from sparse_zoo.kernels import triton as kernel
-from sparse_zoo.kernels.triton import dense
+from sparse_zoo.kernels.triton import cudnn, dense
 from sparse_zoo.kernels.triton.configs import CONFIGS, INTERPRETED, choose
 from sparse_zoo.kernels.triton.work import Work, work_of
 
@@ -358,6 +358,35 @@ def test_anchors_are_few_calls_whatever_the_heads(shots: int, calls: int, backwa
     assert names.count("fold") == calls
 
 
+@pytest.mark.skipif(find_spec("triton") is None, reason="needs the package triton")
+@pytest.mark.parametrize(("name", "copies", "heads"), [("cudnn", 1, 2), ("triton", 3, 1)])
+def test_backward_lists_q_and_grad_only_for_our_kernels(
+    name: str, copies: int, heads: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At 180k tokens: so a gigabyte holds twice as many heads where every routed part goes to cuDNN."""
+    from sparse_zoo.kernels.triton import union
+
+    monkeypatch.setattr(cudnn, "forward", lambda rows, *_: (rows, rows[..., 0]))
+    monkeypatch.setattr(cudnn, "backward", lambda _, rows, k, *__: (rows, *[k[:, : rows.shape[1]]] * 2))
+    monkeypatch.setattr(kernel.Cudnn, "why_not", lambda *_: [])
+    found: list[list[tuple[int, ...]]] = []
+    backward = union._backward
+
+    def watched(*given: Any) -> None:
+        with Counting() as operators:
+            backward(*given)
+        found.append(operators.empty)
+
+    monkeypatch.setattr(union, "_backward", watched)
+    attention = zoo.build("moc", heads=24, head_dim=128, kernel=name, **PAPER_MOC)
+    q = torch.empty(1, 24, len(PAPER_FILM), 128, dtype=torch.bfloat16, device=META, requires_grad=True)
+    with record_launches():
+        attention(q, q, q, PAPER_FILM).out.sum().backward()
+    rows = 5 * len(PAPER_FILM)  # a query chooses five chunks
+    partial = [next(shape for shape in shapes if shape[2:] == (rows, 128)) for shapes in found]
+    assert partial == [(copies, heads, rows, 128)] * (24 // heads)
+
+
 def test_keys_are_cut_where_cudnn_gives_nan(monkeypatch: pytest.MonkeyPatch) -> None:
     """No call of cuDNN's backward has 64 keys more than a multiple of 128; what is cut gives the same gradients."""
     backward = torch.ops.aten._scaled_dot_product_cudnn_attention_backward
@@ -399,12 +428,16 @@ def test_segments_are_joined_into_the_same_keys(k: int) -> None:
 
 
 class Counting(TorchDispatchMode):
-    """How often each operator is called."""
+    """How often each operator is called, and the shapes of tensors that `torch.empty` makes."""
 
     def __init__(self) -> None:
         super().__init__()
         self.counted: Counter[str] = Counter()
+        self.empty: list[tuple[int, ...]] = []
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         self.counted[func.overloadpacket.__name__] += 1
-        return func(*args, **(kwargs or {}))
+        out = func(*args, **(kwargs or {}))
+        if func.overloadpacket.__name__ == "empty":
+            self.empty.append(tuple(out.shape))
+        return out

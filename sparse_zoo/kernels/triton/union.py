@@ -74,7 +74,7 @@ class Union(torch.autograd.Function):
                 for slab in _calls(batch, q, k, batch.rows * q.shape[-1] * (q.element_size() + 4)):
                     _dense_backward(batch, slab, tensors, grads, ctx.scale)
             if work.parts:
-                row_bytes = 3 * q.shape[-1] * q.element_size() + 8
+                row_bytes = work.copies * q.shape[-1] * q.element_size() + 8
                 for slab in _slabs(q, k, work.rows * row_bytes + 2 * 4 * k.shape[2] * k.shape[3]):
                     _backward(slab, tensors, grads, work, ctx.scale, ctx.config)
         return grads[0], grads[1].to(k.dtype), grads[2].to(v.dtype), None, None, None
@@ -135,6 +135,11 @@ class _PlanWork:
         lead = plan.batch_heads
         joined = slots[-1] if len(slots) <= 2 else torch.cat([x.expand(*lead, -1, -1) for x in slots], dim=-1)
         return _PlanWork(batches, overlap, parts, first, joined)
+
+    @property
+    def copies(self) -> int:
+        """How many tensors of partial rows the backward holds: dq, and for our kernels also q and grad."""
+        return 1 if all(part.by_cudnn for part in self.parts) else 3
 
     def bytes(self) -> int:
         """Bytes of the tables that each call builds."""
@@ -336,7 +341,7 @@ def _backward(
     delta = torch.empty(lse.shape, dtype=torch.float32, device=q.device)
     _over_rows(device.row_dots, (out, grad, delta), q.shape[:3], _strides(out, grad), DIM=dim)
     # Partial dq, and q and grad in the order of the lists.
-    rows, *listed = torch.empty(3, slab.groups, work.rows, dim, dtype=q.dtype, device=q.device)
+    rows, *listed = torch.empty(work.copies, slab.groups, work.rows, dim, dtype=q.dtype, device=q.device)
     # Half precision would lose the small terms of long sums.
     dk, dv = (torch.zeros(*slab.shape, *k.shape[2:], dtype=torch.float32, device=k.device) for _ in "kv")
     for part in work.parts:
