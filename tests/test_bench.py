@@ -118,6 +118,27 @@ def test_out_of_memory_is_a_row_and_the_other_methods_are_timed(monkeypatch: pyt
     assert [row["pass"] for row in fixed] == list(bench.PASSES)
 
 
+def test_a_kernel_that_triton_cannot_run_is_a_row(monkeypatch: pytest.MonkeyPatch) -> None:
+    errors = pytest.importorskip("triton.runtime.errors", reason="needs the package triton")
+
+    def refused(*_: Any) -> None:
+        raise errors.OutOfResources(250_000, 232_448, "shared memory")
+
+    monkeypatch.setattr(turns, "_attend", refused)
+    (row,) = bench.measure(bench.Round(bench.film_of(2048), bench.CPU_ENTRIES[:1]), 1, CPU)
+    assert row["failed"].startswith("OutOfResources: out of resource: shared memory, Required: 250000")
+
+
+@pytest.mark.parametrize("error", [ValueError("a fault of ours"), RuntimeError("a fault of ours"), KeyError("ours")])
+def test_faults_that_are_not_of_the_machine_are_raised(error: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
+    def faulty(*_: Any) -> None:
+        raise error
+
+    monkeypatch.setattr(turns, "_attend", faulty)
+    with pytest.raises(type(error), match="ours"):
+        bench.measure(bench.Round(bench.film_of(2048), bench.CPU_ENTRIES[:1]), 1, CPU)
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [

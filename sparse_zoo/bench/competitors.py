@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import json
 import statistics
+import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -89,21 +90,19 @@ class Timed:
     def guarded(self, call: Callable[[], str]) -> str:
         """The value that a call returns.
 
-        A kernel's refusal, a full memory and what Triton cannot compile are recorded as `failed`; other errors are
-        raised.
+        A kernel's refusal, a full memory and Triton's errors are recorded as `failed`; other errors are raised.
         """
         try:
             return call()
         except ZooError as error:  # a kernel may refuse a plan of this size
             self.failed = str(error)
-        except Exception as error:
-            if out_of_memory(error):
-                self.failed = f"out of memory: {str(error).splitlines()[0]}"
-                gc.collect()
-            elif type(error).__module__.startswith("triton."):  # a kernel that does not compile or fit at this size
-                self.failed = f"{type(error).__name__}: {(str(error).strip() or 'no message').splitlines()[0]}"
-            else:
+        except (RuntimeError, MemoryError) as error:
+            if not out_of_memory(error):
                 raise
+            self.failed = f"out of memory: {str(error).splitlines()[0]}"
+            gc.collect()
+        except _triton_errors() as error:  # a kernel that does not compile or fit at this size
+            self.failed = f"{type(error).__name__}: {(str(error).strip() or 'no message').splitlines()[0]}"
         return ""
 
     def _turn(self, count: bool) -> str:
@@ -167,6 +166,12 @@ def peak_bytes(run: Callable[[], object], device: torch.device) -> int:
         held += event["args"]["Bytes"]
         most = max(most, held)
     return int(most)
+
+
+def _triton_errors() -> tuple[type[Exception], ...]:
+    """The base class of Triton's errors, if Triton was imported."""
+    module = sys.modules.get("triton.errors")
+    return (module.TritonError,) if module else ()
 
 
 def out_of_memory(error: BaseException) -> bool:
