@@ -54,8 +54,10 @@ def _rows(x, token, row_stride, live, DIM: tl.constexpr, MASKED: tl.constexpr):
 
 
 @triton.jit
-def _block(x, item, head, first, end, row_stride, STEP: tl.constexpr, DIM: tl.constexpr, TMA: tl.constexpr,
-           MASKED: tl.constexpr):  # fmt: skip
+def _block(
+    x, item, head, first, end, row_stride,
+    STEP: tl.constexpr, DIM: tl.constexpr, TMA: tl.constexpr, MASKED: tl.constexpr,
+):  # fmt: skip
     """STEP rows from `first` on, (STEP, DIM): by the copy engine, or one pointer a row.
 
     x is a descriptor of the whole (B, H, n, DIM) with TMA, else a pointer to the first row of one head.
