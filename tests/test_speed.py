@@ -70,6 +70,12 @@ def test_docs_and_readme_show_what_was_measured_on_a_gpu() -> None:
             assert (forward, both) == tuple(cells[*key, which] for which in ("forward", "forward+backward"))
 
 
+def test_readme_shows_the_training_step_that_was_measured() -> None:
+    seconds = {row["name"]: row["seconds"] for row in ON_GPU["rows"] if row["kind"] == "time" and "seconds" in row}
+    moc, dense = (seconds[f"training step, {name}"] for name in ("moc on triton", "dense on sdpa"))
+    assert f"takes {moc:.2f} s with `moc` and {dense:.2f} s with dense attention" in (ROOT / "README.md").read_text()
+
+
 def test_docs_and_readme_show_what_was_measured() -> None:
     table = markdown(RESULTS)
     assert table in (ROOT / "docs" / "kernels.md").read_text()
