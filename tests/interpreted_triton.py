@@ -2,6 +2,7 @@
 
 import sys
 from importlib.machinery import ModuleSpec
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -12,6 +13,8 @@ from torch import Tensor
 from triton.runtime import interpreter
 
 import sparse_zoo as zoo
+from experiments.tools.gpu import checks
+from experiments.tools.gpu.stage import Run
 from sparse_zoo import routing, testing
 from sparse_zoo.kernels import get
 from sparse_zoo.kernels.triton import cudnn as varlen
@@ -409,6 +412,34 @@ def test_cudnn_takes_routed_parts(heads_of_keys: int, monkeypatch: pytest.Monkey
     q, k, _ = tensors = inputs((1, 2, len(film)), len(film), 1)
     moc = zoo.build("moc", heads=2, head_dim=8, top_k=2, causal=None)
     compare(moc.plan(q, k, film), tensors, kernel="cudnn")
+
+
+@pytest.mark.usefixtures("_played_cudnn")
+@pytest.mark.parametrize("faulty", [False, True])
+def test_check_on_a_gpu_finds_nan_of_chunks_with_a_rest_of_64(
+    faulty: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As cuDNN 9.19's dense backward has it: where a log-sum-exp is below -88 too."""
+    plain = varlen.backward
+    met = []
+
+    def backward(*given: Any) -> tuple[Tensor, ...]:
+        dq, dk, dv = plain(*given)
+        keys = given[7].by_query.segments.diff(dim=-1)
+        met.extend(keys.flatten().tolist())
+        if faulty and bool((keys % 128 == 64).any()) and float(given[5].min()) < -88:
+            dq[:, :, 0] = torch.nan
+        return dq, dk, dv
+
+    monkeypatch.setattr(varlen, "backward", backward)
+    (row,) = checks.varlen_engine(Run(tmp_path, 600, tiny=True))
+    assert row["name"] == "variable length, float32, d 16"
+    assert set(met) == {192, 64, 200, 77}
+    if faulty:
+        assert row["reason"].startswith("chunks of 192, 64, scores near -200: dq errs by nan")
+        assert row["reason"].count("chunks") == 1
+    else:
+        assert row["status"] == "passed", row["reason"]
 
 
 # -- rectangles in batches --------------------------------------------------------------------------------------------

@@ -312,6 +312,7 @@ def test_every_check_and_timing_has_its_row(tried: tuple[dict[str, list[Row]], P
         return [row["name"] for row in found[stage] if row["kind"] == kind]
 
     assert names("check-dense", "check") == ["dense, float32, d 16"]
+    assert names("check-varlen", "check") == ["variable length, float32, d 16"]
     assert names("check-choice", "check") == [
         f"choice, {what}, float32, d 16" for what in ("few chunks", "shared keys, k 16", "180k tokens")
     ]

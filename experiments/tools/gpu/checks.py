@@ -25,11 +25,16 @@ from sparse_zoo.testing.subject import place
 FILM = "film"
 LONG = "180k tokens"
 CHOICE = "choice"
+VARLEN = "variable length"
 SMALL_PLANS = 8
 LENGTHS = ((1280, 1280), (1216, 1344), (1227, 1301))
 """Of queries and keys: multiples of 128, with a rest of 64, with other rests."""
 MORE_LENGTHS = ((1280, 1344), (1216, 1280), (1216, 1312), (1216, 32), (1184, 1344), (32, 1344))
 """A rest of 64 on one side alone, and the pieces that such lengths are cut into (`dense.cuts`)."""
+
+LOW = ", scores near -200"
+CHUNKS = ((1344, 192, 64, 320), (1408, 192, 64, 320), (1280, 200, 77, 32))
+"""Tokens of chunks: all with a rest of 64 of 128, all but the longest, none."""
 
 
 def name_of(what: str, dtype: torch.dtype, head_dim: int) -> str:
@@ -43,6 +48,13 @@ def judged(name: str, findings: list[large.Finding], reason: str = "") -> Row:
     return rows.check(name, "; ".join(filter(None, (reason, large.failures(findings)))), **errors)
 
 
+def judged_cases(name: str, cases: dict[str, list[large.Finding]]) -> Row:
+    """The row of a check of several cases: what failed in each, and the largest share of what is allowed."""
+    reasons = [f"{what}: {large.failures(findings)}" for what, findings in cases.items() if large.failures(findings)]
+    shares = [finding.error / finding.allowed if finding.allowed else 0.0 for x in cases.values() for finding in x]
+    return judged(name, [], "; ".join(reasons)) | {"worst": max(shares)}
+
+
 # -- the vendor's dense kernel ----------------------------------------------------------------------------------------
 
 
@@ -52,18 +64,14 @@ def dense_engine(run: Run) -> Iterator[Row]:
     for head_dim, dtype in itertools.product(
         head_dims, (dtype_of(run),) if run.tiny else (torch.bfloat16, torch.float16)
     ):
-        reasons, worst = [], []
+        cases = {}
         lengths: tuple[tuple[int, int], ...] = ((128, 128), (192, 64), (200, 77)) if run.tiny else LENGTHS
         if (head_dim, dtype) == (128, torch.bfloat16):
             lengths += MORE_LENGTHS
         for (queries, keys), low in itertools.product(lengths, (False, True)):
-            findings = two_key_sets(run, queries, keys, head_dim, dtype, low)
-            what = f"{queries} × {keys}{', scores near -200' if low else ''}"
-            reasons += [f"{what}: {large.failures(findings)}"] if large.failures(findings) else []
-            worst += findings
-        yield judged(name_of("dense", dtype, head_dim), [], "; ".join(reasons)) | {
-            "worst": max(finding.error / finding.allowed if finding.allowed else 0.0 for finding in worst)
-        }
+            what = f"{queries} × {keys}{LOW if low else ''}"
+            cases[what] = two_key_sets(run, queries, keys, head_dim, dtype, low)
+        yield judged_cases(name_of("dense", dtype, head_dim), cases)
 
 
 def two_key_sets(
@@ -107,6 +115,45 @@ def two_key_sets(
     ):
         found.append(large.compare(what, ours, want, rough))
     return found
+
+
+# -- cuDNN's variable-length attention --------------------------------------------------------------------------------
+
+
+def varlen_engine(run: Run) -> Iterator[Row]:
+    """Forward and backward of the kernel "cudnn" on routed chunks, by their rest of 128; every row, against float64."""
+    kernel = "cudnn" if kernel_of(run) == "triton" else kernel_of(run)
+    kinds = itertools.product((128, 64), (torch.bfloat16, torch.float16))
+    for head_dim, dtype in [(16, dtype_of(run))] if run.tiny else kinds:
+        name = name_of(VARLEN, dtype, head_dim)
+        few = torch.zeros(1, 1, 1, head_dim, dtype=dtype, device=device_of(run))
+        reasons = get(kernel).why_not(few, few)
+        if reasons:
+            yield rows.skipped(name, "; ".join(reasons))
+            continue
+        cases = {}
+        for lengths, low in itertools.product(((192, 64), (200, 77)) if run.tiny else CHUNKS, (False, True)):
+            what = f"chunks of {', '.join(map(str, lengths))}{LOW if low else ''}"
+            cases[what] = large.check_whole(kernel, *routed(run, lengths, head_dim, dtype, low))
+        yield judged_cases(name, cases)
+
+
+def routed(
+    run: Run, lengths: tuple[int, ...], head_dim: int, dtype: torch.dtype, low: bool
+) -> tuple[zoo.Plan, large.Inputs]:
+    """A plan in which every query of two heads chooses one or two chunks of these lengths, and its inputs."""
+    device, heads, total, count = device_of(run), 2, sum(lengths), len(lengths)
+    given = large.Inputs.random(total, heads, heads, head_dim, dtype, device, seed=2)
+    if low:  # in one channel alone: gradients of a whole softmax add up to 0, and would cancel in every channel
+        given.q[..., 0], given.k[..., 0] = -200 * head_dim**0.5, 1
+    draw = torch.Generator().manual_seed(2)
+    first = torch.randint(count, (1, heads, total), generator=draw)
+    second = torch.randint(1, count, (1, heads, total), generator=draw)
+    second = torch.where(torch.rand(1, heads, total, generator=draw) < 0.5, (first + second) % count, -1)
+    # Consecutive tokens of the stream, without an order: other chunks do not go to cuDNN.
+    bounds = torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32, device=device)
+    chunks = zoo.Partition(None, bounds[None, None], total)
+    return zoo.Plan.routed(chunks, torch.stack([first, second], dim=-1).to(device)), given
 
 
 # -- routing ----------------------------------------------------------------------------------------------------------

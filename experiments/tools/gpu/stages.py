@@ -29,12 +29,14 @@ class Stage(NamedTuple):
 MACHINE = Stage("machine", 15, 0, f"{HERE}.machine:machine")
 """Always first: without a GPU nothing else runs, and what the machine lacks is known."""
 
-DENSE, CHOICE, PLANS, FILM, LONG = "check-dense", "check-choice", "check-plans", "check-film", "check-long"
+DENSE, VARLEN, CHOICE, PLANS = "check-dense", "check-varlen", "check-choice", "check-plans"
+FILM, LONG = "check-film", "check-long"
 TRITON = ("triton", "sm80")
 
 STAGES = (
     MACHINE,
     Stage(DENSE, 15, 1, f"{HERE}.checks:dense_engine", ("sm80",)),
+    Stage(VARLEN, 15, 2, f"{HERE}.checks:varlen_engine", TRITON),
     Stage(CHOICE, 12, 1, f"{HERE}.checks:choice", TRITON),
     Stage(PLANS, 12, 2, f"{HERE}.checks:plans", TRITON),
     Stage(FILM, 20, 1, f"{HERE}.checks:film", TRITON),
