@@ -65,8 +65,8 @@ LINES = Tile(32, 0, 4, 1)
 POOL = Tile(1, 64, 4, 2)
 """Of the kernel that takes the mean of a piece, `step` rows at a time."""
 CHOOSE = {(8, 0): Tile(64, 32, 8, 1), (9, 0): Tile(128, 128, 8, 1)}
-"""Of the kernel that chooses, by compute capability: `rows` queries, `step` channels at a time. One of Hopper's products
-takes 64 rows and four warps, so eight warps have 128 rows; neither tile spills."""
+"""Of the kernel that chooses, by compute capability: `rows` queries, `step` channels at a time. One of Hopper's
+products takes 64 rows and four warps, so eight warps have 128 rows; neither tile spills."""
 MOST_CHUNKS = 256
 """That it chooses from: the scores of its queries stay in registers, and more spill."""
 
