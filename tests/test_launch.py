@@ -12,6 +12,7 @@ import zlib
 from base64 import b64decode
 from contextlib import ExitStack
 from dataclasses import replace
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ from tiny import BASE, DIVERGES, write_sweep
 import sparse_zoo as zoo
 from experiments.escape import for_mlflow
 from experiments.execution import train
+from experiments.execution.processes import Worker, end
 from experiments.execution.progress import Bar
 from experiments.execution.scheduler import Work, _serve, execute, loaded_plugins, varying_params
 from experiments.execution.slurm import Job
@@ -521,8 +523,23 @@ def test_too_many_jobs_are_refused(runs: Path, monkeypatch: pytest.MonkeyPatch) 
         execute(sweep, Silent(), jobs=0)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    with pytest.raises(ZooError, match="a job has a GPU to itself, and there are 2; got 3"):
+    with pytest.raises(ZooError, match="a job has a GPU to itself, and there are 2; got 3; small models can share one"):
         execute(sweep, Silent(), jobs=3)
+    with pytest.raises(ZooError, match="a job has a GPU with at most 4 jobs on each, and there are 2; got 9"):
+        execute(sweep, Silent(), jobs=9, jobs_per_gpu=4)
+
+
+def test_jobs_share_the_gpus_in_turn(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,7")
+    workers = [Worker(number, 4, tell_gpus) for number in range(4)]
+    assert [worker.pipe.recv() for worker in workers] == ["4", "7", "4", "7"]
+    end(workers)
+
+
+def tell_gpus(pipe: Connection, _: int) -> None:
+    pipe.send(os.environ["CUDA_VISIBLE_DEVICES"])
 
 
 KILLED = '''

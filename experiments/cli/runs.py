@@ -114,6 +114,10 @@ def sweep(
             help="So many cells at a time, each in a process with a GPU of its own; on SLURM in a job, on Ray a task.",
         ),
     ] = None,
+    jobs_per_gpu: Annotated[
+        int,
+        typer.Option(min=1, help="So many of these processes on one GPU: a small model leaves most of it idle."),
+    ] = 1,
     executor: Annotated[
         str, typer.Option(help="Where cells run: local; slurm, as one array job; ray, as tasks of Ray.")
     ] = "local",
@@ -137,6 +141,7 @@ def sweep(
         [
             *misspelt_choices(bool(plugin), executor=executor),
             "--slurm and --no-wait are for --executor slurm" if executor != "slurm" and (slurm or not wait) else "",
+            "--jobs-per-gpu is for --executor local" if executor != "local" and jobs_per_gpu > 1 else "",
             "--json goes with --dry-run" if as_json and not dry_run else "",
             "trainer.max_steps is given twice, by --max-steps too; leave out one"
             if max_steps is not None and any(text.startswith("trainer.max_steps=") for text in given)
@@ -184,7 +189,8 @@ def sweep(
         _print_forecast(forecast, as_json)
         return
     interrupted = None
-    how: dict[str, Any] = {"fresh": fresh, "jobs": jobs, "slurm": settings, "ray": executor == "ray", "wait": wait}
+    how: dict[str, Any] = {"fresh": fresh, "jobs": jobs, "jobs_per_gpu": jobs_per_gpu}
+    how |= {"slurm": settings, "ray": executor == "ray", "wait": wait}
     try:
         if loaded.trials:
             with Bar(errors, len(loaded.trials.sweep.cells)) as bar:

@@ -1,4 +1,4 @@
-"""Worker processes of this machine, each with its share of threads and a GPU of its own."""
+"""Worker processes of this machine, each with its share of threads and of the GPUs."""
 
 from __future__ import annotations
 
@@ -28,14 +28,16 @@ ENDING = 10.0  # seconds that a process has, beyond a step, to write down what i
 
 
 class Worker:
-    """A process that is given work: with its share of the threads and, where there are GPUs, its own of them.
+    """A process that is given work: with its share of the threads and, where there are GPUs, of them.
+
+    Processes take the GPUs in turn, so that they share them where there are more processes than GPUs.
 
     Args:
         number: Of this process, from 0.
         jobs: How many there are.
         serve: What it runs, given its end of the pipe and its number of threads, then `more`.
         more: Sent to it once, at its start.
-        gpus: How many GPUs are its own.
+        gpus: How many GPUs it sees.
     """
 
     def __init__(self, number: int, jobs: int, serve: Callable[..., None], *more: Any, gpus: int = 1) -> None:

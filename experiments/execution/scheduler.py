@@ -39,15 +39,16 @@ def execute(
     *,
     fresh: bool = False,
     jobs: int | None = None,
+    jobs_per_gpu: int = 1,
     slurm: Mapping[str, Any] | None = None,
     ray: bool = False,
     wait: bool = True,
 ) -> list[Result]:
     """Run the cells that have no finished result on disk, or with `fresh` all of them, `jobs` at a time.
 
-    One at a time, in this process, unless `jobs` says otherwise; with `slurm`, parameters of sbatch, as array job of a
-    cluster, as many at a time as it has room for. Unless `wait`, it is left to itself, and what is there is returned.
-    With `ray`, as tasks of Ray, likewise as many as there is room for.
+    One at a time, in this process, unless `jobs` says otherwise; `jobs_per_gpu` of them share a GPU. With `slurm`,
+    parameters of sbatch, as array job of a cluster, as many at a time as it has room for. Unless `wait`, it is left to
+    itself, and what is there is returned. With `ray`, as tasks of Ray, likewise as many as there is room for.
 
     A cell that fails is recorded and the next one runs; a failed cell is tried again the next time. A cell that another
     process runs is waited for, and its result is taken in; should that process die, the cell is run here. Ctrl-C passes
@@ -64,7 +65,7 @@ def execute(
         tracker.overview(parent, params, list(found.values()))
         tracker.reach(lambda: None)
         return list(found.values())
-    refuse("--jobs", _too_many(1 if jobs is None else jobs, [] if slurm is not None or ray else todo))
+    refuse("--jobs", _too_many(1 if jobs is None else jobs, jobs_per_gpu, [] if slurm is not None or ray else todo))
     tracker = Tracker(sweep.name, bar.note)
     tracker.settle(_ended(found.values()))
     parent = tracker.parent(sweep.name, f"{sweep.about}\n\n{len(sweep.cells)} cells. {ABOVE} `zoo report {sweep.name}`")
@@ -154,13 +155,16 @@ def _here(works: list[Work], tracker: Tracker, bar: Bar) -> Iterator[Result]:
                 yield result
 
 
-def _too_many(jobs: int, cells: list[Cell]) -> list[str]:
+def _too_many(jobs: int, per_gpu: int, cells: list[Cell]) -> list[str]:
     with_gpus = torch.cuda.is_available() and any(map(on_gpu, cells))
     gpus, each = torch.cuda.device_count(), max(map(devices, cells), default=1)
     has = "a GPU" if each == 1 else f"{each} GPUs"
+    shared = "to itself" if per_gpu == 1 else f"with at most {per_gpu} jobs on each"
+    hint = "; small models can share one (--jobs-per-gpu)" if per_gpu == 1 else ""
+    most = gpus * per_gpu // each
     return [
         f"must be at least 1, got {jobs}" if jobs < 1 else "",
-        f"a job has {has} to itself, and there are {gpus}; got {jobs}" if with_gpus and jobs * each > gpus else "",
+        f"a job has {has} {shared}, and there are {gpus}; got {jobs}{hint}" if with_gpus and jobs > most else "",
     ]
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from multiprocessing import get_context
 
 import torch
 from torch import Tensor
@@ -18,8 +20,8 @@ from sparse_zoo.kernels import get
 from sparse_zoo.kernels.triton import dense
 from sparse_zoo.kernels.triton import routing as fused
 from sparse_zoo.methods import moc
+from sparse_zoo.testing import Outcome, large, run_kernel_checks
 from sparse_zoo.testing import kernels as small
-from sparse_zoo.testing import large, run_kernel_checks
 from sparse_zoo.testing.subject import place
 
 FILM = "film"
@@ -225,15 +227,20 @@ def long(run: Run) -> Iterator[Row]:
 
 
 def suite(run: Run) -> Iterator[Row]:
-    """The conformance suite's checks of every kernel that runs on this device, as many as there is time for."""
+    """The conformance suite's checks of every kernel that runs on this device, each kernel in a process of its own."""
     own, device = kernel_of(run), device_of(run).type
     others = [name for name, reasons in zoo.kernels().items() if not reasons and name != own and not run.tiny]
-    for kernel in (own, *(name for name in others if (place(get(name)) or ("",))[0] == device)):
-        for outcome in run_kernel_checks(kernel, only=("kernel_overlapping_keys",) if run.tiny else None):
-            name = f"suite of {kernel}: {outcome.check}"
-            yield rows.check(name, outcome.reason) if outcome.status == "failed" else {
-                "kind": "check", "name": name, "status": outcome.status, "reason": outcome.reason
-            }  # fmt: skip
-            if run.left() < 5:
-                yield rows.skipped(f"suite of {kernel}: the rest", "no time was left for it")
-                return
+    kernels = [own, *(name for name in others if (place(get(name)) or ("",))[0] == device)]
+    only = ("kernel_overlapping_keys",) if run.tiny else None
+    with ProcessPoolExecutor(len(kernels), get_context("spawn")) as pool:
+        found = {pool.submit(_suite_of, kernel, only): kernel for kernel in kernels}
+        for done in as_completed(found):
+            for outcome in done.result():
+                yield {
+                    "kind": "check", "name": f"suite of {found[done]}: {outcome.check}",
+                    "status": outcome.status, "reason": outcome.reason, "seconds": round(outcome.seconds, 2),
+                }  # fmt: skip
+
+
+def _suite_of(kernel: str, only: tuple[str, ...] | None) -> list[Outcome]:
+    return list(run_kernel_checks(kernel, only=only))
