@@ -50,9 +50,10 @@ def test_kernels_pass_in_the_interpreter(which: str) -> None:
 # -- tables -----------------------------------------------------------------------------------------------------------
 
 
-def pairs_of(work: Work, item: int, head: int, rows: int, columns: int) -> Tensor:
-    """How often the tiles of a table meet each (token, other token): int64 (rows, columns)."""
-    tokens, tiles, others, segments = (x.tolist() for x in of(work, item, head))
+def pairs_of(work: Work, other: Work, item: int, head: int, rows: int, columns: int) -> Tensor:
+    """How often the tiles of a table meet each (token, token of the other table): int64 (rows, columns)."""
+    tokens, tiles, segments = (x.tolist() for x in of(work, item, head))
+    (others,) = (x.tolist() for x in of((other.tokens,), item, head))
     met = torch.zeros(rows, columns, dtype=torch.int64)
     for first, count, low, high in tiles:
         for begin, end in segments[low:high] if count else []:
@@ -75,8 +76,8 @@ def test_tiles_meet_each_pair_once_from_both_sides(data: st.DataObject) -> None:
             if work is None:
                 assert not part.mask().any()
                 continue
-            by_query += pairs_of(work.by_query, item, head, 23, 17)
-            by_key += pairs_of(work.by_key, item, head, 17, 23)
+            by_query += pairs_of(work.by_query, work.by_key, item, head, 23, 17)
+            by_key += pairs_of(work.by_key, work.by_query, item, head, 17, 23)
             for table, most in ((work.by_query, tiles.attend.rows), (work.by_key, tiles.grad_keys.rows)):
                 assert int(table.tiles[..., 1].max()) <= most
                 assert all(x.dtype == torch.int32 for x in table)
@@ -128,7 +129,7 @@ def test_routed_lists_ascend_and_need_no_count_from_the_device() -> None:
             for chunk in range(9):
                 first, end = work.by_key.segments[item, head, chunk].tolist()
                 want = (chosen[item, head, :, 0] == chunk).nonzero()[:, 0].tolist()
-                assert work.by_key.others[item, head, first:end].tolist() == want
+                assert work.by_query.tokens[item, head, first:end].tolist() == want
     singles = zoo.Partition.singles(50)
     assert singles.is_singles
     empty = zoo.Partition(None, chunks.offsets.to("meta"), 50)

@@ -32,10 +32,17 @@ SHARED_MEMORY = {80: 163 << 10, 90: 227 << 10}
 MULTIPLY = ("attend", "grad_queries", "grad_keys")
 OTHERS = ("merge", "fold", "add_rows", "add_up", "row_dots", "gather")
 ROUTING = ("pool", "choose")
-FEW_BYTES = 352
-"""Of a stack, outside the loops: the rest of a segment is multiplied with masks, once, and takes more registers."""
-FEW_SPILLS = 5
-"""In a loop that multiplies: Triton 3.7.1 reads five words again in that of dk and dv, of some 450 instructions."""
+SPILLS = {
+    # Not run on a card. Some words of the rest of a segment, which is multiplied with masks, once, after the loop.
+    ((8, 0), 128, "attend", False): (16, 0),
+    ((8, 0), 128, "grad_queries", False): (24, 0),
+    # The fastest tile of those timed on an H200: 69 ms, and 73 for the next, which spills too. Triton 3.7.1 reads five
+    # words again in a loop of some 450 instructions, 3.6.0 none; the rest lies outside, as above.
+    ((9, 0), 128, "grad_keys", False): (72, 5),
+    ((9, 0), 128, "grad_keys", True): (352, 5),
+}
+"""Bytes of the stack, and loads and stores of it in a loop that multiplies, of kernels that spill, by compute
+capability, head dim, name and PIECES. All others spill nothing."""
 OLDEST = "3.6.0"
 OLDEST_PACKAGE = Path(sys.prefix) / f"triton-{OLDEST}"
 TYPES = {torch.bfloat16: "bf16", torch.float32: "fp32", torch.int32: "i32", torch.int64: "i64", torch.uint8: "u8"}
@@ -120,16 +127,24 @@ def _fresh(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("TRITON_DUMP_PTXAS_LOG", "1")
 
 
-def check(name: str, launch: Launch, target: int, capfd: pytest.CaptureFixture[str], folder: Path) -> None:
-    """Few spills, next to none where it multiplies; no warnings, memory that fits, rows in 64 bits, tensor cores."""
+def check(
+    name: str,
+    launch: Launch,
+    target: int,
+    capfd: pytest.CaptureFixture[str],
+    folder: Path,
+    most_spills: tuple[int, int] = (0, 0),
+) -> None:
+    """No more spills than allowed, no warnings, memory that fits, rows in 64 bits, tensor cores."""
     capfd.readouterr()
     kernel = compiled(name, launch, target)
     log = capfd.readouterr().out
     spills = re.findall(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", log)
     assert len(spills) == 1, log
     code = sass(kernel, folder)
-    assert int(spills[0][0]) <= (FEW_BYTES if name in MULTIPLY else 0), log
-    assert max([len(re.findall(r"\b(LDL|STL)\b", loop)) for loop in loops(code)], default=0) <= FEW_SPILLS
+    most_bytes, most_in_loop = most_spills
+    assert int(spills[0][0]) <= most_bytes, log
+    assert max([len(re.findall(r"\b(LDL|STL)\b", loop)) for loop in loops(code)], default=0) <= most_in_loop
     assert "warning" not in log.lower(), log
     assert "C75" not in log, log
     assert kernel.metadata.shared <= SHARED_MEMORY[target]
@@ -160,7 +175,8 @@ def test_attention_compiles(
     assert [launch.constants.get("PIECES") for launch in launches] == [False, True]
     assert [launch.constants["TMA"] for launch in launches] == [capability >= (9, 0)] * 2
     for launch in launches:
-        check(name, launch, capability[0] * 10 + capability[1], capfd, tmp_path)
+        few = SPILLS.get((capability, dim, name, launch.constants["PIECES"]), (0, 0))
+        check(name, launch, capability[0] * 10 + capability[1], capfd, tmp_path, few)
 
 
 @pytest.mark.slow
@@ -198,8 +214,9 @@ def loops(code: str) -> list[str]:
     """The innermost loops that multiply, as text; what goes back because a load was waited for is none."""
     lines = code.splitlines()
     labels = {line.strip(" :"): i for i, line in enumerate(lines) if re.match(r"\s*\.L_x_\d+:", line)}
-    ends = [(labels[name], i) for i, line in enumerate(lines) for name in re.findall(r"BRA `\((\.L_x_\d+)\)", line)]
-    ends = [(a, b) for a, b in ends if "SYNCS" not in "\n".join(lines[b - 6 : b])]
+    jumps = [(i, re.search(r"\bBRA\b.*`\((\.L_x_\d+)\)", line)) for i, line in enumerate(lines)]
+    ends = [(labels[jump[1]], i) for i, jump in jumps if jump]
+    ends = [(a, b) for a, b in ends if "TRYWAIT" not in "\n".join(lines[b - 6 : b])]
     found = [(a, b) for a, b in ends if a < b and re.search(r"\bHG?MMA\b", "\n".join(lines[a:b]))]
     inner = [(a, b) for a, b in found if not any(a <= c and d <= b and (a, b) != (c, d) for c, d in found)]
     return ["\n".join(lines[a : b + 1]) for a, b in inner]

@@ -86,7 +86,7 @@ def backward(
     batch, heads, length, dim = rows.shape
     starts = _starts(work).expand(batch, heads, -1)
     chunk = torch.arange(starts.shape[-1] - 1, device=rows.device).expand(batch, heads, -1)
-    stream = work.by_query.others.shape[-1]
+    stream = work.by_key.tokens.shape[-1]
     own = torch.arange(batch * heads, device=rows.device).view(batch, heads) * stream
     segments, grads = (
         _segments(starts[..., :-1], starts.diff(dim=-1), chunk, length, first, work) for first in (first_key, own)

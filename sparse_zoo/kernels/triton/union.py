@@ -418,7 +418,7 @@ def _keys(slab: _Slab, part: _Listed, k: Tensor, v: Tensor, scale: float) -> tup
     k, v, bias = k[slab.items, slab.kv_head], v[slab.items, slab.kv_head], slab.bias(part, scale)
     if not part.listed:
         return k, v, slab.share, bias
-    tokens, share = part.work.by_query.others, slab.share
+    tokens, share = part.work.by_key.tokens, slab.share
     if share > 1 and tokens.shape[1] > 1:  # heads that share keys list them in orders of their own
         k, v, share = k.repeat_interleave(share, dim=1), v.repeat_interleave(share, dim=1), 1
     tokens = slab.of(tokens)

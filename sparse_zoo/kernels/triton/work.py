@@ -22,13 +22,11 @@ class Work(NamedTuple):
     All int32, each shared by batch items or heads where it can be:
     tokens (B|1, H|1, n): the tiled side's, piece after piece;
     tiles (B|1, H|1, T, 4): first place in `tokens`, number of places (0: no such tile), first segment, end of segments;
-    others (B|1, H|1, m): the other side's tokens;
-    segments (B|1, H|1, S, 2): first place in `others`, end.
+    segments (B|1, H|1, S, 2): first place in the `tokens` of the other side, end.
     """
 
     tokens: Tensor
     tiles: Tensor
-    others: Tensor
     segments: Tensor
 
 
@@ -65,23 +63,19 @@ def work_of(part: Part, config: Config) -> PartWork | None:
     rows, key_rows = sizes.attend.rows, sizes.grad_keys.rows
     readers, starts, places = _by_key(edges, keys.count)
     if not pieces:
-        by_query = Work(
-            readers, tiles_of_pieces(starts, readers.shape[-1], rows), tokens_of(keys), _bounds(keys.offsets)
-        )
-        by_key = Work(tokens_of(keys), tiles_of_pieces(keys.offsets, _listed(keys), key_rows), readers, _bounds(starts))
+        by_query = Work(readers, tiles_of_pieces(starts, readers.shape[-1], rows), _bounds(keys.offsets))
+        by_key = Work(tokens_of(keys), tiles_of_pieces(keys.offsets, _listed(keys), key_rows), _bounds(starts))
         return PartWork(by_query, by_key, places, pieces)
     bounds, number = _joined(_bounds_at(keys.offsets, edges.flatten(2)).unflatten(2, edges.shape[2:]), number)
     first = torch.arange(queries.count, device=edges.device) * edges.shape[-1]
     by_query = Work(
         tokens_of(queries),
         _tiles(queries.offsets, _listed(queries), rows, first, first + number),
-        tokens_of(keys),
         bounds.flatten(2, 3).contiguous(),
     )
     by_key = Work(
         tokens_of(keys),
         _tiles(keys.offsets, _listed(keys), key_rows, starts[..., :-1], starts[..., 1:]),
-        tokens_of(queries),
         _bounds_at(queries.offsets, readers),
     )
     return PartWork(by_query, by_key, _places(queries), pieces)
