@@ -336,7 +336,11 @@ class PlayedGraph:
     def validate(self, *_: Any) -> None:
         pass
 
-    build_operation_graph = create_execution_plans = check_support = build_plans = validate
+    build_operation_graph = create_execution_plans = build_plans = validate
+
+    def check_support(self) -> None:
+        if self.given["q"].dim[2] == self.given["k"].dim[2] == 1:
+            raise RuntimeError("s_q = s_kv = 1 is not supported.")
 
     def get_workspace_size(self) -> int:
         return 0
@@ -387,6 +391,13 @@ def _played_cudnn(monkeypatch: pytest.MonkeyPatch) -> Any:
     varlen._graph.cache_clear()
     yield
     varlen._graph.cache_clear()
+
+
+@pytest.mark.usefixtures("_played_cudnn")
+def test_cudnn_takes_one_query_and_chunks_of_one_token() -> None:
+    chunks = zoo.Partition(None, torch.tensor([[[0, 1, 1, 2, 2, 3]]], dtype=torch.int32), 3)
+    plan = zoo.Plan.routed(chunks, torch.tensor([[[[0]], [[2]]]]))
+    compare(plan, inputs((1, 2, 1), 3, 2), kernel="cudnn")
 
 
 @pytest.mark.usefixtures("_played_cudnn")

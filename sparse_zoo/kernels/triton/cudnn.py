@@ -192,6 +192,7 @@ def _graph(
 
     kinds = cudnn.data_type
     half = kinds.BFLOAT16 if dtype == torch.bfloat16 else kinds.HALF
+    keys = max(keys, 2)  # cuDNN 9.19 refuses a graph of one query and one key
     graph = cudnn.pygraph(io_data_type=half, intermediate_data_type=kinds.FLOAT, compute_data_type=kinds.FLOAT)
     tensors: dict[str, Any] = {}
 
