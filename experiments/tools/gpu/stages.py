@@ -50,5 +50,5 @@ STAGES = (
     Stage("step", 30, 3, f"{HERE}.model:step", (*TRITON, "lightning"), (FILM, LONG)),
     Stage("counters", 40, 6, f"{HERE}.instruments:counters", (*TRITON, "ncu")),
     Stage("memory", 40, 6, f"{HERE}.instruments:memory", (*TRITON, "compute-sanitizer")),
-    Stage("suite", 60, 5, f"{HERE}.checks:suite", TRITON),
+    Stage("suite", 120, 5, f"{HERE}.checks:suite", TRITON),
 )
