@@ -189,7 +189,9 @@ def each_attention(
 
 
 def _churn(before: Sequence[zoo.Plan], after: Sequence[zoo.Plan]) -> float:
-    """Mean over branches and heads; NaN where nothing is routed or the pieces have changed."""
+    """Mean over branches and heads; NaN where nothing is routed, or the method or the pieces have changed."""
+    if len(before) != len(after):  # a schedule has changed the method
+        return math.nan
 
     def pieces(plan: zoo.Plan) -> list[int]:
         return [part.keys.count for part in plan.parts if part.routed]

@@ -221,3 +221,13 @@ def test_the_probe_is_in_eval_mode_and_leaves_no_hook(tmp_path: Path) -> None:
 def test_accumulated_batches_are_probed_once_a_step(tmp_path: Path) -> None:
     logged = fit(lit(attention=attention("moc")), 2, RoutingWatch(tmp_path, every=1), accumulate_grad_batches=3).found
     assert list(logged) == [1, 2]
+
+
+@pytest.mark.parametrize("name", ["moga", "vsa", "nsa"])
+def test_a_schedule_may_go_to_a_method_of_other_branches(name: str, tmp_path: Path) -> None:
+    """And back: the plans of one method are not compared with those of another."""
+    own = {**attention(name), "name": "dense", "schedule": {"name": {2: name, 4: "dense"}}}
+    logged = fit(lit(attention=own), 5, RoutingWatch(tmp_path, every=1), batches=5).found
+    churned = [step for step, figures in logged.items() if "diagnostics/churn_steps" in figures]
+    assert list(logged) == [1, 2, 3, 4, 5]
+    assert churned == [4]
