@@ -127,8 +127,9 @@ class AttentionCost(Callback):
     """Counts the cost of attention from the plans that ran, at the first training batch and every `every` batches.
 
     Logs `attention/density`, `attention/flops` (forward, without routing, of one batch over all layers) and
-    `attention/density/layer_<i>`. `results` are those of the last counted batch, for pictures; after a resume they are
-    those of the first batch, until one is counted.
+    `attention/density/layer_<i>`. Counts anew where a schedule changes a setting: the cost is that of the method which
+    is judged. `results` are those of the last counted batch, for pictures; after a resume they are those of the first
+    batch, until one is counted.
     """
 
     def __init__(self, every: int = 50) -> None:
@@ -137,6 +138,14 @@ class AttentionCost(Callback):
         self.results: list[zoo.Result] = []
         self._layers: list[zoo.Cost] = []
         self._counted = 0
+        self._phases: list[int] = []
+
+    @override
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        layers = (module for module in pl_module.modules() if isinstance(module, zoo.Scheduled))
+        phases = [layer.phase(trainer.global_step) for layer in layers]
+        if phases != self._phases:
+            self._phases, self._layers, self._counted = phases, [], 0
 
     @override
     def on_train_batch_end(
@@ -158,15 +167,22 @@ class AttentionCost(Callback):
 
     @override
     def state_dict(self) -> dict[str, Any]:
-        return {"layers": [asdict(cost) for cost in self._layers], "counted": self._counted}
+        return {
+            "layers": [asdict(cost) for cost in self._layers],
+            "counted": self._counted,
+            "phases": self._phases,
+        }
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._layers = [zoo.Cost(**cost) for cost in state_dict["layers"]]
         self._counted = state_dict["counted"]
+        self._phases = state_dict["phases"]
 
     def summary(self) -> dict[str, Any]:
         """Means over the counted batches, ready for JSON: per batch over all layers, and `layers`, the density of each.
+
+        Where settings are scheduled, those of the last phase.
 
         Empty before the first training batch.
         """

@@ -418,6 +418,20 @@ def test_muon_turns_the_blocks_matrices_and_adamw_the_rest(text):
         torch.testing.assert_close(record.weights[name], p, msg=lambda text, name=name: f"{name}: {text}")
 
 
+def test_attention_cost_is_that_of_the_last_phase_of_a_schedule():
+    """Of a phase shorter than `every` too."""
+    scheduled, films = {"name": "dense", "schedule": {"name": {3: "holocine"}}}, batch(PACKED, size=2)
+    counter, alone = AttentionCost(every=10), AttentionCost()
+    trainer(5, counter).fit(lit(attention=scheduled), loader(films, times=5))
+    trainer(1, alone).fit(lit(attention={"name": "holocine"}), loader(films, times=1))
+    assert counter.summary() == alone.summary()
+    assert counter.summary()["density"] < 1
+    again = AttentionCost()
+    again.load_state_dict(counter.state_dict())
+    again.results = counter.results
+    assert again.summary() == counter.summary()
+
+
 def test_attention_cost_is_counted_from_what_ran():
     layers = [attention("dense"), attention("moc")]
     counter, films = AttentionCost(every=2), batch(PACKED, size=2)
