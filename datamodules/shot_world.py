@@ -151,7 +151,7 @@ class ShotWorld(LightningDataModule):
         return ShotDrift(self.identities)
 
     def summary(self) -> dict[str, Any]:
-        """Sizes, ready for JSON; the shots and frames of a range are counted over the films themselves."""
+        """Sizes, ready for JSON; the shots, frames and video tokens of a range are counted over the films themselves."""
         counts = {}
         sizes = {"train": self.films_per_epoch, "validation": self.val_films, "test": self.test_films}
         for split, films in sizes.items():
@@ -159,7 +159,9 @@ class ShotWorld(LightningDataModule):
                 continue
             scripts = [self.script(split, number) for number in range(films)]
             frames = sum(int(script.frames.sum()) for script in scripts)
-            counts[split] = {"films": films, "shots": sum(len(script.frames) for script in scripts), "frames": frames}
+            shots = sum(len(script.frames) for script in scripts)
+            tokens = frames // self.patch[0] * self.grid[0] * self.grid[1]
+            counts[split] = {"films": films, "shots": shots, "frames": frames, "tokens": tokens}
         return counts | {"identities": len(self.identities), "vocabulary": self.vocabulary, "skipped": []}
 
     def script(self, split: str, number: int) -> Script:

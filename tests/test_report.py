@@ -466,9 +466,9 @@ def test_the_record_has_the_figures_of_the_runs(memory: str, tmp_path: Path) -> 
     text = (tmp_path / "memory.json").read_text()
     kept = json.loads(text)
     assert kept == record(build_report(memory))
-    assert [*kept][:10] == [
+    assert [*kept][:11] == [
         "name", "command", "commit", "started", "processor", "threads", "torch", "minutes", "steps",
-        "films_judged_per_run",
+        "films_judged_per_run", "tokens_per_film",
     ]  # fmt: skip
     assert kept["commit"] == "abc+"
     assert kept["started"] == "2026-11-21T10:00:00+00:00"

@@ -392,8 +392,12 @@ def test_ranges_and_settings_are_refused_all_at_once() -> None:
         ShotWorld(shapes=7, patch=(1, 2, 2))
 
 
-def test_the_summary_counts_films_shots_and_frames() -> None:
+def test_the_summary_counts_films_shots_frames_and_video_tokens() -> None:
     found = ShotWorld(films_per_epoch=10, val_films=4).summary()
-    assert found["train"] == {"films": 10, "shots": 60, "frames": 120}
-    assert found["validation"] == {"films": 4, "shots": 24, "frames": 48}
+    assert found["train"] == {"films": 10, "shots": 60, "frames": 120, "tokens": 1080}
+    assert found["validation"] == {"films": 4, "shots": 24, "frames": 48, "tokens": 432}
     assert found["skipped"] == []
+    longer = ShotWorld(films_per_epoch=1, val_films=4, subjects=[2, 4], frames_per_shot=[2, 6], patch=(2, 4, 4))
+    of_films = [longer.batch("validation", [number])["layout"].video_tokens for number in range(4)]
+    assert longer.summary()["validation"]["tokens"] == sum(of_films)
+    assert len(set(of_films)) > 1

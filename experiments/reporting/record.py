@@ -34,6 +34,7 @@ def record(report: Report) -> dict[str, Any]:
         "minutes": _minutes(result.seconds or 0.0 for result in done),
         "steps": _one(result.steps for result in done),
         "films_judged_per_run": _one(len(outcomes) for result in done for outcomes in result.films.values()),
+        "tokens_per_film": _one(map(_tokens_per_film, done)),
         "chance": {name: _short(value) for name, value in report.sweep.chance.items()},
         "groups are": "[mean, sample standard deviation] over n seeds",
         "groups": [
@@ -65,6 +66,12 @@ def write_record(report: Report, path: Path) -> None:
         lines.append(f" {json.dumps(key)}: {plain}")
     with atomic_write(path) as file:
         file.write(("{\n" + ",\n".join(lines) + "\n}\n").encode())
+
+
+def _tokens_per_film(result: Result) -> int | None:
+    """Video tokens of a film that is judged, the mean where films differ; None where the data does not count them."""
+    test = result.data.get("test", {})
+    return round(test["tokens"] / test["films"]) if "tokens" in test else None
 
 
 def _run(result: Result, names: Iterable[str]) -> dict[str, Any]:
