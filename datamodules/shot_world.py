@@ -151,7 +151,7 @@ class ShotWorld(LightningDataModule):
         return ShotDrift(self.identities)
 
     def summary(self) -> dict[str, Any]:
-        """Sizes, ready for JSON; the shots, frames and video tokens of a range are counted over the films themselves."""
+        """Sizes, ready for JSON; shots, frames and video tokens of a range are counted over the films themselves."""
         counts = {}
         sizes = {"train": self.films_per_epoch, "validation": self.val_films, "test": self.test_films}
         for split, films in sizes.items():
