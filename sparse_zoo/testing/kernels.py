@@ -503,7 +503,8 @@ def kernel_log_weights(subject: KernelSubject) -> None:
             compare(subject, given, Plan(*parts), f"with log-weights of {some} parts on {recipe}")
     # A segment of pooled keys beside one of tokens, in half precision too: log-weights may not be rounded to it.
     tokens = Plan.groups(torch.arange(24, device=subject.device) // 8)
-    pooled = Plan.groups(*(torch.zeros(n, dtype=torch.int64, device=subject.device) for n in (24, 6)))
+    queries, keys = (torch.zeros(n, dtype=torch.int64, device=subject.device) for n in (24, 6))
+    pooled = Plan.groups(queries, keys)
     plan = Plan.beside(tokens, pooled.weighted(torch.linspace(5.3, 9.7, 6, device=subject.device)[None, None]))
     for dtype in dict.fromkeys((subject.dtype, torch.bfloat16, torch.float16)):
         given = inputs(replace(subject, dtype=dtype), 24, 30)

@@ -17,7 +17,7 @@ import json
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -36,21 +36,23 @@ from sparse_zoo.testing import large
 PACKAGES = ("nvidia-cudnn-frontend==1.18.0",)
 PLATFORMS = ("manylinux_2_28_x86_64", "manylinux_2_27_x86_64", "manylinux_2_17_x86_64", "manylinux2014_x86_64")
 MOST_BYTES = 60 << 20
+TRITON, HOPPER = "triton==3.6.0", 90
 
 
 # -- launches ---------------------------------------------------------------------------------------------------------
 
 
-def record() -> list[dict[str, Any]]:
-    """The launches of the checks and timings of `make gpu`, one for each kernel that Triton would compile."""
+def record(launches: Iterable[Launch]) -> list[dict[str, Any]]:
+    """The launches as plain data, one for each kernel that Triton would compile."""
     found: dict[str, dict[str, Any]] = {}
-    for launch in _launches():
+    for launch in launches:
         entry = described(launch)
         found.setdefault(json.dumps(entry, sort_keys=True), entry)
     return list(found.values())
 
 
-def _launches() -> Iterator[Launch]:
+def of_stages() -> Iterator[Launch]:
+    """The launches of the checks and timings of `make gpu`."""
     moc = ("moc", bench.PAPER_MOC)
     for film, methods in ((large.FILM, (moc,)), *bench.GPU_LAYOUTS):
         for method, settings in methods:
@@ -103,13 +105,13 @@ def _argument(x: Any) -> Any:
 # -- the folder -------------------------------------------------------------------------------------------------------
 
 
-def compile_kernels(out: Path, python: str, triton: str, capability: int) -> str:
+def compile_kernels(out: Path, launches: Iterable[Launch], python: str, triton: str, capability: int) -> str:
     """Fill the cache in a virtual environment with Triton alone; what it printed."""
     environment = out / "environment"
     _call([python, "-m", "venv", str(environment)])
     own = str(environment / "bin" / "python")
     _call([own, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", triton])
-    (out / LAUNCHES).write_text(json.dumps(record()), encoding="utf-8")
+    (out / LAUNCHES).write_text(json.dumps(record(launches)), encoding="utf-8")
     script = Path(__file__).with_name("pack_compile.py")
     said = _call([own, str(script), str(out), str(Path(device.__file__)), str(capability)])
     shutil.rmtree(environment)
@@ -122,6 +124,11 @@ def install(out: Path, packages: list[str], python_version: str) -> None:
     asked += ["--only-binary=:all:", "--implementation", "cp", "--python-version", python_version]
     asked += [part for platform in PLATFORMS for part in ("--platform", platform)]
     _call([*asked, "--target", str(out / SITE), *packages])
+
+
+def version_of(python: str) -> str:
+    """The version of an interpreter, such as 3.12."""
+    return _call([python, "-c", "import sys; print('%d.%d' % sys.version_info[:2])"]).strip()
 
 
 def _call(command: list[str]) -> str:
@@ -145,15 +152,15 @@ def main(arguments: list[str] | None = None) -> int:
     )
     parser.add_argument("--out", type=Path, default=Path("gpu-pack"), help="folder to fill (default: gpu-pack)")
     parser.add_argument("--python", default="python3.12", help="an interpreter of the target's version")
-    parser.add_argument("--triton", default="triton==3.6.0", help="the target's Triton, or a wheel of it")
-    parser.add_argument("--capability", type=int, default=90, help="of the target's GPU (default: 90, Hopper)")
+    parser.add_argument("--triton", default=TRITON, help="the target's Triton, or a wheel of it")
+    parser.add_argument("--capability", type=int, default=HOPPER, help="of the target's GPU (default: 90, Hopper)")
     parser.add_argument("--package", nargs="*", default=list(PACKAGES), help="packages that may be missing there")
     given = parser.parse_args(arguments)
     try:
         refuse("--out", [f"{given.out} exists; give a new folder, or remove it"] if given.out.exists() else [])
-        version = _call([given.python, "-c", "import sys; print('%d.%d' % sys.version_info[:2])"]).strip()
+        version = version_of(given.python)
         given.out.mkdir(parents=True)
-        print(compile_kernels(given.out, given.python, given.triton, given.capability).strip())
+        print(compile_kernels(given.out, of_stages(), given.python, given.triton, given.capability).strip())
         if given.package:
             install(given.out, given.package, version)
     except (ZooError, OSError) as error:
