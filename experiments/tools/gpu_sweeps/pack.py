@@ -24,6 +24,7 @@ from experiments.sweep.preflight import layer_settings
 from experiments.sweep.schema import find_sized
 from experiments.tools.gpu.pack import HOPPER, TRITON, compile_kernels, install, size_of, version_of
 from experiments.tools.gpu.pack_compile import SITE
+from experiments.tools.gpu_sweeps import __doc__ as about
 from experiments.tools.gpu_sweeps.run import ARCHIVE
 from lit_modules.settings import Outline
 from lit_modules.stream import video_only
@@ -111,7 +112,11 @@ def _step(own: Outline, settings: dict[str, Any], config: Config) -> Iterator[La
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Make a pack from the command line; return 0, or 1 with a line that says why not."""
-    parser = argparse.ArgumentParser(prog="python -m experiments.tools.gpu_sweeps.pack", description=__doc__)
+    parser = argparse.ArgumentParser(
+        prog="python -m experiments.tools.gpu_sweeps.pack",
+        description=about,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("sweeps", nargs="+", metavar="SWEEP", help="sweeps whose cells will run there")
     parser.add_argument("--out", type=Path, required=True, help="folder to make")
     parser.add_argument("--size", default="gpu", help="of the sweeps (default: gpu)")

@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from experiments.tools.gpu.pack_compile import CACHE, SITE, relocate
+from experiments.tools.gpu_sweeps import __doc__ as about
 
 ARCHIVE = f"{SITE}.tar.xz"
 LEFT = (".ckpt", ".npz", ".png", ".mp4", ".vtt")
@@ -119,7 +120,11 @@ def keep(home: Path, archive: Path) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run sweeps from the command line; return 0, or 1 where a pack is none."""
-    parser = argparse.ArgumentParser(prog="python3 -m experiments.tools.gpu_sweeps.run", description=__doc__)
+    parser = argparse.ArgumentParser(
+        prog="python3 -m experiments.tools.gpu_sweeps.run",
+        description=about,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("sweeps", nargs="+", metavar="SWEEP", help="sweeps, the most important first")
     parser.add_argument("--out", type=Path, required=True, help="folder for the runs and what the drivers print")
     parser.add_argument("--size", default="gpu", help="of the sweeps (default: gpu)")
