@@ -71,14 +71,13 @@ class Exact(Grouped):
         for q_rows, q_mask, k_rows, k_mask in _batches(rects, at, q, weigh):
             with _in_full(q.device):
                 queries, keys, values = _wide(q, q_rows), _wide(k, k_rows), _wide(v, k_rows)
-                asked = grad(q_rows).to(queries.dtype)
+                out_grad = grad(q_rows).to(queries.dtype)
                 # A query that is there for padding gives every key the weight exp(-inf), so it adds no gradient.
                 weights = (queries @ keys.mT * scale + k_mask - (lse[q_rows] - q_mask)[..., None]).exp()
-                delta = (asked * _wide(out, q_rows)).sum(-1, keepdim=True)
-                scores = weights * (asked @ values.mT - delta) * scale
-                found = scores @ keys, scores.mT @ queries, weights.mT @ asked
-            dq, dk, dv = (x.flatten(0, 1) for x in found)
-            yield q_rows.flatten(), dq, k_rows.flatten(), dk, dv
+                delta = (out_grad * _wide(out, q_rows)).sum(-1, keepdim=True)
+                d_scores = weights * (out_grad @ values.mT - delta) * scale
+                dq, dk, dv = d_scores @ keys, d_scores.mT @ queries, weights.mT @ out_grad
+            yield q_rows.flatten(), dq.flatten(0, 1), k_rows.flatten(), dk.flatten(0, 1), dv.flatten(0, 1)
 
 
 def _size_classes(rects: Rectangles) -> Iterator[Rectangles]:
@@ -100,7 +99,7 @@ def _batches(
     """
     dim = q.shape[-1]
     for some in _size_classes(rects):
-        of_query = int(some.k_size.max()) + dim  # numbers that a query adds
+        of_query = int(some.k_size.max()) + dim  # elements that a query adds
         of_rectangle = int(some.q_size.max()) * of_query + int(some.k_size.max()) * dim
         most = max(1, min(GRID, ELEMENTS // of_rectangle))
         for first in range(0, len(some), most):
