@@ -8,10 +8,12 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 from typer.testing import CliRunner
 
 import sparse_zoo as zoo
 from experiments.cli import app
+from sparse_zoo import testing
 from sparse_zoo.host_time import record_launches
 from sparse_zoo.kernels import exact as engine
 from sparse_zoo.kernels import routes_on_device
@@ -71,16 +73,65 @@ def test_auto_and_the_fused_top_k_agree() -> None:
 
 
 @pytest.fixture
-def exact(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """The kernel, allowed on the CPU: its operators are the same everywhere. Blocks are cut small."""
-    monkeypatch.setattr(engine.Exact, "why_not", lambda *_: [])
-    monkeypatch.setattr(engine, "PAIRS", 50)
+def exact(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The kernel, allowed on the CPU: its operators are the same everywhere."""
+    why_not = engine.Exact.why_not
+
+    def why_not_besides_cuda(self: Any, *tensors: Any) -> list[str]:
+        return [reason for reason in why_not(self, *tensors) if "cuda" not in reason.lower()]
+
+    monkeypatch.setattr(engine.Exact, "why_not", why_not_besides_cuda)
+
+
+class AtMost(TorchDispatchMode):
+    """Fail at the first torch operation beyond a number of them, before a Python loop takes minutes."""
+
+    def __init__(self, operations: int) -> None:
+        super().__init__()
+        self.left = operations
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.left -= 1
+        assert self.left >= 0, f"too many torch operations, the last one is {func}"
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.usefixtures("exact")
+def test_exact_needs_few_operations_for_many_rectangles() -> None:
+    q = torch.randn(1, 1, 65_536, 8, requires_grad=True)
+    plan = zoo.Plan.groups(torch.arange(65_536))
+    with AtMost(600):
+        out = zoo.attend(q, q, q, plan, kernel="exact").out
+        torch.autograd.grad(out.sum(), q)
+
+
+def test_exact_pads_each_side_to_less_than_twice_its_size() -> None:
+    films = [zoo.Layout.film([zoo.Shot(1, 1, size)]) for size in (1, 2, 5, 8, 65, 128)]
+    plan = zoo.Plan.within(zoo.Layout.pack(films).chunks("shot"))
+    pairs = plan.cost(8).pairs
+    assert pairs < plan.executed("exact") < 4 * pairs
+
+
+SLOW = ("kernel_large_plans", "kernel_drawn_plans")
+
+
+@pytest.mark.usefixtures("exact")
+@pytest.mark.parametrize(
+    "check", [pytest.param(name, marks=[pytest.mark.slow] * (name in SLOW)) for name in testing.kernel_checks()]
+)
+def test_exact_conforms(check: str) -> None:
+    (outcome,) = testing.check_kernel("exact", only=[check])
+    assert outcome.status == "passed"
 
 
 @pytest.mark.usefixtures("exact")
 @pytest.mark.parametrize("kv_heads", [1, 2, 4])
 @pytest.mark.parametrize("method", ["moc", "moga", "window", "dense"])
-def test_exact_agrees_with_the_oracle(method: str, kv_heads: int) -> None:
+@pytest.mark.parametrize("elements", [50, 5_000, engine.ELEMENTS])  # cut rectangles, many batches, few batches
+def test_exact_agrees_with_the_oracle(
+    elements: int, method: str, kv_heads: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(engine, "ELEMENTS", elements)
     film = zoo.Layout.film([zoo.Shot(2, 3, 3, text=2), zoo.Shot(1, 3, 3), zoo.Shot(2, 2, 3)], caption=3)
     attention = zoo.build(method, heads=4, head_dim=6, dim=5)
     q = torch.randn(2, 4, len(film), 6, requires_grad=True)

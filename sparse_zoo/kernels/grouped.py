@@ -309,7 +309,7 @@ class Cpu(Grouped):
             yield _gradients(batch, saved, grad, scale)
 
 
-class _Batch(NamedTuple):
+class PaddedBatch(NamedTuple):
     """R rectangles, padded to one size.
 
     `q_rows` (R, n): rows of queries; `q_pad` (R, n): which of them are padding; `k_rows` (R, m): rows of keys;
@@ -322,16 +322,16 @@ class _Batch(NamedTuple):
     k_mask: Tensor | None
 
 
-def _batches(rects: Rectangles, at: Rows, q: Tensor, weigh: Weigh | None) -> list[_Batch]:
+def _batches(rects: Rectangles, at: Rows, q: Tensor, weigh: Weigh | None) -> list[PaddedBatch]:
     """The batches of all rectangles, made before the first is computed.
 
     Made one at a time between calls of the engine, which leave nothing in the caches, they took twice as long.
     """
     some = _alike(rects, q.shape[-1] * q.element_size(), _budget(q))
-    return [_padded(alike, at, q.dtype, weigh) for alike in some]
+    return [pad_rectangles(alike, at, q.dtype, weigh) for alike in some]
 
 
-def _attend(batch: _Batch, q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor, Tensor]:
+def _attend(batch: PaddedBatch, q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor, Tensor]:
     """Rows of queries, their partial outputs and lse, of one batch. What it gathered is gone when it returns."""
     q_rows, q_pad, k_rows, k_mask = batch
     out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
@@ -344,7 +344,7 @@ def _attend(batch: _Batch, q: Tensor, k: Tensor, v: Tensor, scale: float) -> tup
 
 
 def _gradients(
-    batch: _Batch, saved: tuple[Tensor, ...], grad: Gather, scale: float
+    batch: PaddedBatch, saved: tuple[Tensor, ...], grad: Gather, scale: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Rows of queries, dq, rows of keys, dk, dv of one batch."""
     q, k, v, out, lse = saved
@@ -440,7 +440,8 @@ def _size_class(size: Tensor) -> Tensor:
     return -(-size // step) * step
 
 
-def _padded(rects: Rectangles, at: Rows, dtype: torch.dtype, weigh: Weigh | None) -> _Batch:
+def pad_rectangles(rects: Rectangles, at: Rows, dtype: torch.dtype, weigh: Weigh | None) -> PaddedBatch:
+    """Pad each rectangle to the most queries and the most keys of any, by repeating its last query and its last key."""
     q_tokens, q_pad = _table(rects.q_list, rects.q_start, rects.q_size)
     k_tokens, k_pad = _table(rects.k_list, rects.k_start, rects.k_size)
     mask = None
@@ -448,18 +449,18 @@ def _padded(rects: Rectangles, at: Rows, dtype: torch.dtype, weigh: Weigh | None
         # The engine takes a mask in float32 beside half precision, which would round a log-weight by 1 %.
         mask = weigh(rects.group[:, None], k_tokens).to(torch.promote_types(dtype, torch.float32))
     elif k_pad is not None:
-        mask = torch.zeros(k_pad.shape, dtype=dtype)
+        mask = torch.zeros_like(k_pad, dtype=dtype)
     if mask is not None:
         mask = (mask if k_pad is None else mask.masked_fill_(k_pad, -torch.inf))[:, None, None]
     none = torch.zeros_like(rects.group)
     q_first, k_first = at.of_queries(rects.group, none), at.of_keys(rects.group, none)
-    return _Batch(q_first[:, None] + q_tokens, q_pad, k_first[:, None] + k_tokens, mask)
+    return PaddedBatch(q_first[:, None] + q_tokens, q_pad, k_first[:, None] + k_tokens, mask)
 
 
 def _table(tokens: Tensor, start: Tensor, size: Tensor) -> tuple[Tensor, Tensor | None]:
     """The tokens of each list, (R, the longest), and which of them are padding."""
     least, most = (int(x) for x in size.aminmax())
-    step = torch.arange(most)
+    step = torch.arange(most, device=size.device)
     if least == most:
         return tokens.take(start[:, None] + step), None
     # Padding repeats the last entry, which is always there.
