@@ -36,7 +36,7 @@ TRITON = ("triton", "sm80")
 STAGES = (
     MACHINE,
     Stage(DENSE, 15, 1, f"{HERE}.checks:dense_engine", ("sm80",)),
-    Stage(VARLEN, 15, 2, f"{HERE}.checks:varlen_engine", TRITON),
+    Stage(VARLEN, 30, 2, f"{HERE}.checks:varlen_engine", TRITON),
     Stage(CHOICE, 12, 1, f"{HERE}.checks:choice", TRITON),
     Stage(PLANS, 12, 2, f"{HERE}.checks:plans", TRITON),
     Stage(FILM, 20, 1, f"{HERE}.checks:film", TRITON),
@@ -50,5 +50,5 @@ STAGES = (
     Stage("step", 30, 3, f"{HERE}.model:step", (*TRITON, "lightning"), (FILM, LONG)),
     Stage("counters", 40, 6, f"{HERE}.instruments:counters", (*TRITON, "ncu")),
     Stage("memory", 40, 6, f"{HERE}.instruments:memory", (*TRITON, "compute-sanitizer")),
-    Stage("suite", 120, 5, f"{HERE}.checks:suite", TRITON),
+    Stage("suite", 60, 5, f"{HERE}.checks:suite", TRITON),
 )
