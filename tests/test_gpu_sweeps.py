@@ -90,6 +90,14 @@ time.sleep(60)
         assert archive.getnames() == ["one/cell/result.json", "two/cell/result.json"]
 
 
+def test_a_driver_that_fails_says_why(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(run, "ZOO", (sys.executable, "-c", "import sys; sys.exit('no such sweep')"))
+    assert run.main(["one", "--out", str(tmp_path / "out"), "--jobs", "1"]) == 1
+    assert capsys.readouterr().out == "one: exit code 1. no such sweep\n"
+
+
 def test_a_folder_that_is_no_pack_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run.main(["one", "--out", str(tmp_path / "out"), "--pack", str(tmp_path)]) == 1
     assert "has no site.tar.xz" in capsys.readouterr().err

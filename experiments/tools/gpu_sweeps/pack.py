@@ -43,7 +43,7 @@ def pack(out: Path, sweeps: Sequence[str], size: str, have: Path | None, python:
         install(Path(folder), missing("sparse-attention-zoo", "train", _names(have)), version_of(python))
         for unused in UNUSED:
             shutil.rmtree(Path(folder, SITE, unused), ignore_errors=True)
-        with tarfile.open(out / ARCHIVE, "w:xz") as archive:
+        with tarfile.open(out / ARCHIVE, "w:xz", preset=3) as archive:
             archive.add(Path(folder, SITE), SITE)
     print(f"{out}: {size_of(out) / 2**20:.1f} MiB")
 

@@ -25,8 +25,8 @@ ENDING = 20.0
 ZOO = (sys.executable, "-m", "experiments", "sweep")
 
 
-def run(sweeps: Sequence[str], size: str, pack: Path | None, out: Path, jobs: int, minutes: float) -> None:
-    """Run the sweeps until all have ended or the time is up, and keep what there is.
+def run(sweeps: Sequence[str], size: str, pack: Path | None, out: Path, jobs: int, minutes: float) -> bool:
+    """Run the sweeps until all have ended or the time is up, and keep what there is; whether no driver failed.
 
     Two drivers begin at either end of the list, each with half of the jobs. Where they meet they share the cells, so
     that few processes wait while the last cells of a sweep run.
@@ -50,6 +50,7 @@ def run(sweeps: Sequence[str], size: str, pack: Path | None, out: Path, jobs: in
         if mps:
             subprocess.run([mps], input=b"quit\n", check=False)
         keep(home, out / "runs.tar.gz")
+    return not any(lane.failed for lane in lanes)
 
 
 def _environment(home: Path, pack: Path | None) -> dict[str, str]:
@@ -71,18 +72,21 @@ class Lane:
     ) -> None:
         self.waiting, self.environment, self.out = list(sweeps), environment, out
         self.options = ("--size", size, "--jobs", str(jobs), "--jobs-per-gpu", str(per_gpu))
-        self.sweep = ""
+        self.sweep, self.log, self.failed = "", out, False
         self.process: subprocess.Popen[bytes] | None = None
 
     def goes_on(self) -> bool:
         """Start the next driver if none runs; False once the last has ended."""
         if self.process is not None and self.process.poll() is not None:
-            print(f"{self.sweep}: exit code {self.process.returncode}", flush=True)
+            said = self.log.read_text(encoding="utf-8", errors="replace").strip().splitlines()[-1:]
+            print(f"{self.sweep}: exit code {self.process.returncode}. {''.join(said)}", flush=True)
+            self.failed |= self.process.returncode != 0
             self.process = None
         if self.process is None and self.waiting:
             self.sweep = self.waiting.pop(0)
             name = Path(self.sweep).stem
-            with (self.out / f"{name}-{len(list(self.out.glob(f'{name}-*.txt')))}.txt").open("wb") as log:
+            self.log = self.out / f"{name}-{len(list(self.out.glob(f'{name}-*.txt')))}.txt"
+            with self.log.open("wb") as log:
                 self.process = subprocess.Popen(
                     [*ZOO, self.sweep, *self.options],
                     stdout=log,
@@ -119,7 +123,7 @@ def keep(home: Path, archive: Path) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run sweeps from the command line; return 0, or 1 where a pack is none."""
+    """Run sweeps from the command line; return 0, or 1 where a driver failed or a pack is none."""
     parser = argparse.ArgumentParser(
         prog="python3 -m experiments.tools.gpu_sweeps.run",
         description=about,
@@ -135,8 +139,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if given.pack is not None and not (given.pack / ARCHIVE).is_file():
         print(f"run: {given.pack} has no {ARCHIVE}; make it with experiments.tools.gpu_sweeps.pack", file=sys.stderr)
         return 1
-    run(given.sweeps, given.size, given.pack, given.out, given.jobs, given.minutes)
-    return 0
+    fine = run(given.sweeps, given.size, given.pack, given.out, given.jobs, given.minutes)
+    return 0 if fine else 1
 
 
 if __name__ == "__main__":
