@@ -401,6 +401,12 @@ def test_what_tools_print_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert first["sm__throughput.avg.pct_of_peak_sustained_elapsed"] == "71.2"
 
 
+def test_a_suite_that_does_not_end_is_named(tmp_path: Path) -> None:
+    """What its process would have told is lost with it."""
+    (found,) = checks.suite(Run(tmp_path, 5.2, tiny=True))
+    assert found == {"kind": "check", "name": "suite of cpu", "status": "skipped", "reason": "did not end in its time"}
+
+
 def test_kernels_are_grouped_by_what_they_are_for() -> None:
     for name, group in {
         "attend": "attend",

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from functools import partial
+from multiprocessing import TimeoutError as TookTooLong
 from multiprocessing import get_context
 
 import torch
@@ -235,15 +236,22 @@ def suite(run: Run) -> Iterator[Row]:
     others = [name for name, reasons in zoo.kernels().items() if not reasons and name != own and not run.tiny]
     kernels = [own, *(name for name in others if (place(get(name)) or ("",))[0] == device)]
     only = ("kernel_overlapping_keys",) if run.tiny else None
-    with ProcessPoolExecutor(len(kernels), get_context("spawn")) as pool:
-        found = {pool.submit(_suite_of, kernel, only): kernel for kernel in kernels}
-        for done in as_completed(found):
-            for outcome in done.result():
+    waiting = set(kernels)
+    with get_context("spawn").Pool(len(kernels)) as pool:
+        ended = pool.imap_unordered(partial(_suite_of, only=only), kernels)
+        while waiting:
+            try:
+                kernel, outcomes = ended.next(timeout=max(0.1, run.left() - 5))
+            except TookTooLong:
+                yield from (rows.skipped(f"suite of {name}", "did not end in its time") for name in sorted(waiting))
+                return
+            waiting.remove(kernel)
+            for outcome in outcomes:
                 yield {
-                    "kind": "check", "name": f"suite of {found[done]}: {outcome.check}",
+                    "kind": "check", "name": f"suite of {kernel}: {outcome.check}",
                     "status": outcome.status, "reason": outcome.reason, "seconds": round(outcome.seconds, 2),
                 }  # fmt: skip
 
 
-def _suite_of(kernel: str, only: tuple[str, ...] | None) -> list[Outcome]:
-    return list(run_kernel_checks(kernel, only=only))
+def _suite_of(kernel: str, only: tuple[str, ...] | None) -> tuple[str, list[Outcome]]:
+    return kernel, list(run_kernel_checks(kernel, only=only))
