@@ -56,6 +56,11 @@ def test_seeds_make_runs_of_one_group(tmp_path: Path) -> None:
     assert [cell.group for cell in read(write_sweep(tmp_path / "t.yaml", axes=METHODS)).cells] == [None, None]
 
 
+def test_seeds_may_be_listed(tmp_path: Path) -> None:
+    cells = read(write_sweep(tmp_path / "s.yaml", seeds=[1, 100], cells={"one": {}})).cells
+    assert [(cell.name, cell.config["seed"]) for cell in cells] == [("one-s1", 1), ("one-s100", 100)]
+
+
 def test_size_overrides_the_base_and_cells_override_the_size(tmp_path: Path) -> None:
     large = {"model.dim": 32, "trainer.max_steps": 50}
     parts: dict[str, Any] = {"axes": METHODS, "cells": {"own": {"attention": "window", "trainer.max_steps": 7}}}
@@ -90,7 +95,7 @@ def test_overrides_hold_in_every_cell_with_ids_of_their_own(tmp_path: Path) -> N
         ("attention=dense", ["attention=dense is for every cell, but moc, narrow, zipped, long set that themselves"]),
         ("optim={lr: 1e-2, warmup_steps: 1}", ["but long set that themselves; change it in the file"]),
         ("match.density=0.5", ["match.density=0.5 is for every cell, but moc set that themselves"]),
-        ("seed=3", ["seed=3 is for every cell, but they have seeds 0 to 1; leave it out"]),
+        ("seed=3", ["seed=3 is for every cell, but they have the seeds 0, 1; leave it out"]),
         ("model.dimm=3", ["every cell: unknown key of model 'dimm'; did you mean 'dim'?"]),
         ("trainer.max_steps=-1", ["every cell: trainer.max_steps must be at least 1, got -1"]),
         ("recall", ["an override is key=value, got 'recall'"]),
@@ -158,7 +163,8 @@ def test_every_cell_is_refused_at_once(tmp_path: Path) -> None:
         ({"cells": {"a": "dense"}}, "cell 'a' must be a mapping"),
         ({"sizes": {"a": 3}}, "size 'a' must be a mapping"),
         ({"seeds": 0}, "seeds must be at least 1, got 0"),
-        ({"seeds": [0, 1]}, "seeds must be a whole number or null, got"),
+        ({"seeds": [0, 0]}, "seeds must be distinct whole numbers from 0, at least one, got \\[0, 0\\]"),
+        ({"seeds": "two"}, "seeds must be a whole number, a list of whole numbers or null, got 'two'"),
         ({"plugins": "mine.py"}, "plugins must be a list of files, got 'mine.py'"),
         ({"plugins": [3]}, r"plugins must be a list of files, got \[3\]"),
         ({"axes": {1: [2]}}, "unknown axis '1'"),

@@ -24,6 +24,7 @@ from experiments.analysis.metrics import TOLERANCE
 from experiments.config import datamodule
 from experiments.config.budget import Budget
 from experiments.config.declared import as_declared, declared_types, fits, misfit, misfits, parameters
+from experiments.config.init_from import absolute_start, find_start, unfit_start
 from experiments.config.names import CONFIGS, Override, is_pretrained, parse
 from experiments.config.names import methods as shipped_methods
 from experiments.config.sections import PRECISIONS, Match, refused_settings, sections_of
@@ -85,6 +86,10 @@ def merge(overrides: Sequence[Override]) -> tuple[Config, list[str]]:
         reasons += misfits
     if not config["match"]:
         del config["match"]  # so that a run has one id, whether or not a sweep around it matches budgets
+    if config["init_from"] is None:
+        del config["init_from"]
+    else:
+        config["init_from"] = absolute_start(config["init_from"])
     if all(value == 1 for value in (config["parallel"] or {}).values()):
         del config["parallel"]  # one device, as where nothing is said
     return _canonical(config), reasons
@@ -161,11 +166,14 @@ def cell(name: str, config: Config, group: str | None = None) -> Cell:
     """Return the cell of a config.
 
     Its id is that of all settings, so that a default that is written out changes nothing. A text from the environment
-    is part of the id in `attention`, where it may decide what is computed, and not in `data`, where it is a place.
+    is part of the id in `attention`, where it may decide what is computed, and not in `data`, where it is a place. Of
+    `init_from` the id of that run counts, not its place. Raises `ZooError` where there is no such run.
     """
     computed = config
+    if "init_from" in config:
+        computed = computed | {"init_from": find_start(config["init_from"]).id}
     if any("${" in text for text in _texts(config["attention"])):
-        computed = config | {"attention": resolve(config)["attention"]}
+        computed = computed | {"attention": resolve(config)["attention"]}
     return Cell(name, config, group, config_id(identity(_complete(computed))))
 
 
@@ -365,6 +373,7 @@ def check(config: Config) -> list[str]:
         reasons.append(f"seed must be a whole number from 0 to 2³² - 1, got {config['seed']!r}")
     if "match" in config:
         reasons += refusals(lambda: Budget.of(config["match"]))
+    reasons += unfit_start(config)
     if is_pretrained(model):
         reasons += misfits("model", model, Pretrained) or _pretrained(config)
         return reasons or _parallel(config)
@@ -449,7 +458,7 @@ def known(config: Config) -> set[str]:
         inside["attention"] += zoo.settings(method)
     with suppress(ZooError):
         inside["data"] += parameters(datamodule.declares(datamodule.find(str(config["data"].get("name")))))
-    return {"seed", *inside, *(f"{section}.{key}" for section, keys in inside.items() for key in keys)}
+    return {"seed", "init_from", *inside, *(f"{section}.{key}" for section, keys in inside.items() for key in keys)}
 
 
 def _trainer(given: Mapping[str, Any]) -> list[str]:

@@ -25,10 +25,12 @@ from lightning.pytorch.profilers import AdvancedProfiler, PyTorchProfiler, Simpl
 from typing_extensions import override
 
 from experiments.config.datamodule import FilmData, build, shape
+from experiments.config.init_from import find_start
 from experiments.config.names import is_pretrained
 from experiments.config.resolve import Config, resolve
 from experiments.execution import signals
 from experiments.execution.checkpointing import Saving, WholeCheckpoints
+from experiments.execution.initial_weights import begin_with
 from experiments.redact import redact, redact_all
 from experiments.reporting.run_pictures import save_picks, save_plans
 from experiments.tracking.mlflow_logger import Log
@@ -172,6 +174,12 @@ def train(stored: Config, folder: Path, result: Result, log: Logger, observer: O
         log.data(stored["data"]["name"], stored["data"], result.data)
     parallel, rank = Parallel(**config.get("parallel", {})), int(os.environ.get("LOCAL_RANK", 0))
     several = parallel.devices > 1
+    if "init_from" in config and isinstance(module, LitVideoDiT) and not resume:
+        start = find_start(config["init_from"])
+        told = begin_with(module, start)
+        result.provenance["init_from"] = f"{start.folder.name} ({start.id}) after {start.steps} steps"
+        if not rank:
+            observer.note(f"{result.name} {told}")
     own = Path(tempfile.mkdtemp(prefix="zoo-rank-")) if several and rank else folder
     history, cost, timer = History(result, observer), AttentionCost(every=10), StepTimer()
     decode = getattr(data, "decoder", None)

@@ -46,7 +46,8 @@ class Trained:
         self, command: str, run: Path, overrides: Sequence[str], films: int, plugins: Sequence[Path] = ()
     ) -> None:
         self.checkpoint, before = find(command, run, overrides, plugins)
-        self.config = load([before, *overrides])
+        # The run that it began with is not needed any more.
+        self.config = load([{key: value for key, value in before.items() if key != "init_from"}, *overrides])
         self.module, self.step = _load(self.checkpoint)
         data = build(resolve(self.config)["data"])
         assert isinstance(data, pl.LightningDataModule)

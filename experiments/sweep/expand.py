@@ -80,7 +80,7 @@ def read(
     - `exclude`: a mapping of dotted key -> value or list of values, or a list of such mappings: cells whose resolved
       settings match all of one are left out.
     - `cells`: a mapping of cell name -> overrides, for single cells besides.
-    - `seeds`: how many runs of each cell, with seeds 0, 1, ...; their names end in -s0, -s1, ...
+    - `seeds`: how many runs of each cell, with seeds 0, 1, ..., or a list of seeds; names end in -s0, -s1, ...
     - `tune`: how settings are tried before the cells run, see `sweep.schema.Tune`. The trials are a sweep of their own,
       named NAME-trials. A cell whose trials have ended has the settings of the best.
     - `match`: what every cell is to cost, see `sweep.budget`; null in a cell's own overrides leaves it as it is.
@@ -150,10 +150,10 @@ class _Draft:
         return self.group or self.name
 
 
-def _drafts(choices: Sequence[Choice], seeds: int | None) -> list[_Draft]:
+def _drafts(choices: Sequence[Choice], seeds: Sequence[int] | None) -> list[_Draft]:
     if seeds is None:
         return [_Draft(label, None, own) for label, own in choices]
-    return [_Draft(f"{label}-s{n}", label, own | {"seed": n}) for label, own in choices for n in range(seeds)]
+    return [_Draft(f"{label}-s{n}", label, own | {"seed": n}) for label, own in choices for n in seeds]
 
 
 def _first_drafts(drafts: Iterable[_Draft]) -> dict[str, _Draft]:

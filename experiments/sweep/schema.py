@@ -27,6 +27,7 @@ WANTED = {  # how the type of a key reads
     int: "a whole number",
     list[int]: "a list of whole numbers",
     int | None: "a whole number or null",
+    int | list[int] | None: "a whole number, a list of whole numbers or null",
     str | None: "text or null",
     dict[str, Any]: "a mapping",
     dict[str, Any] | None: "a mapping or null",
@@ -82,8 +83,8 @@ class SweepFile:
     """Settings of the cells to leave out; in a list of such mappings each leaves out its own."""
     cells: dict[str, Any] = field(default_factory=dict)
     """Further cells by name, each a mapping of settings."""
-    seeds: int | None = None
-    """How many runs each cell has, with seeds 0, 1, ...; null: one run, with the seed of its settings."""
+    seeds: int | list[int] | None = None
+    """How many runs each cell has, with seeds 0, 1, ..., or a list of their seeds; null: one run, with its own seed."""
     tune: dict[str, Any] | None = None
     """How settings are tried before the runs, such as {trials: 6, seeds: [100]}, see `Tune`; null: they are not."""
 
@@ -119,7 +120,7 @@ class Written:
     choices: tuple[Choice, ...]
     keys: Mapping[str, set[str]]
     rules: tuple[Mapping[str, Any], ...]
-    seeds: int | None
+    seeds: tuple[int, ...] | None
     plugins: tuple[Path, ...]
     tune: Tune | None = None
 
@@ -145,7 +146,7 @@ class Written:
             tuple(choices),
             {"axis": {*axes, *chain(*zips)}, "key of exclude": {*chain(*rules)}},
             tuple(rules),
-            file.seeds,
+            tuple(range(file.seeds) if isinstance(file.seeds, int) else file.seeds) if file.seeds is not None else None,
             tuple(map(Path, file.plugins)),
             tune,
         )
@@ -180,7 +181,8 @@ class Written:
                 if names:
                     reasons.append(f"{text} is for every cell, but {shown} set that themselves; change it in the file")
                 if "seed" in given and self.seeds is not None:
-                    reasons.append(f"{text} is for every cell, but they have seeds 0 to {self.seeds - 1}; leave it out")
+                    seeds = ", ".join(map(str, self.seeds))
+                    reasons.append(f"{text} is for every cell, but they have the seeds {seeds}; leave it out")
         return reasons
 
 
@@ -247,11 +249,7 @@ def _file(path: Path) -> dict[str, Any]:
         ]
         + [reason for lists in zips if isinstance(lists, dict) for reason in _out_of_step(lists)]
         + [f"{key} is varied twice" for key in _twice([*plain.get("axes", {}), *chain(*zips)])]
-        + (
-            [f"seeds must be at least 1, got {plain['seeds']}"]
-            if plain.get("seeds") is not None and plain["seeds"] < 1
-            else []
-        ),
+        + ([] if plain.get("seeds") is None else _seed_reasons("seeds", plain["seeds"])),
     )
     refuse(str(path), [] if plain.get("tune") is None else _tune_reasons(plain["tune"]))
     return plain
@@ -272,8 +270,7 @@ def _tune_reasons(given: Mapping[str, Any]) -> list[str]:
     tune = Tune(**given)
     if tune.trials < 2:
         reasons.append(f"tune.trials must be at least 2, got {tune.trials}: with one setting there is none to choose")
-    if not tune.seeds or min(tune.seeds) < 0 or len({*tune.seeds}) < len(tune.seeds):
-        reasons.append(f"tune.seeds must be distinct whole numbers from 0, at least one, got {tune.seeds}")
+    reasons += _seed_reasons("tune.seeds", tune.seeds)
     if tune.max_steps is not None and tune.max_steps < 1:
         reasons.append(f"tune.max_steps must be at least 1, got {tune.max_steps}")
     if tune.by is not None and Measure.of(tune.by).higher is None:
@@ -291,6 +288,14 @@ def _tune_reasons(given: Mapping[str, Any]) -> list[str]:
         ]
         reasons += [f"{place}: seed is not tuned; leave it out" for key in own if key == "seed"]
     return reasons
+
+
+def _seed_reasons(key: str, seeds: int | list[int]) -> list[str]:
+    """Why a number of seeds, or a list of them, cannot be; nothing if it can."""
+    if isinstance(seeds, int):
+        return [] if seeds >= 1 else [f"{key} must be at least 1, got {seeds}"]
+    distinct = seeds and min(seeds) >= 0 and len({*seeds}) == len(seeds)
+    return [] if distinct else [f"{key} must be distinct whole numbers from 0, at least one, got {seeds}"]
 
 
 def _unknown_cells(tune: Tune | None, names: Sequence[str]) -> list[str]:
