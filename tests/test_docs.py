@@ -50,6 +50,7 @@ COMMANDS_WITH_A_TEST = {
     ),
     "zoo cost moc --match density=0.25": ("test_sweeps_page.py", "Equal budgets"),
     "zoo sweep tuned.yaml --dry-run": ("test_sweeps_page.py", "Tune each method fairly"),
+    "zoo sweep adapted.yaml": ("test_init_from.py", '"adapted.yaml"'),
     "zoo report memory --by flops": ("test_equal_cost.py", '"memory", "--by"'),
     "zoo power memory --difference 0.1": ("test_equal_cost.py", '"power", "memory"'),
     "zoo sweep mine.yaml": ("test_secrets.py", "oc.env"),

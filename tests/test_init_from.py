@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -117,6 +118,22 @@ def test_a_sweep_takes_for_each_seed_the_run_of_that_seed(tmp_path: Path) -> Non
     path = write_sweep(tmp_path / "s.yaml", seeds=2, cells={"moc": {"attention": "moc"}})
     path.write_text(path.read_text().replace("base:", f"base:\n  init_from: {SWEEP}/dense-s${{seed}}"))
     assert [one.config["init_from"] for one in read(path).cells] == [f"{SWEEP}/dense-s0", f"{SWEEP}/dense-s1"]
+
+
+@pytest.mark.usefixtures("home")
+def test_the_sweep_of_the_docs_begins_with_the_dense_runs_of_recall(tmp_path: Path) -> None:
+    """With the tiny model; the run of seed 0 stands for those of all seeds."""
+    page = (Path(__file__).parent.parent / "docs" / "sweeps.md").read_text()
+    text = re.search(r"^## Begin with trained weights\n.*?^```yaml\n(.*?)^```", page, flags=re.S | re.M)
+    assert text is not None
+    (tmp_path / "adapted.yaml").write_text(text[1])
+    before = [cell(f"dense-s{seed}", load([BASE, f"seed={seed}"])) for seed in range(3)]
+    store_sweep("recall", SweepRequest("", tuple(before)))
+    for one in before:
+        shutil.copytree(find_start(f"{SWEEP}/{NAME}").folder, one.folder("recall"))
+    cells = read(tmp_path / "adapted.yaml", [BASE, {"model.text": "joint", "model.pooled_text": "adaln"}]).cells
+    assert [one.name for one in cells] == [f"{name}-s{seed}" for name in ("moc", "window") for seed in range(3)]
+    assert [one.config["init_from"] for one in cells] == [f"recall/dense-s{seed}" for seed in range(3)] * 2
 
 
 def edit(folder: Path, **changes: Any) -> None:
