@@ -60,7 +60,7 @@ def test_every_cell_of_every_preset_runs(
     monkeypatch.setenv("ZOO_HOME", str(tmp_path))
     monkeypatch.setenv("MLFLOW_TRACKING_URI", database)
     if "init_from" in read_yaml(find(name)).get("base", {}):
-        before = once(read(find("benchmark_dense"), [TINY]))
+        before = read(find("benchmark_dense"), [TINY])  # of every seed: the sweep is read whole
         execute(before, Bar(Console(quiet=True), len(before.cells)))
     sweep = once(read(find(name), [TINY]))
     results = execute(sweep, Bar(Console(quiet=True), len(sweep.cells)))
