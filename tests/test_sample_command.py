@@ -98,6 +98,15 @@ def test_output_shows_the_context_of_each_generated_shot(trained: Path) -> None:
     assert "each shot beside" not in zoo("sample", trained, "--films", "1", "--steps", "1", "--order", "shots").stdout
 
 
+def test_fewer_films_than_asked_for_are_named(trained: Path, tmp_path: Path) -> None:
+    """The run has three validation films."""
+    line = "9 films were asked for, and the validation has 3; data.val_films=9 may give more"
+    assert line in zoo("sample", trained, "--films", "9", "--steps", "1").stderr
+    assert line in zoo("ladder", trained, "--films", "9", "--plot", tmp_path / "ladder.png").stderr
+    assert line in zoo("capture", trained, "--films", "9", "--out", tmp_path / "calls.safetensors").stderr
+    assert "were asked for" not in zoo("sample", trained, "--films", "3", "--steps", "1").stderr
+
+
 def test_settings_not_given_are_the_runs_and_the_model_gets_its_step(trained: Path, tmp_path: Path) -> None:
     (checkpoint,) = trained.glob("checkpoints/*.ckpt")
     drawing = Drawing(checkpoint, [], films=3, given=0, sampling={})

@@ -164,6 +164,8 @@ def ladder(
         folder = run.parent
     else:
         trained = Trained("zoo ladder", run, overrides or [], films or 2, plugin)
+        for note in trained.notes:
+            errors.print(escape(note), soft_wrap=True)
         at = tuple(times) or TIMES
         number = len(trained.batches) * len(at) * len(trained.module.model.blocks)
         with counting(errors, "attentions", number) as advance:
@@ -217,6 +219,8 @@ def capture(
 
     chosen = None if layers is None else layer_numbers(layers)
     trained = Trained("zoo capture", run, overrides or [], films, plugin)
+    for note in trained.notes:
+        errors.print(escape(note), soft_wrap=True)
     at = tuple(times) or TIMES
     with counting(errors, "attentions", len(trained.batches) * len(at) * len(trained.module.model.blocks)) as advance:
         captured = captured_of(trained, at, chosen, advance)

@@ -157,7 +157,7 @@ class Drawing:
             films,
             {name: _finite(value) for name, value in found.items()},
             {name: [*map(_finite, values)] for name, values in by_shot.items()},
-            list(dict.fromkeys(str(warning.message) for warning in caught)),
+            [*self.trained.notes, *dict.fromkeys(str(warning.message) for warning in caught)],
             time.perf_counter() - start,
         )
         write_json(folder / "sample.json", asdict(sampled))

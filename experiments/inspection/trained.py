@@ -28,7 +28,7 @@ Batch = dict[str, Any]
 class Trained:
     """A model with its averaged weights, its step of training, and batches of validation films on the CPU.
 
-    `trainer` says on which device, and how precisely, the run computed.
+    `trainer` says on which device, and how precisely, the run computed; `notes` are lines for the user.
 
     Args:
         command: Who asks, for refusals.
@@ -77,6 +77,9 @@ class Trained:
         )
         self.data = data
         self.batches = _first(data.val_dataloader(), films)
+        found = sum(len(batch["layout"].films) * len(batch["text"]) for batch in self.batches)
+        fewer = f"{films} films were asked for, and the validation has {found}; data.val_films={films} may give more"
+        self.notes = [fewer] if found < films else []
         logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)  # it would tell of GPUs and products
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "The `srun` command")  # a trained model is looked at where one is
