@@ -38,7 +38,8 @@ def test_launches_of_cells_that_are_alike_are_recorded_once(tmp_path: Path) -> N
     ):  # neither of each seed, nor of each layer or cell
         path = write_sweep(
             tmp_path / f"{depth}.yaml",
-            base=BASE | {"model": {"dim": 128, "depth": depth, "heads": 2}},
+            # The run to begin with will be made there.
+            base=BASE | {"model": {"dim": 128, "depth": depth, "heads": 2}, "init_from": "before-gpu/dense-s${seed}"},
             cells={name: {"attention": "moc", "optim.lr": rate} for name, rate in cells.items()},
             seeds=depth,
             sizes={"gpu": {"trainer.max_steps": 1}},

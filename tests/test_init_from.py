@@ -12,10 +12,10 @@ import pytest
 import torch
 from tiny import BASE, write_sweep
 
-from experiments.config.init_from import find_start
+from experiments.config.init_from import find_start, unfit_start
 from experiments.config.resolve import cell, load
 from experiments.execution.checkpointing import load_plain
-from experiments.execution.initial_weights import begin_with
+from experiments.execution.initial_weights import load_initial_weights
 from experiments.execution.run import run
 from experiments.execution.train import Observer
 from experiments.inspection.trained import Trained
@@ -156,6 +156,11 @@ def test_what_cannot_be_begun_with_is_refused_before_the_first_step(overrides: d
         load([BASE, overrides])
 
 
+def test_a_pretrained_model_takes_no_initial_weights() -> None:
+    (reason,) = unfit_start({"init_from": f"{SWEEP}/{NAME}", "model": {"folder": "wan"}})
+    assert reason == "init_from is for models of our own; a pretrained model begins with the weights of its folder"
+
+
 @pytest.mark.usefixtures("home")
 def test_an_unfinished_run_and_missing_weights_are_refused() -> None:
     start = find_start(f"{SWEEP}/{NAME}")
@@ -173,7 +178,7 @@ def test_every_difference_outside_of_the_method_is_refused() -> None:
     start = find_start(f"{SWEEP}/{NAME}")
     model = {**BASE["model"], "channels": 1, "patch": [1, 3, 3], "vocabulary": 99, "attention": {"name": "dense"}}
     with pytest.raises(ZooError) as caught:
-        begin_with(LitVideoDiT(model), start)
+        load_initial_weights(LitVideoDiT(model), start)
     for name in ("model.patches.weight", "model.words.weight", "model.final.weight"):
         assert f"{name} has the shape" in str(caught.value)
 

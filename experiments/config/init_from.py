@@ -76,9 +76,7 @@ def unfit_start(config: Mapping[str, Any]) -> list[str]:
     if "init_from" not in config:
         return []
     if is_pretrained(config["model"]):
-        return [
-            "init_from is for models that are trained from scratch; a pretrained model has the weights of its folder"
-        ]
+        return ["init_from is for models of our own; a pretrained model begins with the weights of its folder"]
     try:
         before = find_start(config["init_from"]).config.get("model", {})
     except ZooError as error:

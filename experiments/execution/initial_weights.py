@@ -12,7 +12,7 @@ from sparse_zoo.errors import ZooError, refuse
 OWN = re.compile(r"model\.blocks\.\d+\.attention\.")  # parameters of the method, which may be another one
 
 
-def begin_with(module: LitVideoDiT, start: Start) -> str:
+def load_initial_weights(module: LitVideoDiT, start: Start) -> str:
     """Load the averaged weights of a run, and return a line on which were not there or not needed.
 
     Methods may differ: what only the new one has stays as it was initialised, what only the old one had is left out.
@@ -41,5 +41,5 @@ def begin_with(module: LitVideoDiT, start: Start) -> str:
     )
     module.load_state_dict(kept, strict=False)
     differ = [f"{len(new)} of the method are new"] * bool(new) + [f"{len(left_out)} are left out"] * bool(left_out)
-    told = f"; parameters: {', '.join(differ)}" if differ else ""
-    return f"begins with the weights of {start.folder.name} after {start.steps} steps{told}"
+    parameters = f"; parameters: {', '.join(differ)}" if differ else ""
+    return f"begins with the weights of {start.folder.name} after {start.steps} steps{parameters}"

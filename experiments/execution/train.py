@@ -30,7 +30,7 @@ from experiments.config.names import is_pretrained
 from experiments.config.resolve import Config, resolve
 from experiments.execution import signals
 from experiments.execution.checkpointing import Saving, WholeCheckpoints
-from experiments.execution.initial_weights import begin_with
+from experiments.execution.initial_weights import load_initial_weights
 from experiments.redact import redact, redact_all
 from experiments.reporting.run_pictures import save_picks, save_plans
 from experiments.tracking.mlflow_logger import Log
@@ -176,10 +176,10 @@ def train(stored: Config, folder: Path, result: Result, log: Logger, observer: O
     several = parallel.devices > 1
     if "init_from" in config and isinstance(module, LitVideoDiT) and not resume:
         start = find_start(config["init_from"])
-        told = begin_with(module, start)
+        line = load_initial_weights(module, start)
         result.provenance["init_from"] = f"{start.folder.name} ({start.id}) after {start.steps} steps"
         if not rank:
-            observer.note(f"{result.name} {told}")
+            observer.note(f"{result.name} {line}")
     own = Path(tempfile.mkdtemp(prefix="zoo-rank-")) if several and rank else folder
     history, cost, timer = History(result, observer), AttentionCost(every=10), StepTimer()
     decode = getattr(data, "decoder", None)

@@ -79,7 +79,8 @@ def _launches(sweeps: Sequence[str], size: str) -> Iterator[Launch]:
     seen = set[str]()
     for name in sweeps:
         path, sized = find_sized(name, size)
-        loaded = read(path, [], sized)
+        # Kernels do not depend on weights, and the runs that a sweep begins with may only be made there.
+        loaded = read(path, [{"init_from": None}], sized)
         for cell in (*(loaded.trials.sweep.cells if loaded.trials else ()), *loaded.cells):
             own, config = (
                 attention_shape(cell.config["model"]),
