@@ -1,5 +1,6 @@
 """The flex kernel: its blocks against brute force, its forward by the shipped suite, its merge with gradients."""
 
+import itertools
 from typing import Any
 
 import pytest
@@ -145,3 +146,14 @@ def test_like_plans_have_like_shapes() -> None:
         assert all(size <= room < 1.25 * size + step for size, room in enumerate(rooms, start=1))
         assert all(room % step == 0 for room in rooms)
         assert len(set(rooms)) < 50 if step == 1 else True
+
+
+def test_heads_alike_and_apart_are_compiled_once() -> None:
+    """What FlexAttention compiles for is the shape and the strides of what its mask reads."""
+    seen = set()
+    for lead in itertools.product((1, 2), (1, 3)):
+        queries, keys = (torch.randint(4, (*lead, 40)) for _ in range(2))
+        (part,) = zoo.Plan.groups(queries, keys, count=4).parts
+        read = [cell.cell_contents for cell in flex._build(part, 2, 3).mask.mask_mod.__closure__]
+        seen.add(tuple((x.shape, x.stride()) for x in read))
+    assert len(seen) == 1

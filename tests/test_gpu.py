@@ -24,6 +24,7 @@ from experiments.tools.gpu.stages import LONG, MACHINE, STAGES, Stage
 from experiments.tools.gpu.summary import summary
 from sparse_zoo.kernels import _kernels, grouped
 from sparse_zoo.kernels.triton import configs
+from sparse_zoo.testing import Outcome
 
 ROOT = Path(__file__).parent.parent
 
@@ -402,9 +403,34 @@ def test_what_tools_print_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 
 
 def test_a_suite_that_does_not_end_is_named(tmp_path: Path) -> None:
-    """What its process would have told is lost with it."""
-    (found,) = checks.suite(Run(tmp_path, 5.2, tiny=True))
-    assert found == {"kind": "check", "name": "suite of cpu", "status": "skipped", "reason": "did not end in its time"}
+    found = list(checks.suite(Run(tmp_path, 5.2, tiny=True)))
+    assert [row["name"] for row in found] == [
+        "suite of cpu: kernel_overlapping_keys",
+        "suite of cpu: kernel_shared_keys",
+    ]
+    assert {(row["status"], row["reason"]) for row in found} == {("skipped", "did not end in its time")}
+
+
+def _stalls(asked: tuple[str, str]) -> Outcome:
+    """Stand in for a check in a process of the suite; one of them does not end."""
+    kernel, check = asked
+    if check == "kernel_shared_keys":
+        time.sleep(600)
+    return Outcome(kernel, check, "passed", "", 0.0)
+
+
+def test_what_has_ended_of_a_suite_is_kept_where_another_check_does_not_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(checks, "_outcome", _stalls)
+    run = Run(tmp_path, 100, tiny=True)
+    found = checks.suite(run)
+    first = next(found)
+    run.end = time.monotonic() + 5.2
+    assert [(row["name"], row["status"]) for row in (first, *found)] == [
+        ("suite of cpu: kernel_overlapping_keys", "passed"),
+        ("suite of cpu: kernel_shared_keys", "skipped"),
+    ]
 
 
 def test_kernels_are_grouped_by_what_they_are_for() -> None:

@@ -165,7 +165,9 @@ def _build(part: Part, batch: int, heads: int) -> Blocks:
     lead = (batch, heads) if part.batch_heads != (1, 1) else (1, 1)
     pairs = _per_block(q_labels, table.shape[2]) @ table.float() @ _per_block(k_labels, table.shape[3]).mT
     pairs = pairs.expand(*lead, -1, -1)
-    of_query, of_key, edges = (x.expand(batch, heads, *x.shape[2:]) for x in (q_labels, k_labels, table))
+    # In one layout whatever is apart: it compiles for strides as well.
+    tables = (q_labels, k_labels, table)
+    of_query, of_key, edges = (x.expand(batch, heads, *x.shape[2:]).contiguous() for x in tables)
 
     def reached(b: Tensor, h: Tensor, query: Tensor, key: Tensor) -> Tensor:
         return edges[b, h, of_query[b, h, query], of_key[b, h, key]]

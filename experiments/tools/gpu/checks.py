@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import itertools
+import os
 from collections.abc import Iterator
-from functools import partial
 from multiprocessing import TimeoutError as TookTooLong
 from multiprocessing import get_context
 
@@ -21,7 +21,7 @@ from sparse_zoo.kernels import get
 from sparse_zoo.kernels.triton import dense
 from sparse_zoo.kernels.triton import routing as fused
 from sparse_zoo.methods import moc
-from sparse_zoo.testing import Outcome, large, run_kernel_checks
+from sparse_zoo.testing import Outcome, kernel_checks, large, run_kernel_checks
 from sparse_zoo.testing import kernels as small
 from sparse_zoo.testing.subject import place
 
@@ -231,27 +231,36 @@ def long(run: Run) -> Iterator[Row]:
 
 
 def suite(run: Run) -> Iterator[Row]:
-    """The conformance suite's checks of every kernel that runs on this device, each kernel in a process of its own."""
+    """The conformance suite's checks of every kernel that runs on this device, as many at once as there are cores.
+
+    Each check is a piece of work of its own: what has ended is kept where another takes all the time that there is.
+    """
     own, device = kernel_of(run), device_of(run).type
     others = [name for name, reasons in zoo.kernels().items() if not reasons and name != own and not run.tiny]
     kernels = [own, *(name for name in others if (place(get(name)) or ("",))[0] == device)]
-    only = ("kernel_overlapping_keys",) if run.tiny else None
-    waiting = set(kernels)
-    with get_context("spawn").Pool(len(kernels)) as pool:
-        ended = pool.imap_unordered(partial(_suite_of, only=only), kernels)
+    waiting = [(kernel, check) for check in kernel_checks() for kernel in kernels]
+    if run.tiny:
+        waiting = [(own, "kernel_overlapping_keys"), (own, "kernel_shared_keys")]
+    with get_context("spawn").Pool(min(len(waiting), os.cpu_count() or 1)) as pool:
+        ended = pool.imap_unordered(_outcome, list(waiting))
         while waiting:
             try:
-                kernel, outcomes = ended.next(timeout=max(0.1, run.left() - 5))
+                outcome = ended.next(timeout=max(0.1, run.left() - 5))
             except TookTooLong:
-                yield from (rows.skipped(f"suite of {name}", "did not end in its time") for name in sorted(waiting))
+                yield from (rows.skipped(_suite_name(*left), "did not end in its time") for left in waiting)
                 return
-            waiting.remove(kernel)
-            for outcome in outcomes:
-                yield {
-                    "kind": "check", "name": f"suite of {kernel}: {outcome.check}",
-                    "status": outcome.status, "reason": outcome.reason, "seconds": round(outcome.seconds, 2),
-                }  # fmt: skip
+            waiting.remove((outcome.method, outcome.check))
+            yield {
+                "kind": "check", "name": _suite_name(outcome.method, outcome.check),
+                "status": outcome.status, "reason": outcome.reason, "seconds": round(outcome.seconds, 2),
+            }  # fmt: skip
 
 
-def _suite_of(kernel: str, only: tuple[str, ...] | None) -> tuple[str, list[Outcome]]:
-    return kernel, list(run_kernel_checks(kernel, only=only))
+def _suite_name(kernel: str, check: str) -> str:
+    return f"suite of {kernel}: {check}"
+
+
+def _outcome(asked: tuple[str, str]) -> Outcome:
+    kernel, check = asked
+    (outcome,) = run_kernel_checks(kernel, only=(check,))
+    return outcome
