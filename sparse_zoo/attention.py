@@ -8,7 +8,6 @@ from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
-from torch._compile import _disable_dynamo
 
 from sparse_zoo.cost import Cost
 from sparse_zoo.errors import ZooError, refuse, unknown
@@ -16,6 +15,7 @@ from sparse_zoo.gather import take_rows
 from sparse_zoo.kernels import attend, attend_sum, routes_on_device
 from sparse_zoo.kernels import names as kernel_names
 from sparse_zoo.layout import Layout
+from sparse_zoo.light import opaque
 from sparse_zoo.plan import Part, Plan
 from sparse_zoo.remember import on_device, origin, remembered
 from sparse_zoo.requirements import is_count
@@ -367,7 +367,7 @@ class Attention(nn.Module):
 
     # -- how it runs --------------------------------------------------------------------------------------------------
 
-    @_disable_dynamo  # planning is index work on remembered tables: one opaque step, not a graph
+    @opaque  # planning is index work on remembered tables: one opaque step, not a graph
     def forward(self, q: Tensor, k: Tensor, v: Tensor, layout: Layout, **context: Any) -> Result:
         """Attend: q (B, H, Lq, D), k, v (B, Hk, Lk, D); `context` holds further fields of `Call`."""
         return self.run(Call(q, k, v, layout.to(q.device), **context))

@@ -22,6 +22,7 @@ from torch import Tensor
 from sparse_zoo.attention import Call
 from sparse_zoo.errors import refuse
 from sparse_zoo.layout import Layout
+from sparse_zoo.light import broadcast_shapes
 from sparse_zoo.plan import Part, Plan
 
 ROWS = 64
@@ -162,7 +163,7 @@ def churn(before: Plan, after: Plan) -> Tensor:
             "neither plan has a routed part" if not sizes[0] and not sizes[1] else "",
         ],
     )
-    batch, heads = torch.broadcast_shapes(before.batch_heads, after.batch_heads)
+    batch, heads = broadcast_shapes(before.batch_heads, after.batch_heads)
     made = torch.zeros(batch, heads, dtype=torch.int64, device=after.parts[0].edges.device)
     kept = made.clone()
     for old, new in zip(*pairs, strict=True):
@@ -290,7 +291,7 @@ def _of_first(values: Tensor, count: Tensor) -> Tensor:
 
 def per_piece(x: Tensor, pieces: Tensor, count: int) -> Tensor:
     """Sums of x (B|1, H|1, n, L) over pieces (B|1, H|1, L), -1 for none: (B|1, H|1, n, count)."""
-    lead = torch.broadcast_shapes(x.shape[:2], pieces.shape[:2])
+    lead = broadcast_shapes(x.shape[:2], pieces.shape[:2])
     total = x.new_zeros(*lead, x.shape[2], count + 1)
     index = (pieces + 1)[:, :, None].expand(*lead, *x.shape[2:])
     return total.scatter_add_(-1, index, x.expand(*lead, -1, -1))[..., 1:]
@@ -341,7 +342,7 @@ def _token_edges(part: Part) -> Tensor:
     """The edges of each query token: bool (B|1, H|1, Lq, C) or indices (B|1, H|1, Lq, k)."""
     if part.queries.is_singles:
         return part.edges
-    batch, heads = torch.broadcast_shapes(part.edges.shape[:2], part.queries.piece_of.shape[:2])
+    batch, heads = broadcast_shapes(part.edges.shape[:2], part.queries.piece_of.shape[:2])
     none = torch.nn.functional.pad(part.edges, (0, 0, 1, 0), value=False if part.by_table else -1)
     index = (part.queries.piece_of + 1)[..., None].expand(batch, heads, -1, none.shape[-1])
     return none.expand(batch, heads, -1, -1).gather(2, index)

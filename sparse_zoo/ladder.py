@@ -40,6 +40,7 @@ from sparse_zoo.attention import Attention, Branch, Call, Term, read_rows
 from sparse_zoo.diagnostics import per_piece, scores_of
 from sparse_zoo.errors import refuse, unknown
 from sparse_zoo.gather import take_rows
+from sparse_zoo.light import broadcast_shapes
 from sparse_zoo.partition import Partition
 from sparse_zoo.plan import Part, Plan
 from sparse_zoo.schedule import Scheduled
@@ -164,7 +165,7 @@ def _exchange_queries(part: Part, queries: Partition) -> Part:
 
 def _read_by(queries: Partition, rows: Tensor) -> Partition:
     """The tokens that read a query of each piece."""
-    lead = torch.broadcast_shapes(queries.piece_of.shape[:2], rows.shape[:-1] if rows.dim() == 3 else (1, 1))
+    lead = broadcast_shapes(queries.piece_of.shape[:2], rows.shape[:-1] if rows.dim() == 3 else (1, 1))
     read = rows.expand(*lead, -1)
     pieces = queries.piece_of.expand(*lead, -1).gather(2, read.clamp(min=0))
     return Partition.from_labels(pieces.masked_fill(read < 0, -1), queries.count)
@@ -453,7 +454,7 @@ def _mask(parts: Parts, at: Tensor, call: Call, known: dict[Part, Tensor] | None
 
 def _gathered(x: Tensor, place: Tensor, count: int) -> Tensor:
     """Sums of x (B|1, H|1, n, C) over queries of one place (B|1, H|1, n), -1 for none: (B|1, H|1, count, C)."""
-    lead = torch.broadcast_shapes(x.shape[:2], place.shape[:2])
+    lead = broadcast_shapes(x.shape[:2], place.shape[:2])
     total = x.new_zeros(*lead, count + 1, x.shape[-1])
     index = (place + 1)[..., None].expand(*lead, -1, x.shape[-1])
     return total.scatter_add_(2, index, x.expand(*lead, -1, -1))[:, :, 1:]

@@ -20,12 +20,12 @@ from typing import Any, Protocol, cast
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch._compile import _disable_dynamo
 from torch.distributed.device_mesh import DeviceMesh
 
 from sparse_zoo.attention import Attention, Result
 from sparse_zoo.errors import refuse
 from sparse_zoo.layout import Layout
+from sparse_zoo.light import opaque
 
 BACKENDS = ("gloo", "mpi", "nccl", "ucc", "xccl")
 """Backends of torch.distributed that exchange parts of unequal sizes (`all_to_all_single`)."""
@@ -130,7 +130,7 @@ class Ulysses:
         """The mean over the ranks of a tensor that has one shape on all of them; its backward sums over them."""
         return self.gather(x[None], 0, [1] * self.size).mean(0)
 
-    @_disable_dynamo  # as the attention itself: one opaque step
+    @opaque  # as the attention itself: one opaque step
     def run(
         self,
         attention: Attention,

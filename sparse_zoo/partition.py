@@ -10,6 +10,7 @@ from torch import Tensor
 
 from sparse_zoo.errors import ZooError
 from sparse_zoo.gather import add_at
+from sparse_zoo.light import broadcast_shapes
 from sparse_zoo.remember import Cached, lazy, origin, remembered
 
 if TYPE_CHECKING:
@@ -94,7 +95,7 @@ class Partition(Cached):
         if self.order is None:
             return piece
         order = self.order.long()
-        shape = torch.broadcast_shapes(order.shape[:2], piece.shape[:2])
+        shape = broadcast_shapes(order.shape[:2], piece.shape[:2])
         labels = torch.full((*shape, self.length), -1, device=self.device)
         return labels.scatter_(2, order.expand(*shape, -1), piece.expand(*shape, -1))
 

@@ -13,6 +13,7 @@ from torch import Tensor
 from sparse_zoo.cost import Cost
 from sparse_zoo.errors import refuse
 from sparse_zoo.layout import Layout
+from sparse_zoo.light import broadcast_shapes
 from sparse_zoo.partition import Partition, refine
 from sparse_zoo.remember import Cached, lazy, on_device, origin, remembered
 
@@ -82,7 +83,7 @@ class Part(Cached):
         """The (B|1, H|1) in which this part differs."""
         held = [self.edges, self.queries.offsets, self.keys.offsets]
         held += [order for order in (self.queries.order, self.keys.order) if order is not None]
-        batch, heads = torch.broadcast_shapes(*(x.shape[:2] for x in held))
+        batch, heads = broadcast_shapes(*(x.shape[:2] for x in held))
         return batch, heads
 
     @lazy
@@ -109,7 +110,7 @@ class Part(Cached):
             column = keys.double()[..., None]
             reached = torch.cat([rows.double() @ column for rows in self.edges.split(1024, dim=2)], dim=2)[..., 0]
         else:
-            batch, heads = torch.broadcast_shapes(keys.shape[:2], self.edges.shape[:2])
+            batch, heads = broadcast_shapes(keys.shape[:2], self.edges.shape[:2])
             padded = torch.nn.functional.pad(keys, (1, 0)).expand(batch, heads, -1)
             edges = (self.edges.long() + 1).expand(batch, heads, -1, -1)
             reached = padded.gather(-1, edges.flatten(2)).view(edges.shape).sum(-1).double()
@@ -129,7 +130,7 @@ class Part(Cached):
 
         -1 on either side has no edge.
         """
-        batch, heads = torch.broadcast_shapes(queries.shape[:2], keys.shape[:2], self.edges.shape[:2])
+        batch, heads = broadcast_shapes(queries.shape[:2], keys.shape[:2], self.edges.shape[:2])
         flat = (queries.clamp(min=0) * self.keys.count + keys.clamp(min=0)).expand(batch, heads, -1, -1)
         found = self.table.flatten(2).expand(batch, heads, -1).gather(2, flat.flatten(2)).view(flat.shape)
         return found & (queries >= 0) & (keys >= 0)
@@ -298,7 +299,7 @@ class Plan(Cached):
     @lazy
     def batch_heads(self) -> tuple[int, int]:
         """The (B|1, H|1) in which this plan differs."""
-        batch, heads = torch.broadcast_shapes(*(part.batch_heads for part in self.parts))
+        batch, heads = broadcast_shapes(*(part.batch_heads for part in self.parts))
         return batch, heads
 
     def dense_mask(self) -> Tensor:
@@ -384,7 +385,7 @@ def _mismatches(parts: tuple[Part, ...]) -> list[str]:
 
 def _take(edges: Tensor, pieces: Tensor, dim: int, none: int) -> Tensor:
     """Edges (B|1, H|1, Q, K) at `pieces`, int64 (B|1, H|1, P), of dimension 2 or 3; `none` where a piece is -1."""
-    batch, heads = torch.broadcast_shapes(edges.shape[:2], pieces.shape[:2])
+    batch, heads = broadcast_shapes(edges.shape[:2], pieces.shape[:2])
     index = pieces.expand(batch, heads, -1).unsqueeze(5 - dim)
     shape = list(edges.shape)
     shape[:2], shape[dim] = [batch, heads], pieces.shape[-1]

@@ -22,21 +22,24 @@ assert done.exit_code == 0, done.output
 print(json.dumps([*sys.modules]))
 """
 HEAVY = {"lightning", "torchmetrics", "mlflow", "scipy", "matplotlib", "pandas", "diffusers", "transformers", "triton"}
-HEAVY |= {"torch._dynamo", "torch._inductor", "flash_attn", "xformers", "omegaconf", "av", "scenedetect"}
+COMPILER = {"torch._dynamo", "torch._inductor", "sympy"}
+HEAVY |= {"flash_attn", "xformers", "omegaconf", "av", "scenedetect"}
 
 
 @pytest.mark.parametrize(
     ("arguments", "late"),
     [
-        (["--help"], {"torch", "numpy", "pydantic", *HEAVY}),
-        (["train", "--help"], {"torch", "numpy", *HEAVY}),
-        (["settings"], {"torch", "numpy", *HEAVY}),
-        (["list"], HEAVY),
+        (["--help"], {"torch", "numpy", "pydantic", *COMPILER, *HEAVY}),
+        (["train", "--help"], {"torch", "numpy", *COMPILER, *HEAVY}),
+        (["settings"], {"torch", "numpy", *COMPILER, *HEAVY}),
+        (["list"], {*COMPILER, *HEAVY}),
+        (["cost", "moc"], {*COMPILER, *HEAVY}),
+        (["map", "moc"], {*COMPILER, *HEAVY} - {"matplotlib"}),
     ],
 )
-def test_commands_import_only_what_they_need(arguments: list[str], late: set[str]) -> None:
+def test_commands_import_only_what_they_need(arguments: list[str], late: set[str], tmp_path: Path) -> None:
     done = subprocess.run(
-        [sys.executable, "-c", AFTER, *arguments], capture_output=True, encoding="utf-8", check=False,
+        [sys.executable, "-c", AFTER, *arguments], capture_output=True, encoding="utf-8", check=False, cwd=tmp_path,
         env=os.environ | {"PYTHONPATH": str(Path(zoo.__file__).parent.parent)},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr

@@ -5,9 +5,10 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import groupby
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from experiments.analysis.significance import Estimate
+if TYPE_CHECKING:  # it brings scipy, which not all who write numbers need
+    from experiments.analysis.significance import Estimate
 
 
 def mean(estimate: Estimate | None) -> float | None:

@@ -15,7 +15,6 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch._compile import _disable_dynamo
 
 from sparse_zoo.attention import Attention, Call, Result
 from sparse_zoo.bridge.family import Arguments, Family, Sizes, find_family
@@ -24,6 +23,7 @@ from sparse_zoo.bridge.weights import load_weights, save_weights
 from sparse_zoo.cost import Cost
 from sparse_zoo.errors import ZooError, refuse
 from sparse_zoo.layers import Layer, per_layer
+from sparse_zoo.light import opaque
 from sparse_zoo.registry import build
 from sparse_zoo.requirements import is_count
 from sparse_zoo.simulate import Simulated, simulate
@@ -532,14 +532,14 @@ class _NamedCalls:
 # Hooks are given the module that runs, so those of a deep copy serve the copy. Dynamo does not look into them.
 
 
-@_disable_dynamo
+@opaque
 def _before_model(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     bridge = bridge_of(model)
     if not bridge._bypassed:
         bridge._begin(_by_name(type(model), (model, *args), kwargs))
 
 
-@_disable_dynamo
+@opaque
 def _before_attention(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     site = cast(Site, module.__dict__[SITE])
     bridge = site.bridge
@@ -552,7 +552,7 @@ def _before_attention(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str
     intercept.__enter__()
 
 
-@_disable_dynamo
+@opaque
 def _after_attention(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:  # noqa: ARG001
     site = cast(Site, module.__dict__[SITE])
     if not site.active:

@@ -8,7 +8,6 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch._compile import _disable_dynamo
 
 from sparse_zoo.errors import refuse, unknown
 from sparse_zoo.kernels import automatic
@@ -22,6 +21,7 @@ from sparse_zoo.kernels.reference import Reference
 from sparse_zoo.kernels.triton import Cudnn, Triton
 from sparse_zoo.kernels.varlen import TorchVarlen
 from sparse_zoo.kernels.xformers import XFormers
+from sparse_zoo.light import opaque
 from sparse_zoo.plan import Plan
 
 _kernels: dict[str, Kernel] = {
@@ -73,8 +73,7 @@ def get(name: str) -> Kernel:
     return _kernels[name]
 
 
-# One opaque step to torch.compile. The public torch.compiler.disable would cost a second at every import.
-@_disable_dynamo
+@opaque
 def attend(
     q: Tensor,
     k: Tensor,
@@ -99,7 +98,7 @@ def attend(
     return Attended(out, lse, chosen)
 
 
-@_disable_dynamo
+@opaque
 def attend_sum(
     q: Tensor,
     k: Tensor,

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from sparse_zoo.attention import Attention, Branch, Call, Term
 from sparse_zoo.layout import Layout
+from sparse_zoo.light import broadcast_shapes
 from sparse_zoo.partition import Partition
 from sparse_zoo.plan import Part, Plan
 
@@ -23,7 +24,7 @@ def members(pieces: Partition) -> Tensor:
     inside = ((place >= starts) & (place < ends)).float()
     if pieces.order is None:
         return inside
-    batch, heads = torch.broadcast_shapes(inside.shape[:2], pieces.order.shape[:2])
+    batch, heads = broadcast_shapes(inside.shape[:2], pieces.order.shape[:2])
     index = pieces.order.long()[:, :, None].expand(batch, heads, pieces.count, -1)
     listed = torch.zeros(batch, heads, pieces.count, pieces.length, device=pieces.device)
     return listed.scatter_add(3, index, inside.expand(batch, heads, -1, -1))
@@ -103,7 +104,7 @@ def masks(attention: Attention, call: Call, branch: Branch) -> Tensor:
 
 def along_keys(found: Sequence[Tensor]) -> Tensor:
     """Tensors (B|1, H|1, n, Lk) of segments, one after the other."""
-    lead = torch.broadcast_shapes(*(x.shape[:-1] for x in found))
+    lead = broadcast_shapes(*(x.shape[:-1] for x in found))
     return torch.cat([x.expand(*lead, -1) for x in found], dim=-1)
 
 
@@ -175,7 +176,7 @@ def at_rows(x: Tensor, rows: Tensor) -> Tensor:
     x = torch.nn.functional.pad(x, (0, 0, 1, 0))
     if rows.dim() == 1:
         return x[:, :, rows + 1]
-    lead = torch.broadcast_shapes(x.shape[:2], rows.shape[:2])
+    lead = broadcast_shapes(x.shape[:2], rows.shape[:2])
     index = (rows + 1)[..., None].expand(*lead, -1, x.shape[-1])
     return x.expand(*lead, -1, -1).gather(2, index)
 

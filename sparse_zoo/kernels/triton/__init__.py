@@ -19,6 +19,7 @@ from sparse_zoo.kernels.base import Kernel
 from sparse_zoo.kernels.triton import dense
 from sparse_zoo.kernels.triton.configs import CONFIGS, HEAD_DIMS, INTERPRETED, Config, Tile, choose
 from sparse_zoo.kernels.triton.work import Work, work_of
+from sparse_zoo.light import broadcast_shapes
 from sparse_zoo.plan import Plan
 
 OLDEST = (8, 0)
@@ -113,7 +114,7 @@ def _multiplied(work: Work, tile: Tile, batch: int, heads: int) -> int:
     lengths = work.segments[..., 1] - work.segments[..., 0]
     steps = (lengths + tile.step - 1).div(tile.step, rounding_mode="floor").cumsum(-1)
     before = torch.nn.functional.pad(steps, (1, 0))
-    lead = torch.broadcast_shapes(before.shape[:2], work.tiles.shape[:2])
+    lead = broadcast_shapes(before.shape[:2], work.tiles.shape[:2])
     before, tiles = before.expand(*lead, -1), work.tiles.expand(*lead, -1, -1).long()
     met = before.gather(-1, tiles[..., 3]) - before.gather(-1, tiles[..., 2])
     met = met.masked_fill(tiles[..., 1] == 0, 0).sum(-1)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from sparse_zoo.kernels.triton.configs import Config, Tiles
+from sparse_zoo.light import broadcast_shapes
 from sparse_zoo.partition import Partition
 from sparse_zoo.plan import Part
 
@@ -123,7 +124,7 @@ def _by_key(edges: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:
 
 def _tiles(starts: Tensor, listed: int, size: int, low: Tensor, high: Tensor) -> Tensor:
     """Tiles of `size` places of pieces that begin at `starts` (…, P + 1), with each piece's segments low … high."""
-    lead = torch.broadcast_shapes(starts.shape[:-1], low.shape[:-1], high.shape[:-1])
+    lead = broadcast_shapes(starts.shape[:-1], low.shape[:-1], high.shape[:-1])
     pieces = starts.shape[-1] - 1
     starts, low, high = (x.expand(*lead, -1).long() for x in (starts, low, high))
     number = (starts.diff(dim=-1) + size - 1).div(size, rounding_mode="floor")
@@ -149,7 +150,7 @@ def _bounds(starts: Tensor) -> Tensor:
 
 def _bounds_at(starts: Tensor, pieces: Tensor) -> Tensor:
     """Where some pieces (…, n) begin and end: (…, n, 2), 0 and 0 for piece -1."""
-    lead = torch.broadcast_shapes(starts.shape[:-1], pieces.shape[:-1])
+    lead = broadcast_shapes(starts.shape[:-1], pieces.shape[:-1])
     pieces = pieces.expand(*lead, -1).long()
     bounds = _bounds(starts).expand(*lead, -1, -1)
     at = pieces.clamp(min=0)[..., None].expand(*pieces.shape, 2)
@@ -187,7 +188,7 @@ def _listed(pieces: Partition) -> int:
 def _places(pieces: Partition) -> Tensor:
     """The place of each token in the list of pieces, -1 where it is in none: int32 (B|1, H|1, L, 1)."""
     tokens = tokens_of(pieces)
-    lead = torch.broadcast_shapes(tokens.shape[:2], pieces.offsets.shape[:2])
+    lead = broadcast_shapes(tokens.shape[:2], pieces.offsets.shape[:2])
     place = torch.arange(tokens.shape[-1], dtype=torch.int32, device=tokens.device)
     held = (place >= pieces.offsets[..., :1]) & (place < pieces.offsets[..., -1:])
     places = torch.full((*lead, pieces.length), -1, dtype=torch.int32, device=tokens.device)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from sparse_zoo.kernels.base import Kernel
+from sparse_zoo.light import broadcast_shapes
 from sparse_zoo.plan import Plan
 from sparse_zoo.testing import oracle
 from sparse_zoo.testing.kernels import GRID
@@ -299,7 +300,7 @@ class PaddedKeysRead(Plain):
     def masks(self, plan: Plan) -> list[Tensor]:
         masks = super().masks(plan)
         reached = oracle.mask_of(plan).any(-1)
-        first = masks[0].clone().expand(*torch.broadcast_shapes(masks[0].shape, (*reached.shape, 1))).clone()
+        first = masks[0].clone().expand(*broadcast_shapes(masks[0].shape, (*reached.shape, 1))).clone()
         first[..., 0] |= reached & ~oracle.mask_of(plan)[..., 0]
         return [first, *masks[1:]]
 
