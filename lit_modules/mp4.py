@@ -17,7 +17,8 @@ from sparse_zoo.errors import refuse
 def write_mp4(path: Path, clips: Iterable[Tensor], rate: float, captions: Sequence[str] = ()) -> Path:
     """Write one film as H.264, 4:2:0, and its captions, if any is not blank, as WebVTT beside it.
 
-    Clips are taken one after the other, so that a generator of them may be longer than memory.
+    Clips are taken one after the other, so that a generator of them may be longer than memory. Equal films are equal
+    files.
 
     Args:
         path: Of the MP4; its folder is made. The captions have the suffix .vtt.
@@ -52,7 +53,9 @@ def _write_frames(path: Path, clips: Iterable[Tensor], rate: float) -> list[int]
     first = next(rest)
     shape, lengths = first.shape[1:], list[int]()
     with av.open(str(path), "w", options={"movflags": "+faststart"}) as file:
-        stream = file.add_stream("libx264", rate=Fraction(rate).limit_denominator(1001))
+        # With its macroblock tree, which makes smaller files, x264 makes different ones of equal films.
+        same = {"x264-params": "mbtree=0"}
+        stream = file.add_stream("libx264", rate=Fraction(rate).limit_denominator(1001), options=same)
         _, height, width = shape
         stream.width, stream.height, stream.pix_fmt = width + width % 2, height + height % 2, "yuv420p"
         for clip in chain([first], rest):

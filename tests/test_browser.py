@@ -26,11 +26,12 @@ from toy_encoding import video
 
 from experiments.config.resolve import load
 from experiments.execution.run import run
-from experiments.inspection.pretrained import Compared, Request, write_page, write_video
+from experiments.inspection.pretrained import Compared, Request, write_page
 from experiments.reporting.html import write
 from experiments.reporting.report import build_report
 from experiments.tracking.mlflow_logger import Tracker
 from experiments.tracking.store import Cell, Result
+from lit_modules.mp4 import write_mp4
 
 pytestmark = pytest.mark.slow
 
@@ -105,7 +106,7 @@ def test_the_videos_of_a_comparison_play(browser: Any, tmp_path: Path) -> None:
     rows = []
     for name in ("dense", "moc"):
         (tmp_path / name).mkdir()
-        write_video(torch.rand(17, 3, 64, 96, generator=draws), tmp_path / name / "0.mp4")
+        write_mp4(tmp_path / name / "0.mp4", [2 * torch.rand(17, 3, 64, 96, generator=draws) - 1], 16)
         measured = {"psnr": 40.0, "ssim": 0.9, "frame_consistency": 0.9} if name == "moc" else {}
         rows.append(Compared(name, {"top_k": 1, "anchors": ["text", "shot"]}, [f"{name}/0.mp4"], 0.5, 1.0, **measured))
     path = write_page(rows, ["a red ball " * 20], Request(17, 64, 96), tmp_path, ["LPIPS is left out: " + "x" * 200])

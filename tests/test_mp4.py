@@ -32,6 +32,14 @@ def test_frames_are_read_back_at_their_rate(tmp_path: Path, height: int, width: 
     assert not path.with_suffix(".vtt").exists()
 
 
+def test_equal_films_are_equal_files(tmp_path: Path) -> None:
+    """A moving pattern, of which x264 with its macroblock tree makes different files."""
+    time, row, column = torch.meshgrid(torch.arange(9), torch.arange(64), torch.arange(96), indexing="ij")
+    film = torch.stack([(2 * column + 9 * time) % 256, 3 * row % 256, (row + column) % 256], dim=1) / 127.5 - 1
+    files = {write_mp4(tmp_path / f"{i}.mp4", [film], 16).read_bytes() for i in range(12)}
+    assert len(files) == 1
+
+
 def test_captions_are_cues_of_their_shots(tmp_path: Path) -> None:
     path = write_mp4(tmp_path / "film.mp4", clips(), 12, ["of the whole", "a < b &\nc", ""])
     assert path.with_suffix(".vtt").read_text() == (

@@ -8,7 +8,6 @@ import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from fractions import Fraction
 from functools import reduce
 from importlib.util import find_spec
 from operator import add
@@ -28,6 +27,7 @@ from experiments.inspection import video_quality
 from experiments.inspection.capture import Captured
 from experiments.inspection.checkpoint import locate
 from experiments.sweep.budget import solve_knob
+from lit_modules.mp4 import write_mp4
 from sparse_zoo.bridge import Bridge
 from sparse_zoo.bridge.family import find_family
 from sparse_zoo.errors import ZooError, refuse
@@ -279,7 +279,7 @@ def sample_attached(
         layout = bridge.results[0].layout
     finally:
         counted.remove()
-    files = [str(write_video(video, folder / f"{i}.mp4").absolute()) for i, video in enumerate(videos)]
+    files = [str(write_mp4(folder / f"{i}.mp4", [2 * video - 1], FPS).absolute()) for i, video in enumerate(videos)]
     return Compared(method, given, files, reduce(add, costs).density, fmean(seconds)), videos, layout
 
 
@@ -331,21 +331,6 @@ def _solved(
         return simulate(method, layout, **size, settings={**given, **own}).cost.density
 
     return solve_knob(method, dict(given), budget, size, measure)
-
-
-def write_video(video: Tensor, path: Path) -> Path:
-    """Write (F, 3, H, W) in [0, 1] as H.264 in MP4, which browsers play."""
-    import av
-
-    frames = (255 * video.clamp(0, 1)).round().byte().permute(0, 2, 3, 1).contiguous().numpy()
-    height, width = frames.shape[1:3]
-    with av.open(str(path), "w") as file:
-        stream = file.add_stream("libx264", rate=Fraction(FPS))
-        stream.width, stream.height, stream.pix_fmt = width - width % 2, height - height % 2, "yuv420p"
-        for frame in frames[:, : stream.height, : stream.width]:
-            file.mux(stream.encode(av.VideoFrame.from_ndarray(frame.copy(), format="rgb24")))
-        file.mux(stream.encode())
-    return path
 
 
 def write_page(
