@@ -15,7 +15,13 @@ from sparse_zoo.plan import Part, Plan
 from sparse_zoo.remember import remembered
 
 SLICE = 1 << 22
-"""Scores held at once while blocks are chosen."""
+GPU_SLICE = 1 << 26
+"""Scores held at once while blocks are chosen: on a GPU 256 MB of float32, since small slices keep its host busy."""
+
+
+def slice_of(x: Tensor) -> int:
+    """How many scores to hold at once on the device of a tensor."""
+    return SLICE if x.device.type == "cpu" else GPU_SLICE
 
 
 def joint(layout: Layout, *video: Part, q_rows: Tensor | None = None) -> Plan:
@@ -113,13 +119,13 @@ def grid(layout: Layout, tile: tuple[int, ...], *, stop_at_shots: bool) -> list[
 def products(queries: Tensor, keys: Tensor, most: int | None = None) -> Iterator[tuple[slice, Tensor]]:
     """Products of queries (B, H, Q, D) and pooled keys (B, Hk, K, D), slice by slice.
 
-    The whole table is never held: about `most` scores are at once, None for `SLICE`.
+    The whole table is never held: about `most` scores are at once, None for `slice_of`.
 
     Yields:
         A slice of query rows, and their products, float32 (B, H, rows, K).
     """
     keys = keys.float().repeat_interleave(queries.shape[1] // keys.shape[1], dim=1).transpose(-1, -2)
-    rows = max(1, (most or SLICE) // max(1, queries.shape[0] * queries.shape[1] * keys.shape[-1]))
+    rows = max(1, (most or slice_of(queries)) // max(1, queries.shape[0] * queries.shape[1] * keys.shape[-1]))
     for start in range(0, queries.shape[2], rows):
         some = slice(start, start + rows)
         with torch.autocast(queries.device.type, enabled=False):  # would narrow what is widened here

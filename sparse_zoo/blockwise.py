@@ -54,12 +54,17 @@ class Blockwise(Attention):
         """What to keep of scores (B, H, rows, K), -inf where not legal: bool, of the same shape."""
         raise NotImplementedError(f"{type(self).__name__} must define select(scores, legal)")
 
+    def most(self, blocks: int) -> int | None:  # noqa: ARG002
+        """How many of so many blocks of keys `select` keeps at most; None if any number."""
+        return None
+
     def chosen(self, call: Call) -> Tensor:
-        """Which blocks of keys each block of queries attends to: bool (B, H, Q, K)."""
+        """Which blocks of keys each block of queries attends to, as `choose` gives it."""
         queries, keys = self.queries(call.layout), self.keys(call.layout)
         shape = (*call.q.shape[:2], queries.count, keys.count)
         with torch.no_grad():
-            return choose(self.scores(call), same_film(queries, keys), shape, self.select)
+            film = same_film(queries, keys)
+            return choose(self.scores(call), film, shape, self.select, self.most(keys.count))
 
     def exact(self, call: Call, chosen: Tensor) -> Plan:
         """The plan of the chosen blocks, and of text."""

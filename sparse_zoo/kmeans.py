@@ -7,8 +7,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from sparse_zoo.blocks import slice_of
+
 SCORES = 1 << 24
-"""Distances held at once while tokens are assigned to clusters."""
+"""Distances held at once on a CPU while tokens are assigned to clusters; elsewhere as many as `slice_of` says."""
 
 
 def clusters(
@@ -47,7 +49,8 @@ def kmeans(x: Tensor, tokens: Tensor, centroids: Tensor, rounds: int) -> tuple[T
     value costs nothing, rounds after one in which no token moved are skipped: they would change no bit.
     """
     batch, heads, count, _ = centroids.shape
-    step = max(1, SCORES // (batch * heads * count))
+    most = SCORES if x.device.type == "cpu" else slice_of(x)
+    step = max(1, most // (batch * heads * count))
     nearest = torch.full((batch, heads, len(tokens)), -1, device=x.device)
     for _ in range(rounds):
         before = nearest.clone()

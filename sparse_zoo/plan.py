@@ -246,7 +246,7 @@ class Plan(Cached):
         Args:
             query_pieces: Pieces of the queries.
             key_pieces: Pieces of the keys.
-            wanted: bool (Q, K) or (B|1, H|1, Q, K).
+            wanted: bool (Q, K) or (B|1, H|1, Q, K), or the indices of `Part.edges`.
             routed: See `Part`.
         """
         return Plan(Part(query_pieces, key_pieces, wanted[None, None] if wanted.dim() == 2 else wanted, routed))
@@ -381,6 +381,15 @@ def _mismatches(parts: tuple[Part, ...]) -> list[str]:
         return ["needs at least one part"]
     shapes = {(part.queries.length, part.keys.length) for part in parts}
     return [f"parts are for streams of different lengths (queries, keys): {sorted(shapes)}"] if len(shapes) > 1 else []
+
+
+def named(table: Tensor, most: int) -> Tensor:
+    """Which entries of each row of a bool table (..., K) are True: int64 (..., most), ascending, then -1.
+
+    No row may have more than `most`, which is at most K: they would be lost. Nothing waits for the device.
+    """
+    found = table.byte().sort(dim=-1, descending=True, stable=True).indices[..., :most]
+    return found.masked_fill(torch.arange(most, device=table.device) >= table.sum(-1, keepdim=True), -1)
 
 
 def _take(edges: Tensor, pieces: Tensor, dim: int, none: int) -> Tensor:

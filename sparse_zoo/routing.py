@@ -22,6 +22,7 @@ from sparse_zoo.remember import remembered
 from sparse_zoo.selectors import first_largest
 
 BLOCK_SCORES = 1 << 20
+"""Scores held at once on a CPU, whose cache they fit; elsewhere as many as `slice_of` says."""
 
 
 @dataclass(frozen=True)
@@ -143,7 +144,8 @@ def top_chunks(
     chosen = torch.empty(*q.shape[:3], width, dtype=torch.int32, device=q.device)
     if not width:
         return chosen
-    for rows, scores in products(q, chunks.mean(k.float()), most=BLOCK_SCORES):
+    most = BLOCK_SCORES if q.device.type == "cpu" else None
+    for rows, scores in products(q, chunks.mean(k.float()), most):
         legal_here = legal[kind[rows]]
         best = first_largest(scores.masked_fill_(~legal_here, -torch.inf), top_k)
         chosen[:, :, rows] = (drops(best, legal_here, rows) if drops else best).int()

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from sparse_zoo.blocks import SLICE, film_by_film, members, pooled, products
+from sparse_zoo.blocks import film_by_film, members, pooled, products, slice_of
 from sparse_zoo.partition import Partition
 from sparse_zoo.remember import remembered
 from sparse_zoo.selectors import Scores
@@ -101,7 +101,7 @@ def antidiagonals(q: Tensor, k: Tensor, blocks: Partition, stride: int) -> Score
         count, most, _ = slots.shape
         keys = _side_by_side(k, slots).repeat_interleave(heads // k.shape[1], dim=1).transpose(-1, -2)
         empty = slots[..., 0] < 0
-        step = max(1, SLICE // (batch * heads * count * most * most))
+        step = max(1, slice_of(q) // (batch * heads * count * most * most))
         for start in range(0, count, step):
             rows = slots[start : start + step]
             with torch.autocast(q.device.type, enabled=False):
@@ -197,7 +197,7 @@ def _tables(q: Tensor, k: Tensor) -> Iterator[tuple[slice, Tensor]]:
     """Products of q (B, H, Q, a, D) and k (B, H, K, b, D), some rows at a time: (B, H, rows, a, K, b)."""
     batch, heads, _, inner, _ = q.shape
     columns = k.flatten(2, 3)
-    rows = max(1, SLICE // max(1, batch * heads * inner * columns.shape[2]))
+    rows = max(1, slice_of(q) // max(1, batch * heads * inner * columns.shape[2]))
     for start in range(0, q.shape[2], rows):
         some = slice(start, start + rows)
         with torch.autocast(q.device.type, enabled=False):

@@ -7,8 +7,9 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from torch import Tensor
 
-from sparse_zoo.blocks import SLICE, members, products
+from sparse_zoo.blocks import members, products, slice_of
 from sparse_zoo.partition import Partition
+from sparse_zoo.plan import named
 
 Scores = Iterator[tuple[slice, Tensor]]
 """Some rows of queries, and float32 scores (B, H, rows, K) for them; all rows, one slice after the other."""
@@ -22,7 +23,7 @@ FEW = 16
 
 
 @torch.no_grad()
-def choose(scores: Scores, legal: Tensor, shape: Sequence[int], rule: Rule) -> Tensor:
+def choose(scores: Scores, legal: Tensor, shape: Sequence[int], rule: Rule, most: int | None = None) -> Tensor:
     """What a rule keeps of scores that come in slices, so that no whole table of them is held.
 
     Args:
@@ -30,21 +31,24 @@ def choose(scores: Scores, legal: Tensor, shape: Sequence[int], rule: Rule) -> T
         legal: bool, broadcasts to `shape`; what is not legal is never kept.
         shape: (B, H, Q, K).
         rule: See `Rule`.
+        most: The rule keeps no more of any row. Indices take less room than a table, here and in the kernels.
 
     Returns:
-        bool (B, H, Q, K).
+        bool (B, H, Q, K); with `most` indices, int64 (B, H, Q, most), ascending, then -1.
     """
     legal = legal.expand(*shape)
-    kept = torch.empty(tuple(shape), dtype=torch.bool, device=legal.device)
+    width, dtype = (shape[3], torch.bool) if most is None else (min(most, shape[3]), torch.int64)
+    kept = torch.empty((*shape[:3], width), dtype=dtype, device=legal.device)
     for some, score in scores:
         score = score.masked_fill(~legal[:, :, some], -torch.inf)
-        kept[:, :, some] = rule(score, legal[:, :, some]) & legal[:, :, some]
+        table = rule(score, legal[:, :, some]) & legal[:, :, some]
+        kept[:, :, some] = table if most is None else named(table, width)
     return kept
 
 
-def chosen(queries: Tensor, keys: Tensor, legal: Tensor, rule: Rule) -> Tensor:
-    """What a rule keeps of the products of pooled queries (B, H, Q, D) and keys (B, Hk, K, D): bool (B, H, Q, K)."""
-    return choose(products(queries, keys), legal, (*queries.shape[:3], keys.shape[2]), rule)
+def chosen(queries: Tensor, keys: Tensor, legal: Tensor, rule: Rule, most: int | None = None) -> Tensor:
+    """What a rule keeps of the products of pooled queries (B, H, Q, D) and keys (B, Hk, K, D), as `choose` gives it."""
+    return choose(products(queries, keys), legal, (*queries.shape[:3], keys.shape[2]), rule, most)
 
 
 def largest(scores: Tensor, count: int | Tensor) -> Tensor:
@@ -164,38 +168,33 @@ def hierarchical(
         top_k: How many each piece of queries chooses at each level.
 
     Returns:
-        For each level what each of its pieces of queries chose, bool (B, H, P, P).
+        For each level what each of its pieces of queries chose: int64 (B, H, P, top_k, or fewer where there are fewer
+        candidates), ascending, then -1.
     """
     found: list[Tensor] = []
     for level, (q, k) in enumerate(zip(queries, keys, strict=True)):
-        shape = (*q.shape[:3], k.shape[2])
         if level:
             # Only children of chosen pieces are multiplied: (pieces, top_k · children) products, not pieces².
             found.append(_among_children(q, k, found[-1], parents[level - 1], top_k))
-            continue
-        with torch.autocast(q.device.type, enabled=False):
-            scores = q.float() @ k.float().repeat_interleave(q.shape[1] // k.shape[1], dim=1).mT
-        found.append(largest(scores.masked_fill(~legal.expand(shape), -torch.inf), top_k))
+        else:
+            found.append(chosen(q, k, legal, lambda scores, _: largest(scores, top_k), top_k))
     return found
 
 
 def _among_children(q: Tensor, k: Tensor, above: Tensor, parents: Partition, top_k: int) -> Tensor:
     batch, heads, pieces, _ = q.shape
-    coarse, children, parent = above.shape[-1], members(parents), parents.piece_of[0, 0]
-    # What the piece above chose, first; rows of fewer choices are filled with nothing.
-    most = min(top_k, coarse)
-    named = above.byte().sort(dim=-1, descending=True, stable=True).indices[..., :most]
-    named = named.masked_fill(torch.arange(most, device=q.device) >= above.sum(-1, keepdim=True), -1)
-    candidates = children[named.clamp(min=0)].masked_fill(named[..., None] < 0, -1).flatten(-2)[:, :, parent]
+    children, parent = members(parents), parents.piece_of[0, 0]
     keys = k.float().repeat_interleave(heads // k.shape[1], dim=1)
-    kept = torch.zeros(batch, heads, pieces, k.shape[2] + 1, dtype=torch.bool, device=q.device)
-    step = max(1, SLICE // max(1, batch * heads * candidates.shape[-1] * k.shape[3]))
+    width = above.shape[-1] * children.shape[1]
+    step = max(1, slice_of(q) // max(1, batch * heads * width * k.shape[3]))
+    kept = []
     for start in range(0, pieces, step):
-        some = candidates[:, :, start : start + step]
+        ours = above[:, :, parent[start : start + step]]
+        some = children[ours.clamp(min=0)].masked_fill(ours[..., None] < 0, -1).flatten(-2)
         place = some.clamp(min=0).flatten(2)[..., None].expand(-1, -1, -1, k.shape[3])
         own = keys.gather(2, place).view(*some.shape, -1)
         with torch.autocast(q.device.type, enabled=False):
             scores = (own @ q[:, :, start : start + step].float()[..., None])[..., 0]
-        best = largest(scores.masked_fill(some < 0, -torch.inf), top_k)
-        kept[:, :, start : start + step].scatter_(-1, some + 1, best)
-    return kept[..., 1:]
+        best = named(largest(scores.masked_fill(some < 0, -torch.inf), top_k), min(top_k, width))
+        kept.append(some.gather(-1, best.clamp(min=0)).masked_fill(best < 0, -1))
+    return torch.cat(kept, dim=2)

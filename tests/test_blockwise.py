@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 import sparse_zoo as zoo
-from sparse_zoo import Layout, Shot, blocks, scorers, selectors, testing
+from sparse_zoo import Layout, Shot, blocks, selectors, testing
 from sparse_zoo.budgets import ONE, weights, within_budget
 from sparse_zoo.testing import slow_blockwise
 from sparse_zoo.testing.subject import PACKED, STORY, make
@@ -141,7 +141,6 @@ def test_the_size_of_slices_does_not_matter(
     want = mask(name, call, **settings)
     for size in (1, 500):
         monkeypatch.setattr(blocks, "SLICE", size)
-        monkeypatch.setattr(scorers, "SLICE", size)
         assert torch.equal(mask(name, call, **settings), want)
 
 

@@ -157,7 +157,7 @@ def test_slices_of_blocks_make_no_difference(monkeypatch: pytest.MonkeyPatch) ->
     layout = RADIAL_FILMS["unequal frames"]
     radial = zoo.build("radial", heads=1, head_dim=8, decay=0.31, block_tokens=3)
     whole = mask_of(radial, make(layout))
-    monkeypatch.setattr("sparse_zoo.methods.radial.SLICE", 1000)
+    monkeypatch.setattr("sparse_zoo.blocks.SLICE", 1000)
     sliced = zoo.build("radial", heads=1, head_dim=8, decay=0.31000001, block_tokens=3)  # nothing remembered for it
     assert torch.equal(mask_of(sliced, make(layout)), whole)
 
@@ -238,7 +238,7 @@ def test_samples_are_spread_evenly_over_the_video() -> None:
 def test_slices_of_samples_make_no_difference(monkeypatch: pytest.MonkeyPatch) -> None:
     svg, call = Subject("svg", SVG).build(), make(PACKED)
     whole = mask_of(svg, call)
-    monkeypatch.setattr("sparse_zoo.methods.svg.SLICE", 1)
+    monkeypatch.setattr("sparse_zoo.blocks.SLICE", 1)
     assert torch.equal(mask_of(svg, call), whole)
 
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from sparse_zoo.attention import Attention, Card, Knob, Limit
-from sparse_zoo.blocks import SLICE, joint, same_film, stretches
+from sparse_zoo.blocks import joint, same_film, slice_of, stretches
 from sparse_zoo.layout import Layout
 from sparse_zoo.partition import Partition
 from sparse_zoo.plan import Plan
@@ -122,7 +122,7 @@ def _dense_enough(layout: Layout, blocks: Partition, block_tokens: int, decay: f
 
     bounds, rows = blocks.offsets[0, 0].long(), blocks.sizes[0, 0, :, None]
     kept = torch.empty(blocks.count, blocks.count, dtype=torch.bool, device=layout.device)
-    step = max(1, SLICE // len(place))
+    step = max(1, slice_of(place) // len(place))
     for start in range(0, blocks.count, step):
         some = slice(start, start + step)
         here = ((of_block >= start) & (of_block < start + step)).nonzero()[:, 0]

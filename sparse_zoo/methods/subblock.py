@@ -5,6 +5,7 @@ Source: sglang pull request 34148 (there is no paper).
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from torch import Tensor
@@ -90,6 +91,10 @@ class SubBlock(Blockwise):
     def select(self, scores: Tensor, legal: Tensor) -> Tensor:
         """Keep the `top_fraction` best of the legal blocks of each row, their number rounded up."""
         return largest(scores, fraction_of(legal, self.top_fraction))
+
+    def most(self, blocks: int) -> int:
+        """Those that `select` keeps where all blocks are legal."""
+        return math.ceil(blocks * self.top_fraction)
 
     def routing_flops(self, call: Call) -> int:
         """Pooling of q and k, and one product for each pair of parts and head."""

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from sparse_zoo.attention import Attention, Branch, Call, Card, Knob, Limit, Term
-from sparse_zoo.blocks import SLICE, joint, same_film
+from sparse_zoo.blocks import joint, same_film, slice_of
 from sparse_zoo.layout import Layout
 from sparse_zoo.partition import Partition
 from sparse_zoo.plan import Part, Plan
@@ -102,7 +102,7 @@ class SVG(Attention):
             rows = _sampled(layout, number, self.rows)
             always = layout.is_text[own] | (layout.frame[own] == 0)
             masks = [always | ((at[rows, None] - at[own]).abs() <= self.width) for at in _places(layout)]
-            step = max(1, SLICE // (batch * share * len(film)))
+            step = max(1, slice_of(call.q) // (batch * share * len(film)))
             for head in range(kv_heads):
                 mine = slice(head * share, (head + 1) * share)
                 k, v = (x[:, head, None, own].float() for x in (call.k, call.v))

@@ -109,7 +109,7 @@ class VSA(Blockwise):
         if not cubes.count:
             return [Branch(joint(call.layout))]
         q, k, v = (pooled(cubes, x) for x in (call.q, call.k, call.v))
-        best = chosen(q, k, same_film(cubes, cubes), lambda scores, _: largest(scores, self.top_k))
+        best = chosen(q, k, same_film(cubes, cubes), lambda scores, _: largest(scores, self.top_k), self.top_k)
         gates = self._gates(call)
         made: list[Branch | Term] = [Branch(self.exact(call, best), gates.get("fine", 1.0))]
         if "coarse" in gates:

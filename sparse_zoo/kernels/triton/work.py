@@ -14,7 +14,7 @@ from torch import Tensor
 from sparse_zoo.kernels.triton.configs import Config, Tiles
 from sparse_zoo.light import broadcast_shapes
 from sparse_zoo.partition import Partition
-from sparse_zoo.plan import Part
+from sparse_zoo.plan import Part, named
 
 
 class Work(NamedTuple):
@@ -91,9 +91,7 @@ def _named(part: Part) -> tuple[Tensor, Tensor]:
     edges = part.edges
     if not part.by_table:
         return edges, torch.full((1, 1, 1), edges.shape[-1], device=edges.device)
-    number = edges.sum(-1)
-    named = edges.byte().sort(dim=-1, descending=True, stable=True).indices
-    return named.masked_fill(torch.arange(edges.shape[-1], device=edges.device) >= number[..., None], -1), number
+    return named(edges, edges.shape[-1]), edges.sum(-1)
 
 
 def _by_key(edges: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:
