@@ -7,6 +7,7 @@ runs differ in the last bit. Which operator does so depends on the device:
   to the same row in any order.
 - CUDA: `index_put(accumulate=True)`, also the backward of advanced indexing, sorts the index first. `index_add`, also
   the backward of `index_select`, uses atomic additions in any order.
+- meta: as CUDA, for which it stands in.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ def take(x: Tensor, dim: int, index: Tensor) -> Tensor:
         dim: The dimension that is indexed.
         index: int64, any shape, which replaces `dim` in the result.
     """
-    if x.is_cuda:
+    if x.device.type != "cpu":
         return x[(slice(None),) * (dim % x.dim()) + (index,)]
     rows: Tensor = x.index_select(dim, index.flatten()).unflatten(dim, index.shape)
     return rows
@@ -46,7 +47,7 @@ def take_rows(x: Tensor, rows: Tensor) -> Tensor:
 
 def add_at(x: Tensor, dim: int, index: Tensor, rows: Tensor) -> Tensor:
     """`x.index_add(dim, index, rows)` that adds rows with the same index in a fixed order."""
-    if x.is_cuda:
+    if x.device.type != "cpu":
         summed: Tensor = torch.ops.aten.index_put(x, [*[None] * (dim % x.dim()), index], rows, True)
         return summed
     return x.index_add(dim, index, rows)

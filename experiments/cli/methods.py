@@ -245,6 +245,10 @@ def cost(
     every_head: Annotated[
         bool, typer.Option("--every-head", help="Simulate every head, for methods whose heads differ; two, if not.")
     ] = False,
+    memory: Annotated[
+        bool,
+        typer.Option("--memory", help="Also the most that one layer's attention holds on a GPU; none is needed."),
+    ] = False,
     parallel: Annotated[
         str | None, typer.Option(help="Besides: what each device takes of a run on several, data=8,sequence=4.")
     ] = None,
@@ -292,7 +296,7 @@ def cost(
         + misspelt_match(match),
     )
     load_plugins(plugin)
-    from experiments.inspection.cost import NOTES, Films, compare
+    from experiments.inspection.cost import Films, compare
     from lit_modules.flops import ModelShape
 
     films, shape = Films(shots, frames, rows, cols, text, caption), ModelShape(dim, depth, heads, mlp_ratio, text_mode)
@@ -301,7 +305,7 @@ def cost(
 
         asked = dict([parse(match)])
         own |= solved_alone(method, own, asked, films.layout(), shape, batch=batch, every_head=every_head)
-    found = compare(method, own, films, shape, batch=batch, kernel=kernel, every_head=every_head)
+    found = compare(method, own, films, shape, batch=batch, kernel=kernel, every_head=every_head, memory=memory)
     rates = {"bandwidth": bandwidth, "speed": speed}
     if parallel is not None:
         from experiments.inspection.devices import NOTES as DEVICE_NOTES
@@ -319,7 +323,7 @@ def cost(
             console.print(f"[dim]{note}[/dim]", soft_wrap=True)
     if match is not None:
         console.print(escape(f"At {', '.join(f'{key} {plain(value)}' for key, value in own.items())}"))
-    for note in NOTES:
+    for note in found.notes:
         console.print(f"[dim]{escape(note)}[/dim]")
 
 

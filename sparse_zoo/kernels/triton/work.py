@@ -67,13 +67,10 @@ def work_of(part: Part, config: Config) -> PartWork | None:
         by_query = Work(readers, tiles_of_pieces(starts, readers.shape[-1], rows), _bounds(keys.offsets))
         by_key = Work(tokens_of(keys), tiles_of_pieces(keys.offsets, _listed(keys), key_rows), _bounds(starts))
         return PartWork(by_query, by_key, places, pieces)
-    bounds, number = _joined(_bounds_at(keys.offsets, edges.flatten(2)).unflatten(2, edges.shape[2:]), number)
+    segments, number = _joined(_bounds_at(keys.offsets, edges.flatten(2)).unflatten(2, edges.shape[2:]), number)
     first = torch.arange(queries.count, device=edges.device) * edges.shape[-1]
-    by_query = Work(
-        tokens_of(queries),
-        _tiles(queries.offsets, _listed(queries), rows, first, first + number),
-        bounds.flatten(2, 3).contiguous(),
-    )
+    tiles = _tiles(queries.offsets, _listed(queries), rows, first, first + number)
+    by_query = Work(tokens_of(queries), tiles, segments)
     by_key = Work(
         tokens_of(keys),
         _tiles(keys.offsets, _listed(keys), key_rows, starts[..., :-1], starts[..., 1:]),
@@ -91,7 +88,7 @@ def _named(part: Part) -> tuple[Tensor, Tensor]:
     edges = part.edges
     if not part.by_table:
         return edges, torch.full((1, 1, 1), edges.shape[-1], device=edges.device)
-    return named(edges, edges.shape[-1]), edges.sum(-1)
+    return named(edges, edges.shape[-1]).int(), edges.sum(-1)
 
 
 def _by_key(edges: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -106,13 +103,13 @@ def _by_key(edges: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:
     most = groups * (count + 1)
     dtype = torch.int16 if most < 1 << 15 else torch.int32 if most < 1 << 31 else torch.int64
     flat = edges.reshape(groups, width)
-    base = (torch.arange(groups, device=edges.device) * (count + 1))[:, None]
-    ordered = (torch.where(flat < 0, count, flat) + base).to(dtype).flatten().sort(stable=True)
+    base = (torch.arange(groups, device=edges.device) * (count + 1))[:, None].to(dtype)
+    ordered = (torch.where(flat < 0, count, flat).to(dtype) + base).flatten().sort(stable=True)
     place = torch.arange(width, dtype=torch.int32, device=edges.device).expand(groups, -1)
     places = torch.empty_like(flat, dtype=torch.int32).flatten().scatter_(0, ordered.indices, place.flatten())
-    bounds = (base + torch.arange(count + 1, device=edges.device)).to(dtype)
+    bounds = base + torch.arange(count + 1, dtype=dtype, device=edges.device)
     starts = torch.searchsorted(ordered.values.view(groups, width), bounds, out_int32=True)
-    readers = torch.div(ordered.indices % width, k, rounding_mode="floor").int()
+    readers = torch.div(ordered.indices.remainder_(width).int(), k, rounding_mode="floor")
     return (
         readers.view(batch, heads, width),
         starts.view(batch, heads, count + 1),
@@ -149,16 +146,16 @@ def _bounds(starts: Tensor) -> Tensor:
 def _bounds_at(starts: Tensor, pieces: Tensor) -> Tensor:
     """Where some pieces (…, n) begin and end: (…, n, 2), 0 and 0 for piece -1."""
     lead = broadcast_shapes(starts.shape[:-1], pieces.shape[:-1])
-    pieces = pieces.expand(*lead, -1).long()
+    pieces = pieces.expand(*lead, -1)
     bounds = _bounds(starts).expand(*lead, -1, -1)
-    at = pieces.clamp(min=0)[..., None].expand(*pieces.shape, 2)
+    at = pieces.clamp(min=0).long()[..., None].expand(*pieces.shape, 2)
     return bounds.gather(-2, at).masked_fill_((pieces < 0)[..., None], 0)
 
 
 def _joined(bounds: Tensor, number: Tensor) -> tuple[Tensor, Tensor]:
-    """Segments (…, k, 2), of which the first `number` (…) count, fewer and longer: joined where one begins as one ends.
+    """Segments (…, Q, k, 2), of which the first `number` (…, Q) count, fewer: joined where one begins as one ends.
 
-    A kernel's loads stop being in flight where a segment ends.
+    A kernel's loads stop being in flight where a segment ends. Returns (…, Q · k, 2) and the numbers that count.
     """
     begin, end = bounds.unbind(-1)
     place = torch.arange(begin.shape[-1], device=begin.device)
@@ -169,7 +166,7 @@ def _joined(bounds: Tensor, number: Tensor) -> tuple[Tensor, Tensor]:
     joined = torch.zeros(*begin.shape[:-1], begin.shape[-1] + 1, 2, dtype=bounds.dtype, device=bounds.device)
     for side, (edge, where) in enumerate(((begin, new), (end, last))):
         joined[..., side].scatter_(-1, run.where(where, begin.shape[-1]), edge)
-    return joined[..., :-1, :], new.sum(-1)
+    return joined[..., :-1, :].flatten(-3, -2).contiguous(), new.sum(-1)
 
 
 def tokens_of(pieces: Partition) -> Tensor:
