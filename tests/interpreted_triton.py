@@ -112,24 +112,26 @@ def test_plans_of_methods(
     compare(branches[-1].plan, tensors)
 
 
-def test_slabs_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Four query heads on two of keys; own frames by the dense kernel, a chosen frame by the gather kernel."""
+@pytest.mark.parametrize("heads_of_keys", [2, 4])
+def test_slabs_change_nothing(heads_of_keys: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Four query heads; own frames by the dense kernel, a chosen frame by the gather kernel.
+
+    Where no heads share keys, the latter adds to the gradients of keys what the former put there.
+    """
     monkeypatch.setattr(dense, "PAIRS", 81)
     film = zoo.Layout.film([zoo.Shot(1, 3, 3) for _ in range(3)])
     length = len(film)
     chunks = film.chunks("frame")
     plan = zoo.Plan.within(chunks) | zoo.Plan.routed(chunks, torch.randint(-1, chunks.count, (2, 4, length, 1)))
     assert dense.rectangles(plan.parts[0])
-    tensors = inputs((2, 4, length), length, 2)
+    tensors = inputs((2, 4, length), length, heads_of_keys)
     whole = zoo.attend(*tensors, plan, kernel="triton")
     grads = torch.autograd.grad(whole.out.sum(), tensors)
     monkeypatch.setattr(union, "SLAB_BYTES", 1)
     slabs = list(union._slabs(tensors[0], tensors[1], 1 << 20))
+    step = 4 // heads_of_keys
     assert [(slab.items.start, slab.head.start, slab.head.stop) for slab in slabs] == [
-        (0, 0, 2),
-        (0, 2, 4),
-        (1, 0, 2),
-        (1, 2, 4),
+        (item, head, head + step) for item in range(2) for head in range(0, 4, step)
     ]
     again = zoo.attend(*tensors, plan, kernel="triton")
     assert torch.equal(again.out, whole.out)

@@ -55,7 +55,10 @@ def ratios(film: zoo.Layout, name: str, **given: Any) -> dict[str, float]:
 
 @pytest.mark.parametrize(("film", "name", "given"), MEASURED)
 def test_the_count_is_what_was_measured(film: zoo.Layout, name: str, given: dict[str, Any]) -> None:
-    """On the H200, beside cuDNN's dense attention. `vsa` has held less since: its chosen tiles are indices now."""
+    """On the H200, beside cuDNN's dense attention.
+
+    Since then `vsa` holds less, whose chosen tiles are indices now; so do some backwards, which add in place.
+    """
     shots = len(film.films[0].shots)
     measured = {
         row["pass"]: row["peak_memory_ratio"]
@@ -65,11 +68,9 @@ def test_the_count_is_what_was_measured(film: zoo.Layout, name: str, given: dict
     }
     assert len(measured) == 2
     counted = ratios(film, name, **given)
-    for which, ratio in measured.items():
-        if name == "vsa":
-            assert counted[which] < ratio
-        else:
-            assert counted[which] == pytest.approx(ratio, rel=0.03)
+    if name != "vsa":
+        assert counted["forward"] == pytest.approx(measured["forward"], rel=0.01)
+    assert all(counted[which] < 1.03 * ratio for which, ratio in measured.items())
 
 
 def test_what_is_let_go_is_not_counted() -> None:

@@ -180,6 +180,26 @@ def test_attention_compiles(
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("pieces", [False, True])
+@pytest.mark.parametrize(("capability", "dim"), sorted(CONFIGS), ids=str)
+def test_gradients_of_one_part_are_added_where_they_stay(
+    capability: tuple[int, int], dim: int, pieces: bool, capfd: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    """In half precision, which is another kernel than that which sums several parts in float32."""
+    chunks = zoo.Partition.from_labels(torch.arange(64) // 16, 4)
+    plan = zoo.Plan.within(chunks) if pieces else zoo.Plan.routed(chunks, torch.zeros(1, 2, 64, 1, dtype=torch.int64))
+    q, k, v = (torch.zeros(1, 2, 64, dim, dtype=torch.bfloat16, requires_grad=True) for _ in range(3))
+    with recording((*MULTIPLY, *OTHERS)) as launches:
+        out, _ = union.Union.apply(q, k, v, plan, 0.1, CONFIGS[capability, dim])
+        out.backward(torch.zeros_like(out))
+    (launch,) = launches["grad_keys"]
+    sums = [launch.args[device.grad_keys.arg_names.index(name)] for name in ("dk", "dv")]
+    assert [x.dtype for x in sums] == [torch.bfloat16] * 2
+    few = SPILLS.get((capability, dim, "grad_keys", pieces), (0, 0))
+    check("grad_keys", launch, capability[0] * 10 + capability[1], capfd, tmp_path, few)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("target", [80, 90])
 def test_routing_compiles(
     target: int, capfd: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -380,8 +380,10 @@ def grad_keys(
     # Read again: kept, the tokens would take registers through the loop.
     token = tl.load(tokens + first + row, mask=live, other=0, cache_modifier=".cg").to(tl.int64)
     to = group.to(tl.int64) * keys_length * DIM + token[:, None] * DIM + dim[None, :]
-    tl.store(dk + to, tl.load(dk + to, mask=live[:, None], other=0.0) + grad_k * scale, mask=live[:, None])
-    tl.store(dv + to, tl.load(dv + to, mask=live[:, None], other=0.0) + grad_v, mask=live[:, None])
+    grad_k = tl.load(dk + to, mask=live[:, None], other=0.0).to(tl.float32) + grad_k * scale
+    tl.store(dk + to, grad_k.to(dk.dtype.element_ty), mask=live[:, None])
+    grad_v = tl.load(dv + to, mask=live[:, None], other=0.0).to(tl.float32) + grad_v
+    tl.store(dv + to, grad_v.to(dv.dtype.element_ty), mask=live[:, None])
 
 
 @_launched

@@ -66,8 +66,13 @@ class Union(torch.autograd.Function):
             ctx.work = None  # the output may be held for long after its gradient is taken
             # Half precision would lose the small terms of long sums: where many rectangles read the same keys.
             wide = torch.float32 if work.overlap else k.dtype
-            fresh = torch.zeros if work.dense or not work.parts else torch.empty
-            grads = [fresh(x.shape, dtype=dtype, device=x.device) for x, dtype in ((q, q.dtype), (k, wide), (v, wide))]
+            zero = bool(work.dense) or not work.parts
+            # One part alone is added in place: rounded once, as after a sum beside it.
+            in_place = k.shape[1] == q.shape[1] and (len(work.parts) == 1 or wide == torch.float32)
+            grads = [
+                (torch.zeros if zero_too else torch.empty)(x.shape, dtype=dtype, device=x.device)
+                for x, dtype, zero_too in ((q, q.dtype, zero), (k, wide, zero or in_place), (v, wide, zero or in_place))
+            ]
             tensors = (q, k, v, out, lse, dense_rows(grad))
             for batch in work.dense:
                 # A partial dq, and cuDNN's sum of it in float32.
@@ -76,7 +81,7 @@ class Union(torch.autograd.Function):
             if work.parts:
                 row_bytes = work.copies * q.shape[-1] * q.element_size() + 8
                 for slab in _slabs(q, k, work.rows * row_bytes + 2 * 4 * k.shape[2] * k.shape[3]):
-                    _backward(slab, tensors, grads, work, ctx.scale, ctx.config)
+                    _backward(slab, tensors, grads, work, ctx.scale, ctx.config, in_place)
         return grads[0], grads[1].to(k.dtype), grads[2].to(v.dtype), None, None, None
 
 
@@ -329,10 +334,11 @@ def _backward(
     work: _PlanWork,
     scale: float,
     config: Config,
+    in_place: bool,
 ) -> None:
     """Put the slab's gathered parts into grads = (dq, dk, dv), or add them to what rectangles put there.
 
-    tensors = (q, k, v, out, lse, grad).
+    tensors = (q, k, v, out, lse, grad). `in_place`: kernels add to dk and dv, where zeros are if nothing else.
     """
     _, k, v, *_ = tensors
     q, out, lse, grad, dq = (slab.of(x) for x in (tensors[0], *tensors[3:], grads[0]))
@@ -342,8 +348,11 @@ def _backward(
     _over_rows(device.row_dots, (out, grad, delta), q.shape[:3], _strides(out, grad), DIM=dim)
     # Partial dq, and q and grad in the order of the lists.
     rows, *listed = torch.empty(work.copies, slab.groups, work.rows, dim, dtype=q.dtype, device=q.device)
-    # Half precision would lose the small terms of long sums.
-    dk, dv = (torch.zeros(*slab.shape, *k.shape[2:], dtype=torch.float32, device=k.device) for _ in "kv")
+    add, sums = bool(work.dense), [x[slab.items, slab.kv_head] for x in grads[1:]]
+    if in_place:  # a slab of several batch items has all heads, so that its rows are contiguous
+        dk, dv = sums
+    else:  # half precision would lose the small terms of long sums
+        dk, dv = (torch.zeros(*slab.shape, *k.shape[2:], dtype=torch.float32, device=k.device) for _ in "kv")
     for part in work.parts:
         own = rows[:, part.rows]
         if part.by_cudnn:
@@ -380,13 +389,14 @@ def _backward(
             *_strides(queries, keys, values, asked), *known.stride()[:2], *strides, *_bias_strides(bias),
             DIM=dim, PIECES=part.work.pieces, TMA=tma, WEIGHTED=bias is not None,
         )  # fmt: skip
-    slots, add = slab.of(work.slots), bool(work.dense)
+    slots = slab.of(work.slots)
     _over_rows(
         device.add_up, (rows, slots, dq), q.shape[:3],
         (slots.shape[-1], rows.stride(0), *slots.stride()[:2], *_strides(dq)), DIM=dim, ADD=add,
     )  # fmt: skip
-    for total, x in ((grads[1], dk), (grads[2], dv)):
-        _add_rows(x, total[slab.items, slab.kv_head], x, listed=False, add=add)
+    for total, x in zip(sums, (dk, dv), strict=True):
+        if not in_place:
+            _add_rows(x, total, x, listed=False, add=add)
 
 
 # -- launching --------------------------------------------------------------------------------------------------------
