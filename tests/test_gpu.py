@@ -322,6 +322,7 @@ def test_every_check_and_timing_has_its_row(tried: tuple[dict[str, list[Row]], P
     assert names(LONG, "check") == ["180k tokens, float32, d 16"]
     assert [set(row) >= {"out", "lse", "dq", "dk", "dv"} for row in found[LONG]] == [True]
     assert {"forward: whole", "forward+backward: until the host is done"} <= set(names("breakdown", "time"))
+    assert {"moga, forward: all kernels", "moga, forward+backward: all kernels"} <= set(names("breakdown", "time"))
     assert names("tiles", "time") == [times.sweep_name(*pair) for pair in tiny_sweep()]
     assert len(names("end-to-end", "time")) == 2
     assert names("step", "fact") == ["training step, dense ÷ moc"]

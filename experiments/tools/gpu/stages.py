@@ -42,7 +42,7 @@ STAGES = (
     Stage(FILM, 20, 1, f"{HERE}.checks:film", TRITON),
     Stage(LONG, 12, 1, f"{HERE}.checks:long", TRITON),
     Stage("rivals", 25, 2, f"{HERE}.times:rivals"),
-    Stage("breakdown", 20, 2, f"{HERE}.times:breakdown", TRITON, (LONG, CHOICE)),
+    Stage("breakdown", 30, 2, f"{HERE}.times:breakdown", TRITON, (LONG, CHOICE)),
     Stage("anchors", 15, 3, f"{HERE}.times:anchors", ("sm80",), (DENSE,)),
     Stage("tiles", 50, 4, f"{HERE}.times:sweep", TRITON, (LONG,)),
     Stage("varlen", 20, 5, f"{HERE}.times:varlen", TRITON, (LONG,)),

@@ -36,6 +36,10 @@ from sparse_zoo.kernels.triton import dense
 from sparse_zoo.kernels.triton.configs import Tile
 from sparse_zoo.testing import large
 
+OTHERS = {name: settings for name, settings in bench.GPU_LAYOUTS[0][1] if name != "moc"}
+"""Sparse methods, as the bench has them in the paper's film."""
+TINY_OTHERS = (("moga", {"groups": 2}),)
+
 # -- dense attention, the rival ---------------------------------------------------------------------------------------
 
 
@@ -127,7 +131,10 @@ def group_of(kernel: str) -> str:
 
 
 def breakdown(run: Run) -> Iterator[Row]:
-    """moc at 180k tokens by device kernel, from a profiler's trace: forward, then forward + backward."""
+    """moc at 180k tokens by device kernel, from a profiler's trace: forward, then forward + backward.
+
+    Then, while there is time, the bench's other sparse methods in the same way, on the same q, k and v.
+    """
     size = long_size(run)
     needs = [
         name_of(LONG, dtype_of(run), size.head_dim),
@@ -146,6 +153,18 @@ def breakdown(run: Run) -> Iterator[Row]:
     for which, call in _passes(asked).items():
         yield rows.time(f"{which}: whole", seconds_of(call, device_of(run), size.repeats))
         yield rows.time(f"{which}: until the host is done", _host_seconds(call, device_of(run)))
+    for name, settings in OTHERS.items() if not run.tiny else TINY_OTHERS:
+        if run.left() < (0.0 if run.tiny else 10.0):
+            yield rows.not_timed(f"{name} by kernel", "no time was left for it")
+            continue
+        dim = size.heads * size.head_dim
+        attention = zoo.build(
+            name, heads=size.heads, head_dim=size.head_dim, dim=dim, kernel=kernel_of(run), **settings
+        ).to(device_of(run))
+        hidden = torch.randn(1, len(asked.film), dim, device=device_of(run))
+        for which, call in _passes(asked._replace(attention=attention), hidden).items():
+            call()
+            yield from by_group(f"{name}, {which}", traced(call, device_of(run)))
 
 
 def by_group(title: str, trace: Trace) -> Iterator[Row]:
@@ -169,16 +188,20 @@ def grouped(trace: Trace) -> list[dict[str, Any]]:
     return sorted(found.values(), key=lambda entry: -entry["seconds"])
 
 
-def _passes(asked: Problem) -> dict[str, Callable[[], object]]:
+def _passes(asked: Problem, hidden: torch.Tensor | None = None) -> dict[str, Callable[[], object]]:
     """Forward, and forward + backward, planning included."""
     q, k, v = (x.detach().requires_grad_() for x in asked.given[:3])
 
+    def attend() -> torch.Tensor:
+        out: torch.Tensor = asked.attention(q, k, v, asked.film, hidden=hidden).out
+        return out
+
     @torch.no_grad()
     def forward() -> object:
-        return asked.attention(q, k, v, asked.film).out
+        return attend()
 
     def both() -> object:
-        return torch.autograd.grad(asked.attention(q, k, v, asked.film).out, (q, k, v), asked.given.grad)
+        return torch.autograd.grad(attend(), (q, k, v), asked.given.grad)
 
     return {"forward": forward, "forward+backward": both}
 
