@@ -224,4 +224,4 @@ def compare(
     dense, ours = bill("dense", {}), bill(method, settings)
     notes = (*NOTES, PEAK_NOTE) if memory else NOTES
     tokens = len(inner(shape, layout))
-    return Comparison(method, settings, films, shape, batch, kernel, tokens, dense, ours, tuple(dict.fromkeys(notes)))
+    return Comparison(method, settings, films, shape, batch, kernel, tokens, dense, ours, notes)
