@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from sparse_zoo.attention import Attention, Card, Knob, Limit
-from sparse_zoo.blocks import joint, same_film, slice_of, stretches
+from sparse_zoo.blocks import film_by_film, joint, same_film, slice_of, stretches
 from sparse_zoo.layout import Layout
 from sparse_zoo.partition import Partition
 from sparse_zoo.plan import Plan
@@ -120,22 +120,30 @@ def _dense_enough(layout: Layout, blocks: Partition, block_tokens: int, decay: f
     sizes, kind = size.unique(return_inverse=True)
     carried = ((2 * place + 1) * sizes[:, None] // (2 * size[frame])).int()
 
-    bounds, rows = blocks.offsets[0, 0].long(), blocks.sizes[0, 0, :, None]
-    kept = torch.empty(blocks.count, blocks.count, dtype=torch.bool, device=layout.device)
-    step = max(1, slice_of(place) // len(place))
-    for start in range(0, blocks.count, step):
-        some = slice(start, start + step)
-        here = ((of_block >= start) & (of_block < start + step)).nonzero()[:, 0]
-        width, at = reach[of_frame[here]][:, frame], carried[kind[of_frame[here]]]
-        seeing = torch.minimum(at + width, last[here]) - torch.maximum(at - width, first[here]) + 1
-        by = torch.zeros(len(rows[some]), len(place), dtype=torch.int32, device=layout.device)
-        by.index_add_(0, of_block[here] - start, seeing.clamp_(min=0))
-
-        def in_blocks(what: Tensor) -> Tensor:
-            return torch.nn.functional.pad(what.cumsum(-1), (1, 0))[:, bounds].diff(dim=-1)
-
-        kept[some] = 5 * in_blocks(3 * by > rows[some]) > 3 * in_blocks(by > 0)
+    bounds, rows = blocks.offsets[0, 0].tolist(), blocks.sizes[0, 0, :, None]
+    kept = torch.zeros(blocks.count, blocks.count, dtype=torch.bool, device=layout.device)
+    for film in film_by_film(blocks):
+        keys = slice(bounds[film.start], bounds[film.stop])
+        length = keys.stop - keys.start
+        size_of_block = min(block_tokens, length)
+        step = max(1, slice_of(place) // (4 * length))
+        for start in range(film.start, film.stop, step):
+            some = slice(start, min(start + step, film.stop))
+            here = ((of_block >= start) & (of_block < some.stop)).nonzero()[:, 0]
+            width = reach[of_frame[here]].index_select(1, frame[keys])
+            at = carried[:, keys].index_select(0, kind[of_frame[here]])
+            seeing = torch.minimum(at + width, last[here]) - torch.maximum(at - width, first[here]) + 1
+            by = torch.zeros(some.stop - start, length, dtype=torch.int32, device=layout.device)
+            by.index_add_(0, of_block[here] - start, seeing.clamp_(min=0))
+            enough, any_sees = (_per_block(x, size_of_block) for x in (3 * by > rows[some], by > 0))
+            kept[some, film] = 5 * enough > 3 * any_sees
     return kept
+
+
+def _per_block(what: Tensor, size: int) -> Tensor:
+    """How many entries of each `size` along the last dimension are True, bool (…, n) -> int32 (…, ⌈n / size⌉)."""
+    counted: Tensor = torch.nn.functional.pad(what, (0, -what.shape[-1] % size)).unflatten(-1, (-1, size))
+    return counted.sum(-1, dtype=torch.int32)
 
 
 def _reach(frames: Partition, block_tokens: int, decay: float) -> Tensor:
