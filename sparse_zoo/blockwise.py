@@ -18,9 +18,9 @@ from sparse_zoo.selectors import Scores, choose
 class Blockwise(Attention):
     """Base of methods that attend from block to block.
 
-    A subclass overrides `select`, and what else differs: `scores` (the means of both blocks by default), `branches` for
-    more than one branch or key set. Text is in no block: it is read by all and reads all, in the same softmax. Blocks
-    of different films never meet.
+    A subclass overrides `select`, and what else differs: `scores` (the means of both blocks by default), `most` if
+    `select` keeps a bounded number of blocks, `branches` for more than one branch or key set. Text is in no block: it
+    is read by all and reads all, in the same softmax. Blocks of different films never meet.
 
     Blocks are stretches of a film's video of `block_tokens` tokens, those of queries of `query_tokens` if not 0; or, if
     there is a `tile`, tiles of (frames, rows, cols), which restart at each shot if `stop_at_shots`.
@@ -55,7 +55,7 @@ class Blockwise(Attention):
         raise NotImplementedError(f"{type(self).__name__} must define select(scores, legal)")
 
     def most(self, blocks: int) -> int | None:  # noqa: ARG002
-        """How many of so many blocks of keys `select` keeps at most; None if any number."""
+        """The most blocks that `select` keeps of this number of blocks of keys; None if there is no bound."""
         return None
 
     def chosen(self, call: Call) -> Tensor:

@@ -1,4 +1,4 @@
-"""What torch has too, without what its own imports at the first call, for seconds: sympy, and its compiler."""
+"""Stand-ins for functions of torch whose first call imports sympy or torch's compiler, which takes seconds."""
 
 from __future__ import annotations
 

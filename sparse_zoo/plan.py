@@ -386,8 +386,15 @@ def _mismatches(parts: tuple[Part, ...]) -> list[str]:
 def named(table: Tensor, most: int) -> Tensor:
     """Which entries of each row of a bool table (..., K) are True: int64 (..., most), ascending, then -1.
 
-    No row may have more than `most`, which is at most K: they would be lost. Nothing waits for the device.
+    Nothing waits for a GPU, so that only on the CPU a row with more entries is noticed: there it raises `ZooError`.
+
+    Args:
+        table: bool (..., K).
+        most: The largest number of True entries of a row, at most K.
     """
+    if table.device.type == "cpu" and most < table.shape[-1] and table.numel():
+        count = int(table.sum(-1).max())
+        refuse("edges", [f"a row keeps {count} entries; at most {most} were promised"] if count > most else [])
     found = table.byte().sort(dim=-1, descending=True, stable=True).indices[..., :most]
     return found.masked_fill(torch.arange(most, device=table.device) >= table.sum(-1, keepdim=True), -1)
 

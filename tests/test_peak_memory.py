@@ -126,7 +126,7 @@ class _Count(TorchDispatchMode):
     "name", [pytest.param(name, marks=pytest.mark.slow) if name in BEHIND else name for name in names()]
 )
 def test_the_host_of_a_gpu_gives_few_operations(name: str) -> None:
-    """Each takes the host some 5 µs, whatever the device has to do: a million, as `nsa` had, take longer than all."""
+    """The host dispatches each operation, views included, however little the device has to do for it."""
     film = bench.PAPER_FILM
     attention = build(name).to(META)
     with record_launches(), torch.no_grad():

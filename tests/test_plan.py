@@ -7,6 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sparse_zoo import Layout, Part, Partition, Plan, Shot, ZooError
+from sparse_zoo.plan import named
 from sparse_zoo.remember import on_device
 
 LENGTH = 23
@@ -158,3 +159,10 @@ def test_pickles_hold_no_caches() -> None:
     assert torch.equal(again.dense_mask(), plan.dense_mask())
     assert copy.deepcopy(plan).parts[0].__dict__.keys() == {"queries", "keys", "edges", "routed", "log_weight"}
     del plan.parts[0].__dict__["_blocks"]
+
+
+def test_a_row_with_more_entries_than_promised_is_refused() -> None:
+    table = torch.tensor([[True, False, True], [False, False, False]])
+    assert named(table, 2).tolist() == [[0, 2], [-1, -1]]
+    with pytest.raises(ZooError, match="a row keeps 2 entries; at most 1 were promised"):
+        named(table, 1)

@@ -93,7 +93,7 @@ class SubBlock(Blockwise):
         return largest(scores, fraction_of(legal, self.top_fraction))
 
     def most(self, blocks: int) -> int:
-        """Those that `select` keeps where all blocks are legal."""
+        """The number of blocks that `select` keeps where all are legal."""
         return math.ceil(blocks * self.top_fraction)
 
     def routing_flops(self, call: Call) -> int:

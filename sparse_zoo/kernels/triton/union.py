@@ -69,9 +69,10 @@ class Union(torch.autograd.Function):
             zero = bool(work.dense) or not work.parts
             # One part alone is added in place: rounded once, as after a sum beside it.
             in_place = k.shape[1] == q.shape[1] and (len(work.parts) == 1 or wide == torch.float32)
+            kinds = (q, q.dtype, zero), (k, wide, zero or in_place), (v, wide, zero or in_place)
             grads = [
-                (torch.zeros if zero_too else torch.empty)(x.shape, dtype=dtype, device=x.device)
-                for x, dtype, zero_too in ((q, q.dtype, zero), (k, wide, zero or in_place), (v, wide, zero or in_place))
+                (torch.zeros if zeros else torch.empty)(x.shape, dtype=dtype, device=x.device)
+                for x, dtype, zeros in kinds
             ]
             tensors = (q, k, v, out, lse, dense_rows(grad))
             for batch in work.dense:
